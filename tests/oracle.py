@@ -1,0 +1,93 @@
+"""The closed-form oracle: data whose every element is N(mean, std^2), for which all that is learnt is known exactly.
+
+With v_t = alpha_t^2 std^2 + sigma_t^2 the marginal is z_t ~ N(alpha_t mean, v_t), so that the denoiser is linear in z_t
+and the PF-ODE keeps (z_t - alpha_t mean) / sqrt(v_t). Guidance, c + w (c - null), of two such data sets of equal std is
+again one, with mean_c + w (mean_c - mean_null): its consistency function is known as well.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Conditioning, Models, Network
+from lcmdistill.consistency import boundary_scalings
+from lcmdistill.prediction import X0Eps
+from lcmdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """mean: a number or (B, 1, 1, 1); std: of the data."""
+
+    mean: Tensor | float
+    std: float = 0.5
+
+    def variance(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        return schedule.alpha(t) ** 2 * self.std**2 + schedule.sigma(t) ** 2
+
+    def denoise(self, schedule: NoiseSchedule, z: Tensor, t: Tensor) -> X0Eps:
+        """E[x0 | z_t] and E[eps | z_t]."""
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        residual = (z - alpha * self.mean) / self.variance(schedule, t)
+        return X0Eps(self.mean + alpha * self.std**2 * residual, sigma * residual)
+
+    def flow(self, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """z_s, where the PF-ODE takes z_t. To s = 0, the start of the table, it is the consistency function."""
+        shrink = (self.variance(schedule, s) / self.variance(schedule, t)).sqrt()
+        return schedule.alpha(s) * self.mean + shrink * (z - schedule.alpha(t) * self.mean)
+
+
+def smooth_schedule(num_steps: int) -> NoiseSchedule:
+    """alpha = cos(theta), sigma = sin(theta), theta linear in t from .05 to 1.45, in float64.
+
+    The betas of Stable Diffusion bend sigma like sqrt(t) near t = 0 and fp32 tables round it, both of which hide a
+    solver's order until its steps are very small.
+    """
+    theta = torch.linspace(0.05, 1.45, num_steps, dtype=torch.float64)
+    return NoiseSchedule(theta.cos() ** 2)
+
+
+def prompt_mean(c: Conditioning) -> Tensor:
+    """The mean of the data that a prompt describes, (B, 1, 1, 1)."""
+    return c.prompt_embeds.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+def oracle_models(schedule: NoiseSchedule, null: Conditioning, std: float = 0.5, omega: bool = True) -> Models:
+    """The exact teacher, and a student and a target whose c_skip z + c_out x0 is the exact consistency function.
+
+    omega: False makes them the consistency function of the unguided teacher.
+    """
+
+    def teacher(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        return Gaussian(prompt_mean(c), std).denoise(schedule, z, t)
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        assert w is not None
+        mean = prompt_mean(c)
+        if omega:
+            mean = mean + w.view(-1, 1, 1, 1) * (mean - prompt_mean(null))
+        f = Gaussian(mean, std).flow(schedule, z, t, torch.zeros_like(t))
+        c_skip, c_out = boundary_scalings(t)
+        x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=0.5), f)  # c_out is 0 at t = 0, else > .99
+        return X0Eps(x0, torch.full_like(x0, torch.nan))  # f is made of x0 alone
+
+    return Models(schedule=schedule, teacher=teacher, student=student, target=student, null=null)
+
+
+def scaled(network: Network, factor: Tensor) -> Network:
+    """The network with a parameter: its output times `factor`, (1,)."""
+
+    def with_factor(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        x0, eps = network(z, t, c, w)
+        return X0Eps(x0 * factor, eps * factor)
+
+    return with_factor
+
+
+def slope(steps: Sequence[float], errors: Sequence[float]) -> float:
+    """The order of convergence: d log(error) / d log(step), fitted."""
+    return float(np.polyfit([math.log(h) for h in steps], [math.log(e) for e in errors], 1)[0])

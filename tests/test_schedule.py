@@ -1,0 +1,89 @@
+"""The schedule: golden values of Stable Diffusion's, and equality with diffusers' for every kind of betas."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+from lcmdistill.schedule import ddim_grid, vp_schedule
+
+SD15: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0002, "beta_end": 0.015, "num_train_timesteps": 500},
+    "scaled_linear": SD15,
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained_betas": {"trained_betas": [0.001 * (i + 1) for i in range(40)], "num_train_timesteps": 40},
+    "zero terminal SNR": SD15 | {"rescale_betas_zero_snr": True},
+    "linear, zero terminal SNR": {"rescale_betas_zero_snr": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_tables_equal_diffusers(config: dict[str, Any]) -> None:
+    ours, theirs = vp_schedule(config).alphas_cumprod, DDIMScheduler(**config).alphas_cumprod
+    assert ours.dtype == torch.float32
+    # diffusers rescales by way of the betas, which rounds a few times more
+    tolerance = 1e-6 if config.get("rescale_betas_zero_snr") else 0
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+def test_golden_values_of_stable_diffusion() -> None:
+    abar = vp_schedule(SD15).alphas_cumprod
+    for t, golden in {0: 0.99915, 19: 0.982244, 979: 0.0059128, 999: 0.0046601}.items():
+        assert abar[t].item() == pytest.approx(golden, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_variance_preserving_and_noisier_with_time(config: dict[str, Any]) -> None:
+    schedule = vp_schedule(config)
+    t = torch.arange(schedule.num_steps)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert alpha.shape == sigma.shape == (schedule.num_steps, 1, 1, 1)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-6, rtol=0)
+    assert (alpha.diff(dim=0) < 0).all()
+
+
+def test_zero_terminal_snr_ends_in_pure_noise() -> None:
+    schedule, last = vp_schedule(CONFIGS["zero terminal SNR"]), torch.tensor([999])
+    assert schedule.alpha(last).item() == 0
+    assert schedule.sigma(last).item() == 1
+    assert schedule.alphas_cumprod[0] == vp_schedule(SD15).alphas_cumprod[0]
+
+
+def test_diffuse_equals_diffusers() -> None:
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
+    t = torch.tensor([0, 19, 500, 999])
+    expected = DDIMScheduler(**SD15).add_noise(x0, eps, t)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(vp_schedule(SD15).diffuse(x0, eps, t), expected, atol=1e-6, rtol=0)
+
+
+def test_grid_is_the_one_that_lcm_samples_on() -> None:
+    grid = ddim_grid(1000, 20)
+    assert grid.tolist() == list(range(19, 1000, 20))
+    scheduler = LCMScheduler()
+    for n, golden in {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}.items():
+        scheduler.set_timesteps(n, original_inference_steps=len(grid))
+        assert scheduler.timesteps.tolist() == golden
+    scheduler.set_timesteps(8, original_inference_steps=len(grid))
+    assert scheduler.timesteps.tolist() == [999, 879, 759, 639, 499, 379, 259, 139]
+    scheduler.set_timesteps(50, original_inference_steps=len(grid))
+    assert scheduler.timesteps.tolist() == grid.flip(0).tolist()
+
+
+def test_grid_at_its_limits() -> None:
+    assert ddim_grid(1000, 1).tolist() == list(range(1000))
+    assert ddim_grid(1000, 1000).tolist() == [999]
+    assert ddim_grid(1000, 30)[[0, -1]].tolist() == [29, 989]
+    for skip in (0, 1001):
+        with pytest.raises(ValueError, match="from 1 to 1000"):
+            ddim_grid(1000, skip)
+
+
+def test_unknown_betas_are_refused() -> None:
+    with pytest.raises(ValueError, match="sigmoid"):
+        vp_schedule({"beta_schedule": "sigmoid"})
