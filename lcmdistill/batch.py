@@ -1,0 +1,109 @@
+"""What an objective is handed: a batch, its conditioning, the networks, and its random draws.
+
+Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a token's embedding.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcmdistill.prediction import X0Eps, to_x0_eps
+from lcmdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is told besides z and t. prompt_embeds: (B, L, D)."""
+
+    prompt_embeds: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
+        """The same on another device, or in another dtype."""
+        return Conditioning(self.prompt_embeds.to(device, dtype))
+
+    def expand(self, size: int) -> "Conditioning":
+        """One prompt's conditioning repeated for a batch of `size`, without a copy."""
+        return Conditioning(self.prompt_embeds.expand(size, -1, -1))
+
+    def cat(self, other: "Conditioning") -> "Conditioning":
+        """Both, one after the other, along the batch."""
+        return Conditioning(torch.cat([self.prompt_embeds, other.prompt_embeds.to(self.prompt_embeds.dtype)]))
+
+    def replace_where(self, mask: Tensor, other: "Conditioning") -> "Conditioning":
+        """`other` where mask is true, else this. mask: (B,) bool."""
+        chosen = torch.where(mask[:, None, None], other.prompt_embeds.to(self.prompt_embeds.dtype), self.prompt_embeds)
+        return Conditioning(chosen)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents, (B, C, h, w) fp32, and what they show."""
+
+    latents: Tensor
+    cond: Conditioning
+
+
+# (z, t, c, w) -> (x0, eps); w is None for a network without an omega input.
+Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], X0Eps]
+RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt, B = 1."""
+
+    schedule: NoiseSchedule
+    teacher: Network
+    student: Network
+    target: Network
+    null: Conditioning
+
+
+def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: str) -> Network:
+    """A network that speaks its own prediction type, as one that speaks (x0, eps): the border."""
+
+    def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        return to_x0_eps(raw(z, t, c, w), z, schedule.alpha(t), schedule.sigma(t), prediction_type)
+
+    return network
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Random draws that belong to (seed, stream, step, place): there is no state to save, to share or to lose.
+
+    places: each sample's place in the global batch. However a global batch is cut into processes and micro-batches, a
+    sample meets the same noise, times and omega; a resumed run needs its step number and nothing else. Draws are made
+    on the CPU, one generator a sample, so that they are the same on every device.
+    """
+
+    seed: int
+    step: int
+    places: Sequence[int]
+    device: torch.device | str = "cpu"
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal draws, (B, *shape) fp32."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]).to(self.device)
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform draws in [0, 1), (B,) fp32."""
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]).to(self.device)
+
+    def integers(self, stream: str, high: int) -> Tensor:
+        """Uniform draws from 0 to high - 1, (B,) int64."""
+        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._generators(stream)]).to(self.device)
+
+    def _generators(self, stream: str) -> list[torch.Generator]:
+        return [
+            torch.Generator().manual_seed(derive_seed(self.seed, stream, self.step, place)) for place in self.places
+        ]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part: how one seed fans out into named streams."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,95 @@
+"""Files that are either whole or not there: folders written aside and renamed; checkpoints; resuming.
+
+A checkpoint is `checkpoints/step-00000100/`: one safetensors file for each group of tensors, and a small `state.pt`
+that is read with weights_only.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@contextmanager
+def written_aside(destination: Path) -> Iterator[Path]:
+    """A fresh folder to write into, which takes the place of `destination` once the block ends without an error."""
+    aside = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for path in aside.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    old = destination.with_name(f".{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
+    aside.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, whole or not there."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    aside.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `step-N` under `folder`. groups: name -> tensors; state: plain values and tensors only."""
+    path = folder / f"step-{step:08d}"
+    with written_aside(path) as aside:
+        for name, tensors in groups.items():
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
+        torch.save({"step": step, **state}, aside / "state.pt")
+    return path
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(groups, state) of a checkpoint, on the CPU."""
+    groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return groups, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints under a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.pt").is_file())
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints."""
+    for path in checkpoints(folder)[:-keep]:
+        # Renamed first: a removal that is cut off must not leave something that looks whole.
+        doomed = path.rename(path.with_name(f".{path.name}.old"))
+        shutil.rmtree(doomed)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as flat tensors, "parameter index.name"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`; the parameter groups stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

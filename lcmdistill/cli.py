@@ -1,0 +1,181 @@
+"""The command line. Every option is told here in plain words; what it means is decided elsewhere, and imported late."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lcmdistill.config import ObjectiveName, Precision, SolverName, Tracker, parse_assignment, read_toml, resolve
+from lcmdistill.errors import explain
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a Stable Diffusion checkpoint into a student that draws in 1 to 8 steps.",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder.  [default: sd15]"),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to learn on; repeatable: image folder, .tar shards (folder, file, URL, braces), tiny, or teacher "
+            "for no data set at all.  [default: teacher; tiny for the tiny teacher]"
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File of prompts, one a line, for --data teacher.  [default: a bundled list]")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="The run's folder.  [default: runs/TEACHER-OBJECTIVE]")] = None,
+    objective: Annotated[ObjectiveName | None, typer.Option(help="The method.  [default: lcm]")] = None,
+    solver: Annotated[SolverName | None, typer.Option(help="The teacher's PF-ODE solver.  [default: ddim]")] = None,
+    skip: Annotated[
+        int | None, typer.Option(help="k: teacher time steps between the two points compared.  [default: 20]")
+    ] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 1000; tiny 250]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a process takes at once.  [default: 4; tiny 32]")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-6; tiny 1e-4]")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed of every random draw.  [default: 0]")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Arithmetic inside the networks.  [default: auto]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub teacher.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the teacher's weight files, such as fp16.")] = None,
+    report_to: Annotated[Tracker | None, typer.Option(help="Tracker besides metrics.jsonl.  [default: none]")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting, section.key=value; repeatable. --dry-run prints them all."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the settings and an estimate, and stop.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Distil a teacher into a Latent Consistency Model. Run the same command again to resume."""
+    flags: dict[str, Any] = dict(parse_assignment(text) for text in set_ or ())
+    flags |= {
+        "teacher.model": teacher,
+        "teacher.revision": revision,
+        "teacher.variant": variant,
+        "data.sources": tuple(data) if data else None,
+        "data.prompts": prompts,
+        "data.resolution": resolution,
+        "objective.name": objective,
+        "objective.solver": solver and str(solver),
+        "objective.skip": skip,
+        "optim.max_train_steps": max_train_steps,
+        "optim.batch_size": batch_size,
+        "optim.accumulate": accumulate,
+        "optim.learning_rate": learning_rate,
+        "run.output": output,
+        "run.seed": seed,
+        "run.precision": precision,
+        "run.device": device,
+        "run.report_to": report_to,
+    }
+    resolved = resolve(read_toml(config) if config else {}, {k: v for k, v in flags.items() if v is not None})
+    from lcmdistill import preflight
+
+    preflight.check_early(resolved)
+    if dry_run:
+        preflight.dry_run(resolved)
+        return
+    from lcmdistill import train
+
+    train.distill(resolved)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Run folder, pipeline folder or hub id.  [default: the newest run under runs/]"),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Network evaluations an image; 1 to 8 for a student.")
+    ] = 4,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: the run's own]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Draw images with a student: PNGs with their settings inside, and a grid."""
+    from lcmdistill import sample as sampling
+    from lcmdistill.data.sources import read_prompts
+    from lcmdistill.device import pick_device
+    from lcmdistill.tracking import progress, say
+    from lcmdistill.validate import default_prompts
+
+    found = sampling.find_model(model)
+    texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else []) or list(default_prompts(found.teacher))
+    guidance = guidance_scale if guidance_scale is not None else found.guidance_scale or 8.5
+    pipeline = sampling.load_student(found.path, pick_device(device))
+    wanted = [text for text in texts for _ in range(num_images)]
+    with progress("drawing", len(wanted)) as bar:
+        drawings = sampling.draw(
+            pipeline,
+            wanted,
+            [seed + i for i in range(len(wanted))],
+            steps=steps,
+            guidance_scale=guidance,
+            resolution=resolution or found.resolution,
+            batch_size=batch_size,
+            on_progress=bar.update,
+        )
+    grid = sampling.write_drawings(drawings, output, model=found.path, steps=steps, guidance_scale=guidance)
+    say(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own chatter out of the output; their errors reach the user through ours."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def main() -> None:
+    """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
+    _quiet_libraries()
+    try:
+        app()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        sentence, code = explain(error)
+        print(f"Error: {sentence}" if code != 130 else sentence, file=sys.stderr)
+        sys.exit(code)

@@ -1,0 +1,304 @@
+"""Every source becomes latents and embeddings on disk, once; training then reads them at random and in exact order.
+
+A cache is a folder of chunks, one safetensors file for each CHUNK members of the source, named by the members it covers.
+A chunk is written aside and renamed, so that an interrupted preparation goes on where it stopped, ranks can share the work,
+and a later run with the same teacher, source and transform finds everything ready.
+
+Shapes: n samples of a chunk, u distinct captions of it, B batch, C h w latents, L D embeddings.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcmdistill.batch import Conditioning, derive_seed
+from lcmdistill.config import DataConfig
+from lcmdistill.data.sources import Member, kind_of, open_source, read_prompts
+from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.errors import RunError, UsageError
+from lcmdistill.teachers.base import Teacher
+
+CHUNK = 128
+GIVE_UP_AFTER = 1024
+"so many members of a source without a usable one, and it is given up"
+_PIXELS_AT_ONCE = 4 * 512 * 512
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a source's members."""
+
+    kept: int = 0
+    rejected: tuple[tuple[str, int], ...] = ()
+    complete: bool = True
+    "whether every member was looked at"
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{count} x {reason}" for reason, count in self.rejected)
+        more = "" if self.complete else " (of those looked at)"
+        return f"{self.kept} kept, {sum(c for _, c in self.rejected)} dropped{f': {dropped}' if dropped else ''}{more}"
+
+
+def survey(config: DataConfig, seed: int, *, seconds: float, first_only: bool = False) -> list[Report]:
+    """Look at each source's members, decoding them, for at most `seconds` each; `first_only` stops at a usable one.
+
+    Raises UsageError if a source holds nothing usable.
+    """
+    reports = []
+    for spec in config.sources:
+        kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
+        for place, member in enumerate(_members(spec, config)):
+            outcome = judge(member, config, seed, place)
+            if isinstance(outcome, Sample):
+                kept += 1
+            else:
+                rejected[outcome.reason] += 1
+            out_of_time = time.monotonic() > end and place >= CHUNK
+            if (first_only and kept) or out_of_time or (not kept and place + 1 >= GIVE_UP_AFTER):
+                complete = False
+                break
+        report = Report(kept, tuple(rejected.most_common()), complete)
+        if not kept:
+            raise _nothing_usable(spec, report)
+        reports.append(report)
+    return reports
+
+
+def _nothing_usable(spec: str, report: Report) -> UsageError:
+    looked = sum(count for _, count in report.rejected)
+    if not looked:
+        return UsageError(f"--data {spec} is empty; it needs images with captions")
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in report.rejected)
+    return UsageError(
+        f"--data {spec}: none of {looked} samples can be used ({reasons}); each needs an image and a caption"
+    )
+
+
+def _members(spec: str, config: DataConfig) -> Iterator[Member]:
+    """A source's members as far as `data.count` goes; prompts for the teacher go round as often as it asks."""
+    if kind_of(spec) == "teacher" and config.count is not None:
+        prompts = list(open_source(spec, config.prompts))
+        return (prompts[i % len(prompts)] for i in range(config.count))
+    return itertools.islice(open_source(spec, config.prompts), config.count)
+
+
+def usable_count(config: DataConfig, samples_needed: int) -> int:
+    """`data.count`, or as many members as a run of `samples_needed` can use, in whole chunks, one a prompt at most."""
+    if config.count is not None:
+        return config.count
+    needed = -(-samples_needed // CHUNK) * CHUNK
+    if all(kind_of(spec) == "teacher" for spec in config.sources):
+        return min(needed, len(read_prompts(config.prompts)))
+    return needed
+
+
+def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> Path:
+    """Where a source's chunks lie: a hash of the teacher's weights, the source's content and everything that shapes it."""
+    draws = kind_of(spec) == "teacher"
+    about: dict[str, Any] = {"teacher": teacher.fingerprint(with_network=draws), "resolution": config.resolution}
+    if draws:
+        prompts = "\n".join(read_prompts(config.prompts))
+        about |= {"prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(), "seed": seed}
+        about |= {"guidance_scale": config.guidance_scale, "draw_steps": config.draw_steps}
+    else:
+        about |= {"source": spec, "files": _listing(spec), "min_size": config.min_size}
+        about |= {"crop": config.crop, "flip": config.flip, "max_watermark": config.max_watermark}
+        if config.crop == "random" or config.flip:
+            about["seed"] = seed
+    root = config.cache_dir or os.environ.get("LCMDISTILL_CACHE") or "~/.cache/lcmdistill"
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return Path(root).expanduser() / "latents" / digest
+
+
+def _listing(spec: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of every local file of a source; URLs are known by their spelling alone."""
+    from lcmdistill.data.sources import REMOTE
+
+    if spec.startswith(REMOTE):
+        return []
+    if kind_of(spec) == "tiny":
+        from importlib.resources import files
+
+        root = Path(str(files("lcmdistill") / "assets" / "tiny-data"))
+    else:
+        root = Path(spec).expanduser()
+    if root.is_dir():
+        paths = sorted(p for p in root.rglob("*") if p.is_file())
+    else:
+        from webdataset.shardlists import expand_urls
+
+        paths = [Path(url).expanduser() for url in expand_urls(spec)]
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+
+
+def prepare(
+    spec: str,
+    config: DataConfig,
+    teacher: Teacher,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world: int = 1,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write this rank's share of a source's missing chunks, and return their folder.
+
+    dtype: what the teacher's network computes in where it draws its own latents; VAE and text encoder stay in fp32.
+    Raises UsageError if the first GIVE_UP_AFTER members hold nothing usable, RunError if the source breaks off.
+    """
+    folder = cache_folder(spec, config, teacher, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    members = enumerate(_members(spec, config))
+    kept, rejected = 0, Counter()
+    for number in itertools.count():
+        chunk = list(itertools.islice(members, CHUNK))
+        if not chunk:
+            break
+        path = folder / f"{number * CHUNK:08d}-{number * CHUNK + len(chunk):08d}.safetensors"
+        if number % world == rank and not path.is_file():
+            samples: list[tuple[int, Sample]] = []
+            dropped: Counter[str] = Counter()
+            for place, member in chunk:
+                outcome = judge(member, config, seed, place)
+                if isinstance(outcome, Sample):
+                    samples.append((place, outcome))
+                else:
+                    dropped[outcome.reason] += 1
+            _write_chunk(path, samples, dropped, teacher, config, seed, dtype)
+            kept, rejected = kept + len(samples), rejected + dropped
+            if not kept and sum(rejected.values()) >= GIVE_UP_AFTER:
+                raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))
+        on_progress(number * CHUNK + len(chunk))
+    return folder
+
+
+def _write_chunk(
+    path: Path,
+    samples: Sequence[tuple[int, Sample]],
+    dropped: Counter[str],
+    teacher: Teacher,
+    config: DataConfig,
+    seed: int,
+    dtype: torch.dtype,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    if samples:
+        captions = list(dict.fromkeys(sample.caption for _, sample in samples))
+        rows = [captions.index(sample.caption) for _, sample in samples]
+        tensors["row"] = torch.tensor(rows)
+        embeds = [teacher.encode_prompts(captions[i : i + 64]).prompt_embeds for i in range(0, len(captions), 64)]
+        tensors["embeds"] = torch.cat(embeds).half().cpu()
+        at_once = max(1, _PIXELS_AT_ONCE // config.resolution**2)
+        parts = [
+            _latents(samples[i : i + at_once], teacher, config, seed, dtype) for i in range(0, len(samples), at_once)
+        ]
+        tensors["mean"] = torch.cat([mean for mean, _ in parts]).half().cpu()
+        tensors["std"] = torch.cat([std for _, std in parts]).half().cpu()
+        if not tensors["mean"].isfinite().all():
+            raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, aside, metadata={"kept": str(len(samples)), "rejected": json.dumps(dropped)})
+    aside.replace(path)
+
+
+def _latents(
+    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(mean, std) of the scaled latents; what the teacher drew itself has no spread."""
+    pixels = [sample.pixels for _, sample in samples if sample.pixels is not None]
+    if pixels:
+        return teacher.encode_images(torch.stack(pixels))
+    side = config.resolution // teacher.vae_factor
+    shape = (teacher.vae.config.latent_channels, side, side)
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
+    mean = teacher.draw_latents(
+        [sample.caption for _, sample in samples],
+        torch.stack([torch.randn(*shape, generator=g) for g in generators]),
+        steps=config.draw_steps,
+        guidance_scale=config.guidance_scale,
+        scheduler="DPMSolverMultistepScheduler",
+        dtype=dtype,
+    )
+    return mean, torch.zeros_like(mean)
+
+
+class LatentDataset:
+    """Prepared chunks as one random-access data set, memory-mapped."""
+
+    def __init__(self, folders: Sequence[Path], counts: Sequence[int | None]) -> None:
+        """counts: the most members of each folder to take, None for all; chunks beyond it belong to other runs."""
+        self._chunks: list[Any] = []
+        self._places: list[tuple[int, int]] = []
+        self.reports: list[Report] = []
+        for folder, count in zip(folders, counts, strict=True):
+            kept, rejected = 0, Counter()
+            for path in _chunks_up_to(folder, count):
+                chunk = safe_open(path, framework="pt")
+                meta = chunk.metadata()
+                n = int(meta["kept"])
+                self._places += [(len(self._chunks), i) for i in range(n)]
+                self._chunks.append(chunk)
+                kept, rejected = kept + n, rejected + Counter(json.loads(meta["rejected"]))
+            self.reports.append(Report(kept, tuple(rejected.most_common())))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
+        """(mean, std, conditioning) of the samples: (B, C, h, w) twice, then (B, L, D), all fp32."""
+        mean, std, embeds = [], [], []
+        for index in indices:
+            number, i = self._places[index]
+            chunk = self._chunks[number]
+            mean.append(chunk.get_slice("mean")[i])
+            std.append(chunk.get_slice("std")[i])
+            embeds.append(chunk.get_slice("embeds")[int(chunk.get_slice("row")[i])])
+        return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(torch.stack(embeds).float())
+
+
+def _chunks_up_to(folder: Path, count: int | None) -> list[Path]:
+    """The chunk files that together cover members 0 .. count, the longest of those that start at the same place."""
+    by_start: dict[int, tuple[int, Path]] = {}
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        start, end = map(int, path.stem.split("-"))
+        if count is None or end <= count:
+            by_start[start] = max(by_start.get(start, (0, path)), (end, path))
+    return [path for _, (_, path) in sorted(by_start.items())]
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits `size` samples: each exactly once, (size,) int64."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
+
+
+class SampleOrder:
+    """Which sample stands at each place of each step: a function of (seed, step, place), so there is nothing to save."""
+
+    def __init__(self, size: int, seed: int, global_batch: int) -> None:
+        self._size, self._seed, self._global_batch = size, seed, global_batch
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, step: int, places: Sequence[int]) -> list[int]:
+        """The samples at `places` of the global batch of `step`; epochs follow each other without a gap."""
+        return [self._index(step * self._global_batch + place) for place in places]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self._size)
+        if epoch not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1}
+            self._orders[epoch] = epoch_order(self._size, self._seed, epoch)
+        return int(self._orders[epoch][offset])

@@ -1,0 +1,193 @@
+"""Sources: each turns what the user named into a stream of members, in an order that never changes.
+
+A member may be broken; nothing is decoded or judged here. What a shard's reader itself trips over is yielded as a member
+with a `problem`, so that it can be counted.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.errors import RunError, UsageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+REMOTE = ("http://", "https://", "gs://", "hf://", "pipe:")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One raw sample. image: the encoded file, a path to it, or None where the teacher is to draw the caption."""
+
+    key: str
+    image: bytes | Path | None
+    caption: str | None
+    meta: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    "why the sample cannot be read, where its container already knows"
+
+
+def shards(spec: str, prompts: str | None) -> Iterator[Member]:
+    """Webdataset shards: a folder of tars, a file, a URL (http, https, gs, hf, pipe:), each with brace expansion."""
+    import webdataset
+    from webdataset.shardlists import expand_urls
+
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        urls = sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
+    else:
+        urls = [spec] if spec.startswith("pipe:") else expand_urls(spec)
+    for url in urls:
+        if not url.startswith(REMOTE) and not Path(url).expanduser().is_file():
+            raise UsageError(f"--data {spec}: there is no shard {url}")
+    problems: list[str] = []
+
+    def count_and_go_on(error: Exception) -> bool:
+        problems.append(f"unreadable shard ({type(error).__name__})")
+        return True
+
+    stream = webdataset.WebDataset(
+        [str(Path(url).expanduser()) if not url.startswith(REMOTE) else url for url in urls],
+        shardshuffle=False,
+        nodesplitter=_all_shards,
+        workersplitter=_all_shards,
+        empty_check=False,
+        handler=count_and_go_on,
+    )
+    for sample in stream:
+        yield from _drain(problems)
+        yield _shard_member(sample)
+    yield from _drain(problems)
+
+
+def _all_shards(urls: Iterable[Any]) -> Iterable[Any]:
+    return urls
+
+
+def _drain(problems: list[str]) -> Iterator[Member]:
+    while problems:
+        yield Member("", None, None, problem=problems.pop(0))
+
+
+def _shard_member(sample: dict[str, Any]) -> Member:
+    suffix = next((s for s in IMAGE_SUFFIXES if s[1:] in sample), None)
+    meta: dict[str, Any] = {}
+    if "json" in sample:
+        try:
+            loaded = json.loads(sample["json"])
+            meta = loaded if isinstance(loaded, dict) else {}
+        except ValueError:
+            meta = {}
+    text = sample["txt"].decode("utf-8", "replace") if "txt" in sample else meta.get("caption", meta.get("text"))
+    image = sample[suffix[1:]] if suffix else None
+    return Member(
+        sample["__key__"], image, text if isinstance(text, str) else None, meta, None if suffix else "no image"
+    )
+
+
+def folder(spec: str, prompts: str | None) -> Iterator[Member]:
+    """Images with captions from metadata.jsonl or metadata.csv (file_name, text), else from a same-name .txt each."""
+    root = Path(spec).expanduser()
+    rows = _metadata_rows(root)
+    if rows is not None:
+        for row in rows:
+            name = str(row.get("file_name") or "")
+            path = root / name
+            caption = row.get("text", row.get("caption"))
+            problem = None if name and path.is_file() else "image file missing"
+            yield Member(name, path, caption if isinstance(caption, str) else None, row, problem)
+        return
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
+        text = path.with_suffix(".txt")
+        caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
+        yield Member(str(path.relative_to(root)), path, caption)
+
+
+def _metadata_rows(root: Path) -> list[dict[str, Any]] | None:
+    jsonl, table = root / "metadata.jsonl", root / "metadata.csv"
+    if jsonl.is_file():
+        try:
+            rows = [json.loads(line) for line in jsonl.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise UsageError(f"{jsonl} is not valid JSON lines: {error}") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise UsageError(f'{jsonl} must hold one object a line, such as {{"file_name": "a.png", "text": "a cat"}}')
+        return rows
+    if table.is_file():
+        with table.open(encoding="utf-8", newline="") as handle:
+            return list(csv.DictReader(handle))
+    return None
+
+
+def teacher(spec: str, prompts: str | None) -> Iterator[Member]:
+    """No data set: prompts only, one member each; the teacher draws the latents."""
+    for i, prompt in enumerate(read_prompts(prompts)):
+        yield Member(str(i), None, prompt)
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The prompts of a file, one a line, blank lines skipped; None reads the bundled list.
+
+    Raises UsageError if the file is absent or empty.
+    """
+    source = Path(path).expanduser() if path else Path(str(files("lcmdistill") / "assets" / "prompts.txt"))
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {path} cannot be read ({error}); give a text file, one prompt a line") from error
+    found = [line for line in lines if line]
+    if not found:
+        raise UsageError(f"--prompts {path} holds no prompt; give one a line")
+    return found
+
+
+def bundled(spec: str, prompts: str | None) -> Iterator[Member]:
+    """The emoji that the tiny teacher was trained on, as shards inside the package."""
+    return shards(str(files("lcmdistill") / "assets" / "tiny-data"), prompts)
+
+
+# How --data is read: kind -> (spec, prompts file) -> members.
+SOURCES: dict[str, Callable[[str, str | None], Iterator[Member]]] = {
+    "teacher": teacher,
+    "tiny": bundled,
+    "shards": shards,
+    "folder": folder,
+}
+
+
+def kind_of(spec: str) -> str:
+    """Which of SOURCES reads a --data argument. Raises UsageError if none can."""
+    if spec in ("teacher", "tiny"):
+        return spec
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        names = [p.name for p in path.iterdir()]
+        if any(name.endswith(TAR_SUFFIXES) for name in names):
+            return "shards"
+        if any(name.startswith("metadata.") for name in names) or any(
+            p.suffix.lower() in IMAGE_SUFFIXES for p in path.rglob("*")
+        ):
+            return "folder"
+        raise UsageError(f"--data {spec} holds neither images nor .tar shards")
+    if spec.startswith(REMOTE) or spec.endswith(TAR_SUFFIXES):
+        return "shards"
+    if re.match(r"[a-z][a-z0-9+.-]*:", spec):
+        raise UsageError(f"--data {spec}: unknown scheme; shards come from files, http(s)://, gs://, hf:// or pipe:")
+    if path.exists():
+        raise UsageError(f"--data {spec} is neither a folder nor a .tar shard")
+    raise UsageError(
+        f"--data {spec} does not exist; give a folder of images, .tar shards, tiny, or teacher for no data"
+    )
+
+
+def open_source(spec: str, prompts: str | None) -> Iterator[Member]:
+    """The members of one --data argument. Errors of the transport become RunError."""
+    try:
+        yield from SOURCES[kind_of(spec)](spec, prompts)
+    except (OSError, EOFError) as error:
+        raise RunError(f"--data {spec} cannot be read: {error}") from error

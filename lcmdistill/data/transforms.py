@@ -1,0 +1,88 @@
+"""From a member to pixels and a caption, or to the reason why not. Pillow only.
+
+Shapes: H = W = the resolution.
+"""
+
+import io
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lcmdistill.batch import derive_seed
+from lcmdistill.config import DataConfig
+from lcmdistill.data.sources import Member
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable member. pixels: (3, H, W) fp32 in [-1, 1], or None where the teacher is to draw it."""
+
+    caption: str
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A member that cannot be used, and why."""
+
+    reason: str
+
+
+def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample | Rejected:
+    """The one predicate that decides what is kept, and the transform of what is.
+
+    A filter that was not asked for drops nothing, and a metadata key that is absent passes. place: the member's place
+    in its source, which with the seed decides crop and flip.
+    """
+    if member.problem:
+        return Rejected(member.problem)
+    if member.caption is None or not member.caption.strip():
+        return Rejected("no caption")
+    watermark = member.meta.get("pwatermark")
+    if config.max_watermark is not None and isinstance(watermark, int | float) and watermark > config.max_watermark:
+        return Rejected(f"pwatermark above {config.max_watermark:g}")
+    caption = " ".join(member.caption.split())
+    if member.image is None:
+        return Sample(caption, None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _on_white(Image.open(io.BytesIO(member.image) if isinstance(member.image, bytes) else member.image))
+    except Image.DecompressionBombError:
+        return Rejected("image too large")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return Rejected("corrupt image")
+    if min(image.size) < config.min_size:
+        return Rejected(f"smaller than {config.min_size} px")
+    draw = random.Random(derive_seed(seed, "transform", place))
+    return Sample(caption, transform(image, config.resolution, config.crop, config.flip, draw))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, upright by its EXIF orientation, transparency composed on white."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def transform(image: Image.Image, resolution: int, crop: str, flip: bool, draw: random.Random) -> Tensor:
+    """Resize the shorter side, keep a square, mirror perhaps: (3, H, W) fp32 in [-1, 1]."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    spare = (size[0] - resolution, size[1] - resolution)
+    left, top = (draw.randint(0, s) for s in spare) if crop == "random" else (s // 2 for s in spare)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if flip and draw.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0

@@ -1,0 +1,39 @@
+"""Which device, and which dtype inside the networks."""
+
+import torch
+
+from lcmdistill.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name, or the best there is for "auto". Raises UsageError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"--device {name} was asked for, but torch sees no CUDA GPU here; use --device cpu or auto"
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps was asked for, but it is not available here; use --device cpu or auto")
+    elif device.type not in ("cpu", "mps"):
+        raise UsageError(f"--device {name!r} cannot be trained on; use auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast and of frozen weights; "auto" is half precision on CUDA only."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision in named:
+        return named[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

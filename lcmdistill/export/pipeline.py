@@ -1,0 +1,64 @@
+"""A student as a complete diffusers pipeline."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from lcmdistill.checkpoint import written_aside
+from lcmdistill.teachers.base import Teacher
+
+STEPS = 4
+"the steps that a pipeline is set for unless it is told otherwise"
+
+
+def lcm_scheduler(config: dict[str, Any]) -> Any:
+    """An LCMScheduler on the teacher's own betas and prediction type; config: the teacher's scheduler config."""
+    from diffusers import LCMScheduler
+
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    values = {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if key in config}
+    return LCMScheduler(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+
+
+def student_pipeline(teacher: Teacher, unet: Any) -> Any:
+    """The student with everything around it, as a LatentConsistencyModelPipeline.
+
+    The teacher's safety checker goes along where it ships one, as its licence asks.
+    """
+    from diffusers import LatentConsistencyModelPipeline
+
+    parts = {
+        name: part
+        for name, part in teacher.pipeline.components.items()
+        if name in ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    }
+    checks = parts.get("safety_checker") is not None
+    pipeline = LatentConsistencyModelPipeline(
+        **parts, unet=unet, scheduler=lcm_scheduler(teacher.pipeline.scheduler.config), requires_safety_checker=checks
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
+    """Write a pipeline folder and its model card, whole or not at all; the weights keep the dtype they have."""
+    with written_aside(folder) as aside:
+        # The checkpoint in memory came from a folder of its own; diffusers would warn that it is saved elsewhere.
+        logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
+        pipeline.save_pretrained(aside, safe_serialization=True)
+        for path in aside.glob("text_encoder*/model.safetensors"):
+            _readable_by_transformers_4(path)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+
+def _readable_by_transformers_4(path: Path) -> None:
+    """transformers >= 5.6 writes CLIP's text keys flat; version 4 wants `text_model.` and else takes random weights."""
+    tensors = load_file(path)
+    if not any(key.startswith("text_model.") for key in tensors):
+        bare = {key: value for key, value in tensors.items() if not key.startswith("text_projection")}
+        rest = {key: value for key, value in tensors.items() if key.startswith("text_projection")}
+        save_file(
+            {**{f"text_model.{key}": value for key, value in bare.items()}, **rest}, path, metadata={"format": "pt"}
+        )

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM ask for an end; the program ends where nothing is lost."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lcmdistill.errors import Interrupted
+
+
+class Stop:
+    """The signal that asked for an end, 0 while none has."""
+
+    signal: int = 0
+
+    def check(self, message: str) -> None:
+        """Raise Interrupted if an end was asked for."""
+        if self.signal:
+            raise Interrupted(message, self.signal)
+
+
+@contextmanager
+def gently_stoppable() -> Iterator[Stop]:
+    """The first signal is noted, for the program to end at a good place; a second one ends it at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.signal:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

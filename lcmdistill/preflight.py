@@ -1,0 +1,135 @@
+"""What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmdistill.config import RunConfig, to_toml
+from lcmdistill.data.cache import cache_folder, survey
+from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.errors import UsageError
+from lcmdistill.rundir import check_run, recorded, settle
+from lcmdistill.student import UNetWithOmega
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.tracking import say
+
+SURVEY_SECONDS = 20.0
+FORWARDS_PER_STEP = 6
+"student forward and backward 3, teacher with and without prompt 2, target 1"
+
+
+def guard(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a setting that this teacher makes impossible."""
+    try:
+        config.objective.check(teacher.schedule.num_steps)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    levels = len(teacher.network.config.block_out_channels) - 1
+    multiple = teacher.vae_factor * 2**levels
+    if config.data.resolution % multiple:
+        near = max(multiple, round(config.data.resolution / multiple) * multiple)
+        raise UsageError(
+            f"data.resolution is {config.data.resolution}; it must be a multiple of {multiple} for this teacher "
+            f"(its VAE shrinks by {teacher.vae_factor}, its U-Net by {2**levels}), such as {near}"
+        )
+
+
+def check_early(config: RunConfig) -> None:
+    """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all."""
+    check_run(config)
+    pick_device(config.run.device)
+    survey(config.data, config.run.seed, seconds=60.0, first_only=True)
+
+
+def dry_run(config: RunConfig) -> None:
+    """Open the teacher and the data, and say what a run would do: counts, configuration, memory, time."""
+    device = pick_device(config.run.device)
+    dtype = compute_dtype(config.run.precision, device)
+    folder = Path(config.run.output or "")
+    state = "a run to resume" if recorded(folder) else "new"
+    config = settle(config, 1)
+    teacher = load_teacher(config.teacher.model, **_loading(config))
+    guard(config, teacher)
+    say(to_toml(config))
+    say(f"output: {folder} ({state})")
+    for spec, report in zip(
+        config.data.sources, survey(config.data, config.run.seed, seconds=SURVEY_SECONDS), strict=True
+    ):
+        ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
+        say(f"data {spec}: {report}" + (f"; {ready} cached chunks are ready" if ready else ""))
+    parameters = sum(p.numel() for p in teacher.network.parameters())
+    say(
+        f"teacher: {teacher.prediction_type}-predicting U-Net of {parameters:,} parameters; the student trains all of them"
+    )
+    weights, activations = memory_bytes(config, teacher, dtype)
+    total = (weights + activations) / 2**30
+    say(
+        f"memory, estimated: {total:.2f} GiB (weights, gradients, Adam and EMA {weights / 2**30:.2f}, activations of "
+        f"{config.optim.batch_size} samples {activations / 2**30:.2f})"
+    )
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        verdict = "fits" if total < free else "does not fit: lower --batch-size, or --resolution"
+        say(f"the GPU has {free:.2f} GiB free: {verdict}")
+    seconds = _step_seconds(config, teacher, device, dtype)
+    whole = seconds * config.optim.max_train_steps / 3600
+    say(
+        f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
+    )
+    say("dry run: nothing was written")
+
+
+def _loading(config: RunConfig) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config.teacher).items() if k != "model"}
+
+
+def memory_bytes(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> tuple[int, int]:
+    """(weights and their company, saved activations) in bytes, from the network's real shapes on the meta device."""
+    n = sum(p.numel() for p in teacher.network.parameters())
+    half = 2 if dtype != torch.float32 else 4
+    # Student, gradient, two moments and EMA target in fp32; the frozen teacher in the compute dtype.
+    weights = n * (4 * 5 + half)
+    with torch.device("meta"):
+        unet: Any = type(teacher.network).from_config(teacher.network.config)
+        if config.run.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        z, t, c, _ = _example(config, teacher, "meta")
+        saved: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            # Kept alive, so that no other storage can take its number.
+            saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        parameters = {p.untyped_storage()._cdata for p in unet.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet.train()(z, t, encoder_hidden_states=c)
+    activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
+    return weights, activations * half // 4
+
+
+def _example(config: RunConfig, teacher: Teacher, device: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    unet, batch, side = teacher.network.config, config.optim.batch_size, config.data.resolution // teacher.vae_factor
+    shape = (batch, unet.in_channels, side, side)
+    tokens = (batch, teacher.pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
+    return (
+        torch.zeros(shape, device=device),
+        torch.zeros(batch, dtype=torch.int64, device=device),
+        torch.zeros(tokens, device=device),
+        None,
+    )
+
+
+def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
+    module = UNetWithOmega(teacher.network.to(device, dtype), dtype)
+    example = _example(config, teacher, device)
+    with torch.no_grad():
+        module(*example)
+        began = time.perf_counter()
+        float(module(*example).sum())
+    return (time.perf_counter() - began) * FORWARDS_PER_STEP * config.optim.accumulate

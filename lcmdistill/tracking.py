@@ -1,0 +1,118 @@
+"""What a run tells: lines or a progress bar, metrics.jsonl always, and a tracker on request."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.errors import UsageError
+
+
+def say(text: str) -> None:
+    """One plain line to standard output, at once."""
+    print(text, flush=True)
+
+
+class Progress:
+    """A bar with speed and time left on a terminal; elsewhere, `say` lines are all there is."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set how many units are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+
+    @property
+    def visible(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
+
+@contextmanager
+def progress(title: str, total: int | None, *, enabled: bool = True) -> Iterator[Progress]:
+    """A `Progress` for `total` units."""
+    if not (enabled and sys.stdout.isatty()):
+        yield Progress(None, None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        "left",
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, TextColumn("{task.fields[note]}")) as bar:
+        yield Progress(bar, bar.add_task(title, total=total, note=""))
+
+
+class Metrics:
+    """metrics.jsonl, and tensorboard or wandb beside it. Only the main process has one."""
+
+    def __init__(self, folder: Path, report_to: str, config: Mapping[str, Any], start_step: int) -> None:
+        """start_step: lines of later steps, left by a run that was cut off after its last checkpoint, are removed.
+
+        Raises UsageError if the tracker is not installed.
+        """
+        self._path = folder / "metrics.jsonl"
+        old = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        kept = [line for line in old if _step_of(line) <= start_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        try:
+            if report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            elif report_to == "wandb":
+                import wandb
+
+                self._wandb = wandb.init(
+                    project="lcmdistill", name=folder.name, id=folder.name, resume="allow", config=dict(config)
+                )
+        except ImportError as error:
+            raise UsageError(f"--report-to {report_to} needs: pip install 'lcmdistill[{report_to}]'") from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of numbers, everywhere."""
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """A PIL image to the tracker; the file is the caller's."""
+        if self._tensorboard is not None:
+            import numpy as np
+
+            self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Flush the trackers."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line cut off in the middle counts as late."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

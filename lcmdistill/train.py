@@ -1,0 +1,351 @@
+"""`lcmdistill distill`: build, loop, save. The only file that knows accelerate; the loop knows no method.
+
+A run's folder holds config.toml, metrics.jsonl, checkpoints/, samples/, README.md and pipeline/.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
+from lcmdistill.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    optimizer_tensors,
+    prune,
+    restore_optimizer,
+    save_checkpoint,
+)
+from lcmdistill.config import OptimConfig, RunConfig, flatten
+from lcmdistill.data.cache import LatentDataset, SampleOrder, prepare
+from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.ema import ema_update
+from lcmdistill.errors import RunError, UsageError
+from lcmdistill.export.pipeline import save_pipeline, student_pipeline
+from lcmdistill.interrupt import Stop, gently_stoppable
+from lcmdistill.modelcard import model_card, write_run_card
+from lcmdistill.objectives import Objective
+from lcmdistill.preflight import guard
+from lcmdistill.rundir import open_run
+from lcmdistill.student import UNetWithOmega, full_student, raw_network, target_of
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.tracking import Metrics, progress, say
+from lcmdistill.validate import Validation
+
+
+@dataclass
+class Run:
+    """Everything that the loop touches."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    teacher: Teacher
+    dataset: LatentDataset
+    student: Any
+    "the trainable module, wrapped for the processes it runs in"
+    target: Any
+    "the target U-Net, which is also what is exported"
+    models: Models
+    optimizer: Any
+    step: int = 0
+    "optimiser steps done"
+
+    @property
+    def unet(self) -> Any:
+        """The student's own U-Net, without its wrappers."""
+        return self.accelerator.unwrap_model(self.student).unet
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one optimiser step, over all micro-batches and processes."""
+        optim = self.config.optim
+        return optim.batch_size * optim.accumulate * self.accelerator.num_processes
+
+
+def distill(config: RunConfig) -> Path:
+    """Run, or resume, a distillation to its end; returns the run's folder.
+
+    Raises UsageError for what the user can mend, RunError for what went wrong on the way, Interrupted after Ctrl-C.
+    """
+    with gently_stoppable() as stop:
+        accelerator = _accelerator(config)
+        try:
+            return _distill(config, accelerator, stop)
+        finally:
+            accelerator.end_training()
+
+
+def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
+    loud = accelerator.is_main_process
+    world, rank = accelerator.num_processes, accelerator.process_index
+    config = open_run(config, world, main=loud)
+    accelerator.wait_for_everyone()
+    folder = Path(config.run.output or "")
+    done = checkpoints(folder / "checkpoints")
+    if loud:
+        say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
+    teacher = load_teacher(**_teacher_arguments(config))
+    guard(config, teacher)
+    teacher.pipeline.to(accelerator.device)
+    folders = _prepare(config, teacher, accelerator, stop)
+    dataset = LatentDataset(folders, [config.data.count] * len(folders))
+    if loud:
+        for spec, report in zip(config.data.sources, dataset.reports, strict=True):
+            say(f"data {spec}: {report}")
+    if not len(dataset):
+        raise UsageError("the data hold nothing usable; run with --dry-run to see why")
+    run = _build(config, folder, accelerator, teacher, dataset)
+    if done:
+        _restore(run, done[-1])
+        if loud:
+            say(f"resuming from {done[-1].name}")
+    validation = Validation(config, teacher, folder) if loud else None
+    metrics = Metrics(folder, config.run.report_to, flatten(config), run.step) if loud else None
+    try:
+        _follow(run, validation, metrics, stop, rank)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    if loud and validation is not None:
+        pipeline = student_pipeline(teacher, run.target).to("cpu")
+        save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
+        write_run_card(config, folder, teacher)
+        say(f"done: {folder}/pipeline draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loop: accumulate, backward, clip, step, update the target, yield (mean loss, gradient norm), on the device."""
+    optim = run.config.optim
+    accelerator, device = run.accelerator, run.accelerator.device
+    order = SampleOrder(len(run.dataset), run.config.run.seed, run.global_batch)
+    parameters = [p for p in run.student.parameters() if p.requires_grad]
+    while run.step < optim.max_train_steps:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate_at(run.step, optim)
+        total = torch.zeros((), device=device)
+        for micro in range(optim.accumulate):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * optim.batch_size
+            rng = Rng(run.config.run.seed, run.step, range(first, first + optim.batch_size), device)
+            batch = _batch(run, order.indices(run.step, rng.places), rng)
+            last = micro == optim.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(run.student):
+                loss = objective.loss(run.models, batch, rng).per_sample.mean() / optim.accumulate
+                accelerator.backward(loss)
+            total += loss.detach()
+        # An infinite limit clips nothing and still measures.
+        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        ema_update(run.target.parameters(), run.unet.parameters(), objective.ema_decay)
+        run.step += 1
+        yield total, torch.as_tensor(norm)
+
+
+def _batch(run: Run, indices: list[int], rng: Rng) -> Batch:
+    mean, std, cond = run.dataset.read(indices)
+    mean, std, cond = mean.to(rng.device), std.to(rng.device), cond.to(rng.device)
+    latents = mean + std * rng.normal("posterior", mean.shape[1:])
+    if run.config.data.caption_drop:
+        dropped = rng.uniform("caption-drop") < run.config.data.caption_drop
+        cond = cond.replace_where(dropped, run.models.null.expand(len(mean)))
+    return Batch(latents, cond)
+
+
+def learning_rate_at(step: int, optim: OptimConfig) -> float:
+    """The learning rate of a step, a function of its number: linear warm-up, then constant, cosine or linear to 0."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / max(1, optim.max_train_steps - optim.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return optim.learning_rate * factor[optim.lr_schedule]
+
+
+def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, stop: Stop, rank: int) -> None:
+    """Go through the steps; log, check, validate and save at their times."""
+    config, accelerator = run.config.run, run.accelerator
+    total = run.config.optim.max_train_steps
+    losses, norm, count, since = torch.zeros((), device=accelerator.device), torch.zeros(()), 0, time.monotonic()
+    if validation is not None and run.step == 0 and config.validate_every:
+        validation.draw(0, run.target, metrics)
+    with progress("distilling", total, enabled=validation is not None) as bar:
+        bar.update(run.step)
+        for loss, norm in train_steps(run, run.config.objective):
+            losses, count = losses + loss, count + 1
+            bar.update(run.step)
+            signalled = stop.signal if accelerator.num_processes == 1 else 0
+            at_log = run.step % config.log_every == 0 or run.step == total
+            if at_log:
+                mean = float(_over_processes(losses / count, accelerator).mean())
+                signalled = _agreed(stop, accelerator)
+                _check_finite(mean, norm, run)
+                speed = count * run.global_batch / (time.monotonic() - since)
+                if metrics is not None:
+                    rate = learning_rate_at(run.step - 1, run.config.optim)
+                    values = {"loss": mean, "grad_norm": float(norm), "learning_rate": rate, "samples_per_s": speed}
+                    metrics.log(run.step, values)
+                    left = timedelta(seconds=round((total - run.step) * run.global_batch / speed))
+                    line = f"loss {mean:.5f}  {speed:.1f} samples/s"
+                    bar.update(run.step, line)
+                    if not bar.visible:
+                        say(f"step {run.step}/{total}  {line}  left {left}")
+                losses, count, since = torch.zeros_like(losses), 0, time.monotonic()
+            began = time.monotonic()
+            if run.step % config.checkpoint_every == 0 or run.step == total or signalled:
+                _save(run)
+            if signalled:
+                stop.signal = signalled
+                stop.check(f"stopped at step {run.step}, which is saved; the same command resumes")
+            if validation is not None and config.validate_every and _due(run.step, config.validate_every, total):
+                validation.draw(run.step, run.target, metrics)
+            since += time.monotonic() - began
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step % every == 0 or step == total
+
+
+def _check_finite(loss: float, norm: Tensor, run: Run) -> None:
+    # Under fp16 an infinite norm is the loss scaler's ordinary way of finding its scale.
+    if math.isfinite(loss) and (run.accelerator.scaler is not None or bool(norm.isfinite())):
+        return
+    kept = checkpoints(run.folder / "checkpoints")
+    last = f"the last good checkpoint, {kept[-1].name}, is kept" if kept else "no checkpoint had been written yet"
+    raise RunError(
+        f"the loss is no longer finite (step {run.step}: loss {loss:g}, gradient norm {float(norm):g}); {last}; "
+        "lower --learning-rate, or use --precision fp32 or bf16"
+    )
+
+
+def _save(run: Run) -> None:
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        student = dict(run.unet.named_parameters())
+        if not all(bool(value.isfinite().all()) for value in student.values()):
+            _check_finite(math.nan, torch.tensor(math.nan), run)
+        folder = run.folder / "checkpoints"
+        scaler = run.accelerator.scaler
+        groups = {
+            "student": student,
+            "target": dict(run.target.named_parameters()),
+            "optimizer": optimizer_tensors(run.optimizer),
+        }
+        state = {"global_batch": run.global_batch, "scaler": scaler.state_dict() if scaler is not None else {}}
+        save_checkpoint(folder, run.step, groups, state)
+        prune(folder, run.config.run.keep_checkpoints)
+    run.accelerator.wait_for_everyone()
+
+
+def _restore(run: Run, path: Path) -> None:
+    groups, state = load_checkpoint(path)
+    if state["global_batch"] != run.global_batch:
+        raise UsageError(
+            f"{path.parent.parent} was trained with {state['global_batch']} samples a step and this command takes "
+            f"{run.global_batch} (batch size x accumulate x processes); make them equal to resume"
+        )
+    run.unet.load_state_dict(groups["student"])
+    run.target.load_state_dict(groups["target"])
+    restore_optimizer(run.optimizer, groups["optimizer"])
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step = state["step"]
+
+
+def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: Teacher, dataset: LatentDataset) -> Run:
+    device, dtype = accelerator.device, compute_dtype(config.run.precision, accelerator.device)
+    unet = full_student(teacher.network, config.student.omega_init, config.run.seed).to(device)
+    if config.run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    target = target_of(unet)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.adam_eps,
+        weight_decay=optim.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    student, optimizer = accelerator.prepare(UNetWithOmega(unet, dtype), optimizer)
+    null = teacher.encode_prompts([""]).to(device)
+    # From here on text encoder and VAE are needed for validation only.
+    for part in teacher.pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part is not teacher.network:
+            part.to("cpu")
+    schedule = teacher.schedule.to(device)
+    networks = [UNetWithOmega(teacher.network.to(device, dtype), dtype), student, UNetWithOmega(target, dtype)]
+    speaking = [x0_eps_network(raw_network(n), schedule, teacher.prediction_type) for n in networks]
+    models = Models(schedule, *speaking, null=null)
+    return Run(config, folder, accelerator, teacher, dataset, student, target, models, optimizer)
+
+
+def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
+    world, rank, folders = accelerator.num_processes, accelerator.process_index, []
+    dtype = compute_dtype(config.run.precision, accelerator.device)
+    for spec in config.data.sources:
+        with progress(f"preparing {spec}", config.data.count, enabled=rank == 0) as bar:
+            last = [time.monotonic()]
+
+            def tell(done: int, bar=bar, last=last, spec=spec) -> None:
+                stop.check("stopped while preparing the data; what is prepared is kept, and the same command goes on")
+                bar.update(done)
+                if rank == 0 and not bar.visible and time.monotonic() - last[0] > 10:
+                    say(f"preparing {spec}: {done} samples")
+                    last[0] = time.monotonic()
+
+            seed = config.run.seed
+            folders.append(
+                prepare(spec, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=tell)
+            )
+    accelerator.wait_for_everyone()
+    return folders
+
+
+def _teacher_arguments(config: RunConfig) -> dict[str, Any]:
+    teacher = config.teacher
+    return {
+        "model": teacher.model,
+        "revision": teacher.revision,
+        "variant": teacher.variant,
+        "allow_pickle": teacher.allow_pickle,
+    }
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    device = pick_device(config.run.device)
+    if config.run.device != "auto" and "LOCAL_RANK" not in os.environ:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    dtype = compute_dtype(config.run.precision, device)
+    # bf16 needs no loss scaling; autocast itself is the student's own business.
+    mixed = "fp16" if dtype == torch.float16 and device.type == "cuda" else "no"
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient])
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UsageError(f"{accelerator.distributed_type.value} is not supported yet; use torchrun, or multi-GPU (DDP)")
+    return accelerator
+
+
+def _over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """A scalar of every process, (processes,)."""
+    gathered: Any = accelerator.gather(value.reshape(1))
+    return gathered
+
+
+def _agreed(stop: Stop, accelerator: Accelerator) -> int:
+    """The same answer on every process: a signal that any of them has met."""
+    mine = torch.tensor(float(stop.signal), device=accelerator.device)
+    return round(float(_over_processes(mine, accelerator).max()))

@@ -1,0 +1,72 @@
+"""The validation grid: fixed prompts, fixed noise, drawn every so many steps with the EMA student."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcmdistill.batch import derive_seed
+from lcmdistill.config import RunConfig
+from lcmdistill.data.sources import read_prompts
+from lcmdistill.export.pipeline import student_pipeline
+from lcmdistill.sample import grid
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.tracking import Metrics
+
+STEPS = (1, 2, 4, 8)
+PROMPTS = (
+    "portrait of an old fisherman, soft window light",
+    "a red bicycle leaning on a white wall",
+    "watercolour of a harbour at dawn",
+    "a bowl of ramen, top view, food photography",
+)
+
+
+class Validation:
+    """Draws samples/step-N.png: a row a prompt, a column for each of STEPS."""
+
+    def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
+        self._config, self._teacher, self._folder = config, teacher, folder
+        self._prompts = config.run.validation_prompts or default_prompts(config.teacher.model)
+
+    def draw(self, step: int, unet: Any, metrics: Metrics | None) -> Path:
+        """Draw the grid of a step. unet: the network to draw with, on its device."""
+        teacher, device = self._teacher, unet.device
+        side = self._config.data.resolution // teacher.vae_factor
+        pipeline = student_pipeline(teacher, unet)
+        resting = [part for part in (teacher.vae, pipeline.text_encoder) if part.device != device]
+        for part in resting:
+            part.to(device)
+        shape = (1, teacher.vae.config.latent_channels, side, side)
+        images = [self._row(pipeline, prompt, shape) for prompt in self._prompts]
+        for part in resting:
+            part.to("cpu")
+        picture = grid(images, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
+        path = self._folder / "samples" / f"step-{step:06d}.png"
+        picture.save(path)
+        if metrics is not None:
+            metrics.image(step, "validation", picture)
+        return path
+
+    def _row(self, pipeline: Any, prompt: str, shape: tuple[int, ...]) -> list[Any]:
+        row = []
+        for steps in STEPS:
+            generator = torch.Generator().manual_seed(derive_seed(self._config.run.seed, "validation", prompt))
+            row += pipeline(
+                prompt=prompt,
+                num_inference_steps=steps,
+                guidance_scale=self._config.run.validation_guidance_scale,
+                latents=torch.randn(shape, generator=generator).to(pipeline.device),
+                generator=generator,
+                height=self._config.data.resolution,
+                width=self._config.data.resolution,
+            ).images
+        return row
+
+
+def default_prompts(model: str | None) -> tuple[str, ...]:
+    """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders."""
+    from lcmdistill.teachers import ALIASES
+
+    own = Path(ALIASES.get(model or "", model or "")) / "prompts-validation.txt"
+    return tuple(read_prompts(str(own))) if own.is_file() else PROMPTS

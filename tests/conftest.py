@@ -1,0 +1,112 @@
+"""Shared fixtures: a small random Stable Diffusion, built from its real classes, and small real image folders."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level CLIP tokenizer without merges: every letter is a token."""
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """A random SD-shaped pipeline of about 0.1M parameters at 16 px, saved as a diffusers folder."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+            scaling_factor=0.5,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=190,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=188,
+                eos_token_id=189,
+                pad_token_id=189,
+            )
+        )
+    write_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{folder.name}-tokenizer", model_max_length=77)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random epsilon teacher."""
+    return build_teacher(tmp_path_factory.mktemp("teacher") / "small")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve real emoji of the bundled shards as PNGs with captions beside them."""
+    from itertools import islice
+
+    from lcmdistill.data.sources import open_source
+
+    folder = tmp_path_factory.mktemp("images")
+    for i, member in enumerate(islice(open_source("tiny", None), 12)):
+        assert isinstance(member.image, bytes)
+        (folder / f"{i:02d}.webp").write_bytes(member.image)
+        (folder / f"{i:02d}.txt").write_text(member.caption or "")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))
