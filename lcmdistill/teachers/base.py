@@ -65,17 +65,18 @@ class Teacher:
         guidance_scale: float,
         scheduler: str,
         dtype: torch.dtype = torch.float32,
+        **scheduler_options: Any,
     ) -> Tensor:
         """The teacher's own scaled latents for prompts, (B, C, h, w) fp32.
 
         noise: (B, C, h, w), the start of each trajectory; guidance_scale: diffusers' convention, omega + 1; scheduler:
         the name of a deterministic diffusers scheduler class, built from the teacher's own scheduler config; dtype: of
-        autocast around the network.
+        autocast around the network; scheduler_options: what the scheduler's config is to say differently.
         """
         import diffusers
 
         before = self.pipeline.scheduler
-        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
         try:
             factor = self.vae_factor
             with torch.autocast(self.network.device.type, dtype=dtype, enabled=dtype != torch.float32):

