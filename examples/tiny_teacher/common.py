@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
@@ -58,7 +59,8 @@ class WeightAverage:
         """Move the average towards the live weights, faster while training is young."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = self._live()
-        torch._foreach_lerp_(list(self.weights.values()), [live[key] for key in self.weights], 1 - decay)
+        for key, average in self.weights.items():
+            average.lerp_(live[key], 1 - decay)
 
     def of(self, name: str) -> dict[str, Tensor]:
         """The averaged state dict of one module."""
@@ -96,3 +98,18 @@ def save_grid(images: Iterable[np.ndarray], columns: int, path: Path, scale: int
     picture = Image.fromarray(canvas)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def encode(vae: AutoencoderKL, images: Tensor) -> Any:
+    """The distribution of the latents of images in -1..1."""
+    return vae.encode(images).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """The images of unscaled latents."""
+    return vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+
+def scaling_factor(vae: AutoencoderKL) -> float:
+    """What multiplies the latents before they are noised."""
+    return float(vae.config["scaling_factor"])

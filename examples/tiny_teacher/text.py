@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -23,7 +24,7 @@ def build_tokenizer(captions: list[str], size: int = 2048) -> CLIPTokenizer:
         vocab_size=size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges: list[Any] = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     merges = merges[: size - 2 - 2 * len(alphabet)]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -32,21 +33,19 @@ def build_tokenizer(captions: list[str], size: int = 2048) -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A CLIP text encoder of two layers of 128."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=POSITIONS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="sdpa",
-        )
-    )
+    config: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "projection_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(CLIPTextConfig(**config))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

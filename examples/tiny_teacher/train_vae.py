@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Budget, WeightAverage, learning_rate, load_if_there, save_aside, save_grid, to_uint8
+from common import (
+    Budget,
+    WeightAverage,
+    decode,
+    encode,
+    learning_rate,
+    load_if_there,
+    save_aside,
+    save_grid,
+    scaling_factor,
+    to_uint8,
+)
 from data import load_entries, load_pixels
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 CHECK = (
@@ -19,18 +31,22 @@ CHECK = (
 )  # fmt: skip
 
 
+# Factor 4, and few, wide norm groups: with one channel a group, normalising would erase its colour.
+CONFIG: dict[str, Any] = {
+    "block_out_channels": (16, 32, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+    "mid_block_add_attention": False,
+}
+
+
 def build_vae() -> AutoencoderKL:
-    """An AutoencoderKL with factor 4 and few, wide norm groups (one channel a group would erase its colour)."""
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        mid_block_add_attention=False,
-    )
+    """A new AutoencoderKL."""
+    return AutoencoderKL(**CONFIG)
 
 
 def augment(images: Tensor) -> Tensor:
@@ -85,7 +101,7 @@ def train(work: Path, minutes: float, batch: int, peak: float, kl_weight: float,
         )
         model = averaged_vae(average.of("vae"))
         with torch.no_grad():
-            rebuilt = model.decode(model.encode(check).latent_dist.mode()).sample
+            rebuilt = decode(model, encode(model, check).mean)
         save_grid([*to_uint8(check), *to_uint8(rebuilt)], len(check), preview)
 
     while budget.progress < 1:
@@ -93,8 +109,8 @@ def train(work: Path, minutes: float, batch: int, peak: float, kl_weight: float,
             group["lr"] = learning_rate(peak, budget.progress)
         images = augment(pixels[torch.randint(len(pixels), (batch,))].float() / 127.5 - 1)
         with torch.autocast("cpu", torch.bfloat16):
-            moments = vae.encode(images).latent_dist
-            output = vae.decode(moments.sample()).sample.float()
+            moments = encode(vae, images)
+            output = decode(vae, moments.sample()).float()
         mean, logvar = moments.mean.float(), moments.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction_loss(output, images)
@@ -111,7 +127,7 @@ def train(work: Path, minutes: float, batch: int, peak: float, kl_weight: float,
             save()
     save()
     finished = finish(averaged_vae(average.of("vae")), pixels)
-    scale = finished.config.scaling_factor
+    scale = scaling_factor(finished)
     save_aside({"vae": finished.state_dict(), "scaling_factor": scale}, work / "vae-finished.pt")
     print(f"scaling factor {scale:.5f}", flush=True)
 
@@ -130,7 +146,7 @@ def finish(vae: AutoencoderKL, pixels: Tensor) -> AutoencoderKL:
     Both are measured over the training images. The change of each channel is folded into the 1x1 convolutions on
     either side of the latents, so the reconstructions stay what they were.
     """
-    moments = [vae.encode(part.float() / 127.5 - 1).latent_dist for part in pixels.split(64)]
+    moments = [encode(vae, part.float() / 127.5 - 1) for part in pixels.split(64)]
     means, variances = torch.cat([m.mean for m in moments]), torch.cat([m.var for m in moments])
     center = means.mean((0, 2, 3))
     spread = (means.var((0, 2, 3)) + variances.mean((0, 2, 3))).sqrt()
