@@ -36,7 +36,7 @@ def teacher_latents(
     batch_size: int = 16,
 ) -> Tensor:
     """The teacher's DDIM latents, (N, C, h, w). spacing: of the time steps; None keeps the teacher's own."""
-    options = {} if spacing is None else {"timestep_spacing": spacing}
+    options: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
     parts = [
         teacher.draw_latents(
             prompts[i : i + batch_size],

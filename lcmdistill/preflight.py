@@ -1,6 +1,7 @@
 """What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,19 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    levels = len(teacher.network.config.block_out_channels) - 1
-    multiple = teacher.vae_factor * 2**levels
-    if config.data.resolution % multiple:
-        near = max(multiple, round(config.data.resolution / multiple) * multiple)
+    resolution, factor = config.data.resolution, teacher.vae_factor
+    if resolution % factor:
+        near = max(factor, round(resolution / factor) * factor)
         raise UsageError(
-            f"data.resolution is {config.data.resolution}; it must be a multiple of {multiple} for this teacher "
-            f"(its VAE shrinks by {teacher.vae_factor}, its U-Net by {2**levels}), such as {near}"
+            f"data.resolution is {resolution}; it must be a multiple of the VAE's factor, {factor}: try {near}"
         )
 
 
 def check_early(config: RunConfig) -> None:
     """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all."""
-    check_run(config)
+    # Of several processes one may already have begun to fill the folder when another looks.
+    if os.environ.get("RANK", "0") == "0":
+        check_run(config)
     pick_device(config.run.device)
     survey(config.data, config.run.seed, seconds=60.0, first_only=True)
 

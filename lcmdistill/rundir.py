@@ -85,13 +85,12 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def open_run(config: RunConfig, world: int, *, main: bool) -> RunConfig:
-    """Check the folder, settle the configuration, and (on the main process) write it there."""
+def open_run(config: RunConfig, world: int) -> RunConfig:
+    """Check the folder, settle the configuration and write it there: the main process's business alone."""
     check_run(config)
     config = settle(config, world)
-    if main:
-        folder = Path(config.run.output or "")
-        for part in ("checkpoints", "samples"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.toml", to_toml(config))
+    folder = Path(config.run.output or "")
+    for part in ("checkpoints", "samples"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.toml", to_toml(config))
     return config

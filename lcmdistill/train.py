@@ -37,7 +37,7 @@ from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
-from lcmdistill.rundir import open_run
+from lcmdistill.rundir import open_run, settle
 from lcmdistill.student import UNetWithOmega, full_student, raw_network, target_of
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
@@ -91,8 +91,11 @@ def distill(config: RunConfig) -> Path:
 def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     loud = accelerator.is_main_process
     world, rank = accelerator.num_processes, accelerator.process_index
-    config = open_run(config, world, main=loud)
+    if loud:
+        config = open_run(config, world)
     accelerator.wait_for_everyone()
+    if not loud:
+        config = settle(config, world)
     folder = Path(config.run.output or "")
     done = checkpoints(folder / "checkpoints")
     if loud:
