@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -316,7 +317,9 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             return hint(str(value))
         raise UsageError(f"{key} is {str(value)!r}; choose from {', '.join(map(str, hint))}")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(value):
+            return float(value)
+        raise UsageError(f"{key} is {value}; it must be a finite number")
     if hint is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if hint is str and not isinstance(value, bool | list | dict):
@@ -344,13 +347,23 @@ def _check(config: RunConfig) -> None:
             raise UsageError(f"{key} is {value}; it must be at least 1")
     if config.data.count is not None and config.data.count < 1:
         raise UsageError(f"data.count is {config.data.count}; it must be at least 1")
+    not_negative = {
+        "data.min_size": config.data.min_size,
+        "optim.learning_rate": config.optim.learning_rate,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.adam_eps": config.optim.adam_eps,
+        "optim.max_grad_norm": config.optim.max_grad_norm,
+        "run.seed": config.run.seed,
+        "run.validate_every": config.run.validate_every,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise UsageError(f"{key} is {value}; it must be at least 0")
     if not 0.0 <= config.data.caption_drop <= 1.0:
         raise UsageError(f"data.caption_drop is {config.data.caption_drop}; it must be from 0 to 1")
-    for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-        value = getattr(config.optim, key)
-        if not 0 <= value < float("inf"):
-            raise UsageError(f"optim.{key} is {value}; it must be a finite number of at least 0")
-    if config.run.seed < 0:
-        raise UsageError(f"run.seed is {config.run.seed}; it must be at least 0")
+    for key in ("beta1", "beta2"):
+        if not 0.0 <= (beta := getattr(config.optim, key)) < 1.0:
+            raise UsageError(f"optim.{key} is {beta}; it must be at least 0 and below 1")
     if not config.data.sources:
         raise UsageError("data.sources is empty; name a folder, shards, or teacher")

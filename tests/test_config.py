@@ -1,0 +1,260 @@
+"""The configuration: what wins over what, what is refused and how, and the way to TOML and back."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from lcmdistill import cli
+from lcmdistill.config import (
+    ALIAS_DEFAULTS,
+    ObjectiveName,
+    RunConfig,
+    SolverName,
+    flatten,
+    parse_assignment,
+    read_toml,
+    resolve,
+    to_toml,
+)
+from lcmdistill.errors import UsageError
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.solvers import SOLVERS
+
+# A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
+KEYS = """
+data.cache_dir data.caption_drop data.count data.crop data.draw_steps data.flip data.guidance_scale data.max_watermark
+data.min_size data.prompts data.resolution data.sources
+objective.distance objective.ema_decay objective.name objective.skip objective.solver objective.times objective.w_max
+objective.w_min
+optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
+optim.max_grad_norm optim.max_train_steps optim.warmup_steps optim.weight_decay
+run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output run.precision
+run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
+student.omega_init
+teacher.allow_pickle teacher.model teacher.revision teacher.variant
+"""
+
+
+def value(config: RunConfig, dotted: str) -> Any:
+    return flatten(config).get(dotted)
+
+
+def test_the_option_list_is_frozen() -> None:
+    optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.count": 1}
+    optional |= {"data.max_watermark": 0.5, "data.cache_dir": "a", "run.validation_guidance_scale": 1.0}
+    assert sorted(flatten(resolve({}, optional))) == sorted(KEYS.split())
+
+
+def test_the_names_are_those_of_the_dicts() -> None:
+    assert [str(name) for name in ObjectiveName] == list(OBJECTIVES)
+    assert [str(name) for name in SolverName] == list(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_takes_every_solver(objective: str, solver: str) -> None:
+    config = resolve({}, {"objective.name": objective, "objective.solver": solver})
+    assert isinstance(config.objective, OBJECTIVES[objective])
+    config.objective.check(1000)
+
+
+def test_defaults_give_way_to_the_teacher_s_then_the_file_then_the_flags() -> None:
+    key = "optim.learning_rate"
+    assert value(resolve({}, {}), key) == 1e-6
+    assert value(resolve({}, {"teacher.model": "tiny"}), key) == ALIAS_DEFAULTS["tiny"][key] != 1e-6
+    assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {}), key) == 3e-5
+    assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {key: 7e-5}), key) == 7e-5
+    # what the file leaves open is still the teacher's
+    assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {}), "data.resolution") == 64
+    # the flag's teacher decides, not the file's
+    assert value(resolve({"teacher.model": "tiny"}, {"teacher.model": "a/b"}), key) == 1e-6
+
+
+@pytest.mark.parametrize("alias", ALIAS_DEFAULTS)
+def test_the_teachers_defaults_are_known_keys(alias: str) -> None:
+    config = resolve({}, {"teacher.model": alias})
+    for key, expected in ALIAS_DEFAULTS[alias].items():
+        assert value(config, key) == expected, key
+
+
+def test_the_output_is_named_for_the_teacher_and_the_objective() -> None:
+    assert value(resolve({}, {"teacher.model": "tiny"}), "run.output") == str(Path("runs/tiny-lcm"))
+    assert value(resolve({}, {"teacher.model": "owner/name"}), "run.output") == str(Path("runs/name-lcm"))
+    assert value(resolve({}, {"run.output": "here"}), "run.output") == "here"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("optim.learning_rat", "optim.learning_rate"),
+        ("optim.lerning_rate", "optim.learning_rate"),
+        ("run.learning_rate", "optim.learning_rate"),  # the right key in a wrong section
+        ("objective.wmin", "objective.w_min"),
+        ("runs.seed", "run.seed"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_closest_one(key: str, near: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"unknown config key {key!r}; did you mean {near!r}?")):
+        resolve({key: 1}, {})
+    with pytest.raises(UsageError, match=re.escape(repr(near))):
+        resolve({}, {key: 1})
+
+
+def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
+    with pytest.raises(UsageError, match="sections are data, objective, optim, run, student, teacher"):
+        resolve({"qqqq.zzzz": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.batch_size=1.5", "optim.batch_size is 1.5; it must be a whole number"),
+        ("optim.batch_size=true", "optim.batch_size is True; it must be a whole number"),
+        ("optim.batch_size=four", "optim.batch_size is 'four'; it must be a whole number"),
+        ("optim.batch_size=0", "optim.batch_size is 0; it must be at least 1"),
+        ("optim.accumulate=-1", "optim.accumulate is -1; it must be at least 1"),
+        ("optim.max_train_steps=0", "optim.max_train_steps is 0; it must be at least 1"),
+        ("optim.learning_rate=fast", "optim.learning_rate is 'fast'; it must be a number"),
+        ("optim.learning_rate=-1e-3", "optim.learning_rate is -0.001"),
+        ("optim.learning_rate=nan", "optim.learning_rate is nan; it must be a finite number"),
+        ("optim.adam_eps=inf", "optim.adam_eps is inf; it must be a finite number"),
+        ("optim.beta1=1.0", "optim.beta1 is 1.0"),
+        ("optim.beta2=-0.1", "optim.beta2 is -0.1"),
+        ("optim.lr_schedule=step", "optim.lr_schedule is 'step'; choose from constant, cosine, linear"),
+        ("objective.w_max=inf", "objective.w_max is inf; it must be a finite number"),
+        ("objective.name=dmd", "objective.name is 'dmd'; choose from lcm"),
+        ("objective.times=some", "objective.times is 'some'; choose from grid, all"),
+        ("data.flip=perhaps", "data.flip is 'perhaps'; it must be true or false"),
+        ("data.crop=left", "data.crop is 'left'; choose from center, random"),
+        ("data.caption_drop=1.5", "data.caption_drop is 1.5; it must be from 0 to 1"),
+        ("data.count=0", "data.count is 0; it must be at least 1"),
+        ("data.min_size=-1", "data.min_size is -1; it must be at least 0"),
+        ("data.sources=[1, 2]", "data.sources is [1, 2]; it must be a list of strings"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("run.precision=fp8", "run.precision is 'fp8'; choose from auto, fp32, bf16, fp16"),
+        ("run.report_to=paper", "run.report_to is 'paper'; choose from none, tensorboard, wandb"),
+        ("run.seed=-1", "run.seed is -1; it must be at least 0"),
+        ("run.validate_every=-1", "run.validate_every is -1; it must be at least 0"),
+        ("teacher.model=true", "teacher.model is True; it must be a string"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve({}, dict([parse_assignment(text)]))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.learning_rate=1e-5", 1e-5),
+        ("optim.learning_rate=1", 1.0),
+        ("data.flip=true", True),
+        ("data.flip=True", True),
+        ("data.count=none", None),
+        ("data.sources=teacher", ("teacher",)),
+        ('data.sources=["tiny", "teacher"]', ("tiny", "teacher")),
+        ("run.device=cuda:1", "cuda:1"),
+        ("run.output=a=b", "a=b"),
+        ("teacher.model=owner/name", "owner/name"),
+        ("teacher.revision=3", "3"),
+    ],
+)
+def test_an_assignment_is_read_as_the_field_s_type(text: str, expected: Any) -> None:
+    key, raw = parse_assignment(text)
+    found = value(resolve({}, {key: raw}), key)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("text", ["optim.learning_rate", "learning_rate=1", "=", ""])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"section\.key=value"):
+        parse_assignment(text)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"teacher.model": "tiny"}, {"teacher.model": "sd21", "objective.solver": "euler"}]
+)
+def test_the_toml_of_a_configuration_reads_back_to_the_same(tmp_path: Path, flags: dict[str, Any]) -> None:
+    odd = {"data.prompts": 'a "quoted"\\path\n', "data.sources": ("tiny", "a,b"), "run.validation_prompts": ("x", "é")}
+    odd |= {"optim.adam_eps": 1e-20, "data.max_watermark": 0.5, "data.count": 7, "run.precision": "bf16"}
+    for config in (resolve({}, flags), resolve({}, {**odd, **flags})):
+        path = tmp_path / "config.toml"
+        path.write_text(to_toml(config), encoding="utf-8")
+        assert resolve(read_toml(path), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[optim\n", "is not valid TOML"),
+        (b"\xff\xfe", "is not valid TOML"),
+        (b"seed = 1\n", "'seed' stands outside a section"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_toml(path)
+
+
+# -- what --help says ------------------------------------------------------------------------------------------------
+
+OPTION_OF = {
+    "teacher": "teacher.model",
+    "objective": "objective.name",
+    "solver": "objective.solver",
+    "skip": "objective.skip",
+    "max_train_steps": "optim.max_train_steps",
+    "batch_size": "optim.batch_size",
+    "accumulate": "optim.accumulate",
+    "learning_rate": "optim.learning_rate",
+    "resolution": "data.resolution",
+    "seed": "run.seed",
+    "precision": "run.precision",
+    "device": "run.device",
+    "report_to": "run.report_to",
+}
+# Told in words rather than values.
+IN_WORDS = {
+    "data": "teacher; tiny for the tiny teacher",
+    "prompts": "a bundled list",
+    "output": "runs/TEACHER-OBJECTIVE",
+}
+
+
+def documented_defaults() -> dict[str, str]:
+    """What `distill --help` says of each option's default."""
+    found = {}
+    for name, parameter in inspect.signature(cli.distill, eval_str=True).parameters.items():
+        help_text = get_args(parameter.annotation)[-1].help or ""
+        if match := re.search(r"\[default: (.*)\]$", help_text):
+            found[name] = match[1]
+    return found
+
+
+def test_every_default_that_help_tells_is_looked_at() -> None:
+    assert set(documented_defaults()) == {*OPTION_OF, *IN_WORDS}
+    assert {name: documented_defaults()[name] for name in IN_WORDS} == IN_WORDS
+    assert value(resolve({}, {}), "data.sources") == ("teacher",)
+    assert value(resolve({}, {"teacher.model": "tiny"}), "data.sources") == ("tiny",)
+    assert value(resolve({}, {}), "data.prompts") is None
+
+
+@pytest.mark.parametrize("option", OPTION_OF)
+def test_the_defaults_that_help_tells_are_the_real_ones(option: str) -> None:
+    key, told = OPTION_OF[option], documented_defaults()[option]
+    usual, _, others = told.partition("; ")
+    exceptions = dict(pair.split(" ") for pair in others.split(", ") if pair)
+    actual = value(resolve({}, {}), key)
+    assert type(actual)(usual) == actual
+    for alias in ALIAS_DEFAULTS:
+        flags = {"teacher.model": alias} if option != "teacher" else {}
+        of_alias = value(resolve({}, flags), key)
+        assert type(of_alias)(exceptions.get(alias, usual)) == of_alias, alias
