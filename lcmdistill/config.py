@@ -45,6 +45,26 @@ class Tracker(StrEnum):
     wandb = "wandb"
 
 
+# The layers of the published LCM-LoRAs (Luo et al. 2023b). time_cond_proj is not there, and must not be: the programs
+# that read LoRA files know no such layer.
+LORA_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """[teacher]: the network to distil."""
@@ -64,7 +84,19 @@ class StudentConfig:
     """[student]: how the student starts."""
 
     omega_init: Literal["zero", "random"] = "zero"
-    "first weights of the omega projection: zero starts exactly at the teacher, random is the public scripts' way"
+    "first weights of a full student's omega projection: zero starts exactly at the teacher, random is the scripts' way"
+    kind: Literal["full", "lora"] = "full"
+    "a network of its own, or an adapter on the teacher's; the command says which"
+    target: Literal["ema", "live"] = "ema"
+    "the target network: an EMA of the student, or the student itself"
+    rank: int = 64
+    "r of a LoRA: the rank of each layer's update"
+    alpha: float = 64.0
+    "alpha of a LoRA: its update is scaled by alpha / r"
+    dropout: float = 0.0
+    "dropout on a LoRA's inputs, 0 to 1"
+    target_modules: tuple[str, ...] = LORA_MODULES
+    "which of the teacher's layers get a LoRA, by the end of their names"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,8 +134,8 @@ def grid(
     side = cell or rows[0][0].width
     while cell is None and side < 96:
         side *= 2
-    gap, font = max(4, side // 24), ImageFont.load_default(size=max(11, side // 9))
-    line = round(font.size * 1.5)
+    gap, size = max(4, side // 24), max(11, side // 9)
+    font, line = ImageFont.load_default(size=size), round(size * 1.5)
     head, above = (line * (1 + max(c.count("\n") for c in columns)) if columns else 0), line if labels else 0
     width = max(len(row) for row in rows) * (side + gap) + gap
     canvas = Image.new("RGB", (width, head + len(rows) * (side + gap + above) + gap), "white")

@@ -1,15 +1,17 @@
-"""The full student: the teacher's U-Net with an omega input, its trainable copy and its target; and networks that run
-under autocast.
-"""
+"""Students: a full U-Net with an omega input, or a LoRA on the teacher's own; each with its target, under autocast."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.batch import Conditioning, derive_seed
+from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
+from lcmdistill.config import StudentConfig
 from lcmdistill.consistency import OMEGA_DIM, omega_embedding
+from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 
 
 class UNetWithOmega(nn.Module):
@@ -36,7 +38,93 @@ class UNetWithOmega(nn.Module):
         return output[0].float()
 
 
-def raw_network(module: nn.Module):
+class WithAdapter(nn.Module):
+    """A network seen with one of its adapters on, or with none: three of these share one U-Net."""
+
+    def __init__(self, network: UNetWithOmega, adapter: str | None) -> None:
+        super().__init__()
+        self.network = network
+        self.adapter = adapter
+
+    def forward(self, z: Tensor, t: Tensor, prompt_embeds: Tensor, w: Tensor | None) -> Tensor:
+        choose_adapter(self.network.unet, self.adapter)
+        return self.network(z, t, prompt_embeds, w)
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is trained, and the two frozen networks that it is trained against.
+
+    online, teacher, target: modules of (z, t, prompt_embeds, w); trainable, averaged: the student's parameters and the
+    target's, under the same names (none where the target is the live student); unet: what draws and is exported.
+    """
+
+    online: nn.Module
+    teacher: nn.Module
+    target: nn.Module
+    trainable: Mapping[str, Tensor]
+    averaged: Mapping[str, Tensor]
+    unet: Any
+
+
+def make_student(
+    teacher_unet: Any, config: StudentConfig, *, dtype: torch.dtype, seed: int, checkpointing: bool
+) -> Student:
+    """The student that the configuration asks for, on the teacher's device; the teacher's own weights go to `dtype`.
+
+    checkpointing: recompute the student's activations in the backward pass.
+    """
+    make = _lora if config.kind == "lora" else _full
+    return make(teacher_unet, config, dtype, seed, checkpointing)
+
+
+def _full(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
+    unet = full_student(teacher_unet, config.omega_init, seed).to(teacher_unet.device)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    ema = config.target == "ema"
+    target = target_of(unet) if ema else unet
+    online = UNetWithOmega(unet, dtype)
+    return Student(
+        online=online,
+        teacher=UNetWithOmega(teacher_unet.to(dtype), dtype),
+        target=UNetWithOmega(target, dtype) if ema else online,
+        trainable=dict(unet.named_parameters()),
+        averaged=dict(target.named_parameters()) if ema else {},
+        unet=target,
+    )
+
+
+def _lora(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
+    unet = teacher_unet.to(dtype).train()
+    if checkpointing:
+        # The backward pass recomputes with the adapter chosen last, which is the student's in every objective.
+        unet.enable_gradient_checkpointing()
+    ema = config.target == "ema"
+    for name in (TARGET, ONLINE) if ema else (ONLINE,):
+        add_lora(
+            unet,
+            name,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            modules=config.target_modules,
+            seed=seed,
+        )
+    choose_adapter(unet, ONLINE)
+    network = UNetWithOmega(unet, dtype)
+    drawing = TARGET if ema else ONLINE
+    return Student(
+        online=WithAdapter(network, ONLINE),
+        teacher=WithAdapter(network, None),
+        target=WithAdapter(network, drawing),
+        trainable=adapter_parameters(unet, ONLINE),
+        averaged=adapter_parameters(unet, TARGET) if ema else {},
+        unet=unet,
+    )
+
+
+def raw_network(module: nn.Module) -> RawNetwork:
     """A module of four tensors as a RawNetwork of (z, t, c, w)."""
 
     def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:

@@ -73,7 +73,7 @@ class Metrics:
 
                 self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
             elif report_to == "wandb":
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
 
                 self._wandb = wandb.init(
                     project="lcmdistill", name=folder.name, id=folder.name, resume="allow", config=dict(config)
@@ -98,7 +98,7 @@ class Metrics:
 
             self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
         if self._wandb is not None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb.log({name: wandb.Image(image)}, step=step)
 

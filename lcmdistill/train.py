@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +38,7 @@ from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
 from lcmdistill.rundir import open_run, settle
-from lcmdistill.student import UNetWithOmega, full_student, raw_network, target_of
+from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import Metrics, progress, say
@@ -54,19 +54,13 @@ class Run:
     accelerator: Accelerator
     teacher: Teacher
     dataset: LatentDataset
-    student: Any
-    "the trainable module, wrapped for the processes it runs in"
-    target: Any
-    "the target U-Net, which is also what is exported"
+    student: Student
+    online: Any
+    "the student's trainable module, wrapped for the processes it runs in"
     models: Models
     optimizer: Any
     step: int = 0
     "optimiser steps done"
-
-    @property
-    def unet(self) -> Any:
-        """The student's own U-Net, without its wrappers."""
-        return self.accelerator.unwrap_model(self.student).unet
 
     @property
     def global_batch(self) -> int:
@@ -123,7 +117,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         if metrics is not None:
             metrics.close()
     if loud and validation is not None:
-        pipeline = student_pipeline(teacher, run.target).to("cpu")
+        pipeline = student_pipeline(teacher, run.student.unet).to("cpu")
         save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
         write_run_card(config, folder, teacher)
         say(f"done: {folder}/pipeline draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
@@ -136,7 +130,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
     optim = run.config.optim
     accelerator, device = run.accelerator, run.accelerator.device
     order = SampleOrder(len(run.dataset), run.config.run.seed, run.global_batch)
-    parameters = [p for p in run.student.parameters() if p.requires_grad]
+    parameters, averaged = list(run.student.trainable.values()), list(run.student.averaged.values())
     while run.step < optim.max_train_steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, optim)
@@ -146,7 +140,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             rng = Rng(run.config.run.seed, run.step, range(first, first + optim.batch_size), device)
             batch = _batch(run, order.indices(run.step, rng.places), rng)
             last = micro == optim.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(run.student):
+            with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
                 loss = objective.loss(run.models, batch, rng).per_sample.mean() / optim.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
@@ -154,7 +148,8 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        ema_update(run.target.parameters(), run.unet.parameters(), objective.ema_decay)
+        if averaged:
+            ema_update(averaged, parameters, objective.ema_decay)
         run.step += 1
         yield total, torch.as_tensor(norm)
 
@@ -184,7 +179,7 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
     total = run.config.optim.max_train_steps
     losses, norm, count, since = torch.zeros((), device=accelerator.device), torch.zeros(()), 0, time.monotonic()
     if validation is not None and run.step == 0 and config.validate_every:
-        validation.draw(0, run.target, metrics)
+        validation.draw(0, run.student.unet, metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
         for loss, norm in train_steps(run, run.config.objective):
@@ -214,7 +209,7 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
                 stop.signal = signalled
                 stop.check(f"stopped at step {run.step}, which is saved; the same command resumes")
             if validation is not None and config.validate_every and _due(run.step, config.validate_every, total):
-                validation.draw(run.step, run.target, metrics)
+                validation.draw(run.step, run.student.unet, metrics)
             since += time.monotonic() - began
 
 
@@ -237,14 +232,13 @@ def _check_finite(loss: float, norm: Tensor, run: Run) -> None:
 def _save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        student = dict(run.unet.named_parameters())
-        if not all(bool(value.isfinite().all()) for value in student.values()):
+        if not all(bool(value.isfinite().all()) for value in run.student.trainable.values()):
             _check_finite(math.nan, torch.tensor(math.nan), run)
         folder = run.folder / "checkpoints"
         scaler = run.accelerator.scaler
         groups = {
-            "student": student,
-            "target": dict(run.target.named_parameters()),
+            "student": run.student.trainable,
+            "target": run.student.averaged,
             "optimizer": optimizer_tensors(run.optimizer),
         }
         state = {"global_batch": run.global_batch, "scaler": scaler.state_dict() if scaler is not None else {}}
@@ -260,40 +254,54 @@ def _restore(run: Run, path: Path) -> None:
             f"{path.parent.parent} was trained with {state['global_batch']} samples a step and this command takes "
             f"{run.global_batch} (batch size x accumulate x processes); make them equal to resume"
         )
-    run.unet.load_state_dict(groups["student"])
-    run.target.load_state_dict(groups["target"])
+    _copy_into(run.student.trainable, groups["student"])
+    _copy_into(run.student.averaged, groups["target"])
     restore_optimizer(run.optimizer, groups["optimizer"])
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
 
 
+@torch.no_grad()
+def _copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if parameters.keys() != saved.keys():
+        raise RunError("the checkpoint's parameters are not this student's; it was written by another version")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
 def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: Teacher, dataset: LatentDataset) -> Run:
     device, dtype = accelerator.device, compute_dtype(config.run.precision, accelerator.device)
-    unet = full_student(teacher.network, config.student.omega_init, config.run.seed).to(device)
-    if config.run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    target = target_of(unet)
+    teacher.network.to(device)
+    student = make_student(
+        teacher.network,
+        config.student,
+        dtype=dtype,
+        seed=config.run.seed,
+        checkpointing=config.run.gradient_checkpointing,
+    )
     optim = config.optim
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        list(student.trainable.values()),
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
         eps=optim.adam_eps,
         weight_decay=optim.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    student, optimizer = accelerator.prepare(UNetWithOmega(unet, dtype), optimizer)
+    online, optimizer = accelerator.prepare(student.online, optimizer)
     null = teacher.encode_prompts([""]).to(device)
     # From here on text encoder and VAE are needed for validation only.
     for part in teacher.pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part is not teacher.network:
             part.to("cpu")
     schedule = teacher.schedule.to(device)
-    networks = [UNetWithOmega(teacher.network.to(device, dtype), dtype), student, UNetWithOmega(target, dtype)]
-    speaking = [x0_eps_network(raw_network(n), schedule, teacher.prediction_type) for n in networks]
-    models = Models(schedule, *speaking, null=null)
-    return Run(config, folder, accelerator, teacher, dataset, student, target, models, optimizer)
+    networks = [
+        x0_eps_network(raw_network(module), schedule, teacher.prediction_type)
+        for module in (student.teacher, online, student.target)
+    ]
+    models = Models(schedule, *networks, null=null)
+    return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer)
 
 
 def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:

@@ -1,0 +1,107 @@
+"""The LoRA student: an adapter on the teacher's own U-Net, which with the adapter off is the teacher, bit for bit.
+
+Shapes: r rank, I inputs and O outputs of a layer.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcmdistill.batch import derive_seed
+from lcmdistill.errors import UsageError
+
+ONLINE, TARGET = "online", "target"
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One layer's low-rank update, (alpha / r) up down. down: (r, I, ...); up: (O, r, ...); alpha: > 0."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+def add_lora(
+    unet: Any, name: str, *, rank: int, alpha: float, dropout: float, modules: tuple[str, ...], seed: int
+) -> None:
+    """Add an adapter to a U-Net, its first weights drawn from the seed; everything else is frozen.
+
+    The adapter is fp32 whatever the base is. Raises UsageError if no layer has one of the names, or the rank is above a
+    layer's width.
+    """
+    from peft import LoraConfig
+
+    _check_layers(unet, rank, modules)
+    # peft scales by any number, though it declares a whole one.
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": list(modules),
+    }
+    unet.add_adapter(LoraConfig(**settings), adapter_name=name)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
+    for _, layer in lora_layers(unet):
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            part.float()
+        down = layer.lora_A[name].weight
+        if down.device.type != "meta":
+            fresh = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
+            down.data.copy_(fresh)
+    for parameter_name, parameter in unet.named_parameters():
+        parameter.requires_grad_(f".{name}." in parameter_name)
+
+
+def _check_layers(unet: Any, rank: int, modules: tuple[str, ...]) -> None:
+    chosen = [(path, m) for path, m in unet.named_modules() if any(path.endswith(f".{name}") for name in modules)]
+    if not chosen:
+        raise UsageError(f"student.target_modules: no layer of the teacher is named {', '.join(modules)}")
+    widths = {path: min(m.weight.shape[0], m.weight.shape[1:].numel()) for path, m in chosen}
+    narrow = min(widths, key=lambda path: widths[path])
+    if rank > widths[narrow]:
+        raise UsageError(
+            f"student.rank is {rank}, above the width of {narrow}, {widths[narrow]}; a rank so high saves nothing: lower --rank"
+        )
+
+
+def lora_layers(unet: Any) -> Iterator[tuple[str, Any]]:
+    """(path, peft layer) of every layer that an adapter sits on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path, module
+
+
+def choose_adapter(unet: Any, name: str | None) -> None:
+    """Let one adapter act, or none."""
+    for _, layer in lora_layers(unet):
+        layer.enable_adapters(name is not None)
+        if name is not None:
+            layer.set_adapter(name)
+
+
+def adapter_parameters(unet: Any, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters, by the path of their layer: "mid_block....to_q.lora_A"."""
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in lora_layers(unet):
+        found[f"{path}.lora_A"] = layer.lora_A[name].weight
+        found[f"{path}.lora_B"] = layer.lora_B[name].weight
+    return found
+
+
+def read_lora(unet: Any, name: str) -> dict[str, LoraLayer]:
+    """An adapter as plain tensors, path -> LoraLayer, on the CPU in fp32."""
+    return {
+        path: LoraLayer(
+            layer.lora_A[name].weight.detach().float().cpu(),
+            layer.lora_B[name].weight.detach().float().cpu(),
+            float(layer.lora_alpha[name]),
+        )
+        for path, layer in lora_layers(unet)
+    }
