@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lcmdistill import evaluate
 from lcmdistill.checkpoint import write_text
-from lcmdistill.config import DataConfig
 from lcmdistill.data.sources import open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import pick_device
 from lcmdistill.rundir import recorded
 from lcmdistill.sample import grid, load_student
+from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import ALIASES, load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.validate import default_prompts

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lcmdistill.config import ObjectiveName, Precision, SolverName, Tracker, parse_assignment, read_toml, resolve
+from lcmdistill.config import parse_assignment, read_toml, resolve
 from lcmdistill.errors import explain
+from lcmdistill.settings import ObjectiveName, Precision, SolverName, TargetKind, Tracker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,85 +23,164 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
+TeacherModel = Annotated[
+    str | None,
+    typer.Option(help="tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder.  [default: sd15]"),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What to learn on; repeatable: image folder, .tar shards (folder, file, URL, braces), tiny, or teacher "
+        "for no data set at all.  [default: teacher; tiny for the tiny teacher]"
+    ),
+]
+Prompts = Annotated[
+    str | None, typer.Option(help="File of prompts, one a line, for --data teacher.  [default: a bundled list]")
+]
+Objective = Annotated[ObjectiveName | None, typer.Option(help="The method.  [default: lcm]")]
+Solver = Annotated[SolverName | None, typer.Option(help="The teacher's PF-ODE solver.  [default: ddim]")]
+Skip = Annotated[int | None, typer.Option(help="k: teacher time steps between the two points compared.  [default: 20]")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples a process takes at once.  [default: 4; tiny 32]")]
+Accumulate = Annotated[
+    int | None, typer.Option(help="Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]")
+]
+MaxTrainSteps = Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 1000; tiny 250]")]
+Resolution = Annotated[
+    int | None, typer.Option(help="Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]")
+]
+Seed = Annotated[int | None, typer.Option(help="The one seed of every random draw.  [default: 0]")]
+PrecisionName = Annotated[Precision | None, typer.Option(help="Arithmetic inside the networks.  [default: auto]")]
+DeviceName = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub teacher.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the teacher's weight files, such as fp16.")]
+ReportTo = Annotated[Tracker | None, typer.Option(help="Tracker besides metrics.jsonl.  [default: none]")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, section.key=value; repeatable. --dry-run prints them all."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the settings and an estimate, and stop.")
+]
+
+# The setting that each option of the training commands stands for.
+SETTINGS = {
+    "teacher": "teacher.model",
+    "revision": "teacher.revision",
+    "variant": "teacher.variant",
+    "data": "data.sources",
+    "prompts": "data.prompts",
+    "resolution": "data.resolution",
+    "objective": "objective.name",
+    "solver": "objective.solver",
+    "skip": "objective.skip",
+    "max_train_steps": "optim.max_train_steps",
+    "batch_size": "optim.batch_size",
+    "accumulate": "optim.accumulate",
+    "learning_rate": "optim.learning_rate",
+    "output": "run.output",
+    "seed": "run.seed",
+    "precision": "run.precision",
+    "device": "run.device",
+    "report_to": "run.report_to",
+    "rank": "student.rank",
+    "alpha": "student.alpha",
+    "target": "student.target",
+    "dropout": "student.dropout",
+    "target_modules": "student.target_modules",
+}
+
 
 @app.command()
 def distill(
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder.  [default: sd15]"),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to learn on; repeatable: image folder, .tar shards (folder, file, URL, braces), tiny, or teacher "
-            "for no data set at all.  [default: teacher; tiny for the tiny teacher]"
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File of prompts, one a line, for --data teacher.  [default: a bundled list]")
-    ] = None,
+    teacher: TeacherModel = None,
+    data: Data = None,
+    prompts: Prompts = None,
     output: Annotated[str | None, typer.Option(help="The run's folder.  [default: runs/TEACHER-OBJECTIVE]")] = None,
-    objective: Annotated[ObjectiveName | None, typer.Option(help="The method.  [default: lcm]")] = None,
-    solver: Annotated[SolverName | None, typer.Option(help="The teacher's PF-ODE solver.  [default: ddim]")] = None,
-    skip: Annotated[
-        int | None, typer.Option(help="k: teacher time steps between the two points compared.  [default: 20]")
+    objective: Objective = None,
+    solver: Solver = None,
+    skip: Skip = None,
+    max_train_steps: MaxTrainSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's learning rate.  [default: 1e-6; tiny 1e-4]")
     ] = None,
-    max_train_steps: Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 1000; tiny 250]")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples a process takes at once.  [default: 4; tiny 32]")
-    ] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(help="Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-6; tiny 1e-4]")] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of every random draw.  [default: 0]")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Arithmetic inside the networks.  [default: auto]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub teacher.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the teacher's weight files, such as fp16.")] = None,
-    report_to: Annotated[Tracker | None, typer.Option(help="Tracker besides metrics.jsonl.  [default: none]")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting, section.key=value; repeatable. --dry-run prints them all."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the settings and an estimate, and stop.")
-    ] = False,
+    resolution: Resolution = None,
+    seed: Seed = None,
+    precision: PrecisionName = None,
+    device: DeviceName = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    report_to: ReportTo = None,
+    config: Config = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Distil a teacher into a Latent Consistency Model. Run the same command again to resume."""
-    flags: dict[str, Any] = dict(parse_assignment(text) for text in set_ or ())
-    flags |= {
-        "teacher.model": teacher,
-        "teacher.revision": revision,
-        "teacher.variant": variant,
-        "data.sources": tuple(data) if data else None,
-        "data.prompts": prompts,
-        "data.resolution": resolution,
-        "objective.name": objective,
-        "objective.solver": solver and str(solver),
-        "objective.skip": skip,
-        "optim.max_train_steps": max_train_steps,
-        "optim.batch_size": batch_size,
-        "optim.accumulate": accumulate,
-        "optim.learning_rate": learning_rate,
-        "run.output": output,
-        "run.seed": seed,
-        "run.precision": precision,
-        "run.device": device,
-        "run.report_to": report_to,
-    }
-    resolved = resolve(read_toml(config) if config else {}, {k: v for k, v in flags.items() if v is not None})
+    _train("full", locals())
+
+
+@app.command("distill-lora")
+def distill_lora(
+    teacher: TeacherModel = None,
+    data: Data = None,
+    prompts: Prompts = None,
+    output: Annotated[
+        str | None, typer.Option(help="The run's folder.  [default: runs/TEACHER-OBJECTIVE-lora]")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="r, the rank of each layer's update.  [default: 64; tiny 16]")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The update is scaled by alpha / r.  [default: 64; tiny 16]")
+    ] = None,
+    target: Annotated[
+        TargetKind | None,
+        typer.Option(help="Target network: the live adapter, or an EMA of it.  [default: live; tiny ema]"),
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout on the adapter's inputs.  [default: 0]")] = None,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to adapt, by the end of their names; repeatable.  [default: the published list]"),
+    ] = None,
+    objective: Objective = None,
+    solver: Solver = None,
+    skip: Skip = None,
+    max_train_steps: MaxTrainSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's learning rate.  [default: 1e-4; tiny 1e-3]")
+    ] = None,
+    resolution: Resolution = None,
+    seed: Seed = None,
+    precision: PrecisionName = None,
+    device: DeviceName = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    report_to: ReportTo = None,
+    config: Config = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train an LCM-LoRA: a small file that makes the checkpoint it was trained on draw in 2 to 8 steps."""
+    _train("lora", locals())
+
+
+def _train(kind: str, options: dict[str, Any]) -> None:
+    """Settle the configuration and run it. options: a training command's own, by name."""
+    flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
+    flags |= {key: options[name] for name, key in SETTINGS.items() if options.get(name) not in (None, [])}
+    flags["student.kind"] = kind
+    file = read_toml(options["config"]) if options["config"] else {}
+    resolved = resolve(file, flags)
     from lcmdistill import preflight
 
     preflight.check_early(resolved)
-    if dry_run:
+    if options["dry_run"]:
         preflight.dry_run(resolved)
         return
     from lcmdistill import train

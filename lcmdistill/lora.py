@@ -4,6 +4,7 @@ Shapes: r rank, I inputs and O outputs of a layer.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,9 @@ def add_lora(
         "lora_dropout": dropout,
         "target_modules": list(modules),
     }
-    unet.add_adapter(LoraConfig(**settings), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
+        unet.add_adapter(LoraConfig(**settings), adapter_name=name)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
     for _, layer in lora_layers(unet):
         for part in (layer.lora_A[name], layer.lora_B[name]):

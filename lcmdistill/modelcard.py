@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config import RunConfig, to_toml
+from lcmdistill.config import to_toml
 from lcmdistill.export.pipeline import STEPS
+from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
 
 

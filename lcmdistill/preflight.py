@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.config import RunConfig, to_toml
+from lcmdistill.config import to_toml
 from lcmdistill.data.cache import cache_folder, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.rundir import check_run, recorded, settle
+from lcmdistill.settings import RunConfig
 from lcmdistill.student import UNetWithOmega
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher

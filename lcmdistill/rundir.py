@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.checkpoint import checkpoints, write_text
-from lcmdistill.config import RunConfig, flatten, to_toml
+from lcmdistill.config import flatten, to_toml
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
+from lcmdistill.settings import RunConfig
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 FREE_TO_DIFFER = {

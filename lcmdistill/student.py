@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
-from lcmdistill.config import StudentConfig
 from lcmdistill.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.settings import StudentConfig
 
 
 class UNetWithOmega(nn.Module):

@@ -27,7 +27,7 @@ from lcmdistill.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from lcmdistill.config import OptimConfig, RunConfig, flatten
+from lcmdistill.config import flatten
 from lcmdistill.data.cache import LatentDataset, SampleOrder, prepare
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
@@ -38,6 +38,7 @@ from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
 from lcmdistill.rundir import open_run, settle
+from lcmdistill.settings import OptimConfig, RunConfig
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from lcmdistill.batch import derive_seed
-from lcmdistill.config import RunConfig
 from lcmdistill.data.sources import read_prompts
 from lcmdistill.export.pipeline import student_pipeline
 from lcmdistill.sample import grid
+from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import Metrics
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lcmdistill"
 LAYERS = {
     0: {"schedule", "prediction", "solvers", "consistency", "distances", "ema"},
     1: {"batch", "objectives"},
-    2: {"teachers", "student", "data", "checkpoint", "tracking", "rundir", "device", "interrupt"},
+    2: {"settings", "teachers", "student", "lora", "data", "checkpoint", "tracking", "rundir", "device", "interrupt"},
     3: {"train", "sample", "evaluate", "export", "preflight", "validate", "modelcard"},
     4: {"cli", "config", "errors", "__main__"},
 }

@@ -8,19 +8,10 @@ from typing import Any, get_args
 import pytest
 
 from lcmdistill import cli
-from lcmdistill.config import (
-    ALIAS_DEFAULTS,
-    ObjectiveName,
-    RunConfig,
-    SolverName,
-    flatten,
-    parse_assignment,
-    read_toml,
-    resolve,
-    to_toml,
-)
+from lcmdistill.config import flatten, parse_assignment, read_toml, resolve, to_toml
 from lcmdistill.errors import UsageError
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.settings import ALIAS_DEFAULTS, ObjectiveName, RunConfig, SolverName
 from lcmdistill.solvers import SOLVERS
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
@@ -33,7 +24,8 @@ optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.l
 optim.max_grad_norm optim.max_train_steps optim.warmup_steps optim.weight_decay
 run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output run.precision
 run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
-student.omega_init
+student.alpha student.dropout student.kind student.omega_init student.rank student.target
+student.target_modules
 teacher.allow_pickle teacher.model teacher.revision teacher.variant
 """
 

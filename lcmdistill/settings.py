@@ -1,0 +1,243 @@
+"""Every setting of a run: one frozen tree, its defaults, and what they mean in plain words. No torch here."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+
+class ObjectiveName(StrEnum):
+    """The keys of OBJECTIVES, spelled out so that --help needs no torch."""
+
+    lcm = "lcm"
+
+
+class SolverName(StrEnum):
+    """The keys of SOLVERS, spelled out so that --help needs no torch."""
+
+    ddim = "ddim"
+    euler = "euler"
+
+
+class Precision(StrEnum):
+    """What autocast does around the network; schedules, conversions and the loss are fp32 always."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class TargetKind(StrEnum):
+    """What the student is compared with."""
+
+    live = "live"
+    ema = "ema"
+
+
+class Tracker(StrEnum):
+    """Where metrics go besides metrics.jsonl."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+# The layers of the published LCM-LoRAs (Luo et al. 2023b). time_cond_proj is not there, and must not be: the programs
+# that read LoRA files know no such layer.
+LORA_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """[teacher]: the network to distil."""
+
+    model: str = "sd15"
+    "tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder"
+    revision: str | None = None
+    "branch, tag or commit of a hub model"
+    variant: str | None = None
+    "weight files' variant, such as fp16"
+    allow_pickle: bool = False
+    "also read .bin weights; a pickle can run any code, so only from an author you trust"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """[student]: how the student starts."""
+
+    omega_init: Literal["zero", "random"] = "zero"
+    "first weights of a full student's omega projection: zero starts exactly at the teacher, random is the scripts' way"
+    kind: Literal["full", "lora"] = "full"
+    "a network of its own, or an adapter on the teacher's; the command says which"
+    target: TargetKind = TargetKind.ema
+    "the target network: an EMA of the student, or the student itself"
+    rank: int = 64
+    "r of a LoRA: the rank of each layer's update"
+    alpha: float = 64.0
+    "alpha of a LoRA: its update is scaled by alpha / r"
+    dropout: float = 0.0
+    "dropout on a LoRA's inputs, 0 to 1"
+    target_modules: tuple[str, ...] = LORA_MODULES
+    "which of the teacher's layers get a LoRA, by the end of their names"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """[data]: what is learnt on, and how it is prepared."""
+
+    sources: tuple[str, ...] = ("teacher",)
+    "shards (folder, file, URL, braces), image folders, tiny, or teacher for no data set at all"
+    prompts: str | None = None
+    "file of prompts, one a line, for the source `teacher`; by default the bundled list"
+    resolution: int = 512
+    "side of the training images in pixels, a multiple of the VAE's factor"
+    count: int | None = None
+    "most samples to prepare; by default what the run can use (files), or one a prompt (teacher)"
+    crop: Literal["center", "random"] = "center"
+    "which square of a resized image is kept"
+    flip: bool = False
+    "mirror each image left to right with probability one half"
+    caption_drop: float = 0.0
+    "share of captions replaced by the empty prompt in training, 0 to 1"
+    min_size: int = 0
+    "skip images whose shorter side has fewer pixels"
+    max_watermark: float | None = None
+    "skip images whose metadata say pwatermark above this; images that do not say are kept"
+    guidance_scale: float = 7.5
+    "guidance with which the source `teacher` draws (diffusers' convention, omega + 1)"
+    draw_steps: int = 20
+    "DPM-Solver++ steps with which the source `teacher` draws"
+    cache_dir: str | None = None
+    "where prepared latents are kept and shared between runs; by default ~/.cache/lcmdistill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """[optim]: AdamW and the size of a step."""
+
+    learning_rate: float = 1e-6
+    "AdamW's learning rate after the warm-up"
+    batch_size: int = 4
+    "samples a process takes at once"
+    accumulate: int = 3
+    "micro-batches summed up for one step"
+    max_train_steps: int = 1000
+    "optimiser steps of the whole run"
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    "what the learning rate does after the warm-up"
+    warmup_steps: int = 0
+    "steps over which the learning rate rises from 0"
+    weight_decay: float = 0.0
+    "AdamW's weight decay"
+    beta1: float = 0.9
+    "AdamW's first beta"
+    beta2: float = 0.999
+    "AdamW's second beta"
+    adam_eps: float = 1e-8
+    "AdamW's epsilon"
+    max_grad_norm: float = 1.0
+    "gradients are clipped to this norm; 0 leaves them alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """[run]: where, with what seed, and how often to tell."""
+
+    output: str | None = None
+    "the run's folder; by default runs/TEACHER-OBJECTIVE"
+    seed: int = 0
+    "the one seed that every random draw comes from"
+    precision: Precision = Precision.auto
+    "arithmetic inside the networks; auto is bf16 or fp16 on a GPU that has it, fp32 on a CPU"
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1, mps, ..."
+    gradient_checkpointing: bool = False
+    "recompute activations in the backward pass: less memory, about a third more time"
+    log_every: int = 10
+    "steps between two lines of metrics"
+    checkpoint_every: int = 200
+    "steps between two checkpoints"
+    keep_checkpoints: int = 2
+    "how many of the last checkpoints are kept"
+    validate_every: int = 200
+    "steps between two validation grids; 0 draws none"
+    validation_prompts: tuple[str, ...] = ()
+    "prompts of the validation grid; by default a few fixed ones"
+    validation_guidance_scale: float | None = None
+    "guidance of the validation grid (diffusers' convention, omega + 1); by default the middle of the trained range"
+    report_to: Tracker = Tracker.none
+    "tracker besides metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is told. `objective` holds the fields of the chosen objective's own dataclass."""
+
+    objective_name: ObjectiveName = ObjectiveName.lcm
+    objective: Any = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunSection = field(default_factory=RunSection)
+
+
+SECTIONS: dict[str, type] = {
+    "teacher": TeacherConfig,
+    "student": StudentConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunSection,
+}
+
+# What a bare command means for a teacher known by name. Any other teacher starts from the dataclasses' defaults.
+ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "data.sources": ("tiny",),
+        "data.resolution": 64,
+        "data.guidance_scale": 4.5,
+        "objective.w_min": 1.0,
+        "objective.w_max": 5.0,
+        "optim.batch_size": 32,
+        "optim.accumulate": 1,
+        "optim.learning_rate": 1e-4,
+        "optim.max_train_steps": 250,
+        "run.checkpoint_every": 100,
+        "run.validate_every": 125,
+    },
+    "sd21": {"data.resolution": 768},
+}
+
+# What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,
+# and the LCM-LoRA report fixes omega, which an adapter has no input for.
+LORA_DEFAULTS: dict[str, Any] = {
+    "student.target": TargetKind.live,
+    "objective.w_min": 7.5,
+    "objective.w_max": 7.5,
+    "optim.learning_rate": 1e-4,
+}
+LORA_ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "student.rank": 16,
+        "student.alpha": 16.0,
+        "student.target": TargetKind.ema,
+        "objective.w_min": 3.5,
+        "objective.w_max": 3.5,
+        "optim.learning_rate": 1e-3,
+    }
+}
