@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning, derive_seed
-from lcmdistill.config import DataConfig
 from lcmdistill.data.sources import Member, kind_of, open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.settings import DataConfig
 from lcmdistill.teachers.base import Teacher
 
 CHUNK = 128
@@ -211,8 +211,12 @@ def _write_chunk(
             raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, aside, metadata={"kept": str(len(samples)), "rejected": json.dumps(dropped)})
-    aside.replace(path)
+    try:
+        # One key: safetensors writes several in any order, and the same members shall give the same bytes.
+        save_file(contiguous, aside, metadata={"report": json.dumps({"kept": len(samples), "rejected": dropped})})
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _latents(
@@ -248,11 +252,11 @@ class LatentDataset:
             kept, rejected = 0, Counter()
             for path in _chunks_up_to(folder, count):
                 chunk = safe_open(path, framework="pt")
-                meta = chunk.metadata()
-                n = int(meta["kept"])
+                report = json.loads(chunk.metadata()["report"])
+                n = report["kept"]
                 self._places += [(len(self._chunks), i) for i in range(n)]
                 self._chunks.append(chunk)
-                kept, rejected = kept + n, rejected + Counter(json.loads(meta["rejected"]))
+                kept, rejected = kept + n, rejected + Counter(report["rejected"])
             self.reports.append(Report(kept, tuple(rejected.most_common())))
 
     def __len__(self) -> int:

@@ -7,6 +7,8 @@ with a `problem`, so that it can be counted.
 import csv
 import json
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -34,7 +36,7 @@ class Member:
 
 def shards(spec: str, prompts: str | None) -> Iterator[Member]:
     """Webdataset shards: a folder of tars, a file, a URL (http, https, gs, hf, pipe:), each with brace expansion."""
-    import webdataset
+    from webdataset.compat import WebDataset
     from webdataset.shardlists import expand_urls
 
     folder = Path(spec).expanduser()
@@ -45,13 +47,15 @@ def shards(spec: str, prompts: str | None) -> Iterator[Member]:
     for url in urls:
         if not url.startswith(REMOTE) and not Path(url).expanduser().is_file():
             raise UsageError(f"--data {spec}: there is no shard {url}")
+    if urls and urls[0].startswith(("http://", "https://")):
+        _reach(urls[0])
     problems: list[str] = []
 
     def count_and_go_on(error: Exception) -> bool:
-        problems.append(f"unreadable shard ({type(error).__name__})")
+        problems.append(f"unreadable part of a shard ({type(error).__name__})")
         return True
 
-    stream = webdataset.WebDataset(
+    stream = WebDataset(
         [str(Path(url).expanduser()) if not url.startswith(REMOTE) else url for url in urls],
         shardshuffle=False,
         nodesplitter=_all_shards,
@@ -63,6 +67,18 @@ def shards(spec: str, prompts: str | None) -> Iterator[Member]:
         yield from _drain(problems)
         yield _shard_member(sample)
     yield from _drain(problems)
+
+
+def _reach(url: str) -> None:
+    """Raise unless a server answers for the URL: the download itself would be tried for minutes without a word."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):  # other codes may be meant for HEAD alone
+            raise UsageError(f"there is no shard {url}: the server answers {error.code} {error.reason}") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise RunError(f"--data {url} cannot be reached: {reason}") from error
 
 
 def _all_shards(urls: Iterable[Any]) -> Iterable[Any]:
@@ -112,15 +128,19 @@ def _metadata_rows(root: Path) -> list[dict[str, Any]] | None:
     jsonl, table = root / "metadata.jsonl", root / "metadata.csv"
     if jsonl.is_file():
         try:
-            rows = [json.loads(line) for line in jsonl.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")  # a caption may hold what splitlines() splits at
+            rows = [json.loads(line) for line in lines if line.strip()]
         except ValueError as error:
             raise UsageError(f"{jsonl} is not valid JSON lines: {error}") from error
         if not all(isinstance(row, dict) for row in rows):
             raise UsageError(f'{jsonl} must hold one object a line, such as {{"file_name": "a.png", "text": "a cat"}}')
         return rows
     if table.is_file():
-        with table.open(encoding="utf-8", newline="") as handle:
-            return list(csv.DictReader(handle))
+        try:
+            with table.open(encoding="utf-8-sig", newline="") as handle:
+                return list(csv.DictReader(handle))
+        except (ValueError, csv.Error) as error:
+            raise UsageError(f"{table} is not valid CSV: {error}") from error
     return None
 
 

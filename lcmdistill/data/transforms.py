@@ -4,18 +4,20 @@ Shapes: H = W = the resolution.
 """
 
 import io
+import math
 import random
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
-from lcmdistill.config import DataConfig
 from lcmdistill.data.sources import Member
+from lcmdistill.settings import DataConfig
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,18 @@ def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample |
         return Rejected(member.problem)
     if member.caption is None or not member.caption.strip():
         return Rejected("no caption")
-    watermark = member.meta.get("pwatermark")
-    if config.max_watermark is not None and isinstance(watermark, int | float) and watermark > config.max_watermark:
+    if config.max_watermark is not None and _number(member.meta.get("pwatermark")) > config.max_watermark:
         return Rejected(f"pwatermark above {config.max_watermark:g}")
     caption = " ".join(member.caption.split())
     if member.image is None:
         return Sample(caption, None)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # a broken EXIF block is no reason to speak up
             image = _on_white(Image.open(io.BytesIO(member.image) if isinstance(member.image, bytes) else member.image))
     except Image.DecompressionBombError:
         return Rejected("image too large")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except Exception:  # a decoder that is fed rubbish raises whatever its own code stumbles over
         return Rejected("corrupt image")
     if min(image.size) < config.min_size:
         return Rejected(f"smaller than {config.min_size} px")
@@ -63,10 +64,20 @@ def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample |
     return Sample(caption, transform(image, config.resolution, config.crop, config.flip, draw))
 
 
+def _number(value: Any) -> float:
+    """A number from metadata, which a table holds as text; what is absent or no number is below every limit."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return -math.inf
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB, upright by its EXIF orientation, transparency composed on white."""
     image.load()
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -75,14 +86,13 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def transform(image: Image.Image, resolution: int, crop: str, flip: bool, draw: random.Random) -> Tensor:
-    """Resize the shorter side, keep a square, mirror perhaps: (3, H, W) fp32 in [-1, 1]."""
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    spare = (size[0] - resolution, size[1] - resolution)
+    """A square as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1]."""
+    side = min(image.size)
+    spare = [length - side for length in image.size]
     left, top = (draw.randint(0, s) for s in spare) if crop == "random" else (s // 2 for s in spare)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    # In one go: resized as a whole, an image of one pixel's height would fill the memory.
+    box = (left, top, left + side, top + side)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     if flip and draw.random() < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0

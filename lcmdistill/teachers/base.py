@@ -95,10 +95,15 @@ class Teacher:
         return out[0].float()
 
     def fingerprint(self, *, with_network: bool) -> str:
-        """A hash of the weights that make latents and embeddings; with_network also covers the denoiser's."""
-        digest = hashlib.blake2b(digest_size=16)
+        """A hash of all that makes latents and embeddings; with_network also covers what draws them."""
+        config = self.vae.config
+        about: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None)]
         parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
-        for module in [*parts, *([self.network] if with_network else [])]:
+        if with_network:
+            about += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))
+            parts.append(self.network)
+        digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
+        for module in parts:
             for name, value in sorted(module.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
