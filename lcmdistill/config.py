@@ -170,6 +170,7 @@ def _check(config: RunConfig) -> None:
         "run.log_every": config.run.log_every,
         "run.checkpoint_every": config.run.checkpoint_every,
         "run.keep_checkpoints": config.run.keep_checkpoints,
+        "student.rank": config.student.rank,
     }
     for key, value in positive.items():
         if value < 1:
@@ -189,8 +190,12 @@ def _check(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if value < 0:
             raise UsageError(f"{key} is {value}; it must be at least 0")
-    if not 0.0 <= config.data.caption_drop <= 1.0:
-        raise UsageError(f"data.caption_drop is {config.data.caption_drop}; it must be from 0 to 1")
+    for key, value in {
+        "data.caption_drop": config.data.caption_drop,
+        "student.dropout": config.student.dropout,
+    }.items():
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{key} is {value}; it must be from 0 to 1")
     for key in ("beta1", "beta2"):
         if not 0.0 <= (beta := getattr(config.optim, key)) < 1.0:
             raise UsageError(f"optim.{key} is {beta}; it must be at least 0 and below 1")

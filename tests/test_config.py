@@ -130,6 +130,9 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("run.report_to=paper", "run.report_to is 'paper'; choose from none, tensorboard, wandb"),
         ("run.seed=-1", "run.seed is -1; it must be at least 0"),
         ("run.validate_every=-1", "run.validate_every is -1; it must be at least 0"),
+        ("student.rank=0", "student.rank is 0; it must be at least 1"),
+        ("student.dropout=1.5", "student.dropout is 1.5; it must be from 0 to 1"),
+        ("student.target=none", "student.target is 'none'; choose from live, ema"),
         ("teacher.model=true", "teacher.model is True; it must be a string"),
     ],
 )
@@ -168,7 +171,8 @@ def test_what_is_no_assignment_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"teacher.model": "tiny"}, {"teacher.model": "sd21", "objective.solver": "euler"}]
+    "flags",
+    [{}, {"teacher.model": "tiny"}, {"teacher.model": "sd21", "objective.solver": "euler"}, {"student.kind": "lora"}],
 )
 def test_the_toml_of_a_configuration_reads_back_to_the_same(tmp_path: Path, flags: dict[str, Any]) -> None:
     odd = {"data.prompts": 'a "quoted"\\path\n', "data.sources": ("tiny", "a,b"), "run.validation_prompts": ("x", "é")}
@@ -198,55 +202,68 @@ def test_a_config_file_that_is_none_is_refused(tmp_path: Path, content: bytes | 
 
 # -- what --help says ------------------------------------------------------------------------------------------------
 
-OPTION_OF = {
-    "teacher": "teacher.model",
-    "objective": "objective.name",
-    "solver": "objective.solver",
-    "skip": "objective.skip",
-    "max_train_steps": "optim.max_train_steps",
-    "batch_size": "optim.batch_size",
-    "accumulate": "optim.accumulate",
-    "learning_rate": "optim.learning_rate",
-    "resolution": "data.resolution",
-    "seed": "run.seed",
-    "precision": "run.precision",
-    "device": "run.device",
-    "report_to": "run.report_to",
-}
 # Told in words rather than values.
 IN_WORDS = {
     "data": "teacher; tiny for the tiny teacher",
     "prompts": "a bundled list",
     "output": "runs/TEACHER-OBJECTIVE",
 }
+COMMANDS = {
+    "distill": (cli.distill, {}, IN_WORDS),
+    "distill-lora": (
+        cli.distill_lora,
+        {"student.kind": "lora"},
+        {**IN_WORDS, "output": "runs/TEACHER-OBJECTIVE-lora", "target_modules": "the published list"},
+    ),
+}
 
 
-def documented_defaults() -> dict[str, str]:
-    """What `distill --help` says of each option's default."""
+def documented_defaults(command: Any) -> dict[str, str]:
+    """What --help says of each option's default."""
     found = {}
-    for name, parameter in inspect.signature(cli.distill, eval_str=True).parameters.items():
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         help_text = get_args(parameter.annotation)[-1].help or ""
         if match := re.search(r"\[default: (.*)\]$", help_text):
             found[name] = match[1]
     return found
 
 
-def test_every_default_that_help_tells_is_looked_at() -> None:
-    assert set(documented_defaults()) == {*OPTION_OF, *IN_WORDS}
-    assert {name: documented_defaults()[name] for name in IN_WORDS} == IN_WORDS
-    assert value(resolve({}, {}), "data.sources") == ("teacher",)
-    assert value(resolve({}, {"teacher.model": "tiny"}), "data.sources") == ("tiny",)
-    assert value(resolve({}, {}), "data.prompts") is None
+EACH_DEFAULT = [
+    (name, option)
+    for name, (command, _, in_words) in COMMANDS.items()
+    for option in sorted({*documented_defaults(command)} - {*in_words})
+]
 
 
-@pytest.mark.parametrize("option", OPTION_OF)
-def test_the_defaults_that_help_tells_are_the_real_ones(option: str) -> None:
-    key, told = OPTION_OF[option], documented_defaults()[option]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_help_tells_in_words_is_true(name: str) -> None:
+    command, flags, in_words = COMMANDS[name]
+    told = documented_defaults(command)
+    assert {option: told[option] for option in in_words} == in_words
+    assert value(resolve({}, flags), "data.sources") == ("teacher",)
+    assert value(resolve({}, {**flags, "teacher.model": "tiny"}), "data.sources") == ("tiny",)
+    assert value(resolve({}, flags), "data.prompts") is None
+    output = in_words["output"].replace("TEACHER", "tiny").replace("OBJECTIVE", "lcm")
+    assert value(resolve({}, {**flags, "teacher.model": "tiny"}), "run.output") == output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_the_default_of_every_option_that_has_one(name: str) -> None:
+    command, flags, _ = COMMANDS[name]
+    config = resolve({}, flags)
+    options = set(inspect.signature(command).parameters) & set(cli.SETTINGS)
+    with_default = {option for option in options if value(config, cli.SETTINGS[option]) is not None}
+    assert set(documented_defaults(command)) == with_default | {"prompts"}
+
+
+@pytest.mark.parametrize(("name", "option"), EACH_DEFAULT)
+def test_the_defaults_that_help_tells_are_the_real_ones(name: str, option: str) -> None:
+    command, flags, _ = COMMANDS[name]
+    key, told = cli.SETTINGS[option], documented_defaults(command)[option]
     usual, _, others = told.partition("; ")
     exceptions = dict(pair.split(" ") for pair in others.split(", ") if pair)
-    actual = value(resolve({}, {}), key)
+    actual = value(resolve({}, flags), key)
     assert type(actual)(usual) == actual
-    for alias in ALIAS_DEFAULTS:
-        flags = {"teacher.model": alias} if option != "teacher" else {}
-        of_alias = value(resolve({}, flags), key)
+    for alias in ALIAS_DEFAULTS if option != "teacher" else ():
+        of_alias = value(resolve({}, {**flags, "teacher.model": alias}), key)
         assert type(of_alias)(exceptions.get(alias, usual)) == of_alias, alias
