@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.sd import stable_diffusion
@@ -55,15 +57,17 @@ def load_pipeline(
             f"or one of {', '.join(ALIASES)}"
         )
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             name,
             revision=revision,
             variant=variant,
             use_safetensors=None if allow_pickle else True,
             torch_dtype=torch.float32,
         )
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
+    _check_weights(model, pipeline)
+    return pipeline
 
 
 def load_teacher(
@@ -83,9 +87,12 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
     if not index.is_file():
         raise UsageError(f"{folder} holds no model_index.json; a diffusers pipeline folder has one at its top")
     try:
-        parts = {k for k, v in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(v, list) and v[0]}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        tree = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UsageError(f"{index} is not valid JSON: {error}") from error
+    if not isinstance(tree, dict) or "_class_name" not in tree:
+        raise UsageError(f"{index} does not describe a diffusers pipeline: it names no _class_name")
+    parts = {key for key, value in tree.items() if isinstance(value, list) and value and value[0]}
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:
         raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
@@ -95,6 +102,25 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
             raise UsageError(
                 f"{folder / part} holds pickled weights only, which can run any code when opened; convert them to "
                 "safetensors, or pass --set teacher.allow_pickle=true if you trust their author"
+            )
+
+
+def _check_weights(model: str, pipeline: Any) -> None:
+    """Raise UsageError if a U-Net's or a CLIP's file lacks weights: the libraries draw random ones and only warn."""
+    for name, part in pipeline.components.items():
+        if not type(part).__name__.startswith(("CLIPText", "UNet")):
+            continue
+        found: dict[str, list[int]] = {}
+        for path in Path(part.config._name_or_path).glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys = file.keys()
+                found |= {key.removeprefix("text_model."): file.get_slice(key).get_shape() for key in keys}
+        wanted = {key.removeprefix("text_model."): list(value.shape) for key, value in part.state_dict().items()}
+        lost = [key for key, shape in wanted.items() if found.get(key) != shape]
+        if found and lost:
+            raise UsageError(
+                f"{model} cannot be loaded as a diffusers pipeline: the file of its {name} lacks {len(lost)} weights of "
+                f"the right shape, such as {lost[0]}"
             )
 
 
