@@ -4,13 +4,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lcmdistill.config import parse_assignment, read_toml, resolve
-from lcmdistill.errors import explain
-from lcmdistill.settings import ObjectiveName, Precision, SolverName, TargetKind, Tracker
+from lcmdistill.errors import UsageError, explain
+from lcmdistill.settings import Format, ObjectiveName, Precision, SolverName, TargetKind, Tracker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -194,6 +194,16 @@ def sample(
         str | None,
         typer.Argument(help="Run folder, pipeline folder or hub id.  [default: the newest run under runs/]"),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="The same as MODEL: what the LoRAs of --lora are put on.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA file or folder (kohya, diffusers, peft); repeatable: a style with an LCM-LoRA."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="Weight of each --lora, in their order.  [default: 1]")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
     steps: Annotated[
@@ -201,7 +211,9 @@ def sample(
     ] = 4,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5]"),
+        typer.Option(
+            help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5; with a LoRA 1]"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
@@ -218,10 +230,17 @@ def sample(
     from lcmdistill.tracking import progress, say
     from lcmdistill.validate import default_prompts
 
-    found = sampling.find_model(model)
+    if model and base:
+        raise UsageError("MODEL and --model say the same; give one of them")
+    if len(lora_scale or ()) > len(lora or ()):
+        raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
+    found = sampling.find_model(model or base)
+    loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else []) or list(default_prompts(found.teacher))
-    guidance = guidance_scale if guidance_scale is not None else found.guidance_scale or 8.5
-    pipeline = sampling.load_student(found.path, pick_device(device))
+    own = found.guidance_scale or (1.0 if loras else 8.5)
+    guidance = guidance_scale if guidance_scale is not None else own
+    scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
+    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales)
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
         drawings = sampling.draw(
@@ -236,6 +255,31 @@ def sample(
         )
     grid = sampling.write_drawings(drawings, output, model=found.path, steps=steps, guidance_scale=guidance)
     say(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format_: Annotated[Format, typer.Option("--format", help="What to write.")],
+    output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"],
+        typer.Option(help="What the weights are cast to; diffusers-lora and peft are fp32."),
+    ] = "fp16",
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Write what a run made for diffusers, ComfyUI, A1111 or peft, and check that it reads back the same."""
+    from lcmdistill import export as exporting
+    from lcmdistill.tracking import say
+
+    say(exporting.export(run, format_, output, dtype=dtype, guidance_scale=guidance_scale, verify=verify))
 
 
 def _quiet_libraries() -> None:

@@ -96,15 +96,3 @@ def adapter_parameters(unet: Any, name: str) -> dict[str, nn.Parameter]:
         found[f"{path}.lora_A"] = layer.lora_A[name].weight
         found[f"{path}.lora_B"] = layer.lora_B[name].weight
     return found
-
-
-def read_lora(unet: Any, name: str) -> dict[str, LoraLayer]:
-    """An adapter as plain tensors, path -> LoraLayer, on the CPU in fp32."""
-    return {
-        path: LoraLayer(
-            layer.lora_A[name].weight.detach().float().cpu(),
-            layer.lora_B[name].weight.detach().float().cpu(),
-            float(layer.lora_alpha[name]),
-        )
-        for path, layer in lora_layers(unet)
-    }

@@ -1,53 +1,76 @@
 """The model card of a run: what it was distilled from and with, and how its files are used."""
 
 from pathlib import Path
-from typing import Any
 
+from lcmdistill.checkpoint import write_text
 from lcmdistill.config import to_toml
-from lcmdistill.export.pipeline import STEPS
 from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
 
+_FULL_USE = """```python
+from diffusers import DiffusionPipeline
 
-def model_card(config: RunConfig, folder: Path, teacher: Teacher) -> str:
-    """Markdown with the hub's metadata on top. Guidance is told in both conventions."""
+pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
+image = pipeline("a prompt", num_inference_steps=4, guidance_scale={guidance:g}).images[0]
+```
+
+or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. Guidance is an input of the network: images cost one forward a
+step, and negative prompts have no effect."""
+
+_LORA_USE = """ComfyUI and A1111: put `lora/{folder.name}.safetensors` among the LoRAs, weight 1, sampler LCM, 4 steps, CFG 1.
+diffusers:
+
+```python
+from diffusers import DiffusionPipeline, LCMScheduler
+
+pipeline = DiffusionPipeline.from_pretrained("{model}")
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+pipeline.load_lora_weights("{folder}/lora", weight_name="{folder.name}.safetensors")
+image = pipeline("a prompt", num_inference_steps=4, guidance_scale=1).images[0]
+```
+
+or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. The guidance that it was trained with is in its weights: draw at
+guidance scale 1, up to 2 at most."""
+
+
+def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str | None = None) -> str:
+    """Markdown with the hub's metadata on top. Guidance is told in both conventions. picture: a validation grid."""
     from huggingface_hub import ModelCardData
 
-    model, guidance = config.teacher.model, config.run.validation_guidance_scale or 1.0
+    model, objective, is_lora = config.teacher.model, config.objective, config.student.kind == "lora"
     is_hub_id = model.count("/") == 1 and not Path(model).exists()
+    tags = ["text-to-image", "stable-diffusion", "lcm", "latent-consistency-model", "lcmdistill"]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=model if is_hub_id else None,
-        base_model_relation="finetune" if is_hub_id else None,
-        tags=["text-to-image", "stable-diffusion", "lcm", "latent-consistency-model", "lcmdistill"],
+        base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
+        tags=[*tags, "lora"] if is_lora else tags,
     )
-    objective = config.objective
+    use = (_LORA_USE if is_lora else _FULL_USE).format(
+        folder=folder, model=model, guidance=config.run.validation_guidance_scale
+    )
+    low, high = objective.w_min, objective.w_max
+    omega = f"omega {low:g}" if low == high else f"omega drawn from {low:g} to {high:g}"
+    scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
+    kind = f"An LCM-LoRA of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else "An LCM"
     return f"""---
 {data.to_yaml()}
 ---
 
 # {folder.name}: {model} in 1 to 8 steps
 
-A Latent Consistency Model (Luo et al. 2023, arXiv:2310.04378) distilled from `{model}` with lcmdistill. The licence is
-the teacher's; see its own model card.
+{kind} (Luo et al. 2023, arXiv:2310.04378), distilled from `{model}` with lcmdistill. The licence is the teacher's; see its own
+model card.
 
-- omega drawn from {objective.w_min:g} to {objective.w_max:g}, which is diffusers' `guidance_scale` from
-  {objective.w_min + 1:g} to {objective.w_max + 1:g} (`guidance_scale` = omega + 1); {guidance:g} is a fair start
+- {omega}, which is diffusers' `guidance_scale` {scale} (omega + 1)
 - {config.optim.max_train_steps} optimiser steps, {objective.solver} solver, k = {objective.skip}, {config.data.resolution} px
-- the weights are those of the EMA target; the teacher predicts {teacher.prediction_type}
-
+- the weights are those of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts
+  {teacher.prediction_type}
+{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
 
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
-image = pipeline("a prompt", num_inference_steps={STEPS}, guidance_scale={guidance:g}).images[0]
-```
-
-or `lcmdistill sample {folder} --steps {STEPS} --prompt "a prompt"`. Guidance is an input of the network: images cost one
-forward a step, and negative prompts have no effect.
+{use}
 
 ## Configuration
 
@@ -57,9 +80,8 @@ forward a step, and negative prompts have no effect.
 """
 
 
-def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> Any:
+def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> None:
     """The run's own README.md: the card, with the newest validation grid."""
     grids = sorted((folder / "samples").glob("step-*.png"))
-    picture = f"\n![Validation grid](samples/{grids[-1].name})\n" if grids else ""
-    text = model_card(config, folder, teacher).replace("\n## Use\n", f"{picture}\n## Use\n", 1)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    picture = f"samples/{grids[-1].name}" if grids else None
+    write_text(folder / "README.md", model_card(config, folder, teacher, picture))

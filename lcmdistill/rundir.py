@@ -40,7 +40,9 @@ def settle(config: RunConfig, world: int) -> RunConfig:
     if count is None:
         count = usable_count(config.data, optim.max_train_steps * optim.batch_size * optim.accumulate * world)
     guidance = config.run.validation_guidance_scale
-    if guidance is None:
+    if guidance is None and config.student.kind == "lora":
+        guidance = 1.0  # an adapter has its guidance baked in, and no input for another
+    elif guidance is None:
         guidance = min(7.5, (config.objective.w_min + config.objective.w_max) / 2 + 1)
     return dataclasses.replace(
         config,

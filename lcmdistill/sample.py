@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.errors import UsageError
+from lcmdistill.export.lora_files import load_lora
+from lcmdistill.export.pipeline import lcm_scheduler
 from lcmdistill.rundir import recorded
 from lcmdistill.teachers import load_pipeline
 
@@ -33,6 +35,7 @@ class Found:
     guidance_scale: float | None = None
     resolution: int | None = None
     teacher: str | None = None
+    loras: tuple[str, ...] = ()
 
 
 def find_model(model: str | None) -> Found:
@@ -41,28 +44,39 @@ def find_model(model: str | None) -> Found:
     Raises UsageError if there is none, or a run has no pipeline yet.
     """
     if model is None:
-        finished = sorted(Path("runs").glob("*/pipeline/model_index.json"), key=lambda p: p.stat().st_mtime)
-        if not finished:
+        made = [*Path("runs").glob("*/pipeline/model_index.json"), *Path("runs").glob("*/lora/*.safetensors")]
+        if not made:
             raise UsageError("there is no finished run under runs/; name a MODEL, or train one: lcmdistill distill")
-        model = str(finished[-1].parent.parent)
+        model = str(max(made, key=lambda path: path.stat().st_mtime).parent.parent)
     run = Path(model).expanduser()
     if not (run / "config.toml").is_file():
         return Found(model)
+    config = recorded(run)
+    guidance, side = config.get("run.validation_guidance_scale"), config.get("data.resolution")
+    if config.get("student.kind") == "lora":
+        files = sorted(str(path) for path in (run / "lora").glob("*.safetensors"))
+        if not files:
+            raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
+        return Found(config["teacher.model"], guidance, side, config["teacher.model"], tuple(files))
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-    config = recorded(run)
-    return Found(
-        str(run / "pipeline"),
-        config.get("run.validation_guidance_scale"),
-        config.get("data.resolution"),
-        config.get("teacher.model"),
-    )
+    return Found(str(run / "pipeline"), guidance, side, config["teacher.model"])
 
 
-def load_student(model: str, device: torch.device) -> Any:
-    """A pipeline on its device: half precision on CUDA, fp32 elsewhere."""
+def load_student(model: str, device: torch.device, loras: Sequence[str] = (), scales: Sequence[float] = ()) -> Any:
+    """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
+
+    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets an LCMScheduler. scales:
+    their weights, 1 where there are fewer. Raises UsageError on a file that is no LoRA for this model.
+    """
     pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
+    if loras:
+        pipeline.scheduler = lcm_scheduler(pipeline.scheduler.config)
+        names = [f"lora_{i}" for i in range(len(loras))]
+        for name, lora in zip(names, loras, strict=True):
+            load_lora(pipeline, lora, name)
+        pipeline.set_adapters(names, [*scales, *[1.0] * (len(loras) - len(scales))])
     return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
 
 

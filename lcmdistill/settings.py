@@ -27,6 +27,17 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Format(StrEnum):
+    """The keys of EXPORTERS, spelled out so that --help needs no torch."""
+
+    pipeline = "pipeline"
+    fused = "fused"
+    kohya = "kohya"
+    diffusers_lora = "diffusers-lora"
+    peft = "peft"
+    single_file = "single-file"
+
+
 class TargetKind(StrEnum):
     """What the student is compared with."""
 

@@ -65,6 +65,14 @@ class Student:
     trainable: Mapping[str, Tensor]
     averaged: Mapping[str, Tensor]
     unet: Any
+    adapter: str | None = None
+    "the adapter that `unet` draws with, if it has any"
+
+    def for_drawing(self) -> Any:
+        """The U-Net as it draws: in the target's state."""
+        if self.adapter is not None:
+            choose_adapter(self.unet, self.adapter)
+        return self.unet
 
 
 def make_student(
@@ -121,6 +129,7 @@ def _lora(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: in
         trainable=adapter_parameters(unet, ONLINE),
         averaged=adapter_parameters(unet, TARGET) if ema else {},
         unet=unet,
+        adapter=drawing,
     )
 
 

@@ -32,6 +32,7 @@ from lcmdistill.data.cache import LatentDataset, SampleOrder, prepare
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.export.lora_files import from_checkpoint, header, write_kohya
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import model_card, write_run_card
@@ -118,10 +119,9 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         if metrics is not None:
             metrics.close()
     if loud and validation is not None:
-        pipeline = student_pipeline(teacher, run.student.unet).to("cpu")
-        save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
         write_run_card(config, folder, teacher)
-        say(f"done: {folder}/pipeline draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
+        what = _write_product(run)
+        say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
     accelerator.wait_for_everyone()
     return folder
 
@@ -180,7 +180,7 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
     total = run.config.optim.max_train_steps
     losses, norm, count, since = torch.zeros((), device=accelerator.device), torch.zeros(()), 0, time.monotonic()
     if validation is not None and run.step == 0 and config.validate_every:
-        validation.draw(0, run.student.unet, metrics)
+        validation.draw(0, run.student.for_drawing(), metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
         for loss, norm in train_steps(run, run.config.objective):
@@ -210,7 +210,7 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
                 stop.signal = signalled
                 stop.check(f"stopped at step {run.step}, which is saved; the same command resumes")
             if validation is not None and config.validate_every and _due(run.step, config.validate_every, total):
-                validation.draw(run.step, run.student.unet, metrics)
+                validation.draw(run.step, run.student.for_drawing(), metrics)
             since += time.monotonic() - began
 
 
@@ -261,6 +261,19 @@ def _restore(run: Run, path: Path) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
+
+
+def _write_product(run: Run) -> Path:
+    """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter."""
+    config, folder = run.config, run.folder
+    if config.student.kind == "lora":
+        lora = from_checkpoint(run.student.averaged or run.student.trainable, config.student.alpha)
+        path = folder / "lora" / f"{folder.name}.safetensors"
+        write_kohya(lora, path, header(lora, flatten(config), folder.name, run.teacher.prediction_type))
+        return path
+    pipeline = student_pipeline(run.teacher, run.student.for_drawing()).to("cpu")
+    save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, run.teacher))
+    return folder / "pipeline"
 
 
 @torch.no_grad()

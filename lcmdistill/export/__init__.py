@@ -1,1 +1,181 @@
-"""What a run writes for other programs."""
+"""`lcmdistill export`: a run's product in the format of other programs, each reloaded and compared before it is done."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcmdistill.errors import RunError, UsageError
+from lcmdistill.export.lora_files import Lora, header, write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.pipeline import save_pipeline
+from lcmdistill.export.product import Product, compared, load_product, removed_on_error, unet_step
+from lcmdistill.export.single_file import verify_single_file, write_single_file
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of an exporter. guidance_scale: diffusers' convention, for an omega that is to be baked in."""
+
+    output: Path
+    dtype: torch.dtype
+    guidance_scale: float
+    verify: bool
+
+
+def pipeline(product: Product, request: Request) -> str:
+    """A diffusers pipeline folder, really cast, with an LCMScheduler."""
+    if product.lora is not None:
+        raise UsageError("a LoRA run has no U-Net of its own; use --format fused for a full pipeline, or kohya")
+    return _pipeline_folder(product, product.pipeline(), request)
+
+
+def fused(product: Product, request: Request) -> str:
+    """A LoRA merged into its base: a full diffusers pipeline that needs no peft."""
+    _lora_of(product, "fused")
+    merged = product.pipeline()
+    merged.unet.fuse_lora()
+    merged.unet.unload_lora()
+    return _pipeline_folder(product, merged, request)
+
+
+def _pipeline_folder(product: Product, made: Any, request: Request) -> str:
+    card = (product.run / "README.md").read_text(encoding="utf-8") if (product.run / "README.md").is_file() else ""
+    with removed_on_error(request.output):
+        save_pipeline(made.to(dtype=request.dtype), request.output, card)
+        if not request.verify:
+            return f"{request.output}: not verified"
+        from diffusers import DiffusionPipeline
+
+        again = DiffusionPipeline.from_pretrained(request.output, torch_dtype=request.dtype)
+        expected = unet_step(product.pipeline().unet, request.guidance_scale)
+        return compared(unet_step(again.unet, request.guidance_scale), expected, request.dtype, str(request.output))
+
+
+def _lora_of(product: Product, name: str) -> Lora:
+    if product.lora is None:
+        raise UsageError(
+            f"--format {name} is for LoRA runs and {product.run} is a full student; use pipeline or single-file"
+        )
+    return product.lora
+
+
+def _header(product: Product, lora: Lora) -> dict[str, str]:
+    prediction_type = product.base_pipeline().scheduler.config.prediction_type
+    return header(lora, product.recorded, product.run.name, prediction_type)
+
+
+def kohya(product: Product, request: Request) -> str:
+    """One .safetensors that ComfyUI, A1111 and diffusers read."""
+    lora = _lora_of(product, "kohya")
+    path = _file(request.output)
+    with removed_on_error(path):
+        write_kohya(lora, path, _header(product, lora), request.dtype)
+        return _verified_lora(product, request, path, path.parent, path.name)
+
+
+def diffusers_lora(product: Product, request: Request) -> str:
+    """A folder for diffusers' load_lora_weights, with the adapter's metadata."""
+    lora = _lora_of(product, "diffusers-lora")
+    with removed_on_error(request.output):
+        write_diffusers_lora(lora, request.output, _header(product, lora))
+        return _verified_lora(product, request, request.output, request.output, None)
+
+
+def _verified_lora(product: Product, request: Request, what: Path, folder: Path, name: str | None) -> str:
+    if not request.verify:
+        return f"{what}: not verified"
+    fresh = product.base_pipeline()
+    fresh.load_lora_weights(str(folder), weight_name=name)
+    dtype = request.dtype if name else torch.float32
+    return compared(unet_step(fresh.unet, 1.0), unet_step(product.pipeline().unet, 1.0), dtype, str(what))
+
+
+def peft(product: Product, request: Request) -> str:
+    """A peft adapter folder."""
+    lora = _lora_of(product, "peft")
+    with removed_on_error(request.output):
+        write_peft(lora, request.output, str(product.recorded["teacher.model"]))
+        if not request.verify:
+            return f"{request.output}: not verified"
+        from peft import PeftModel
+
+        fresh = PeftModel.from_pretrained(product.base_pipeline().unet, str(request.output))
+        expected = unet_step(product.pipeline().unet, 1.0)
+        return compared(unet_step(fresh, 1.0), expected, torch.float32, str(request.output))
+
+
+def single_file(product: Product, request: Request) -> str:
+    """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoder in one file; LoRA fused, omega baked."""
+    path = _file(request.output)
+    made = product.pipeline()
+    if product.lora is not None:
+        made.unet.fuse_lora()
+        made.unet.unload_lora()
+    with removed_on_error(path):
+        bakes = made.unet.config.time_cond_proj_dim is not None
+        write_single_file(made, path, dtype=request.dtype, guidance_scale=request.guidance_scale if bakes else None)
+        use = "put it among the checkpoints of A1111 or ComfyUI: LCM sampler, 4 steps, CFG 1"
+        if not request.verify:
+            return f"{path}: not verified; {use}"
+        with _as_folder(product, made) as folder:
+            off = verify_single_file(
+                path,
+                folder,
+                product.pipeline().unet,
+                guidance_scale=request.guidance_scale if bakes else None,
+                dtype=request.dtype,
+            )
+        return f"{path}: reloaded, largest difference {off:.2g} of the largest value; {use}"
+
+
+@contextmanager
+def _as_folder(product: Product, made: Any) -> Iterator[Path]:
+    """The diffusers folder that a single file is read back with: the run's own, or a passing one for a LoRA's base."""
+    if product.lora is None:
+        yield product.run / "pipeline"
+        return
+    with tempfile.TemporaryDirectory() as passing:
+        made.to(dtype=torch.float32).save_pretrained(passing)
+        yield Path(passing)
+
+
+def _file(output: Path) -> Path:
+    if output.suffix != ".safetensors":
+        raise UsageError(f"--output {output} must end in .safetensors for this format")
+    return output
+
+
+EXPORTERS: dict[str, Callable[[Product, Request], str]] = {
+    "pipeline": pipeline,
+    "fused": fused,
+    "kohya": kohya,
+    "diffusers-lora": diffusers_lora,
+    "peft": peft,
+    "single-file": single_file,
+}
+
+
+def export(run: Path, name: str, output: Path, *, dtype: str, guidance_scale: float | None, verify: bool) -> str:
+    """Write a run's product and compare it with the run; returns a sentence that says how far off it is.
+
+    dtype: fp16, bf16 or fp32. Raises UsageError for a format that the run cannot be, RunError if the reloaded file gives
+    other values.
+    """
+    product = load_product(run)
+    if output.exists():
+        raise UsageError(f"--output {output} exists; name a new one")
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    request = Request(
+        output=output,
+        dtype=dtypes[dtype],
+        guidance_scale=product.guidance_scale if guidance_scale is None else guidance_scale,
+        verify=verify,
+    )
+    try:
+        return EXPORTERS[name](product, request)
+    except OSError as error:
+        raise RunError(f"{output} cannot be written: {error}") from error

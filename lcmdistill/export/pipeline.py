@@ -23,11 +23,13 @@ def lcm_scheduler(config: dict[str, Any]) -> Any:
 
 
 def student_pipeline(teacher: Teacher, unet: Any) -> Any:
-    """The student with everything around it, as a LatentConsistencyModelPipeline.
+    """The student with everything around it, on an LCMScheduler.
 
-    The teacher's safety checker goes along where it ships one, as its licence asks.
+    A LatentConsistencyModelPipeline if the U-Net takes omega; that class cannot run any other U-Net, so a LoRA's is a
+    StableDiffusionPipeline, to be used at guidance scale 1. The teacher's safety checker goes along where it ships one,
+    as its licence asks.
     """
-    from diffusers import LatentConsistencyModelPipeline
+    from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
     parts = {
         name: part
@@ -35,7 +37,8 @@ def student_pipeline(teacher: Teacher, unet: Any) -> Any:
         if name in ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
     }
     checks = parts.get("safety_checker") is not None
-    pipeline = LatentConsistencyModelPipeline(
+    takes_omega = unet.config.time_cond_proj_dim is not None
+    pipeline = (LatentConsistencyModelPipeline if takes_omega else StableDiffusionPipeline)(
         **parts, unet=unet, scheduler=lcm_scheduler(teacher.pipeline.scheduler.config), requires_safety_checker=checks
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,202 @@
+"""LoRA files: kohya (ComfyUI, A1111, diffusers), diffusers' own, and peft's; written with their true alpha.
+
+A LoRA here is a mapping from a layer's path in the U-Net to its LoraLayer.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcmdistill.checkpoint import written_aside
+from lcmdistill.errors import UsageError
+from lcmdistill.lora import LoraLayer
+
+Lora = Mapping[str, LoraLayer]
+
+
+def rank_of(lora: Lora) -> int:
+    """r, the same in every layer that lcmdistill trains."""
+    return next(iter(lora.values())).down.shape[0]
+
+
+def alpha_of(lora: Lora) -> float:
+    """alpha, the same in every layer that lcmdistill trains."""
+    return next(iter(lora.values())).alpha
+
+
+def kohya_tensors(lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`lora_unet_<path with _>.lora_down.weight | lora_up.weight | alpha`; every key begins with lora_unet_."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora.items():
+        name = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = layer.up.to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+    return tensors
+
+
+def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
+    """`<prefix>.<path>.lora_A.weight | lora_B.weight` in fp32: "unet" is diffusers' prefix, "base_model.model" peft's."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora.items():
+        tensors[f"{prefix}.{path}.lora_A.weight"] = layer.down.contiguous()
+        tensors[f"{prefix}.{path}.lora_B.weight"] = layer.up.contiguous()
+    return tensors
+
+
+def adapter_config(lora: Lora) -> dict[str, Any]:
+    """peft's LoraConfig as plain values; target_modules is a list of whole paths, so that nothing else can match."""
+    return {
+        "peft_type": "LORA",
+        "r": rank_of(lora),
+        "lora_alpha": alpha_of(lora),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(lora),
+    }
+
+
+def header(lora: Lora, recorded: Mapping[str, Any], title: str, prediction_type: str) -> dict[str, str]:
+    """The header that UIs show: base model, rank, alpha, omega in both conventions, and how the file is used.
+
+    recorded: {"section.key": value} of the run.
+    """
+    base, side = str(recorded["teacher.model"]), recorded["data.resolution"]
+    low, high = recorded["objective.w_min"], recorded["objective.w_max"]
+    omega = f"omega {low:g}" if low == high else f"omega {low:g} to {high:g}"
+    scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.description": f"LCM-LoRA distilled from {base} with {omega} (guidance scale {scale}, which is omega + 1)",
+        "modelspec.usage_hint": "LCM sampler, 4 steps (2 to 8), CFG 1 (up to 2), LoRA weight 1",
+        "modelspec.tags": "lcm,lcm-lora,lcmdistill",
+        "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank_of(lora)),
+        "ss_network_alpha": f"{alpha_of(lora):g}",
+        "ss_base_model_version": "sd_v1",
+        "ss_sd_model_name": base,
+        "ss_resolution": f"({side}, {side})",
+        "ss_output_name": title,
+        "ss_steps": str(recorded["optim.max_train_steps"]),
+        "ss_learning_rate": str(recorded["optim.learning_rate"]),
+        "ss_seed": str(recorded["run.seed"]),
+        "ss_mixed_precision": str(recorded["run.precision"]),
+        "ss_training_comment": f"LCM-LoRA, k = {recorded['objective.skip']}, {omega}",
+    }
+
+
+def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
+    """One file, whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    save_file(kohya_tensors(lora, dtype), aside, metadata=dict(metadata))
+    aside.replace(path)
+
+
+def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) -> None:
+    """`pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
+    adapter = {f"unet.{key}": value for key, value in adapter_config(lora).items()}
+    described = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
+    with written_aside(folder) as aside:
+        save_file(peft_tensors(lora, "unet"), aside / "pytorch_lora_weights.safetensors", metadata=described)
+
+
+def write_peft(lora: Lora, folder: Path, base_model: str) -> None:
+    """A peft adapter folder, for `PeftModel.from_pretrained(unet, folder)`."""
+    config = {**adapter_config(lora), "base_model_name_or_path": base_model, "inference_mode": True}
+    with written_aside(folder) as aside:
+        (aside / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file(
+            peft_tensors(lora, "base_model.model"), aside / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
+
+
+def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
+    """A checkpoint's "path.lora_A", "path.lora_B" as a Lora."""
+    paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    plain = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+    return {path: LoraLayer(plain[f"{path}.lora_A"], plain[f"{path}.lora_B"], alpha) for path in paths}
+
+
+def load_lora(pipeline: Any, lora: str, name: str) -> None:
+    """Put a LoRA of any of the three kinds on a pipeline, as adapter `name`.
+
+    Raises UsageError if the file is not there, holds no LoRA, or has layers that the model has not.
+    """
+    path = Path(lora).expanduser()
+    if not path.exists():
+        raise UsageError(f"--lora {lora} does not exist; give a .safetensors file, or a diffusers or peft folder")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        raise UsageError(
+            f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
+        )
+    adapter = files[0].with_name("adapter_config.json")
+    weights, described = _tensors_of(files[0]), {}
+    if adapter.is_file():
+        described = {
+            f"unet.{k}": v for k, v in json.loads(adapter.read_text(encoding="utf-8")).items() if v is not None
+        }
+        weights = {f"unet.{key.removeprefix('base_model.model.')}": value for key, value in weights.items()}
+    _check_fit(pipeline.unet, weights, lora)
+    source = weights if adapter.is_file() else str(files[0].parent)
+    options = {"metadata": described} if adapter.is_file() else {"weight_name": files[0].name}
+    try:
+        pipeline.load_lora_weights(source, adapter_name=name, **options)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"--lora {path} is no safetensors file: {error}") from error
+
+
+def _check_fit(unet: Any, weights: Mapping[str, Tensor], lora: str) -> None:
+    """Every U-Net layer that a LoRA names must be in the model, with the same width of input and output."""
+    modules = {path.replace(".", "_"): module for path, module in unet.named_modules() if hasattr(module, "weight")}
+    modules |= {path.removesuffix("_base_layer"): module for path, module in modules.items()}
+    absent, other = [], []
+    for key, value in weights.items():
+        for prefix, suffix, axis in _PATTERNS:
+            if key.startswith(prefix) and key.endswith(suffix):
+                path = key.removeprefix(prefix).removesuffix(suffix).replace(".", "_")
+                # The original layout's names (input_blocks and so on) are the loader's own business.
+                if path.startswith(("input_blocks", "middle_block", "output_blocks")):
+                    continue
+                if path not in modules:
+                    absent.append(key)
+                elif value.shape[axis] != modules[path].weight.shape[axis]:
+                    other.append(key)
+    if not any(key.startswith(prefix) for key in weights for prefix, _, _ in _PATTERNS):
+        raise UsageError(f"--lora {lora} holds no LoRA that is known here (kohya, diffusers or peft keys)")
+    if absent or other:
+        first = (absent or other)[0]
+        raise UsageError(
+            f"--lora {lora} does not fit this model: {len(absent)} of its layers are not there and {len(other)} have another "
+            f"width, such as {first}; it was made for another base"
+        )
+
+
+_PATTERNS = (
+    ("lora_unet_", ".lora_down.weight", 1),
+    ("lora_unet_", ".lora_up.weight", 0),
+    ("unet.", ".lora_A.weight", 1),
+    ("unet.", ".lora_B.weight", 0),
+)
