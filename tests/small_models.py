@@ -1,0 +1,117 @@
+"""Small random models in the layouts of SD1, SD2 and SDXL, built from their real classes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from conftest import build_teacher, write_tokenizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+# diffusers annotates its tuples with one element only.
+UNet: Any = diffusers.UNet2DConditionModel
+AutoencoderKL: Any = diffusers.AutoencoderKL
+SD: Any = diffusers.StableDiffusionPipeline
+SDXL: Any = diffusers.StableDiffusionXLPipeline
+DDIMScheduler: Any = diffusers.DDIMScheduler
+
+
+def text_config(layers: int = 2, width: int = 16, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=190,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=188,
+        eos_token_id=189,
+        pad_token_id=189,
+        **more,
+    )
+
+
+def small_vae(**more: Any) -> Any:
+    """Three levels and two layers a block, so that the counting from both ends shows."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 24),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        **more,
+    )
+
+
+def build_sd2(folder: Path) -> Path:
+    """v-prediction, zero-terminal SNR, linear projections, an OpenCLIP-like text encoder."""
+    unet = UNet(
+        sample_size=8,
+        layers_per_block=2,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    SD(
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(text_config(layers=3, hidden_act="gelu")),
+        tokenizer=CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77),
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_sdxl(folder: Path) -> Path:
+    """No attention at the top level, one and two transformer blocks below, two text encoders, added embeddings."""
+    unet = UNet(
+        sample_size=16,
+        layers_per_block=2,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+        norm_num_groups=8,
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
+    SDXL(
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {"sd1": build_teacher, "sd2": build_sd2, "sdxl": build_sdxl}
+
+
+def opened(folder: Path) -> Any:
+    is_xl = (folder / "text_encoder_2").is_dir()
+    return (SDXL if is_xl else SD).from_pretrained(folder)
+
+
+def models_of(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
