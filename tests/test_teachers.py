@@ -58,7 +58,7 @@ def test_the_schedule_is_the_scheduler_s(tmp_path: Path, small_teacher: Path, na
     file = "scheduler/scheduler_config.json"
     folder = edited(small_teacher, tmp_path / "teacher", file, lambda config: {**config, **SCHEDULES[name]})
     teacher = load_teacher(str(folder))
-    reference = DDIMScheduler.from_config(json.loads((folder / file).read_text()))
+    reference: Any = DDIMScheduler.from_config(json.loads((folder / file).read_text()))
     torch.testing.assert_close(teacher.schedule.alphas_cumprod, reference.alphas_cumprod, rtol=1e-5, atol=1e-7)
     assert float(teacher.schedule.alphas_cumprod[-1]) == (
         0.0 if name == "zero-snr" else pytest.approx(float(reference.alphas_cumprod[-1]))
@@ -277,6 +277,7 @@ def test_an_inpainting_teacher_is_refused(tmp_path: Path, small_teacher: Path) -
     folder = tmp_path / "teacher"
     shutil.copytree(small_teacher, folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
-    UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(folder / "unet")
+    unet: Any = UNet2DConditionModel.from_config({**config, "in_channels": 9})
+    unet.save_pretrained(folder / "unet")
     with pytest.raises(UsageError, match="takes 9 channels and its VAE makes 4; an inpainting teacher"):
         load_teacher(str(folder))
