@@ -145,20 +145,28 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
         raise UsageError(
             f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
         )
+    weights = _tensors_of(files[0])
     adapter = files[0].with_name("adapter_config.json")
-    weights, described = _tensors_of(files[0]), {}
     if adapter.is_file():
-        described = {
-            f"unet.{k}": v for k, v in json.loads(adapter.read_text(encoding="utf-8")).items() if v is not None
-        }
-        weights = {f"unet.{key.removeprefix('base_model.model.')}": value for key, value in weights.items()}
+        # diffusers takes no alpha beside peft's keys; as kohya keys the same weights keep it.
+        weights = kohya_tensors(_from_peft(weights, json.loads(adapter.read_text(encoding="utf-8"))), torch.float32)
     _check_fit(pipeline.unet, weights, lora)
-    source = weights if adapter.is_file() else str(files[0].parent)
-    options = {"metadata": described} if adapter.is_file() else {"weight_name": files[0].name}
+    source: Any = weights if adapter.is_file() else str(files[0].parent)
+    options = {} if adapter.is_file() else {"weight_name": files[0].name}
     try:
         pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+
+
+def _from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
+    plain = {key.removeprefix("base_model.model.").removesuffix(".weight"): value for key, value in weights.items()}
+    paths = [key.removesuffix(".lora_A") for key in plain if key.endswith(".lora_A")]
+    alphas = config.get("alpha_pattern") or {}
+    return {
+        path: LoraLayer(plain[f"{path}.lora_A"], plain[f"{path}.lora_B"], float(alphas.get(path, config["lora_alpha"])))
+        for path in paths
+    }
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:

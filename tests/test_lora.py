@@ -1,0 +1,245 @@
+"""The LoRA student: the teacher bit for bit with the adapter off, the published sizes, and files that keep the update."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lcmdistill import export as exporting
+from lcmdistill.batch import Rng
+from lcmdistill.cli import app
+from lcmdistill.errors import UsageError
+from lcmdistill.export.lora_files import load_lora
+from lcmdistill.export.product import load_product, unet_step
+from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.settings import LORA_MODULES, Format, StudentConfig
+from lcmdistill.student import make_student
+from lcmdistill.teachers import load_teacher
+
+SD15 = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "adapter"),
+    [(SD15, 859_520_964, 67_252_224), (SDXL, 2_567_463_684, 196_751_360)],
+    ids=["sd15", "sdxl"],
+)
+def test_the_published_parameter_counts(config: dict[str, Any], base: int, adapter: int):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        assert sum(p.numel() for p in unet.parameters()) == base
+        add_lora(unet, ONLINE, rank=64, alpha=64, dropout=0.0, modules=LORA_MODULES, seed=0)
+    assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == adapter
+
+
+def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    rng = Rng(seed, 0, range(2))
+    return rng.normal("z", (4, 8, 8)), torch.tensor([999, 259]), rng.normal("c", (77, 16)), None
+
+
+def lora_student(folder: Path, **options: Any):
+    teacher = load_teacher(str(folder))
+    bare = teacher.network(*example()[:3], return_dict=False)[0]
+    config = StudentConfig(kind="lora", **{"rank": 4, "alpha": 3.0, **options})
+    return bare, make_student(teacher.network, config, dtype=torch.float32, seed=0, checkpointing=False)
+
+
+def disturb(parameters: Any, seed: int = 0) -> None:
+    """Weights as after a long training: an untouched lora_B is zero and would hide every mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def test_adapter_off_is_the_teacher_bit_for_bit(small_teacher: Path):
+    bare, student = lora_student(small_teacher)
+    disturb(student.trainable)
+    assert not torch.allclose(student.online(*example()), bare, atol=1e-2)
+    assert torch.equal(student.teacher(*example()), bare)
+    assert torch.equal(student.teacher(*example()), bare), "asking twice must not change the answer"
+
+
+def test_it_starts_at_the_teacher_and_only_the_adapter_learns(small_teacher: Path):
+    bare, student = lora_student(small_teacher)
+    output = student.online(*example())
+    assert torch.equal(output, bare)
+    output.square().mean().backward()
+    learning = {id(p) for p in student.trainable.values()}
+    assert {id(p) for p in student.unet.parameters() if p.grad is not None} == learning
+    assert {id(p) for p in student.unet.parameters() if p.requires_grad} == learning
+
+
+def test_the_ema_target_is_an_adapter_of_its_own(small_teacher: Path):
+    _, student = lora_student(small_teacher, target="ema")
+    assert all(torch.equal(student.trainable[k], student.averaged[k]) for k in student.trainable)
+    disturb(student.trainable)
+    online, target = student.online(*example()), student.target(*example())
+    assert not torch.allclose(online, target, atol=1e-2)
+    disturb(student.averaged)
+    assert torch.equal(student.target(*example()), student.online(*example()))
+
+
+def test_the_live_target_is_the_student(small_teacher: Path):
+    _, student = lora_student(small_teacher, target="live")
+    disturb(student.trainable)
+    assert torch.equal(student.online(*example()), student.target(*example()))
+    assert not student.averaged
+
+
+def test_the_first_weights_come_from_the_seed_alone(small_teacher: Path):
+    first, second = (lora_student(small_teacher)[1].trainable for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(value.abs().sum() > 0 for value in first.values())
+
+
+def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
+    with pytest.raises(UsageError, match=r"rank is 64, above the width of .*lower --rank"):
+        lora_student(small_teacher, rank=64)
+
+
+def test_names_that_match_no_layer_are_refused(small_teacher: Path):
+    with pytest.raises(UsageError, match="no layer of the teacher is named nonsense"):
+        lora_student(small_teacher, target_modules=("nonsense",))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
+    """A finished distill-lora run with alpha != rank, its checkpoint's adapter replaced by one that is far from zero."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    words = ["distill-lora", "--teacher", str(small_teacher), "--data", str(image_folder), "--resolution", "16"]
+    words += ["--rank", "4", "--alpha", "3", "--target", "ema", "--max-train-steps", "2", "--batch-size", "2"]
+    words += ["--accumulate", "1", "--output", str(run), "--set", "run.log_every=1"]
+    words += ["--set", f"data.cache_dir={run.parent / 'cache'}"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    from safetensors.torch import save_file
+
+    path = run / "checkpoints/step-00000002/target.safetensors"
+    tensors = load_file(path)
+    disturb(tensors)
+    save_file(tensors, path)
+    return run
+
+
+def test_a_run_leaves_a_kohya_file_and_a_card(lora_run: Path):
+    (path,) = (lora_run / "lora").glob("*.safetensors")
+    tensors = load_file(path)
+    assert all(key.startswith("lora_unet_") for key in tensors)
+    assert all(value.dtype == torch.float16 for value in tensors.values())
+    alphas = {float(value) for key, value in tensors.items() if key.endswith(".alpha")}
+    assert alphas == {3.0}
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert header["ss_network_dim"] == "4"
+    assert header["ss_network_alpha"] == "3"
+    assert "omega 7.5" in header["modelspec.description"]
+    assert "guidance scale 8.5" in header["modelspec.description"]
+    assert "load_lora_weights" in (lora_run / "README.md").read_text()
+    assert list((lora_run / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft", "fused", "single-file"])
+def test_every_lora_export_gives_the_trained_output(name: str, lora_run: Path, tmp_path: Path):
+    output = tmp_path / ("out.safetensors" if name in ("kohya", "single-file") else "out")
+    said = exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=True)
+    assert "reloaded" in said
+    assert output.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lcmdistill.errors import RunError
+    from lcmdistill.export import lora_files
+
+    whole = lora_files.kohya_tensors
+
+    def without_alpha(lora: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in whole(lora, dtype).items() if not k.endswith(".alpha")}
+
+    monkeypatch.setattr(lora_files, "kohya_tensors", without_alpha)
+    with pytest.raises(RunError, match="does not give the trained model's output"):
+        exporting.export(lora_run, "kohya", tmp_path / "a.safetensors", dtype="fp32", guidance_scale=None, verify=True)
+    assert not list(tmp_path.iterdir()), "a file that failed its check must not stay"
+
+
+@pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft"])
+def test_sample_loads_every_kind_of_lora(name: str, lora_run: Path, tmp_path: Path):
+    output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
+    exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=False)
+    product = load_product(lora_run)
+    pipeline = product.base_pipeline()
+    load_lora(pipeline, str(output), "it")
+    expected = unet_step(product.pipeline().unet, 1.0)
+    assert torch.allclose(unet_step(pipeline.unet, 1.0), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_lora_of_another_base_is_refused_with_counts(lora_run: Path, tmp_path: Path):
+    from safetensors.torch import save_file
+
+    (path,) = (lora_run / "lora").glob("*.safetensors")
+    tensors = {k.replace("mid_block", "other_block"): v for k, v in load_file(path).items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    absent = sum("other_block" in key and not key.endswith(".alpha") for key in tensors)
+    with pytest.raises(UsageError, match=f"{absent} of its layers are not there"):
+        load_lora(load_product(lora_run).base_pipeline(), str(tmp_path / "other.safetensors"), "it")
+
+
+def test_formats_that_a_lora_run_cannot_be(lora_run: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="use --format fused"):
+        exporting.export(lora_run, "pipeline", tmp_path / "a", dtype="fp16", guidance_scale=None, verify=True)
+
+
+def test_the_format_names_are_the_exporters():
+    assert [str(name) for name in Format] == list(exporting.EXPORTERS)
+
+
+def test_a_run_of_the_lora_alone_samples(lora_run: Path, tmp_path: Path):
+    words = ["sample", str(lora_run), "--steps", "2", "--prompt", "a red apple", "--output", str(tmp_path / "s")]
+    result = CliRunner().invoke(app, [*words, "--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "guidance scale 1" in result.output
+
+
+def test_two_loras_at_once_add_up(lora_run: Path):
+    (path,) = (lora_run / "lora").glob("*.safetensors")
+    pipeline = load_product(lora_run).base_pipeline()
+    bare = unet_step(pipeline.unet, 1.0)
+    load_lora(pipeline, str(path), "a")
+    load_lora(pipeline, str(path), "b")
+    pipeline.set_adapters(["a", "b"], [0.5, 0.5])
+    half_and_half = unet_step(pipeline.unet, 1.0)
+    pipeline.set_adapters(["a"], [1.0])
+    one = unet_step(pipeline.unet, 1.0)
+    assert torch.allclose(half_and_half, one, atol=1e-4)
+    assert not torch.allclose(one, bare, atol=1e-6)
+
+
+def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
+    _, student = lora_student(small_teacher, target="ema")
+    before = {k: v.clone() for k, v in adapter_parameters(student.unet, TARGET).items()}
+    for name in (ONLINE, None, TARGET, ONLINE):
+        choose_adapter(student.unet, name)
+    assert all(torch.equal(before[k], v) for k, v in adapter_parameters(student.unet, TARGET).items())
