@@ -72,6 +72,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "state.pt").is_file())
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return int(path.name.removeprefix("step-"))
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints."""
     for path in checkpoints(folder)[:-keep]:

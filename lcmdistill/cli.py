@@ -264,22 +264,27 @@ def export(
     output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"],
-        typer.Option(help="What the weights are cast to; diffusers-lora and peft are fp32."),
+        typer.Option(help="What the weights are cast to; diffusers-lora, peft and onnx are fp32."),
     ] = "fp16",
     guidance_scale: Annotated[
         float | None,
         typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]"),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="onnx: int8 for the weights of matrix products and what they are multiplied with."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
     ] = True,
     debug: Debug = False,
 ) -> None:
-    """Write what a run made for diffusers, ComfyUI, A1111 or peft, and check that it reads back the same."""
+    """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
     from lcmdistill import export as exporting
     from lcmdistill.tracking import say
 
-    say(exporting.export(run, format_, output, dtype=dtype, guidance_scale=guidance_scale, verify=verify))
+    options: dict[str, Any] = {"dtype": dtype, "guidance_scale": guidance_scale, "quantize": quantize}
+    say(exporting.export(run, format_, output, **options, verify=verify))
 
 
 def _quiet_libraries() -> None:
@@ -301,5 +306,5 @@ def main() -> None:
         if "--debug" in sys.argv[1:]:
             raise
         sentence, code = explain(error)
-        print(f"Error: {sentence}" if code != 130 else sentence, file=sys.stderr)
+        print(f"Error: {sentence}" if code < 128 else sentence, file=sys.stderr)  # a signal is no error
         sys.exit(code)

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.checkpoint import checkpoints, write_text
+from lcmdistill.checkpoint import checkpoints, step_of, write_text
 from lcmdistill.config import flatten, to_toml
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
@@ -52,12 +52,24 @@ def settle(config: RunConfig, world: int) -> RunConfig:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """{"section.key": value} of the run in a folder; empty if there is none."""
+    """{"section.key": value} of the run in a folder; empty if there is none, or another program's config.toml."""
     path = folder / "config.toml"
-    if not path.is_file():
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
-    tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
+    flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return flat if {"teacher.model", "objective.name", "optim.max_train_steps"} <= flat.keys() else {}
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether a run has all the steps that are asked for, and what it was for was written after the last of them."""
+    folder = Path(config.run.output or "")
+    saved, card = checkpoints(folder / "checkpoints"), folder / "README.md"
+    if not saved or step_of(saved[-1]) < config.optim.max_train_steps or not card.is_file():
+        return False
+    return card.stat().st_mtime >= (saved[-1] / "state.pt").stat().st_mtime
 
 
 def check_run(config: RunConfig) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
-from lcmdistill.rundir import open_run, settle
+from lcmdistill.rundir import check_run, finished, open_run, settle
 from lcmdistill.settings import OptimConfig, RunConfig
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers import load_teacher
@@ -63,6 +63,8 @@ class Run:
     optimizer: Any
     step: int = 0
     "optimiser steps done"
+    unlogged: list[Tensor] = field(default_factory=list)
+    "the losses since the last line of metrics"
 
     @property
     def global_batch(self) -> int:
@@ -87,6 +89,13 @@ def distill(config: RunConfig) -> Path:
 def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     loud = accelerator.is_main_process
     world, rank = accelerator.num_processes, accelerator.process_index
+    if finished(config):
+        check_run(config)
+        if loud:
+            say(
+                f"{config.run.output} has all of the {config.optim.max_train_steps} steps asked for: nothing is left to do"
+            )
+        return Path(config.run.output or "")
     if loud:
         config = open_run(config, world)
     accelerator.wait_for_everyone()
@@ -119,8 +128,8 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         if metrics is not None:
             metrics.close()
     if loud and validation is not None:
-        write_run_card(config, folder, teacher)
         what = _write_product(run)
+        write_run_card(config, folder, teacher)  # last: it is what tells a finished run
         say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
     accelerator.wait_for_everyone()
     return folder
@@ -178,18 +187,19 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
     """Go through the steps; log, check, validate and save at their times."""
     config, accelerator = run.config.run, run.accelerator
     total = run.config.optim.max_train_steps
-    losses, norm, count, since = torch.zeros((), device=accelerator.device), torch.zeros(()), 0, time.monotonic()
+    count, since = 0, time.monotonic()
     if validation is not None and run.step == 0 and config.validate_every:
         validation.draw(0, run.student.for_drawing(), metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
         for loss, norm in train_steps(run, run.config.objective):
-            losses, count = losses + loss, count + 1
+            run.unlogged.append(loss)
+            count += 1
             bar.update(run.step)
             signalled = stop.signal if accelerator.num_processes == 1 else 0
             at_log = run.step % config.log_every == 0 or run.step == total
             if at_log:
-                mean = float(_over_processes(losses / count, accelerator).mean())
+                mean = float(_over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())
                 signalled = _agreed(stop, accelerator)
                 _check_finite(mean, norm, run)
                 speed = count * run.global_batch / (time.monotonic() - since)
@@ -202,7 +212,8 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
                     bar.update(run.step, line)
                     if not bar.visible:
                         say(f"step {run.step}/{total}  {line}  left {left}")
-                losses, count, since = torch.zeros_like(losses), 0, time.monotonic()
+                run.unlogged.clear()
+                count, since = 0, time.monotonic()
             began = time.monotonic()
             if run.step % config.checkpoint_every == 0 or run.step == total or signalled:
                 _save(run)
@@ -242,7 +253,11 @@ def _save(run: Run) -> None:
             "target": run.student.averaged,
             "optimizer": optimizer_tensors(run.optimizer),
         }
-        state = {"global_batch": run.global_batch, "scaler": scaler.state_dict() if scaler is not None else {}}
+        state = {
+            "global_batch": run.global_batch,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "unlogged": [loss.cpu() for loss in run.unlogged],
+        }
         save_checkpoint(folder, run.step, groups, state)
         prune(folder, run.config.run.keep_checkpoints)
     run.accelerator.wait_for_everyone()
@@ -261,6 +276,7 @@ def _restore(run: Run, path: Path) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
+    run.unlogged = [loss.to(run.accelerator.device) for loss in state["unlogged"]]
 
 
 def _write_product(run: Run) -> Path:

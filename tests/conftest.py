@@ -3,10 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models this small are fastest on one thread, and processes that are compared bit for bit must not differ in it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -19,51 +22,67 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
+def fill(module: Any, seed: int) -> None:
+    """Random weights that depend on the seed and their names alone, so that golden values outlive a library's release."""
+    import torch
+
+    from lcmdistill.batch import derive_seed
+
+    for name, parameter in module.named_parameters():
+        draws = torch.randn(
+            parameter.shape,
+            generator=torch.Generator().manual_seed(derive_seed(seed, name.removeprefix("text_model."))),
+        )
+        is_gain = parameter.dim() == 1 and name.endswith("weight")
+        scale = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+        parameter.data.copy_(is_gain + scale * draws)
+
+
 def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """A random SD-shaped pipeline of about 0.1M parameters at 16 px, saved as a diffusers folder."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    with torch.random.fork_rng():
-        torch.default_generator.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=8,
-            norm_num_groups=8,
+    library: Any = diffusers  # whose annotations are narrower than what it takes
+    unet = library.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = library.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=190,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=188,
+            eos_token_id=189,
+            pad_token_id=189,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=16,
-            scaling_factor=0.5,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=190,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                bos_token_id=188,
-                eos_token_id=189,
-                pad_token_id=189,
-            )
-        )
+    )
+    for part in (unet, vae, text):
+        fill(part, seed)
     write_tokenizer(folder.parent / f"{folder.name}-tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{folder.name}-tokenizer", model_max_length=77)
-    scheduler = DDIMScheduler(
+    scheduler = library.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -72,7 +91,7 @@ def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
         set_alpha_to_one=False,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = library.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
