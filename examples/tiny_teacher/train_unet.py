@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 from common import (
     Budget,
@@ -108,11 +111,18 @@ def sample(
 
 
 class Trainer:
-    """The joint training of U-Net and text encoder, with checkpoints, previews, and exports."""
+    """The joint training of U-Net and text encoder, with checkpoints, previews, and exports.
 
-    def __init__(self, work: Path, minutes: float, batch: int, peak: float, decay: float) -> None:
+    It runs in one or more processes that draw their own parts of every batch and average their gradients: on few
+    cores, processes of one thread each are faster than threads, which wait for each other after every operation.
+    """
+
+    def __init__(
+        self, work: Path, minutes: float, batch: int, peak: float, decay: float, rank: int = 0, processes: int = 1
+    ) -> None:
         self.checkpoint = work / "unet.pt"
-        self.batch, self.peak = batch, peak
+        self.rank, self.processes = rank, processes
+        self.total_batch, self.batch, self.peak = batch, batch // processes, peak
         entries = [entry for entry in load_entries(work) if not entry.held_out]
         captions = [entry.caption for entry in entries]
         self.vae = load_vae(work)
@@ -143,13 +153,12 @@ class Trainer:
             for key, value in state["average"].items():
                 self.average.weights[key].copy_(value)
             self.step, spent = state["step"], state["spent"]
-            torch.manual_seed(self.step)
+        torch.manual_seed(self.step * processes + rank)
         self.budget = Budget(minutes, spent)
+        self.progress = self.budget.progress
 
     def train_step(self) -> float:
         """One step: caption dropping, noising, the weighted loss, and the update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.peak, self.budget.progress)
         chosen = torch.multinomial(self.weights, self.batch, replacement=True)
         latents = self.means[chosen] + self.stds[chosen] * torch.randn(self.batch, 4, 16, 16)
         ids = torch.where(torch.rand(self.batch, 1) < 0.1, self.empty, self.ids[chosen])
@@ -165,11 +174,32 @@ class Trainer:
         loss = (errors * self.loss_weights[times]).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        mean_loss = self._exchange(loss.item())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.peak, self.progress)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
         self.average.update(self.step)
-        return loss.item()
+        return mean_loss
+
+    def _exchange(self, loss: float) -> float:
+        """Average gradients and loss over the processes, and take the progress from the first one's clock."""
+        progress = self.budget.progress
+        if self.processes > 1:
+            gradients = [parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None]
+            extra = torch.tensor([loss, progress * self.processes if self.rank == 0 else 0.0])
+            flat = torch.cat([*gradients, extra])
+            torch.distributed.all_reduce(flat)
+            flat /= self.processes
+            place = 0
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad = flat[place : place + parameter.numel()].view_as(parameter)
+                    place += parameter.numel()
+            loss, progress = flat[-2:].tolist()
+        self.progress = min(progress, 1.0)
+        return loss
 
     def averaged(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         """U-Net and text encoder with the averaged weights, for inference."""
@@ -182,7 +212,7 @@ class Trainer:
         """Write the checkpoint."""
         state = {"unet": self.unet.state_dict(), "text": self.text.state_dict(), "average": self.average.weights}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "spent": self.budget.spent}
-        save_aside(state | {"batch": self.batch}, self.checkpoint)
+        save_aside(state | {"batch": self.total_batch}, self.checkpoint)
 
     def preview(self, path: Path, guidance: float = 4.5) -> None:
         """Draw the fixed prompts with the averaged weights."""
@@ -208,19 +238,37 @@ class Trainer:
     def run(self, every_minutes: float, after: Callable[[], None]) -> None:
         """Train to the end of the budget, and call ``after`` every few minutes and at the end."""
         total, count, due = 0.0, 0, self.budget.spent / 60 + every_minutes
-        while self.budget.progress < 1:
+        while self.progress < 1:
             total, count = total + self.train_step(), count + 1
+            if self.rank > 0:
+                continue
             if self.step % 200 == 0:
-                rate = learning_rate(self.peak, self.budget.progress)
-                line = f"step {self.step} samples {self.step * self.batch} minutes {self.budget.spent / 60:.1f}"
-                print(f"{line} loss {total / count:.4f} lr {rate:.2e}", flush=True)
+                samples, minutes = self.step * self.total_batch, self.budget.spent / 60
+                print(f"step {self.step} samples {samples} minutes {minutes:.1f} loss {total / count:.4f}", flush=True)
                 total, count = 0.0, 0
             if self.budget.spent / 60 >= due:
                 due += every_minutes
                 self.save()
                 after()
-        self.save()
-        after()
+        if self.rank == 0:
+            self.save()
+            after()
+
+
+def train(rank: int, a: argparse.Namespace, rendezvous: str) -> None:
+    """One process's part of the training."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // a.processes))
+    if a.processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=a.processes
+        )
+    trainer = Trainer(a.work, a.minutes, a.batch, a.learning_rate, a.average, rank, a.processes)
+
+    def after() -> None:
+        trainer.preview(a.previews / f"preview-{trainer.budget.spent / 60:03.0f}.png")
+        trainer.export(a.output)
+
+    trainer.run(a.every, after)
 
 
 def main() -> None:
@@ -228,20 +276,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--output", type=Path, required=True, help="the pipeline folder")
-    parser.add_argument("--minutes", type=float, default=65)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=48, help="samples a step, over all processes")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
     parser.add_argument("--every", type=float, default=10, help="minutes between checkpoints, previews, and exports")
     parser.add_argument("--previews", type=Path, default=Path("work"))
     a = parser.parse_args()
-    trainer = Trainer(a.work, a.minutes, a.batch, a.learning_rate, a.average)
-
-    def after() -> None:
-        trainer.preview(a.previews / f"preview-{trainer.budget.spent / 60:03.0f}.png")
-        trainer.export(a.output)
-
-    trainer.run(a.every, after)
+    if a.processes == 1:
+        return train(0, a, "")
+    load_entries(a.work)  # fetch once, not once a process
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (a, str(Path(folder, "rendezvous"))), nprocs=a.processes)
+    return None
 
 
 if __name__ == "__main__":
