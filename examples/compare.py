@@ -14,7 +14,7 @@ import json
 import math
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ from lcmdistill.data.sources import open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import pick_device
 from lcmdistill.rundir import recorded
-from lcmdistill.sample import grid, load_student
+from lcmdistill.sample import find_model, grid, load_student
 from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import ALIASES, load_teacher
 from lcmdistill.teachers.base import Teacher
@@ -45,28 +45,40 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="images a prompt for the metrics")
     args = parser.parse_args()
     config = recorded(args.run)
-    guidance = args.guidance_scale or config["run.validation_guidance_scale"]
+    found = find_model(str(args.run))
+    middle = (config["objective.w_min"] + config["objective.w_max"]) / 2 + 1
+    # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
+    guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras else args.guidance_scale or middle)
     device = pick_device("auto")
     teacher = load_teacher(config["teacher.model"])
     teacher.pipeline.to(device)
-    student = load_student(str(args.run / "pipeline"), device)
+    student = load_student(found.path, device, found.loras)
     picture(args.run, config, teacher, student, guidance)
     if args.metrics:
         held_out = args.prompts or Path(ALIASES[config["teacher.model"]]) / "prompts-heldout.txt"
         measure(args.run, config, teacher, student, guidance, read_prompts(str(held_out)) * args.seeds)
 
 
+class Guidance(NamedTuple):
+    """Guidance scales, in diffusers' convention."""
+
+    teacher: float
+    student: float
+
+
 def latents_of(
-    teacher: Teacher, student: Any, prompts: list[str], resolution: int, guidance: float, steps: tuple[int, ...]
+    teacher: Teacher, student: Any, prompts: list[str], resolution: int, guidance: Guidance, steps: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """{"teacher 50": latents, "teacher 1": ..., "student 1": ...}, from the same noise for each prompt."""
     noise = evaluate.start_noise(teacher, resolution, len(prompts), SEED)
     found = {}
     for n in (evaluate.TEACHER_STEPS, *steps):
-        found[f"teacher {n}"] = evaluate.teacher_latents(teacher, prompts, noise, steps=n, guidance_scale=guidance)
+        found[f"teacher {n}"] = evaluate.teacher_latents(
+            teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher
+        )
     for n in steps:
         found[f"student {n}"] = evaluate.student_latents(
-            student, prompts, noise, steps=n, guidance_scale=guidance, seed=SEED
+            student, prompts, noise, steps=n, guidance_scale=guidance.student, seed=SEED
         )
     return found
 
@@ -76,7 +88,7 @@ def decoded(teacher: Teacher, latents: Tensor) -> Tensor:
     return torch.cat([teacher.decode(part).cpu() for part in latents.split(16)])
 
 
-def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: float) -> None:
+def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: Guidance) -> None:
     """RUN/compare.png."""
     prompts = list(config.get("run.validation_prompts") or default_prompts(config["teacher.model"]))
     found = latents_of(teacher, student, prompts, config["data.resolution"], guidance, STEPS)
@@ -85,7 +97,7 @@ def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, g
     heads = [name.replace(" ", "\n") + (" step" if name.endswith(" 1") else " steps") for name in found]
     grid(rows, columns=heads, labels=prompts).save(run / "compare.png")
     print(
-        f"{run / 'compare.png'}: teacher at 50 steps, then teacher and student at {STEPS}, guidance scale {guidance:g}"
+        f"{run / 'compare.png'}: teacher at 50 steps, then teacher and student at {STEPS}, guidance scale {guidance.teacher:g}"
     )
 
 
@@ -94,7 +106,7 @@ def _image(pixels: Tensor) -> Image.Image:
 
 
 def measure(
-    run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: float, prompts: list[str]
+    run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: Guidance, prompts: list[str]
 ) -> None:
     """RUN/quality.json and a table on standard output."""
     steps = (*STEPS, 8)
@@ -104,7 +116,7 @@ def measure(
     for n in (1, 2, 4):
         # The teacher's own scheduler starts its few steps late; started at T - 1, as the student is, it does better.
         found[f"teacher {n}, trailing"] = evaluate.teacher_latents(
-            teacher, prompts, noise, steps=n, guidance_scale=guidance, spacing="trailing"
+            teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
     network = evaluate.MobileNetV2Features()
     real = evaluate.features_of(network, real_images(config, len(prompts) * 2))
@@ -117,14 +129,15 @@ def measure(
         for name, latents in found.items()
     }
     print(
-        f"{len(prompts)} images a row, guidance scale {guidance:g}, {len(real)} real images; KID-MobileNetV2 compares with"
+        f"{len(prompts)} images a row, guidance scale {guidance.teacher:g}, {len(real)} real images; KID-MobileNetV2 compares with"
     )
     print("no published figure\n")
     print("| sampler | latent RMSE to teacher 50 | KID-MobileNetV2 |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['rmse']:.3f} | {row['kid']:.4f} |")
     write_text(
-        run / "quality.json", json.dumps({"images": len(prompts), "guidance_scale": guidance, "rows": rows}, indent=1)
+        run / "quality.json",
+        json.dumps({"images": len(prompts), "guidance_scale": guidance.teacher, "rows": rows}, indent=1),
     )
 
 

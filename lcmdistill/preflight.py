@@ -1,10 +1,11 @@
 """What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
 
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lcmdistill.config import to_toml
 from lcmdistill.data.cache import cache_folder, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
+from lcmdistill.lora import ONLINE, add_lora
 from lcmdistill.rundir import check_run, recorded, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import UNetWithOmega
@@ -31,11 +33,12 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    resolution, factor = config.data.resolution, teacher.vae_factor
-    if resolution % factor:
-        near = max(factor, round(resolution / factor) * factor)
+    resolution, multiple = config.data.resolution, math.lcm(teacher.vae_factor, 8)
+    if resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
-            f"data.resolution is {resolution}; it must be a multiple of the VAE's factor, {factor}: try {near}"
+            f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is "
+            f"{teacher.vae_factor}, and diffusers draws in multiples of 8): try {near}"
         )
 
 
@@ -55,7 +58,7 @@ def dry_run(config: RunConfig) -> None:
     folder = Path(config.run.output or "")
     state = "a run to resume" if recorded(folder) else "new"
     config = settle(config, 1)
-    teacher = load_teacher(config.teacher.model, **_loading(config))
+    teacher = load_teacher(**dataclasses.asdict(config.teacher))
     guard(config, teacher)
     say(to_toml(config))
     say(f"output: {folder} ({state})")
@@ -64,11 +67,12 @@ def dry_run(config: RunConfig) -> None:
     ):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         say(f"data {spec}: {report}" + (f"; {ready} cached chunks are ready" if ready else ""))
-    parameters = sum(p.numel() for p in teacher.network.parameters())
+    needed = memory_needed(config, teacher, dtype)
     say(
-        f"teacher: {teacher.prediction_type}-predicting U-Net of {parameters:,} parameters; the student trains all of them"
+        f"teacher: {teacher.prediction_type}-predicting U-Net of {needed.base:,} parameters; the student, "
+        f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
-    weights, activations = memory_bytes(config, teacher, dtype)
+    weights, activations = needed.weights, needed.activations
     total = (weights + activations) / 2**30
     say(
         f"memory, estimated: {total:.2f} GiB (weights, gradients, Adam and EMA {weights / 2**30:.2f}, activations of "
@@ -86,18 +90,34 @@ def dry_run(config: RunConfig) -> None:
     say("dry run: nothing was written")
 
 
-def _loading(config: RunConfig) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(config.teacher).items() if k != "model"}
+class Needed(NamedTuple):
+    """Parameters of the teacher and of what is trained; bytes of weights and their company, and of saved activations."""
+
+    base: int
+    trainable: int
+    weights: int
+    activations: int
 
 
-def memory_bytes(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> tuple[int, int]:
-    """(weights and their company, saved activations) in bytes, from the network's real shapes on the meta device."""
-    n = sum(p.numel() for p in teacher.network.parameters())
-    half = 2 if dtype != torch.float32 else 4
-    # Student, gradient, two moments and EMA target in fp32; the frozen teacher in the compute dtype.
-    weights = n * (4 * 5 + half)
+def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Needed:
+    """From the network's real shapes, on the meta device. Raises UsageError for a LoRA that the teacher cannot have."""
+    base = sum(p.numel() for p in teacher.network.parameters())
+    half, student = (2 if dtype != torch.float32 else 4), config.student
     with torch.device("meta"):
         unet: Any = type(teacher.network).from_config(teacher.network.config)
+        if student.kind == "lora":
+            add_lora(
+                unet,
+                ONLINE,
+                rank=student.rank,
+                alpha=student.alpha,
+                dropout=student.dropout,
+                modules=student.target_modules,
+                seed=0,
+            )
+        trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+        # The frozen teacher in the compute dtype; student, gradient, two moments and perhaps an EMA target in fp32.
+        weights = base * half + trainable * (20 if student.target == "ema" else 16)
         if config.run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         z, t, c, _ = _example(config, teacher, "meta")
@@ -112,7 +132,7 @@ def memory_bytes(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> tup
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             unet.train()(z, t, encoder_hidden_states=c)
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
-    return weights, activations * half // 4
+    return Needed(base, trainable, weights, activations * half // 4)
 
 
 def _example(config: RunConfig, teacher: Teacher, device: Any) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def distill(config: RunConfig) -> Path:
 
 def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     loud = accelerator.is_main_process
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world = accelerator.num_processes
     if finished(config):
         check_run(config)
         if loud:
@@ -105,7 +105,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     done = checkpoints(folder / "checkpoints")
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
-    teacher = load_teacher(**_teacher_arguments(config))
+    teacher = load_teacher(**asdict(config.teacher))
     guard(config, teacher)
     teacher.pipeline.to(accelerator.device)
     folders = _prepare(config, teacher, accelerator, stop)
@@ -123,7 +123,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     validation = Validation(config, teacher, folder) if loud else None
     metrics = Metrics(folder, config.run.report_to, flatten(config), run.step) if loud else None
     try:
-        _follow(run, validation, metrics, stop, rank)
+        _follow(run, validation, metrics, stop)
     finally:
         if metrics is not None:
             metrics.close()
@@ -183,7 +183,7 @@ def learning_rate_at(step: int, optim: OptimConfig) -> float:
     return optim.learning_rate * factor[optim.lr_schedule]
 
 
-def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, stop: Stop, rank: int) -> None:
+def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, stop: Stop) -> None:
     """Go through the steps; log, check, validate and save at their times."""
     config, accelerator = run.config.run, run.accelerator
     total = run.config.optim.max_train_steps
@@ -354,16 +354,6 @@ def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop
             )
     accelerator.wait_for_everyone()
     return folders
-
-
-def _teacher_arguments(config: RunConfig) -> dict[str, Any]:
-    teacher = config.teacher
-    return {
-        "model": teacher.model,
-        "revision": teacher.revision,
-        "variant": teacher.variant,
-        "allow_pickle": teacher.allow_pickle,
-    }
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

@@ -17,6 +17,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encodi
 LINES = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("lcmdistill ")]
 SMALL = "--resolution 16 --max-train-steps 1 --batch-size 1 --accumulate 1 --device cpu --set data.count=2"
+SMALLER = {
+    "distill": SMALL,
+    "distill-lora": f"{SMALL} --rank 4 --alpha 4",
+    "export": "",
+    "sample": "--device cpu --resolution 16",
+}
 
 
 @pytest.fixture
@@ -31,12 +37,12 @@ def user_folder(tmp_path: Path, small_teacher: Path, image_folder: Path, monkeyp
 
 def test_the_readme_shows_the_commands_that_users_come_for():
     assert len(COMMANDS) >= 4
-    assert {command.split()[1] for command in COMMANDS} == {"distill", "sample"}
+    assert {command.split()[1] for command in COMMANDS} == {"distill", "distill-lora", "export", "sample"}
 
 
 def test_every_lcmdistill_command_runs(user_folder: Path):
     for command in COMMANDS:
-        words = shlex.split(command)[1:] + (SMALL.split() if " distill " in command else ["--device", "cpu"])
+        words = shlex.split(command)[1:] + SMALLER[command.split()[1]].split()
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 0, f"{command}: {result.output}"
     assert (user_folder / "runs/sd15-lcm/pipeline/model_index.json").is_file()
