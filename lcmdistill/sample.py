@@ -49,9 +49,9 @@ def find_model(model: str | None) -> Found:
             raise UsageError("there is no finished run under runs/; name a MODEL, or train one: lcmdistill distill")
         model = str(max(made, key=lambda path: path.stat().st_mtime).parent.parent)
     run = Path(model).expanduser()
-    if not (run / "config.toml").is_file():
-        return Found(model)
     config = recorded(run)
+    if not config:
+        return Found(model)
     guidance, side = config.get("run.validation_guidance_scale"), config.get("data.resolution")
     if config.get("student.kind") == "lora":
         files = sorted(str(path) for path in (run / "lora").glob("*.safetensors"))
@@ -91,7 +91,17 @@ def draw(
     batch_size: int = 4,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Drawing]:
-    """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch."""
+    """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch.
+
+    Raises UsageError on more steps than the scheduler has, or a resolution that diffusers does not draw.
+    """
+    most = pipeline.scheduler.config.get("original_inference_steps", steps)
+    if steps > most:
+        raise UsageError(
+            f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
+        )
+    if resolution is not None and resolution % 8:
+        raise UsageError(f"--resolution is {resolution}; it must be a multiple of 8: try {round(resolution / 8) * 8}")
     drawings: list[Drawing] = []
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])

@@ -13,6 +13,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+# A run small enough to be repeated dozens of times.
+SMALL: dict[str, Any] = {
+    "data.resolution": 16,
+    "optim.batch_size": 4,
+    "optim.accumulate": 1,
+    "optim.learning_rate": 1e-3,
+    "optim.max_train_steps": 4,
+    "objective.w_min": 1.0,
+    "objective.w_max": 5.0,
+    "run.log_every": 1,
+    "run.checkpoint_every": 2,
+    "run.validate_every": 0,
+}
+
+
 def write_tokenizer(folder: Path) -> None:
     """A byte-level CLIP tokenizer without merges: every letter is a token."""
     letters = [chr(c) for c in range(33, 127)]
@@ -124,6 +139,18 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{i:02d}.webp").write_bytes(member.image)
         (folder / f"{i:02d}.txt").write_text(member.caption or "")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
+    """The folder of a finished run on the small teacher, with validation grids."""
+    from lcmdistill.config import resolve
+    from lcmdistill.train import distill
+
+    folder = tmp_path_factory.mktemp("runs") / "runs" / "small-lcm"
+    own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),), "run.output": str(folder)}
+    own |= {"data.cache_dir": str(folder.parent.parent / "cache"), "run.validate_every": 4}
+    return distill(resolve({}, {**SMALL, **own, "run.validation_prompts": ("red heart",)}))
 
 
 @pytest.fixture(autouse=True)

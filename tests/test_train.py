@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -29,20 +30,6 @@ from lcmdistill.tracking import Metrics
 from lcmdistill.train import distill, learning_rate_at
 
 ROOT = Path(__file__).parent.parent
-
-# A run small enough to be repeated dozens of times.
-SMALL: dict[str, Any] = {
-    "data.resolution": 16,
-    "optim.batch_size": 4,
-    "optim.accumulate": 1,
-    "optim.learning_rate": 1e-3,
-    "optim.max_train_steps": 4,
-    "objective.w_min": 1.0,
-    "objective.w_max": 5.0,
-    "run.log_every": 1,
-    "run.checkpoint_every": 2,
-    "run.validate_every": 0,
-}
 
 Runner = Callable[..., Path]
 
@@ -482,7 +469,10 @@ def test_an_empty_folder_is_fine(run: Runner, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__resolution": 15}, r"data\.resolution is 15; it must be a multiple of the VAE's factor, 2"),
+        (
+            {"data__resolution": 15},
+            r"data\.resolution is 15; it must be a multiple of 8 \(the VAE's factor is 2.*try 16",
+        ),
         ({"objective__skip": 1000}, r"objective\.skip \(k\) is 1000; it must be from 1 to 999"),
         ({"objective__w_min": 6.0}, r"objective\.w_min is 6.0, above objective\.w_max, 5.0"),
         ({"objective__solver": "heun"}, r"objective\.solver is 'heun'; choose from ddim, euler"),
