@@ -36,7 +36,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         )
     if isinstance(error, PermissionError):
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
-    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
         return "out of memory; lower --batch-size and raise --accumulate by the same factor, or lower --resolution", 1
     text = str(error).strip().split("\n")[0] or "no message"
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1

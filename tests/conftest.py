@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+
+# Runs `lcmdistill ARGUMENTS`: its exit code, what it said, and what it said of errors.
+Command = Callable[..., tuple[int, str, str]]
 
 # A run small enough to be repeated dozens of times.
 SMALL: dict[str, Any] = {
@@ -156,3 +161,21 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, ima
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Run the command line in tmp_path: its exit code, what it said, and what it said of errors."""
+    monkeypatch.chdir(tmp_path)
+
+    from lcmdistill import cli
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lcmdistill", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return run

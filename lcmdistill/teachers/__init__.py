@@ -1,7 +1,6 @@
 """Teachers: a trained pipeline found by name, folder or hub id, as networks that speak (x0, eps)."""
 
 import json
-import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -53,7 +52,7 @@ def load_pipeline(
         raise UsageError(f"{model} is a file; give a diffusers folder, a hub id, or one of {', '.join(ALIASES)}")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(
-            f"there is no teacher {model!r}; give an existing diffusers folder, a hub id such as owner/name, "
+            f"there is no model {model!r}; give an existing diffusers folder, a hub id such as owner/name, "
             f"or one of {', '.join(ALIASES)}"
         )
     try:
@@ -130,9 +129,9 @@ def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception
     if is_folder:
         return UsageError(f"{model} cannot be loaded as a diffusers pipeline: {first}")
     if "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower():
-        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"
         return RunError(
             f"{model} is not in the local cache ({HF_HUB_CACHE}) and {why}; connect, give a local diffusers folder, "
             "or try --teacher tiny, which needs no network"
