@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_teacher
+from conftest import build_teacher, write_tokenizer
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from lcmdistill.checkpoint import checkpoints
 from lcmdistill.consistency import OMEGA_DIM
-from lcmdistill.export.pipeline import lcm_scheduler, save_pipeline, student_pipeline
+from lcmdistill.export.pipeline import add_vocabularies, lcm_scheduler, save_pipeline, student_pipeline
 from lcmdistill.teachers import load_teacher
 
 
@@ -83,9 +84,23 @@ def test_the_text_encoder_s_keys_are_those_of_transformers_4(small_run: Path) ->
     assert all(key.startswith("text_model.") and not key.startswith("text_model.text_model.") for key in keys)
 
 
+def test_a_tokenizer_has_the_files_of_transformers_4(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "source")
+    vocabulary = json.loads((tmp_path / "source" / "vocab.json").read_text())
+    vocabulary |= {"ca": len(vocabulary), "cat</w>": len(vocabulary) + 1}
+    merges = ["c a", "ca t</w>"]
+    (tmp_path / "source" / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "source" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    saved = tmp_path / "made" / "tokenizer"
+    CLIPTokenizer.from_pretrained(tmp_path / "source").save_pretrained(saved)
+    add_vocabularies(tmp_path / "made")
+    assert json.loads((saved / "vocab.json").read_text()) == vocabulary
+    assert (saved / "merges.txt").read_text().split("\n") == ["#version: 0.2", *merges, ""]
+
+
 def test_the_weights_are_safetensors_only(small_run: Path) -> None:
     suffixes = {path.suffix for path in (small_run / "pipeline").rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md"}
+    assert suffixes == {".safetensors", ".json", ".md", ".txt"}
 
 
 def test_its_card_says_how_it_is_used(small_run: Path) -> None:

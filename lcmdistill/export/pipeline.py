@@ -1,5 +1,6 @@
 """A student as a complete diffusers pipeline."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,19 @@ def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
         pipeline.save_pretrained(aside, safe_serialization=True)
         for path in aside.glob("text_encoder*/model.safetensors"):
             _readable_by_transformers_4(path)
+        add_vocabularies(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
+
+
+def add_vocabularies(folder: Path) -> None:
+    """Beside each tokenizer.json the vocab.json and merges.txt that transformers 4 reads; version 5 writes neither."""
+    for path in folder.glob("tokenizer*/tokenizer.json"):
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        if path.with_name("vocab.json").exists() or model["type"] != "BPE":
+            continue
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        path.with_name("vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        path.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def _readable_by_transformers_4(path: Path) -> None:
