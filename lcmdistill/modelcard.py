@@ -33,6 +33,56 @@ or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. The guidance that
 guidance scale 1, up to 2 at most."""
 
 
+# How a file or folder on the hub is used, by the format that it was exported in.
+_DRAWN = 'image = pipeline("a prompt", num_inference_steps=4, guidance_scale={guidance:g}).images[0]'
+_LOADED = """from diffusers import DiffusionPipeline, LCMScheduler
+
+pipeline = DiffusionPipeline.from_pretrained("{model}")
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+"""
+_IN_PYTHON = {
+    "pipeline": f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{{place}}")
+{_DRAWN}""",
+    "kohya": f'{_LOADED}pipeline.load_lora_weights("{{place}}", weight_name="{{file}}")\n{_DRAWN}',
+    "diffusers-lora": f'{_LOADED}pipeline.load_lora_weights("{{place}}")\n{_DRAWN}',
+    "peft": f"""from peft import PeftModel
+{_LOADED}pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{{place}}")
+{_DRAWN}""",
+    "single-file": f"""from diffusers import LCMScheduler, StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
+
+pipeline = StableDiffusionPipeline.from_single_file(hf_hub_download("{{place}}", "{{file}}"))
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+{_DRAWN}""",
+    "onnx": f"""from optimum.onnxruntime import {{onnx_class}}
+
+pipeline = {{onnx_class}}.from_pretrained("{{place}}")
+{_DRAWN}""",
+}
+_ELSEWHERE = {
+    "kohya": "ComfyUI, A1111: put `{file}` among the LoRAs, weight 1, sampler LCM, 4 steps, CFG 1.\n\n",
+    "single-file": "ComfyUI, A1111: put `{file}` among the checkpoints, sampler LCM, 4 steps, CFG 1.\n\n",
+}
+
+
+def card_for(card: str, name: str, place: str, file: str, model: str, guidance: float | None) -> str:
+    """A run's card with its Use section rewritten for one export.
+
+    name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
+    guidance: what to draw with if the network takes omega, else None.
+    """
+    before, found, rest = card.partition("\n## Use\n")
+    after = rest[rest.find("\n## Configuration\n") :]
+    if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
+        return card
+    values = {"place": place, "file": file, "model": model, "guidance": 1.0 if guidance is None else guidance}
+    kind = "StableDiffusion" if guidance is None else "LatentConsistencyModel"
+    code = _IN_PYTHON[name].format(**values, onnx_class=f"ORT{kind}Pipeline")
+    return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
+
+
 def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str | None = None) -> str:
     """Markdown with the hub's metadata on top. Guidance is told in both conventions. picture: a validation grid."""
     from huggingface_hub import ModelCardData

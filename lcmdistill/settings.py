@@ -36,6 +36,7 @@ class Format(StrEnum):
     diffusers_lora = "diffusers-lora"
     peft = "peft"
     single_file = "single-file"
+    onnx = "onnx"
 
 
 class TargetKind(StrEnum):

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from lcmdistill.checkpoint import written_aside
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export.lora_files import Lora, header, write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.onnx_files import BOUNDS, need_onnx, verify_onnx, write_onnx
 from lcmdistill.export.pipeline import save_pipeline
 from lcmdistill.export.product import Product, compared, load_product, removed_on_error, unet_step
 from lcmdistill.export.single_file import verify_single_file, write_single_file
+from lcmdistill.modelcard import card_for
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Request:
     dtype: torch.dtype
     guidance_scale: float
     verify: bool
+    quantize: str | None = None
 
 
 def pipeline(product: Product, request: Request) -> str:
@@ -36,16 +40,21 @@ def pipeline(product: Product, request: Request) -> str:
 def fused(product: Product, request: Request) -> str:
     """A LoRA merged into its base: a full diffusers pipeline that needs no peft."""
     _lora_of(product, "fused")
-    merged = product.pipeline()
-    merged.unet.fuse_lora()
-    merged.unet.unload_lora()
-    return _pipeline_folder(product, merged, request)
+    return _pipeline_folder(product, _without_adapter(product), request)
+
+
+def _without_adapter(product: Product) -> Any:
+    """The student's pipeline; a LoRA is merged into its U-Net."""
+    made = product.pipeline()
+    if product.lora is not None:
+        made.unet.fuse_lora()
+        made.unet.unload_lora()
+    return made
 
 
 def _pipeline_folder(product: Product, made: Any, request: Request) -> str:
-    card = (product.run / "README.md").read_text(encoding="utf-8") if (product.run / "README.md").is_file() else ""
     with removed_on_error(request.output):
-        save_pipeline(made.to(dtype=request.dtype), request.output, card)
+        save_pipeline(made.to(dtype=request.dtype), request.output, _card(product))
         if not request.verify:
             return f"{request.output}: not verified"
         from diffusers import DiffusionPipeline
@@ -53,6 +62,20 @@ def _pipeline_folder(product: Product, made: Any, request: Request) -> str:
         again = DiffusionPipeline.from_pretrained(request.output, torch_dtype=request.dtype)
         expected = unet_step(product.pipeline().unet, request.guidance_scale)
         return compared(unet_step(again.unet, request.guidance_scale), expected, request.dtype, str(request.output))
+
+
+def _card(product: Product) -> str:
+    path = product.run / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def export_card(run: Path, name: str, place: str, file: str = "") -> str:
+    """The run's card, telling how an export is used. place: its folder, or the hub's repository; file: see card_for."""
+    product = load_product(run)
+    takes_omega = product.lora is None and name in ("pipeline", "onnx")
+    guidance = product.guidance_scale if takes_omega else None
+    loaded_as = "pipeline" if name == "fused" else name
+    return card_for(_card(product), loaded_as, place, file, str(product.recorded["teacher.model"]), guidance)
 
 
 def _lora_of(product: Product, name: str) -> Lora:
@@ -111,10 +134,7 @@ def peft(product: Product, request: Request) -> str:
 def single_file(product: Product, request: Request) -> str:
     """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoder in one file; LoRA fused, omega baked."""
     path = _file(request.output)
-    made = product.pipeline()
-    if product.lora is not None:
-        made.unet.fuse_lora()
-        made.unet.unload_lora()
+    made = _without_adapter(product)
     with removed_on_error(path):
         bakes = made.unet.config.time_cond_proj_dim is not None
         write_single_file(made, path, dtype=request.dtype, guidance_scale=request.guidance_scale if bakes else None)
@@ -143,6 +163,22 @@ def _as_folder(product: Product, made: Any) -> Iterator[Path]:
         yield Path(passing)
 
 
+def onnx(product: Product, request: Request) -> str:
+    """U-Net, text encoder and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
+    need_onnx()
+    with written_aside(request.output) as aside:
+        write_onnx(_without_adapter(product), aside, request.quantize)
+        card = export_card(product.run, "onnx", str(request.output))
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        if not request.verify:
+            return f"{request.output}: not verified"
+        off = verify_onnx(aside, product.pipeline(), request.quantize)
+    allowed = BOUNDS[request.quantize]
+    return (
+        f"{request.output}: run in onnxruntime, largest difference {off:.2g} of the largest value (allowed {allowed:g})"
+    )
+
+
 def _file(output: Path) -> Path:
     if output.suffix != ".safetensors":
         raise UsageError(f"--output {output} must end in .safetensors for this format")
@@ -156,15 +192,27 @@ EXPORTERS: dict[str, Callable[[Product, Request], str]] = {
     "diffusers-lora": diffusers_lora,
     "peft": peft,
     "single-file": single_file,
+    "onnx": onnx,
 }
 
 
-def export(run: Path, name: str, output: Path, *, dtype: str, guidance_scale: float | None, verify: bool) -> str:
+def export(
+    run: Path,
+    name: str,
+    output: Path,
+    *,
+    dtype: str,
+    guidance_scale: float | None,
+    verify: bool,
+    quantize: str | None = None,
+) -> str:
     """Write a run's product and compare it with the run; returns a sentence that says how far off it is.
 
-    dtype: fp16, bf16 or fp32. Raises UsageError for a format that the run cannot be, RunError if the reloaded file gives
-    other values.
+    dtype: fp16, bf16 or fp32; quantize: None or int8. Raises UsageError for a format that the run cannot be, RunError if
+    the reloaded file gives other values.
     """
+    if quantize is not None and name != "onnx":
+        raise UsageError(f"--quantize {quantize} is for --format onnx; leave it out, or choose --dtype for {name}")
     product = load_product(run)
     if output.exists():
         raise UsageError(f"--output {output} exists; name a new one")
@@ -174,6 +222,7 @@ def export(run: Path, name: str, output: Path, *, dtype: str, guidance_scale: fl
         dtype=dtypes[dtype],
         guidance_scale=product.guidance_scale if guidance_scale is None else guidance_scale,
         verify=verify,
+        quantize=quantize,
     )
     try:
         return EXPORTERS[name](product, request)

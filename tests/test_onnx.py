@@ -1,0 +1,240 @@
+"""ONNX exports: the names and shapes that pipelines expect, the same numbers as torch, and nothing half-written."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import fill
+
+from lcmdistill import cli, export
+from lcmdistill.checkpoint import save_checkpoint
+from lcmdistill.config import resolve, to_toml
+from lcmdistill.consistency import omega_embedding
+from lcmdistill.errors import RunError, UsageError
+from lcmdistill.export import onnx_files
+from lcmdistill.export.pipeline import save_pipeline, student_pipeline
+from lcmdistill.export.product import load_product
+from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
+from lcmdistill.settings import LORA_MODULES, Format
+from lcmdistill.student import full_student
+from lcmdistill.teachers import load_teacher
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="the extra onnx is not installed",
+)
+OPTIONS: dict[str, Any] = {"dtype": "fp16", "guidance_scale": None, "verify": True}
+
+
+def settings(teacher: Path, kind: str) -> str:
+    flags = {"teacher.model": str(teacher), "student.kind": kind, "run.validation_guidance_scale": 1.0}
+    flags |= {"student.rank": 4, "student.alpha": 3.0} if kind == "lora" else {}
+    return to_toml(resolve({}, flags))
+
+
+@pytest.fixture(scope="module")
+def full_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a finished run leaves of a full student whose omega input does something."""
+    run, teacher = tmp_path_factory.mktemp("full") / "run", load_teacher(str(small_teacher))
+    student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
+    student.time_embedding.cond_proj.weight.mul_(4.0)
+    save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
+    (run / "config.toml").write_text(settings(small_teacher, "full"))
+    (run / "README.md").write_text("# a card\n\n## Use\n\nsomehow\n\n## Configuration\n")
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a finished run leaves of a LoRA that is far from zero, with alpha != rank."""
+    run, unet = tmp_path_factory.mktemp("lora") / "run", load_teacher(str(small_teacher)).network
+    add_lora(unet, ONLINE, rank=4, alpha=3.0, dropout=0.0, modules=LORA_MODULES, seed=0)
+    adapter = adapter_parameters(unet, ONLINE)
+    fill(torch.nn.ParameterDict({key.replace(".", "/"): value for key, value in adapter.items()}), 5)
+    (run / "lora").mkdir(parents=True)
+    (run / "lora" / "run.safetensors").touch()
+    save_checkpoint(run / "checkpoints", 1, {"student": {}, "target": adapter}, {})
+    (run / "config.toml").write_text(settings(small_teacher, "lora"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def full_export(full_run: Path) -> tuple[Path, str]:
+    """The folder of a full student's graphs, and the sentence about it."""
+    output = full_run.parent / "onnx"
+    return output, export.export(full_run, "onnx", output, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def lora_export(lora_run: Path) -> tuple[Path, str]:
+    """The folder of a fused LoRA's graphs, and the sentence about it."""
+    output = lora_run.parent / "onnx"
+    return output, export.export(lora_run, "onnx", output, **OPTIONS)
+
+
+def session(folder: Path, part: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(folder / part / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def names(values: list[Any]) -> list[str]:
+    return [value.name for value in values]
+
+
+def test_the_formats_are_those_of_the_dict() -> None:
+    assert [str(name) for name in Format] == list(export.EXPORTERS)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@needs_onnx
+def test_the_folder_is_laid_out_as_onnx_pipelines_expect(full_export: tuple[Path, str]) -> None:
+    folder, sentence = full_export
+    assert "largest difference" in sentence
+    graphs = {str(path.parent.relative_to(folder)) for path in folder.rglob("model.onnx")}
+    assert graphs == {"unet", "text_encoder", "vae_decoder"}
+    assert all((folder / name / "config.json").is_file() for name in graphs)
+    assert (folder / "tokenizer" / "vocab.json").is_file()
+    assert (folder / "scheduler" / "scheduler_config.json").is_file()
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "ORTLatentConsistencyModelPipeline"
+    assert json.loads((folder / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
+    # optimum takes the latents' scale from here
+    assert json.loads((folder / "vae_decoder" / "config.json").read_text())["scaling_factor"] == 0.5
+    assert "ORTLatentConsistencyModelPipeline" in (folder / "README.md").read_text()
+
+
+@needs_onnx
+def test_the_graphs_have_the_usual_inputs_and_outputs(full_export: tuple[Path, str]) -> None:
+    import onnx
+
+    folder = full_export[0]
+    unet, text, vae = (session(folder, name) for name in ("unet", "text_encoder", "vae_decoder"))
+    assert names(unet.get_inputs()) == ["sample", "timestep", "encoder_hidden_states", "timestep_cond"]
+    assert [value.type for value in unet.get_inputs()] == ["tensor(float)", "tensor(int64)", *["tensor(float)"] * 2]
+    assert unet.get_inputs()[0].shape == ["batch", 4, "height", "width"]
+    assert names(unet.get_outputs()) == ["out_sample"]
+    assert [(v.name, v.type) for v in text.get_inputs()] == [("input_ids", "tensor(int32)")]
+    assert names(text.get_outputs()) == ["last_hidden_state", "pooler_output"]
+    assert (names(vae.get_inputs()), names(vae.get_outputs())) == (["latent_sample"], ["sample"])
+    model = onnx.load(folder / "unet" / "model.onnx")
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+@needs_onnx
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12)])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@torch.no_grad()
+def test_the_graphs_give_torch_s_numbers(
+    batch: int, height: int, width: int, full_run: Path, full_export: tuple[Path, str]
+) -> None:
+    pipeline, folder, rng = load_product(full_run).pipeline(), full_export[0], torch.Generator().manual_seed(batch)
+    z, c = torch.randn(batch, 4, height, width, generator=rng), torch.randn(batch, 77, 16, generator=rng)
+    t, w = torch.randint(1000, (batch,), generator=rng), torch.rand(batch, generator=rng) * 10
+    cond = omega_embedding(w, 256)
+    inputs = {"sample": z, "timestep": t, "encoder_hidden_states": c, "timestep_cond": cond}
+    for times in (t, t[:1]):  # one for each sample, or one for all as ONNX pipelines have it
+        feed = {name: value.numpy() for name, value in {**inputs, "timestep": times}.items()}
+        (got,) = session(folder, "unet").run(None, feed)
+        assert_close(got, pipeline.unet(z, times, c, timestep_cond=cond, return_dict=False)[0])
+    (got,) = session(folder, "vae_decoder").run(None, {"latent_sample": z.numpy()})
+    assert_close(got, pipeline.vae.decode(z, return_dict=False)[0])
+    ids = pipeline.tokenizer(["a cat"] * batch, padding="max_length", return_tensors="pt").input_ids
+    got, pooled = session(folder, "text_encoder").run(None, {"input_ids": ids.numpy().astype(np.int32)})
+    expected = pipeline.text_encoder(ids)
+    assert_close(got, expected.last_hidden_state)
+    assert_close(pooled, expected.pooler_output)
+
+
+def assert_close(got: Any, expected: torch.Tensor) -> None:
+    assert got.shape == tuple(expected.shape)
+    assert np.abs(got - expected.numpy()).max() <= 1e-4 * expected.abs().max()
+
+
+@needs_onnx
+@torch.no_grad()
+def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
+    lora_run: Path, lora_export: tuple[Path, str]
+) -> None:
+    from diffusers import OnnxStableDiffusionPipeline
+
+    folder, product = lora_export[0], load_product(lora_run)
+    example = onnx_files.parts_of(product.pipeline())[0].example(2, 8, 8)
+    (got,) = session(folder, "unet").run(None, {name: value.numpy() for name, value in example.items()})
+    assert_close(got, product.pipeline().unet(*example.values(), return_dict=False)[0])
+    with pytest.raises(AssertionError):  # without the LoRA it would be another
+        assert_close(got, product.base_pipeline().unet(*example.values(), return_dict=False)[0])
+
+    drawn: Any = OnnxStableDiffusionPipeline.from_pretrained(folder, vae_encoder=None)
+    drawn.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
+    (image,) = drawn("a cat", height=64, width=64, latents=latents, **settings).images
+    assert image.shape == (16, 16, 3)
+    assert np.isfinite(image).all()
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_int8_is_smaller_and_stays_within_its_own_bound(
+    full_run: Path, full_export: tuple[Path, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "int8"
+    sentence = export.export(full_run, "onnx", output, **OPTIONS, quantize="int8")
+    assert "(allowed 0.1)" in sentence
+    for part in ("unet", "text_encoder", "vae_decoder"):
+        quantized, whole = (folder / part / "model.onnx" for folder in (output, full_export[0]))
+        assert quantized.stat().st_size < whole.stat().st_size
+    # it really computes in int8: the fp32 bound does not hold
+    with pytest.raises(RunError, match="does not give torch's output"):
+        onnx_files.verify_onnx(output, load_product(full_run).pipeline(), None)
+
+
+# -- what is refused, and what stays behind ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", ["onnx", "onnxscript", "onnxruntime"])
+def test_absent_packages_are_told_in_one_sentence(
+    absent: str, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(UsageError, match=r"^--format onnx needs: pip install 'lcmdistill\[onnx\]'$"):
+        export.export(full_run, "onnx", tmp_path / "onnx", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_is_for_onnx_only(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(full_run), "--format", "pipeline", "--quantize", "int8", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["lcmdistill", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "--quantize int8 is for --format onnx" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_an_export_that_fails_its_check_leaves_nothing(
+    full_run: Path, full_export: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(pipeline: Any, folder: Path, quantize: str | None) -> None:
+        shutil.copytree(full_export[0], folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(export, "write_onnx", other)
+    monkeypatch.setitem(onnx_files.BOUNDS, None, 1e-12)
+    with pytest.raises(RunError, match=r"unet/model.onnx does not give torch's output: off by .* allowed is 1e-12"):
+        export.export(full_run, "onnx", tmp_path / "onnx", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
