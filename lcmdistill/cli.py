@@ -54,6 +54,10 @@ DeviceName = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, m
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub teacher.")]
 Variant = Annotated[str | None, typer.Option(help="Variant of the teacher's weight files, such as fp16.")]
 ReportTo = Annotated[Tracker | None, typer.Option(help="Tracker besides metrics.jsonl.  [default: none]")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(help="Upload the result and its model card to this hub repository (OWNER/NAME); needs a login."),
+]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")]
 Set = Annotated[
     list[str] | None,
@@ -83,6 +87,7 @@ SETTINGS = {
     "precision": "run.precision",
     "device": "run.device",
     "report_to": "run.report_to",
+    "push_to_hub": "run.push_to_hub",
     "rank": "student.rank",
     "alpha": "student.alpha",
     "target": "student.target",
@@ -113,6 +118,7 @@ def distill(
     revision: Revision = None,
     variant: Variant = None,
     report_to: ReportTo = None,
+    push_to_hub: PushToHub = None,
     config: Config = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -161,6 +167,7 @@ def distill_lora(
     revision: Revision = None,
     variant: Variant = None,
     report_to: ReportTo = None,
+    push_to_hub: PushToHub = None,
     config: Config = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -277,14 +284,20 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
     ] = True,
+    push_to_hub: PushToHub = None,
     debug: Debug = False,
 ) -> None:
     """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
     from lcmdistill import export as exporting
+    from lcmdistill import hub, publish
     from lcmdistill.tracking import say
 
+    if push_to_hub:
+        hub.check_login(push_to_hub)
     options: dict[str, Any] = {"dtype": dtype, "guidance_scale": guidance_scale, "quantize": quantize}
     say(exporting.export(run, format_, output, **options, verify=verify))
+    if push_to_hub:
+        publish.publish_export(run, format_, output, push_to_hub)
 
 
 def _quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from lcmdistill.config import to_toml
 from lcmdistill.data.cache import cache_folder, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
+from lcmdistill.hub import check_login
 from lcmdistill.lora import ONLINE, add_lora
 from lcmdistill.rundir import check_run, recorded, settle
 from lcmdistill.settings import RunConfig
@@ -47,6 +48,8 @@ def check_early(config: RunConfig) -> None:
     # Of several processes one may already have begun to fill the folder when another looks.
     if os.environ.get("RANK", "0") == "0":
         check_run(config)
+        if config.run.push_to_hub:
+            check_login(config.run.push_to_hub)
     pick_device(config.run.device)
     survey(config.data, config.run.seed, seconds=60.0, first_only=True)
 

@@ -27,6 +27,7 @@ FREE_TO_DIFFER = {
     "run.validation_prompts",
     "run.validation_guidance_scale",
     "run.report_to",
+    "run.push_to_hub",
 }
 
 

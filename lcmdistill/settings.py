@@ -194,6 +194,8 @@ class RunSection:
     "guidance of the validation grid (diffusers' convention, omega + 1); by default the middle of the trained range"
     report_to: Tracker = Tracker.none
     "tracker besides metrics.jsonl"
+    push_to_hub: str | None = None
+    "hub repository, OWNER/NAME, that the finished product and its card are uploaded to"
 
 
 @dataclass(frozen=True, kw_only=True)

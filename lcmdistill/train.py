@@ -38,6 +38,7 @@ from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
+from lcmdistill.publish import publish_run
 from lcmdistill.rundir import check_run, finished, open_run, settle
 from lcmdistill.settings import OptimConfig, RunConfig
 from lcmdistill.student import Student, make_student, raw_network
@@ -81,9 +82,12 @@ def distill(config: RunConfig) -> Path:
     with gently_stoppable() as stop:
         accelerator = _accelerator(config)
         try:
-            return _distill(config, accelerator, stop)
+            folder = _distill(config, accelerator, stop)
         finally:
             accelerator.end_training()
+    if config.run.push_to_hub and accelerator.is_main_process:
+        publish_run(folder, config.run.push_to_hub)
+    return folder
 
 
 def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:

@@ -13,8 +13,20 @@ PACKAGE = Path(__file__).parent.parent / "lcmdistill"
 LAYERS = {
     0: {"schedule", "prediction", "solvers", "consistency", "distances", "ema"},
     1: {"batch", "objectives"},
-    2: {"settings", "teachers", "student", "lora", "data", "checkpoint", "tracking", "rundir", "device", "interrupt"},
-    3: {"train", "sample", "evaluate", "export", "preflight", "validate", "modelcard"},
+    2: {
+        "settings",
+        "teachers",
+        "student",
+        "lora",
+        "data",
+        "checkpoint",
+        "tracking",
+        "rundir",
+        "device",
+        "interrupt",
+        "hub",
+    },
+    3: {"train", "sample", "evaluate", "export", "preflight", "validate", "modelcard", "publish"},
     4: {"cli", "config", "errors", "__main__"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names} | {"__init__": -1}

@@ -23,7 +23,7 @@ objective.w_min
 optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
 optim.max_grad_norm optim.max_train_steps optim.warmup_steps optim.weight_decay
 run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output run.precision
-run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
+run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.omega_init student.rank student.target
 student.target_modules
 teacher.allow_pickle teacher.model teacher.revision teacher.variant
@@ -37,6 +37,7 @@ def value(config: RunConfig, dotted: str) -> Any:
 def test_the_option_list_is_frozen() -> None:
     optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.count": 1}
     optional |= {"data.max_watermark": 0.5, "data.cache_dir": "a", "run.validation_guidance_scale": 1.0}
+    optional |= {"run.push_to_hub": "a/b"}
     assert sorted(flatten(resolve({}, optional))) == sorted(KEYS.split())
 
 
