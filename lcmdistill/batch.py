@@ -103,6 +103,13 @@ class Rng:
         ]
 
 
+def seed_dropout(rng: Rng) -> None:
+    """Give torch's global generators a seed of the rng's own: dropout layers draw from nowhere else."""
+    torch.random.default_generator.manual_seed(derive_seed(rng.seed, "dropout", rng.step, *rng.places))
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(derive_seed(rng.seed, "dropout", rng.step, *rng.places))
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part: how one seed fans out into named streams."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()

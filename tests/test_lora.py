@@ -125,6 +125,19 @@ def test_names_that_match_no_layer_are_refused(small_teacher: Path):
         lora_student(small_teacher, target_modules=("nonsense",))
 
 
+def test_a_lora_with_dropout_resumes_bit_for_bit(small_teacher: Path, image_folder: Path, tmp_path: Path):
+    words = ["distill-lora", "--teacher", str(small_teacher), "--data", str(image_folder), "--resolution", "16"]
+    words += ["--rank", "4", "--alpha", "4", "--dropout", "0.5", "--batch-size", "2", "--accumulate", "2"]
+    words += ["--set", "run.validate_every=0", "--target", "ema", "--learning-rate", "0.01"]
+    for output, parts in (("whole", ("4",)), ("halves", ("2", "4"))):
+        for steps in parts:
+            run = [*words, "--output", str(tmp_path / output), "--max-train-steps", steps, "--set", "data.count=12"]
+            assert CliRunner().invoke(app, run, catch_exceptions=False).exit_code == 0
+    for name in ("student", "target", "optimizer"):
+        files = [tmp_path / output / f"checkpoints/step-00000004/{name}.safetensors" for output in ("whole", "halves")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
     """A finished distill-lora run with alpha != rank, its checkpoint's adapter replaced by one that is far from zero."""

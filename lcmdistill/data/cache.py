@@ -161,6 +161,8 @@ def prepare(
     """
     folder = cache_folder(spec, config, teacher, seed)
     folder.mkdir(parents=True, exist_ok=True)
+    if _whole(folder, config.count).is_file():
+        return folder
     members = enumerate(_members(spec, config))
     kept, rejected = 0, Counter()
     for number in itertools.count():
@@ -183,6 +185,15 @@ def prepare(
                 raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))
         on_progress(number * CHUNK + len(chunk))
     return folder
+
+
+def mark_whole(folder: Path, count: int | None) -> None:
+    """Note, once every rank is done, that the first `count` members are there: a later run need not read the source."""
+    _whole(folder, count).touch()
+
+
+def _whole(folder: Path, count: int | None) -> Path:
+    return folder / f"whole-{'all' if count is None else count}"
 
 
 def _write_chunk(
