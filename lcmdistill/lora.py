@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lcmdistill.batch import derive_seed
 from lcmdistill.errors import UsageError
+from lcmdistill.settings import StudentConfig
 
 ONLINE, TARGET = "online", "target"
 
@@ -27,9 +28,7 @@ class LoraLayer:
     alpha: float
 
 
-def add_lora(
-    unet: Any, name: str, *, rank: int, alpha: float, dropout: float, modules: tuple[str, ...], seed: int
-) -> None:
+def add_lora(unet: Any, name: str, config: StudentConfig, seed: int) -> None:
     """Add an adapter to a U-Net, its first weights drawn from the seed; everything else is frozen.
 
     The adapter is fp32 whatever the base is. Raises UsageError if no layer has one of the names, or the rank is above a
@@ -37,17 +36,12 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    _check_layers(unet, rank, modules)
+    _check_layers(unet, config.rank, config.target_modules)
     # peft scales by any number, though it declares a whole one.
-    settings: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": list(modules),
-    }
+    settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
-        unet.add_adapter(LoraConfig(**settings), adapter_name=name)
+        unet.add_adapter(LoraConfig(**settings, target_modules=list(config.target_modules)), adapter_name=name)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
     for _, layer in lora_layers(unet):
         for part in (layer.lora_A[name], layer.lora_B[name]):

@@ -109,15 +109,7 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
     with torch.device("meta"):
         unet: Any = type(teacher.network).from_config(teacher.network.config)
         if student.kind == "lora":
-            add_lora(
-                unet,
-                ONLINE,
-                rank=student.rank,
-                alpha=student.alpha,
-                dropout=student.dropout,
-                modules=student.target_modules,
-                seed=0,
-            )
+            add_lora(unet, ONLINE, student, seed=0)
         trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
         # The frozen teacher in the compute dtype; student, gradient, two moments and perhaps an EMA target in fp32.
         weights = base * half + trainable * (20 if student.target == "ema" else 16)

@@ -110,15 +110,7 @@ def _lora(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: in
         unet.enable_gradient_checkpointing()
     ema = config.target == "ema"
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
-        add_lora(
-            unet,
-            name,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            modules=config.target_modules,
-            seed=seed,
-        )
+        add_lora(unet, name, config, seed)
     choose_adapter(unet, ONLINE)
     network = UNetWithOmega(unet, dtype)
     drawing = TARGET if ema else ONLINE

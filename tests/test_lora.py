@@ -16,7 +16,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora
 from lcmdistill.export.product import load_product, unet_step
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
-from lcmdistill.settings import LORA_MODULES, Format, StudentConfig
+from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import make_student
 from lcmdistill.teachers import load_teacher
 
@@ -50,7 +50,7 @@ def test_the_published_parameter_counts(config: dict[str, Any], base: int, adapt
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         assert sum(p.numel() for p in unet.parameters()) == base
-        add_lora(unet, ONLINE, rank=64, alpha=64, dropout=0.0, modules=LORA_MODULES, seed=0)
+        add_lora(unet, ONLINE, StudentConfig(), seed=0)
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == adapter
 
 

@@ -21,7 +21,7 @@ from lcmdistill.export import onnx_files
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.export.product import load_product
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
-from lcmdistill.settings import LORA_MODULES, Format
+from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import full_student
 from lcmdistill.teachers import load_teacher
 
@@ -54,7 +54,7 @@ def full_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def lora_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a finished run leaves of a LoRA that is far from zero, with alpha != rank."""
     run, unet = tmp_path_factory.mktemp("lora") / "run", load_teacher(str(small_teacher)).network
-    add_lora(unet, ONLINE, rank=4, alpha=3.0, dropout=0.0, modules=LORA_MODULES, seed=0)
+    add_lora(unet, ONLINE, StudentConfig(rank=4, alpha=3.0), seed=0)
     adapter = adapter_parameters(unet, ONLINE)
     fill(torch.nn.ParameterDict({key.replace(".", "/"): value for key, value in adapter.items()}), 5)
     (run / "lora").mkdir(parents=True)

@@ -15,11 +15,12 @@ from torch import Tensor
 from lcmdistill.checkpoint import checkpoints, load_checkpoint
 from lcmdistill.consistency import omega_embedding
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.lora_files import Lora, from_checkpoint
+from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, rank_of
 from lcmdistill.export.pipeline import student_pipeline
 from lcmdistill.export.single_file import BOUNDS
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.rundir import recorded
+from lcmdistill.settings import StudentConfig
 from lcmdistill.teachers import load_pipeline, load_teacher
 from lcmdistill.teachers.base import Teacher
 
@@ -53,10 +54,9 @@ class Product:
         if self.lora is None:
             return load_pipeline(str(self.run / "pipeline"))
         pipeline = self.base_pipeline()
-        down = next(iter(self.lora.values())).down
-        alpha = next(iter(self.lora.values())).alpha
-        modules = tuple(sorted(self.recorded["student.target_modules"]))
-        add_lora(pipeline.unet, ONLINE, rank=down.shape[0], alpha=alpha, dropout=0.0, modules=modules, seed=0)
+        modules = tuple(self.recorded["student.target_modules"])
+        shape = StudentConfig(rank=rank_of(self.lora), alpha=alpha_of(self.lora), target_modules=modules)
+        add_lora(pipeline.unet, ONLINE, shape, seed=0)
         with torch.no_grad():
             for name, parameter in adapter_parameters(pipeline.unet, ONLINE).items():
                 path, _, part = name.rpartition(".")
