@@ -39,7 +39,11 @@ def write_pipeline(
     _prefix_text_keys(folder / "text_encoder" / "model.safetensors")
     _write_classic_tokenizer(folder / "tokenizer")
     for config in folder.glob("*/config.json"):
-        _drop_key(config, "_name_or_path")
+        _edit(config, _name_or_path=None)
+    # transformers loads what this says unless asked otherwise; diffusers loads the other parts in single precision.
+    _edit(folder / "text_encoder" / "config.json", dtype="float32")
+    for path in folder.glob("*/*.safetensors"):
+        path.chmod(0o644)
 
 
 def _prefix_text_keys(path: Path) -> None:
@@ -60,7 +64,8 @@ def _write_classic_tokenizer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
 
-def _drop_key(path: Path, key: str) -> None:
-    content = json.loads(path.read_text())
-    if content.pop(key, None) is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+def _edit(path: Path, **changes: str | None) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    kept = {key: value for key, value in content.items() if key not in changes or value is not None}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
