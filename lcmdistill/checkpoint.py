@@ -53,7 +53,7 @@ def _sync(path: Path) -> None:
 
 def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
     """Write `step-N` under `folder`. groups: name -> tensors; state: plain values and tensors only."""
-    path = folder / f"step-{step:08d}"
+    path = folder / step_name(step)
     with written_aside(path) as aside:
         for name, tensors in groups.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
@@ -70,6 +70,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints under a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / "state.pt").is_file())
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from lcmdistill.checkpoint import write_text
 from lcmdistill.config import to_toml
 from lcmdistill.settings import RunConfig
+from lcmdistill.teachers import resolve_alias
 from lcmdistill.teachers.base import Teacher
 
 _FULL_USE = """```python
@@ -87,7 +88,8 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
     """Markdown with the hub's metadata on top. Guidance is told in both conventions. picture: a validation grid."""
     from huggingface_hub import ModelCardData
 
-    model, objective, is_lora = config.teacher.model, config.objective, config.student.kind == "lora"
+    model, objective = resolve_alias(config.teacher.model), config.objective
+    is_lora = config.student.kind == "lora"
     is_hub_id = model.count("/") == 1 and not Path(model).exists()
     tags = ["text-to-image", "stable-diffusion", "lcm", "latent-consistency-model", "lcmdistill"]
     data = ModelCardData(
@@ -108,7 +110,7 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
 {data.to_yaml()}
 ---
 
-# {folder.name}: {model} in 1 to 8 steps
+# {folder.name}: {config.teacher.model} in 1 to 8 steps
 
 {kind} (Luo et al. 2023, arXiv:2310.04378), distilled from `{model}` with lcmdistill. The licence is the teacher's; see its own
 model card.

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config import to_toml
+from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.data.cache import cache_folder, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.hub import check_login
 from lcmdistill.lora import ONLINE, add_lora
-from lcmdistill.rundir import check_run, recorded, settle
+from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import UNetWithOmega
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.tracking import say
+from lcmdistill.tracking import check_tracker, say
 
 SURVEY_SECONDS = 20.0
 FORWARDS_PER_STEP = 6
@@ -48,6 +49,7 @@ def check_early(config: RunConfig) -> None:
     # Of several processes one may already have begun to fill the folder when another looks.
     if os.environ.get("RANK", "0") == "0":
         check_run(config)
+        check_tracker(config.run.report_to)
         if config.run.push_to_hub:
             check_login(config.run.push_to_hub)
     pick_device(config.run.device)
@@ -59,7 +61,7 @@ def dry_run(config: RunConfig) -> None:
     device = pick_device(config.run.device)
     dtype = compute_dtype(config.run.precision, device)
     folder = Path(config.run.output or "")
-    state = "a run to resume" if recorded(folder) else "new"
+    state = "a run to resume" if begun(folder) else "new"
     config = settle(config, 1)
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
     guard(config, teacher)
@@ -107,7 +109,10 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
     base = sum(p.numel() for p in teacher.network.parameters())
     half, student = (2 if dtype != torch.float32 else 4), config.student
     with torch.device("meta"):
-        unet: Any = type(teacher.network).from_config(teacher.network.config)
+        shape = dict(teacher.network.config)
+        if student.kind == "full" and shape["time_cond_proj_dim"] is None:
+            shape["time_cond_proj_dim"] = OMEGA_DIM
+        unet: Any = type(teacher.network).from_config(shape)
         if student.kind == "lora":
             add_lora(unet, ONLINE, student, seed=0)
         trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)

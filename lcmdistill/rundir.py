@@ -1,16 +1,20 @@
 """A run's folder: whose it is, whether this command may go on in it, and the configuration it was started with."""
 
 import dataclasses
+import errno
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.checkpoint import checkpoints, step_of, write_text
+from lcmdistill.checkpoint import checkpoints, step_name, step_of, write_text
 from lcmdistill.config import flatten, to_toml
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
-from lcmdistill.settings import RunConfig
+from lcmdistill.settings import RunConfig, TeacherConfig
+
+_MARK = ".finished"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 FREE_TO_DIFFER = {
@@ -36,7 +40,7 @@ def settle(config: RunConfig, world: int) -> RunConfig:
 
     A run that is resumed keeps the number of samples it was started with, however long it is now to be.
     """
-    optim, before = config.optim, recorded(Path(config.run.output or ""))
+    optim, before = config.optim, begun(Path(config.run.output or ""))
     count = config.data.count or before.get("data.count")
     if count is None:
         count = usable_count(config.data, optim.max_train_steps * optim.batch_size * optim.accumulate * world)
@@ -64,13 +68,36 @@ def recorded(folder: Path) -> dict[str, Any]:
     return flat if {"teacher.model", "objective.name", "optim.max_train_steps"} <= flat.keys() else {}
 
 
+def begun(folder: Path) -> dict[str, Any]:
+    """`recorded`, of a run that has a checkpoint to go on from; empty for one that failed before its first."""
+    return recorded(folder) if checkpoints(folder / "checkpoints") else {}
+
+
+def teacher_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load_teacher` is to be told for a recorded run's teacher: model, revision, variant, allow_pickle."""
+    keys = [field.name for field in dataclasses.fields(TeacherConfig)]
+    return {key: settings[f"teacher.{key}"] for key in keys if f"teacher.{key}" in settings}
+
+
+def has_product(folder: Path) -> bool:
+    """Whether what a run was for is there: RUN/pipeline of a full student, RUN/lora of an adapter."""
+    if recorded(folder).get("student.kind") == "lora":
+        return any((folder / "lora").glob("*.safetensors"))
+    return (folder / "pipeline" / "model_index.json").is_file()
+
+
 def finished(config: RunConfig) -> bool:
     """Whether a run has all the steps that are asked for, and what it was for was written after the last of them."""
     folder = Path(config.run.output or "")
-    saved, card = checkpoints(folder / "checkpoints"), folder / "README.md"
-    if not saved or step_of(saved[-1]) < config.optim.max_train_steps or not card.is_file():
+    saved, mark = checkpoints(folder / "checkpoints"), folder / _MARK
+    if not saved or step_of(saved[-1]) < config.optim.max_train_steps or not has_product(folder):
         return False
-    return card.stat().st_mtime >= (saved[-1] / "state.pt").stat().st_mtime
+    return mark.is_file() and mark.read_text(encoding="utf-8") == saved[-1].name
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Note, once everything else is written, at which step a run has finished."""
+    write_text(folder / _MARK, step_name(step))
 
 
 def check_run(config: RunConfig) -> None:
@@ -79,12 +106,14 @@ def check_run(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"--output {folder} cannot be made: {above} is a file; choose another folder")
     if not os.access(above, os.W_OK):
         raise UsageError(f"--output {folder} cannot be written: no permission in {above}; choose another folder")
-    before = recorded(folder)
-    if not before and folder.is_dir() and any(folder.iterdir()):
+    if not recorded(folder) and folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
-    if not before or not checkpoints(folder / "checkpoints"):
+    before = begun(folder)
+    if not before:
         return
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
     keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER if now.get(k) != before.get(k))
@@ -101,12 +130,14 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def open_run(config: RunConfig, world: int) -> RunConfig:
-    """Check the folder, settle the configuration and write it there: the main process's business alone."""
-    check_run(config)
-    config = settle(config, world)
+def open_run(config: RunConfig) -> None:
+    """Make a run's folder and write the settled configuration there: the main process's business alone."""
     folder = Path(config.run.output or "")
-    for part in ("checkpoints", "samples"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
     write_text(folder / "config.toml", to_toml(config))
-    return config

@@ -1,12 +1,15 @@
 """What a run tells: lines or a progress bar, metrics.jsonl always, and a tracker on request."""
 
+import importlib.util
 import json
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.checkpoint import write_text
 from lcmdistill.errors import UsageError
 
 
@@ -53,6 +56,12 @@ def progress(title: str, total: int | None, *, enabled: bool = True) -> Iterator
         yield Progress(bar, bar.add_task(title, total=total, note=""))
 
 
+def check_tracker(report_to: str) -> None:
+    """Raise UsageError if a tracker's package is not installed."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UsageError(f"--report-to {report_to} needs: pip install 'lcmdistill[{report_to}]'")
+
+
 class Metrics:
     """metrics.jsonl, and tensorboard or wandb beside it. Only the main process has one."""
 
@@ -61,25 +70,31 @@ class Metrics:
 
         Raises UsageError if the tracker is not installed.
         """
+        check_tracker(report_to)
         self._path = folder / "metrics.jsonl"
         old = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         kept = [line for line in old if _step_of(line) <= start_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._tensorboard: Any = None
         self._wandb: Any = None
-        try:
-            if report_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-            elif report_to == "wandb":
-                import wandb  # pyright: ignore[reportMissingImports]
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        elif report_to == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]
 
-                self._wandb = wandb.init(
-                    project="lcmdistill", name=folder.name, id=folder.name, resume="allow", config=dict(config)
-                )
-        except ImportError as error:
-            raise UsageError(f"--report-to {report_to} needs: pip install 'lcmdistill[{report_to}]'") from error
+            # An id of the run's own, kept with it: two folders of one name must not be one run to the server.
+            kept_id = folder / "wandb-id.txt"
+            if not kept_id.is_file():
+                write_text(kept_id, uuid.uuid4().hex)
+            self._wandb = wandb.init(
+                project="lcmdistill",
+                name=folder.name,
+                id=kept_id.read_text(encoding="utf-8"),
+                resume="allow",
+                config=dict(config),
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of numbers, everywhere."""

@@ -32,19 +32,18 @@ from lcmdistill.data.cache import LatentDataset, SampleOrder, mark_whole, prepar
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.lora_files import from_checkpoint, header, write_kohya
-from lcmdistill.export.pipeline import save_pipeline, student_pipeline
+from lcmdistill.export.product import write_product
 from lcmdistill.interrupt import Stop, gently_stoppable
-from lcmdistill.modelcard import model_card, write_run_card
+from lcmdistill.modelcard import write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
 from lcmdistill.publish import publish_run
-from lcmdistill.rundir import check_run, finished, open_run, settle
+from lcmdistill.rundir import check_run, finished, mark_finished, open_run, settle
 from lcmdistill.settings import OptimConfig, RunConfig
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.tracking import Metrics, progress, say
+from lcmdistill.tracking import Metrics, check_tracker, progress, say
 from lcmdistill.validate import Validation
 
 
@@ -101,16 +100,19 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
             )
         return Path(config.run.output or "")
     if loud:
-        config = open_run(config, world)
-    accelerator.wait_for_everyone()
-    if not loud:
-        config = settle(config, world)
+        check_run(config)
+        check_tracker(config.run.report_to)
+    config = settle(config, world)
     folder = Path(config.run.output or "")
     done = checkpoints(folder / "checkpoints")
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
     guard(config, teacher)
+    stop.check("stopped before anything was begun; the same command begins anew, or goes on where it was")
+    accelerator.wait_for_everyone()
+    if loud:
+        open_run(config)  # not before: what is refused leaves no folder behind
     teacher.pipeline.to(accelerator.device)
     folders = _prepare(config, teacher, accelerator, stop)
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
@@ -132,8 +134,9 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         if metrics is not None:
             metrics.close()
     if loud and validation is not None:
-        what = _write_product(run)
-        write_run_card(config, folder, teacher)  # last: it is what tells a finished run
+        what = write_product(config, folder, teacher, run.student)
+        write_run_card(config, folder, teacher)
+        mark_finished(folder, run.step)
         say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
     accelerator.wait_for_everyone()
     return folder
@@ -202,11 +205,10 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
             run.unlogged.append(loss)
             count += 1
             bar.update(run.step)
-            signalled = stop.signal if accelerator.num_processes == 1 else 0
+            signalled = _agreed(stop, accelerator)
             at_log = run.step % config.log_every == 0 or run.step == total
             if at_log:
                 mean = float(_over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())
-                signalled = _agreed(stop, accelerator)
                 _check_finite(mean, norm, run)
                 speed = count * run.global_batch / (time.monotonic() - since)
                 if metrics is not None:
@@ -283,19 +285,6 @@ def _restore(run: Run, path: Path) -> None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     run.unlogged = [loss.to(run.accelerator.device) for loss in state["unlogged"]]
-
-
-def _write_product(run: Run) -> Path:
-    """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter."""
-    config, folder = run.config, run.folder
-    if config.student.kind == "lora":
-        lora = from_checkpoint(run.student.averaged or run.student.trainable, config.student.alpha)
-        path = folder / "lora" / f"{folder.name}.safetensors"
-        write_kohya(lora, path, header(lora, flatten(config), folder.name, run.teacher.prediction_type))
-        return path
-    pipeline = student_pipeline(run.teacher, run.student.for_drawing()).to("cpu")
-    save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, run.teacher))
-    return folder / "pipeline"
 
 
 @torch.no_grad()
@@ -387,5 +376,7 @@ def _over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
 
 def _agreed(stop: Stop, accelerator: Accelerator) -> int:
     """The same answer on every process: a signal that any of them has met."""
+    if accelerator.num_processes == 1:
+        return stop.signal
     mine = torch.tensor(float(stop.signal), device=accelerator.device)
     return round(float(_over_processes(mine, accelerator).max()))

@@ -66,7 +66,7 @@ class Validation:
 
 def default_prompts(model: str | None) -> tuple[str, ...]:
     """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders."""
-    from lcmdistill.teachers import ALIASES
+    from lcmdistill.teachers import resolve_alias
 
-    own = Path(ALIASES.get(model or "", model or "")) / "prompts-validation.txt"
+    own = Path(resolve_alias(model or "")) / "prompts-validation.txt"
     return tuple(read_prompts(str(own))) if own.is_file() else PROMPTS

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,13 +21,15 @@ from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcmdistill import cli, train
+from lcmdistill import checkpoint, cli, train
 from lcmdistill.batch import Batch, Models, Rng
 from lcmdistill.checkpoint import checkpoints
 from lcmdistill.config import resolve
 from lcmdistill.errors import Interrupted, RunError, UsageError
+from lcmdistill.export import product
 from lcmdistill.objectives import LatentConsistency, Loss
 from lcmdistill.settings import OptimConfig
+from lcmdistill.teachers import load_teacher
 from lcmdistill.tracking import Metrics
 from lcmdistill.train import distill, learning_rate_at
 
@@ -75,23 +79,20 @@ def assert_same(one: Path, other: Path) -> None:
     assert [key for key in mine if mine[key] != its[key]] == []
 
 
-@pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Send this process a signal at the end of a step."""
+@contextmanager
+def signalled(step: int, number: int) -> Iterator[None]:
+    """This process is sent a signal in the middle of a step."""
+    take, count = torch.optim.AdamW.step, [0]
 
-    def at(step: int, number: int) -> None:
-        take = torch.optim.AdamW.step
-        count = [0]
+    def step_then_signal(self: Any, *args: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), number)
+        return take(self, *args, **options)
 
-        def step_then_signal(self: Any, *args: Any, **options: Any) -> Any:
-            count[0] += 1
-            if count[0] == step:
-                os.kill(os.getpid(), number)
-            return take(self, *args, **options)
-
-        monkeypatch.setattr(torch.optim.AdamW, "step", step_then_signal)
-
-    return at
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", step_then_signal)
+        yield
 
 
 # -- the golden curve ------------------------------------------------------------------------------------------------
@@ -236,6 +237,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
         run__validation_prompts=("grinning face", "red heart"),
     )
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".finished",
         "README.md",
         "checkpoints",
         "config.toml",
@@ -304,10 +306,8 @@ def test_two_and_two_steps_are_four(run: Runner, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     run: Runner,
-    settings: dict[str, Any],
     tmp_path: Path,
-    signalled: Callable[[int, int], None],
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     code: int,
@@ -319,17 +319,15 @@ def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     config.write_bytes((whole / "config.toml").read_bytes())
     arguments = ["lcmdistill", "distill", "--config", str(config), "--output", str(tmp_path / "cut")]
     monkeypatch.setattr(sys, "argv", arguments)
-    with monkeypatch.context():
-        signalled(3, getattr(signal, name))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    told = capsys.readouterr()
+    with signalled(3, getattr(signal, name)), pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capfd.readouterr()
     assert ended.value.code == code
-    assert told.err == "stopped at step 3, which is saved; the same command resumes\n"
+    assert [line for line in told.err.splitlines() if line] == [
+        "stopping at the next good place, where nothing is lost; once more stops at once",
+        "stopped at step 3, which is saved; the same command resumes",
+    ]
     assert not (tmp_path / "cut" / "pipeline").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
@@ -394,10 +392,52 @@ def test_a_run_that_ended_without_its_pipeline_writes_it(run: Runner, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "save_pipeline", full)
+        patched.setattr(product, "save_pipeline", full)
         with pytest.raises(OSError, match="No space left"):
             run("cut")
     assert_same(run("cut"), whole)
+
+
+def test_a_pipeline_that_was_deleted_is_written_again(run: Runner) -> None:
+    folder = run()
+    before = result(folder)
+    shutil.rmtree(folder / "pipeline")
+    run()
+    assert result(folder) == before
+
+
+def test_dates_do_not_tell_whether_a_run_has_finished(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run()
+    for path in folder.rglob("*.pt"):
+        os.utime(path, (2e9, 2e9))
+    capsys.readouterr()
+    run()
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_first_attempt_that_failed_decides_nothing_for_the_next(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RunError("no luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentConsistency, "loss", fail)
+        with pytest.raises(RunError, match="no luck"):
+            run(optim__max_train_steps=4)
+    folder = run(optim__max_train_steps=40, run__checkpoint_every=40)
+    assert "\ncount = 256\n" in (folder / "config.toml").read_text()  # 160 samples in whole chunks; 4 steps need 128
+
+
+def test_a_signal_while_the_teacher_is_loaded_ends_the_run_before_it_begins(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load_then_signal(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return load_teacher(*args, **options)
+
+    monkeypatch.setattr(train, "load_teacher", load_then_signal)
+    with pytest.raises(Interrupted, match="before anything was begun"):
+        run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_longer_run_draws_a_new_pipeline(run: Runner) -> None:
@@ -476,11 +516,22 @@ def test_an_empty_folder_is_fine(run: Runner, tmp_path: Path) -> None:
         ({"objective__skip": 1000}, r"objective\.skip \(k\) is 1000; it must be from 1 to 999"),
         ({"objective__w_min": 6.0}, r"objective\.w_min is 6.0, above objective\.w_max, 5.0"),
         ({"objective__solver": "heun"}, r"objective\.solver is 'heun'; choose from ddim, euler"),
+        ({"teacher__model": "no-such-teacher"}, "there is no model 'no-such-teacher'"),
+        ({"run__output": "/proc/x"}, r"--output /proc/x cannot be (made|written)"),
     ],
 )
-def test_impossible_settings_are_refused(run: Runner, changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused_and_leave_no_folder(
+    run: Runner, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         run(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_below_a_file_is_refused(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("hello")
+    with pytest.raises(UsageError, match=r"p\.txt is a file; choose another folder"):
+        run("p.txt/x")
 
 
 def broken(folder: Path, to: Path) -> Path:
@@ -552,6 +603,26 @@ def test_metrics_of_steps_that_were_lost_are_removed(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 3}\n{"step": 4, "lo')
     Metrics(tmp_path, "none", {}, 2).log(3, {"loss": 4.0})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1, 2, 4]
+
+
+def test_a_metrics_file_is_whole_whenever_the_program_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1}\n')
+    monkeypatch.setattr(checkpoint, "_sync", raising := Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        Metrics(tmp_path, "none", {}, 2)
+    assert raising.called
+    assert path.read_text() == '{"step": 1, "loss": 1}\n'
+
+
+def test_wandb_knows_a_run_again_by_an_id_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Mock(__spec__=True)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for parent in ("a", "a", "b"):
+        (tmp_path / parent / "run").mkdir(parents=True, exist_ok=True)
+        Metrics(tmp_path / parent / "run", "wandb", {}, 0)
+    first, again, other = (call.kwargs["id"] for call in wandb.init.call_args_list)
+    assert first == again != other
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from lcmdistill.export.pipeline import save_pipeline
 from lcmdistill.export.product import Product, compared, load_product, removed_on_error, unet_step
 from lcmdistill.export.single_file import verify_single_file, write_single_file
 from lcmdistill.modelcard import card_for
+from lcmdistill.teachers import resolve_alias
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def export_card(run: Path, name: str, place: str, file: str = "") -> str:
     takes_omega = product.lora is None and name in ("pipeline", "onnx")
     guidance = product.guidance_scale if takes_omega else None
     loaded_as = "pipeline" if name == "fused" else name
-    return card_for(_card(product), loaded_as, place, file, str(product.recorded["teacher.model"]), guidance)
+    model = resolve_alias(str(product.recorded["teacher.model"]))
+    return card_for(_card(product), loaded_as, place, file, model, guidance)
 
 
 def _lora_of(product: Product, name: str) -> Lora:
@@ -87,8 +89,7 @@ def _lora_of(product: Product, name: str) -> Lora:
 
 
 def _header(product: Product, lora: Lora) -> dict[str, str]:
-    prediction_type = product.base_pipeline().scheduler.config.prediction_type
-    return header(lora, product.recorded, product.run.name, prediction_type)
+    return header(lora, product.recorded, product.run.name, product.base_pipeline())
 
 
 def kohya(product: Product, request: Request) -> str:
@@ -121,7 +122,7 @@ def peft(product: Product, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
     with removed_on_error(request.output):
-        write_peft(lora, request.output, str(product.recorded["teacher.model"]))
+        write_peft(lora, request.output, resolve_alias(str(product.recorded["teacher.model"])))
         if not request.verify:
             return f"{request.output}: not verified"
         from peft import PeftModel

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lcmdistill.checkpoint import written_aside
 from lcmdistill.errors import UsageError
+from lcmdistill.export.single_file import ARCHITECTURES, layout_of
 from lcmdistill.lora import LoraLayer
+from lcmdistill.teachers import resolve_alias
 
 Lora = Mapping[str, LoraLayer]
 
@@ -63,19 +65,22 @@ def adapter_config(lora: Lora) -> dict[str, Any]:
     }
 
 
-def header(lora: Lora, recorded: Mapping[str, Any], title: str, prediction_type: str) -> dict[str, str]:
+def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: Any) -> dict[str, str]:
     """The header that UIs show: base model, rank, alpha, omega in both conventions, and how the file is used.
 
-    recorded: {"section.key": value} of the run.
+    recorded: {"section.key": value} of the run; base_pipeline: the teacher's, which tells the architecture.
     """
-    base, side = str(recorded["teacher.model"]), recorded["data.resolution"]
+    base, side = resolve_alias(str(recorded["teacher.model"])), recorded["data.resolution"]
+    layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
+    architecture = ARCHITECTURES.get((layout, prediction_type), ARCHITECTURES[layout, "epsilon"])
+    version = {"sd1": "sd_v1", "sd2": "sd_v2"}[layout] + ("_v" if prediction_type == "v_prediction" else "")
     low, high = recorded["objective.w_min"], recorded["objective.w_max"]
     omega = f"omega {low:g}" if low == high else f"omega {low:g} to {high:g}"
     scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
@@ -87,7 +92,8 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, prediction_type:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
-        "ss_base_model_version": "sd_v1",
+        "ss_base_model_version": version,
+        "ss_v2": str(layout == "sd2"),  # by which A1111 tells the two apart
         "ss_sd_model_name": base,
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": title,

@@ -23,12 +23,12 @@ def lcm_scheduler(config: dict[str, Any]) -> Any:
     return LCMScheduler(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
-def student_pipeline(teacher: Teacher, unet: Any) -> Any:
+def student_pipeline(teacher: Teacher, unet: Any, resolution: int | None = None) -> Any:
     """The student with everything around it, on an LCMScheduler.
 
     A LatentConsistencyModelPipeline if the U-Net takes omega; that class cannot run any other U-Net, so a LoRA's is a
     StableDiffusionPipeline, to be used at guidance scale 1. The teacher's safety checker goes along where it ships one,
-    as its licence asks.
+    as its licence asks. resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
     """
     from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
@@ -38,6 +38,8 @@ def student_pipeline(teacher: Teacher, unet: Any) -> Any:
         if name in ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
     }
     checks = parts.get("safety_checker") is not None
+    if resolution is not None:
+        unet.register_to_config(sample_size=resolution // teacher.vae_factor)
     takes_omega = unet.config.time_cond_proj_dim is not None
     pipeline = (LatentConsistencyModelPipeline if takes_omega else StableDiffusionPipeline)(
         **parts, unet=unet, scheduler=lcm_scheduler(teacher.pipeline.scheduler.config), requires_safety_checker=checks

@@ -1,4 +1,4 @@
-"""What a run made, loaded again, and how an export of it is compared with it.
+"""What a run made, written and loaded again, and how an export of it is compared with it.
 
 Shapes: B batch, C h w latents, L D embeddings.
 """
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from lcmdistill.checkpoint import checkpoints, load_checkpoint
+from lcmdistill.config import flatten
 from lcmdistill.consistency import omega_embedding
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, rank_of
-from lcmdistill.export.pipeline import student_pipeline
+from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, header, rank_of, write_kohya
+from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.export.single_file import BOUNDS
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora, choose_adapter
-from lcmdistill.rundir import recorded
-from lcmdistill.settings import StudentConfig
+from lcmdistill.modelcard import model_card
+from lcmdistill.rundir import has_product, recorded, teacher_of
+from lcmdistill.settings import RunConfig, StudentConfig
+from lcmdistill.student import Student
 from lcmdistill.teachers import load_pipeline, load_teacher
 from lcmdistill.teachers.base import Teacher
 
@@ -40,14 +43,12 @@ class Product:
 
     def teacher(self) -> Teacher:
         """The teacher, loaded afresh."""
-        keys = ("model", "revision", "variant", "allow_pickle")
-        found = {key: self.recorded[f"teacher.{key}"] for key in keys if f"teacher.{key}" in self.recorded}
-        return load_teacher(**found)
+        return load_teacher(**teacher_of(self.recorded))
 
     def base_pipeline(self) -> Any:
         """The teacher on an LCMScheduler: what a LoRA is loaded into."""
         teacher = self.teacher()
-        return student_pipeline(teacher, teacher.network)
+        return student_pipeline(teacher, teacher.network, self.recorded["data.resolution"])
 
     def pipeline(self) -> Any:
         """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
@@ -65,17 +66,29 @@ class Product:
         return pipeline
 
 
+def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: Student) -> Path:
+    """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
+    if config.student.kind == "lora":
+        lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
+        path = folder / "lora" / f"{folder.name}.safetensors"
+        write_kohya(lora, path, header(lora, flatten(config), folder.name, teacher.pipeline))
+        return path
+    pipeline = student_pipeline(teacher, student.for_drawing(), config.data.resolution).to("cpu")
+    save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
+    return folder / "pipeline"
+
+
 def load_product(run: Path) -> Product:
     """A finished run's product. Raises UsageError if the folder is no run, or the run has not finished."""
     found = recorded(run)
     if not found:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
     if found.get("student.kind", "full") == "full":
-        if not (run / "pipeline" / "model_index.json").is_file():
+        if not has_product(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
         return Product(run, found, None)
     saved = checkpoints(run / "checkpoints")
-    if not saved or not list((run / "lora").glob("*.safetensors")):
+    if not saved or not has_product(run):
         raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
     groups, _ = load_checkpoint(saved[-1])
     return Product(run, found, from_checkpoint(groups["target"] or groups["student"], float(found["student.alpha"])))

@@ -24,6 +24,11 @@ ALIASES = {
 }
 
 
+def resolve_alias(model: str) -> str:
+    """The hub id or folder that a name stands for: what other programs are told."""
+    return ALIASES.get(model, model)
+
+
 def load_pipeline(
     model: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
 ) -> Any:
@@ -39,7 +44,7 @@ def load_pipeline(
     # Bars over a handful of local files say nothing; the hub's own download bars stay.
     disable_progress_bar()
     disable_weight_bar()
-    name = ALIASES.get(model, model)
+    name = resolve_alias(model)
     local = Path(name).expanduser()
     if local.is_dir():
         _check_folder(local, allow_pickle)
