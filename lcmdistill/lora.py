@@ -75,10 +75,11 @@ def lora_layers(unet: Any) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def choose_adapter(unet: Any, name: str | None) -> None:
-    """Let one adapter act, or none."""
+def choose_adapter(unet: Any, name: str | None, *, dropout: bool = False) -> None:
+    """Let one adapter act, or none; its dropout acts in training only, whatever mode the U-Net is in."""
     for _, layer in lora_layers(unet):
         layer.enable_adapters(name is not None)
+        layer.lora_dropout.train(dropout)
         if name is not None:
             layer.set_adapter(name)
 

@@ -39,15 +39,19 @@ class UNetWithOmega(nn.Module):
 
 
 class WithAdapter(nn.Module):
-    """A network seen with one of its adapters on, or with none: three of these share one U-Net."""
+    """A network seen with one of its adapters on, or with none: three of these share one U-Net.
 
-    def __init__(self, network: UNetWithOmega, adapter: str | None) -> None:
+    dropout: whether the adapter's dropout acts, as it does in what is trained and nowhere else.
+    """
+
+    def __init__(self, network: UNetWithOmega, adapter: str | None, *, dropout: bool = False) -> None:
         super().__init__()
         self.network = network
         self.adapter = adapter
+        self.dropout = dropout
 
     def forward(self, z: Tensor, t: Tensor, prompt_embeds: Tensor, w: Tensor | None) -> Tensor:
-        choose_adapter(self.network.unet, self.adapter)
+        choose_adapter(self.network.unet, self.adapter, dropout=self.dropout)
         return self.network(z, t, prompt_embeds, w)
 
 
@@ -115,7 +119,7 @@ def _lora(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: in
     network = UNetWithOmega(unet, dtype)
     drawing = TARGET if ema else ONLINE
     return Student(
-        online=WithAdapter(network, ONLINE),
+        online=WithAdapter(network, ONLINE, dropout=True),
         teacher=WithAdapter(network, None),
         target=WithAdapter(network, drawing),
         trainable=adapter_parameters(unet, ONLINE),

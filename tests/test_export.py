@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_teacher, write_tokenizer
+from conftest import SMALL, build_teacher, write_tokenizer
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from lcmdistill.checkpoint import checkpoints
+from lcmdistill.config import resolve
 from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.export.pipeline import add_vocabularies, lcm_scheduler, save_pipeline, student_pipeline
 from lcmdistill.teachers import load_teacher
+from lcmdistill.train import distill
 
 
 def loaded(name: str, folder: Path) -> Any:
@@ -25,6 +27,17 @@ def loaded(name: str, folder: Path) -> Any:
     pipeline = getattr(library, name).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_a_bare_call_draws_at_the_resolution_that_was_trained(
+    small_teacher: Path, tmp_path: Path, image_folder: Path
+) -> None:
+    own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),), "data.resolution": 24}
+    own |= {"run.output": str(tmp_path / "run"), "optim.max_train_steps": 1}
+    folder = distill(resolve({}, {**SMALL, **own}))
+    assert loaded("DiffusionPipeline", small_teacher)("red heart", num_inference_steps=1).images[0].size == (16, 16)
+    for_run = loaded("DiffusionPipeline", folder / "pipeline")
+    assert for_run("red heart", num_inference_steps=1).images[0].size == (24, 24)
 
 
 @pytest.mark.parametrize("name", ["DiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionPipeline"])

@@ -1,5 +1,7 @@
 """The LoRA student: the teacher bit for bit with the adapter off, the published sizes, and files that keep the update."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_models import BUILDERS, opened
 from typer.testing import CliRunner
 
 from lcmdistill import export as exporting
 from lcmdistill.batch import Rng
 from lcmdistill.cli import app
+from lcmdistill.config import flatten, resolve
 from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import load_lora
+from lcmdistill.export.lora_files import header, load_lora
 from lcmdistill.export.product import load_product, unet_step
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.modelcard import model_card
 from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import make_student
 from lcmdistill.teachers import load_teacher
@@ -109,6 +114,24 @@ def test_the_live_target_is_the_student(small_teacher: Path):
     assert not student.averaged
 
 
+@pytest.mark.parametrize("target", ["live", "ema"])
+def test_dropout_acts_in_what_is_trained_and_nowhere_else(small_teacher: Path, target: str):
+    _, plain = lora_student(small_teacher, target=target)
+    bare, student = lora_student(small_teacher, target=target, dropout=0.5)
+    for each in (plain, student):
+        disturb(each.trainable)
+        disturb(each.averaged, seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert not torch.allclose(student.online(*example()), plain.online(*example()), atol=1e-3)
+        assert torch.equal(student.target(*example()), plain.target(*example()))
+        assert torch.equal(student.teacher(*example()), bare)
+        student.online(*example())
+        z, t, c, _ = example()
+        drawn = student.for_drawing()(z, t, c, return_dict=False)[0]
+        assert torch.equal(drawn, plain.target(*example()))
+
+
 def test_the_first_weights_come_from_the_seed_alone(small_teacher: Path):
     first, second = (lora_student(small_teacher)[1].trainable for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -172,6 +195,54 @@ def test_a_run_leaves_a_kohya_file_and_a_card(lora_run: Path):
     assert "guidance scale 8.5" in header["modelspec.description"]
     assert "load_lora_weights" in (lora_run / "README.md").read_text()
     assert list((lora_run / "samples").glob("*.png"))
+
+
+def python_of(card: str) -> str:
+    return card.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_code_on_a_card_runs(lora_run: Path):
+    found: dict[str, Any] = {}
+    exec(python_of((lora_run / "README.md").read_text()), found)
+    assert found["image"].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("alias", "stands_for"), [("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("tiny", "assets/tiny")]
+)
+def test_other_programs_are_told_what_an_alias_stands_for(lora_run: Path, tmp_path: Path, alias: str, stands_for: str):
+    product = load_product(lora_run)
+    assert product.lora is not None
+    config = resolve({}, {"teacher.model": alias, "student.kind": "lora", "run.validation_guidance_scale": 1.0})
+    told = header(product.lora, flatten(config), "it", product.base_pipeline())
+    assert told["ss_sd_model_name"].endswith(stands_for)
+    card = model_card(config, lora_run, product.teacher())
+    assert f'{stands_for}")' in python_of(card)
+    assert f'"{alias}"' not in python_of(card)
+    assert ("base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card) == (alias == "sd15")
+    recorded = {**product.recorded, "teacher.model": alias}
+    request = exporting.Request(tmp_path / "peft", torch.float32, 1.0, verify=False)
+    exporting.peft(replace(product, recorded=recorded), request)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
+        stands_for
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "architecture", "version", "is_v2"),
+    [
+        ("sd1", "stable-diffusion-v1/lora", "sd_v1", "False"),
+        ("sd2", "stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
+    ],
+)
+def test_the_header_tells_the_bases_architecture(
+    lora_run: Path, tmp_path: Path, layout: str, architecture: str, version: str, is_v2: str
+):
+    product = load_product(lora_run)
+    assert product.lora is not None
+    told = header(product.lora, product.recorded, "it", opened(BUILDERS[layout](tmp_path / "base")))
+    assert told["modelspec.architecture"] == architecture
+    assert (told["ss_base_model_version"], told["ss_v2"]) == (version, is_v2)
 
 
 @pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft", "fused", "single-file"])
