@@ -1,18 +1,15 @@
 """Data: what each source yields, what is kept and why the rest is not, the transforms, the cache, and the order."""
 
 import csv
-import functools
 import io
 import json
 import random
 import shutil
 import tarfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -104,39 +101,6 @@ def test_a_source_can_be_left_in_the_middle(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A loopback web server on tmp_path."""
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset reads http through curl, which is not here")
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_address[1]}"
-        http.shutdown()
-
-
-def test_shards_are_read_over_http(tmp_path: Path, server: str) -> None:
-    for i, name in enumerate(["00.tar", "01.tar"]):
-        write_tar(tmp_path / name, good([2 * i, 2 * i + 1]))
-    assert captions(f"{server}/{{00..01}}.tar") == [f"picture {i}" for i in range(4)]
-
-
-def test_what_the_web_does_not_have_ends_in_one_sentence_within_seconds(server: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(UsageError, match=r"there is no shard .*/absent\.tar: the server answers 404 File not found"):
-        survey(DataConfig(sources=(f"{server}/absent.tar",)), 0, seconds=30)
-    with pytest.raises(RunError, match=r"--data http://127\.0\.0\.1:9/a\.tar cannot be reached: .*refused"):
-        survey(DataConfig(sources=("http://127.0.0.1:9/a.tar",)), 0, seconds=30)
-    assert time.monotonic() - began < 10
-
-
 def test_captions_come_from_the_shard_s_json_where_there_is_no_text(tmp_path: Path) -> None:
     png = encoded(picture())
     files = [("a.png", png), ("a.json", b'{"caption": "a cat"}'), ("b.png", png), ("b.json", b'{"text": "a dog"}')]
@@ -222,6 +186,10 @@ def test_the_bundled_images_are_all_usable() -> None:
         ("{tmp}", "holds neither images nor .tar shards"),
         ("{tmp}/file.txt", "is neither a folder nor a .tar shard"),
         ("ftp://host/a.tar.xz", "unknown scheme"),
+        ("s3://bucket/a.tar", "unknown scheme; .* or from a command's output, such as 'pipe:aws s3 cp"),
+        ("{tmp}/*.tar", r"wildcards are not expanded; name the folder, or use braces, such as shards/\{00..99\}.tar"),
+        ("{tmp}/x.tar::pipe:touch bad.tar", "there is no shard"),
+        ("pi{{pe:touch bad,x}}.tar", "there is no shard pipe:touch bad.tar"),
         ("no-such-data", "does not exist"),
     ],
 )

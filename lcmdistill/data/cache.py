@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning, derive_seed
-from lcmdistill.data.sources import Member, kind_of, open_source, read_prompts
+from lcmdistill.data.remote import REMOTE, check_reachable
+from lcmdistill.data.sources import Member, kind_of, open_source, read_prompts, shard_urls
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.settings import DataConfig
@@ -54,10 +55,12 @@ class Report:
 def survey(config: DataConfig, seed: int, *, seconds: float, first_only: bool = False) -> list[Report]:
     """Look at each source's members, decoding them, for at most `seconds` each; `first_only` stops at a usable one.
 
-    Raises UsageError if a source holds nothing usable.
+    Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
     """
     reports = []
     for spec in config.sources:
+        if kind_of(spec) == "shards":
+            check_reachable(shard_urls(spec))
         kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
         for place, member in enumerate(_members(spec, config)):
             outcome = judge(member, config, seed, place)
@@ -124,8 +127,6 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
 
 def _listing(spec: str) -> list[tuple[str, int, int]]:
     """Name, size and time of every local file of a source; URLs are known by their spelling alone."""
-    from lcmdistill.data.sources import REMOTE
-
     if spec.startswith(REMOTE):
         return []
     if kind_of(spec) == "tiny":

@@ -7,19 +7,17 @@ with a `problem`, so that it can be counted.
 import csv
 import json
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.data.remote import REMOTE, open_remote
 from lcmdistill.errors import RunError, UsageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-REMOTE = ("http://", "https://", "gs://", "hf://", "pipe:")
 
 
 @dataclass(frozen=True)
@@ -36,53 +34,50 @@ class Member:
 
 def shards(spec: str, prompts: str | None) -> Iterator[Member]:
     """Webdataset shards: a folder of tars, a file, a URL (http, https, gs, hf, pipe:), each with brace expansion."""
-    from webdataset.compat import WebDataset
+    for url in shard_urls(spec):
+        yield from _shard(url)
+
+
+def shard_urls(spec: str) -> list[str]:
+    """The shards that a --data argument names, in order. Raises UsageError for one that cannot be."""
     from webdataset.shardlists import expand_urls
 
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        urls = sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
-    else:
-        urls = [spec] if spec.startswith("pipe:") else expand_urls(spec)
+        return sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
+    if spec.startswith("pipe:"):
+        return [spec]
+    urls = [url if url.startswith(REMOTE) else str(Path(url).expanduser()) for url in expand_urls(spec)]
     for url in urls:
-        if not url.startswith(REMOTE) and not Path(url).expanduser().is_file():
+        # A command is run only where it can be seen to be one.
+        if url.startswith("pipe:") or (not url.startswith(REMOTE) and not Path(url).is_file()):
             raise UsageError(f"--data {spec}: there is no shard {url}")
-    if urls and urls[0].startswith(("http://", "https://")):
-        _reach(urls[0])
-    problems: list[str] = []
+    return urls
+
+
+def _shard(url: str) -> Iterator[Member]:
+    """One shard's members. What cannot be read of a file is told as a member; of anything else it is a RunError."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    remote, problems = url.startswith(REMOTE), []
 
     def count_and_go_on(error: Exception) -> bool:
         problems.append(f"unreadable part of a shard ({type(error).__name__})")
         return True
 
-    stream = WebDataset(
-        [str(Path(url).expanduser()) if not url.startswith(REMOTE) else url for url in urls],
-        shardshuffle=False,
-        nodesplitter=_all_shards,
-        workersplitter=_all_shards,
-        empty_check=False,
-        handler=count_and_go_on,
-    )
-    for sample in stream:
+    def give_up(error: Exception) -> bool:
+        if isinstance(error, RunError):
+            raise RunError(error.args[0])  # without what the reader has added to it
+        raise RunError(f"--data {url} cannot be read: what it sends is no whole tar ({type(error).__name__})")
+
+    with open_remote(url) if remote else Path(url).open("rb") as stream:
+        files = tar_file_expander([{"url": url, "stream": stream}], handler=give_up if remote else count_and_go_on)
+        for sample in group_by_keys(files, handler=count_and_go_on):
+            yield from _drain(problems)
+            yield _shard_member(sample)
         yield from _drain(problems)
-        yield _shard_member(sample)
-    yield from _drain(problems)
-
-
-def _reach(url: str) -> None:
-    """Raise unless a server answers for the URL: the download itself would be tried for minutes without a word."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):  # other codes may be meant for HEAD alone
-            raise UsageError(f"there is no shard {url}: the server answers {error.code} {error.reason}") from error
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise RunError(f"--data {url} cannot be reached: {reason}") from error
-
-
-def _all_shards(urls: Iterable[Any]) -> Iterable[Any]:
-    return urls
+        while remote and stream.read(1 << 20):  # to its end, where a transport tells whether all went well
+            pass
 
 
 def _drain(problems: list[str]) -> Iterator[Member]:
@@ -194,10 +189,19 @@ def kind_of(spec: str) -> str:
         ):
             return "folder"
         raise UsageError(f"--data {spec} holds neither images nor .tar shards")
-    if spec.startswith(REMOTE) or spec.endswith(TAR_SUFFIXES):
+    if spec.startswith(REMOTE):
         return "shards"
-    if re.match(r"[a-z][a-z0-9+.-]*:", spec):
-        raise UsageError(f"--data {spec}: unknown scheme; shards come from files, http(s)://, gs://, hf:// or pipe:")
+    if re.match(r"[a-z][a-z0-9+.-]*://", spec):
+        raise UsageError(
+            f"--data {spec}: unknown scheme; shards come from files, http(s)://, gs://, hf://, or from a command's output, "
+            "such as 'pipe:aws s3 cp s3://BUCKET/KEY.tar -'"
+        )
+    if "*" in spec and not path.exists():
+        raise UsageError(
+            f"--data {spec}: wildcards are not expanded; name the folder, or use braces, such as shards/{{00..99}}.tar"
+        )
+    if spec.endswith(TAR_SUFFIXES):
+        return "shards"
     if path.exists():
         raise UsageError(f"--data {spec} is neither a folder nor a .tar shard")
     raise UsageError(
