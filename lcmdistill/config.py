@@ -35,7 +35,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     for section, values in tree.items():
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {section!r} stands outside a section; sections are {_known_sections()}")
-        flat |= {f"{section}.{key}": value for key, value in values.items()}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                raise UsageError(f"{path}: [{section}.{key}] is a table in a table; sections are not nested")
+            flat[f"{section}.{key}"] = value
     return flat
 
 
@@ -73,6 +76,8 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
     if config.run.output is None:
         output = Path("runs") / f"{Path(model).name or 'run'}-{name}{'-lora' if is_lora else ''}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
+    if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
+        raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; give it as --data")
     _check(config)
     return config
 
@@ -109,9 +114,11 @@ def _known_sections() -> str:
 
 def _closest(dotted: str, sections: Mapping[str, type]) -> str:
     every = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(dotted, every, n=1, cutoff=0.5)
-    # A right key in a wrong section is the commonest slip.
-    near = [k for k in every if k.split(".")[1] == dotted.split(".")[-1]] or near
+    # A right key in a wrong section is the commonest slip, initials such as lr the next.
+    key = dotted.split(".")[-1]
+    near = [k for k in every if k.split(".")[1] == key]
+    near = near or [k for k in every if "_" in k and "".join(w[0] for w in k.split(".")[1].split("_")) == key]
+    near = near or difflib.get_close_matches(dotted, every, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; sections are {_known_sections()}"
 
 
@@ -201,3 +208,6 @@ def _check(config: RunConfig) -> None:
             raise UsageError(f"optim.{key} is {beta}; it must be at least 0 and below 1")
     if not config.data.sources:
         raise UsageError("data.sources is empty; name a folder, shards, or teacher")
+    if config.data.prompts is not None and "teacher" not in config.data.sources:
+        named = ", ".join(config.data.sources)
+        raise UsageError(f"--prompts is what --data teacher draws, and the data are {named}; add --data teacher")

@@ -143,6 +143,26 @@ def test_a_wrong_value_is_refused_by_name(text: str, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_a_command_is_taken_from_the_command_line_only() -> None:
+    pipe = {"data.sources": ["tiny", "pipe:cat a.tar"]}
+    with pytest.raises(UsageError, match="pipe: runs a shell command and is not taken from a file; give it as --data"):
+        resolve(pipe, {})
+    with pytest.raises(UsageError, match="not taken from a file"):
+        resolve({"data.sources": "pipe:cat a.tar"}, {"run.seed": 1})
+    assert resolve({"data.sources": ["tiny"]}, pipe).data.sources == ("tiny", "pipe:cat a.tar")
+    assert resolve({}, dict([parse_assignment("data.sources=pipe:cat a.tar")])).data.sources == ("pipe:cat a.tar",)
+
+
+def test_prompts_are_for_the_teacher_s_own_draws() -> None:
+    with pytest.raises(
+        UsageError, match="--prompts is what --data teacher draws, and the data are tiny, a; add --data"
+    ):
+        resolve({}, {"data.prompts": "mine.txt", "data.sources": ["tiny", "a"]})
+    with pytest.raises(UsageError, match="the data are tiny; add"):
+        resolve({}, {"data.prompts": "mine.txt", "teacher.model": "tiny"})
+    assert resolve({}, {"data.prompts": "mine.txt", "data.sources": ["tiny", "teacher"]}).data.prompts == "mine.txt"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -176,7 +196,11 @@ def test_what_is_no_assignment_is_refused(text: str) -> None:
     [{}, {"teacher.model": "tiny"}, {"teacher.model": "sd21", "objective.solver": "euler"}, {"student.kind": "lora"}],
 )
 def test_the_toml_of_a_configuration_reads_back_to_the_same(tmp_path: Path, flags: dict[str, Any]) -> None:
-    odd = {"data.prompts": 'a "quoted"\\path\n', "data.sources": ("tiny", "a,b"), "run.validation_prompts": ("x", "é")}
+    odd = {
+        "data.prompts": 'a "quoted"\\path\n',
+        "data.sources": ("teacher", "a,b"),
+        "run.validation_prompts": ("x", "é"),
+    }
     odd |= {"optim.adam_eps": 1e-20, "data.max_watermark": 0.5, "data.count": 7, "run.precision": "bf16"}
     for config in (resolve({}, flags), resolve({}, {**odd, **flags})):
         path = tmp_path / "config.toml"
