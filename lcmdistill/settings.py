@@ -230,9 +230,9 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
         "optim.batch_size": 32,
         "optim.accumulate": 1,
         "optim.learning_rate": 1e-4,
-        "optim.max_train_steps": 250,
-        "run.checkpoint_every": 100,
-        "run.validate_every": 125,
+        "optim.max_train_steps": 400,
+        "run.checkpoint_every": 200,
+        "run.validate_every": 200,
     },
     "sd21": {"data.resolution": 768},
 }
