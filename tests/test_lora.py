@@ -1,6 +1,7 @@
 """The LoRA student: the teacher bit for bit with the adapter off, the published sizes, and files that keep the update."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lcmdistill.export.lora_files import header, load_lora
 from lcmdistill.export.product import load_product, unet_step
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.modelcard import model_card
+from lcmdistill.sample import find_model
 from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import make_student
 from lcmdistill.teachers import load_teacher
@@ -296,6 +298,16 @@ def test_formats_that_a_lora_run_cannot_be(lora_run: Path, tmp_path: Path):
         exporting.export(lora_run, "pipeline", tmp_path / "a", dtype="fp16", guidance_scale=None, verify=True)
 
 
+def test_a_half_precision_pipeline_draws_without_naming_a_dtype(lora_run: Path, tmp_path: Path):
+    from diffusers import DiffusionPipeline
+
+    exporting.export(lora_run, "fused", tmp_path / "half", dtype="fp16", guidance_scale=None, verify=True)
+    assert all(v.dtype == torch.float16 for v in load_file(tmp_path / "half/text_encoder/model.safetensors").values())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "half")
+    image = pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0, height=16, width=16).images[0]
+    assert image.size == (16, 16)
+
+
 def test_the_format_names_are_the_exporters():
     assert [str(name) for name in Format] == list(exporting.EXPORTERS)
 
@@ -305,6 +317,14 @@ def test_a_run_of_the_lora_alone_samples(lora_run: Path, tmp_path: Path):
     result = CliRunner().invoke(app, [*words, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "guidance scale 1" in result.output
+
+
+def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tmp_path: Path):
+    shutil.copytree(lora_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("[teacher]\n", '[teacher]\nrevision = "r"\nvariant = "fp16"\n'))
+    found = find_model(str(tmp_path / "run"))
+    assert found.options == {"revision": "r", "variant": "fp16", "allow_pickle": False}
 
 
 def test_two_loras_at_once_add_up(lora_run: Path):

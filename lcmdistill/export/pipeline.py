@@ -56,6 +56,7 @@ def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
         pipeline.save_pretrained(aside, safe_serialization=True)
         for path in aside.glob("text_encoder*/model.safetensors"):
             _readable_by_transformers_4(path)
+            _loaded_in_fp32_by_default(path.with_name("config.json"))
         add_vocabularies(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
@@ -69,6 +70,12 @@ def add_vocabularies(folder: Path) -> None:
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         path.with_name("vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         path.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _loaded_in_fp32_by_default(config: Path) -> None:
+    """transformers 5 takes a config's dtype where none is asked for, diffusers takes fp32: half and float do not mix."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _readable_by_transformers_4(path: Path) -> None:
