@@ -25,7 +25,7 @@ from lcmdistill.checkpoint import write_text
 from lcmdistill.data.sources import open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import pick_device
-from lcmdistill.rundir import recorded
+from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.sample import find_model, grid, load_student
 from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import ALIASES, load_teacher
@@ -50,9 +50,9 @@ def main() -> None:
     # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
     guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras else args.guidance_scale or middle)
     device = pick_device("auto")
-    teacher = load_teacher(config["teacher.model"])
+    teacher = load_teacher(**teacher_of(config))
     teacher.pipeline.to(device)
-    student = load_student(found.path, device, found.loras)
+    student = load_student(found.path, device, found.loras, options=found.options)
     picture(args.run, config, teacher, student, guidance)
     if args.metrics:
         held_out = args.prompts or Path(ALIASES[config["teacher.model"]]) / "prompts-heldout.txt"

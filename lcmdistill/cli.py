@@ -1,5 +1,6 @@
 """The command line. Every option is told here in plain words; what it means is decided elsewhere, and imported late."""
 
+import math
 import os
 import sys
 import warnings
@@ -44,7 +45,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Samples a process takes at 
 Accumulate = Annotated[
     int | None, typer.Option(help="Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]")
 ]
-MaxTrainSteps = Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 1000; tiny 250]")]
+MaxTrainSteps = Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 1000; tiny 400]")]
 Resolution = Annotated[
     int | None, typer.Option(help="Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]")
 ]
@@ -94,6 +95,13 @@ SETTINGS = {
     "dropout": "student.dropout",
     "target_modules": "student.target_modules",
 }
+
+
+def _finite(value: float | None) -> float | None:
+    """A number that is given must be one."""
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"--guidance-scale is {value}; it must be a finite number")
+    return value
 
 
 @app.command()
@@ -181,8 +189,15 @@ def _train(kind: str, options: dict[str, Any]) -> None:
     """Settle the configuration and run it. options: a training command's own, by name."""
     flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
     flags |= {key: options[name] for name, key in SETTINGS.items() if options.get(name) not in (None, [])}
+    if "student.kind" in flags:
+        raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
     flags["student.kind"] = kind
     file = read_toml(options["config"]) if options["config"] else {}
+    if (recorded := file.get("student.kind", kind)) != kind:
+        command = "distill-lora" if recorded == "lora" else "distill"
+        raise UsageError(
+            f"--config {options['config']} is for {command}: its student.kind is {recorded!r}; run lcmdistill {command}"
+        )
     resolved = resolve(file, flags)
     from lcmdistill import preflight
 
@@ -219,10 +234,13 @@ def sample(
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5; with a LoRA 1]"
+            help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5; with a LoRA 1]",
+            callback=_finite,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
+    ] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: the run's own]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
@@ -247,7 +265,8 @@ def sample(
     own = found.guidance_scale or (1.0 if loras else 8.5)
     guidance = guidance_scale if guidance_scale is not None else own
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
-    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales)
+    scales += [1.0] * (len(loras) - len(scales))
+    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, found.options)
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
         drawings = sampling.draw(
@@ -260,7 +279,15 @@ def sample(
             batch_size=batch_size,
             on_progress=bar.update,
         )
-    grid = sampling.write_drawings(drawings, output, model=found.path, steps=steps, guidance_scale=guidance)
+    grid = sampling.write_drawings(
+        drawings,
+        output,
+        model=found.path,
+        steps=steps,
+        guidance_scale=guidance,
+        sampler=sampling.sampler_of(pipeline),
+        loras=list(zip(loras, scales, strict=True)),
+    )
     say(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
 
 
@@ -275,7 +302,7 @@ def export(
     ] = "fp16",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]"),
+        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]", callback=_finite),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,

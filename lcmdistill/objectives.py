@@ -93,6 +93,15 @@ class LatentConsistency:
     def check(self, num_steps: int) -> None:
         if not 1 <= self.skip < num_steps:
             raise ValueError(f"objective.skip (k) is {self.skip}; it must be from 1 to {num_steps - 1}")
+        if self.times == "grid" and num_steps % self.skip:
+            divisors = [k for k in range(1, num_steps) if num_steps % k == 0]
+            near = [max(k for k in divisors if k < self.skip), *[k for k in divisors if k > self.skip][:1]]
+            raise ValueError(
+                f"objective.skip (k) is {self.skip}, which does not divide T = {num_steps}, so that t = {num_steps - 1}, "
+                f'where drawing starts, is never trained; try {" or ".join(map(str, near))}, or objective.times = "all"'
+            )
+        if self.w_min < 0:
+            raise ValueError(f"objective.w_min is {self.w_min}; omega, which is guidance_scale - 1, must be at least 0")
         if not self.w_min <= self.w_max:
             raise ValueError(f"objective.w_min is {self.w_min}, above objective.w_max, {self.w_max}; swap or lower it")
         if not 0.0 <= self.ema_decay < 1.0:

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora
 from lcmdistill.export.pipeline import lcm_scheduler
-from lcmdistill.rundir import recorded
+from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
 
 
@@ -29,13 +29,17 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Found:
-    """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run."""
+    """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run.
+
+    options: what `load_pipeline` is to be told besides the path: a LoRA's teacher may have a revision or a variant.
+    """
 
     path: str
     guidance_scale: float | None = None
     resolution: int | None = None
     teacher: str | None = None
     loras: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_model(model: str | None) -> Found:
@@ -57,19 +61,28 @@ def find_model(model: str | None) -> Found:
         files = sorted(str(path) for path in (run / "lora").glob("*.safetensors"))
         if not files:
             raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
-        return Found(config["teacher.model"], guidance, side, config["teacher.model"], tuple(files))
+        options = teacher_of(config)
+        teacher = options.pop("model")
+        return Found(teacher, guidance, side, teacher, tuple(files), options)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
     return Found(str(run / "pipeline"), guidance, side, config["teacher.model"])
 
 
-def load_student(model: str, device: torch.device, loras: Sequence[str] = (), scales: Sequence[float] = ()) -> Any:
+def load_student(
+    model: str,
+    device: torch.device,
+    loras: Sequence[str] = (),
+    scales: Sequence[float] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
 
     loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets an LCMScheduler. scales:
-    their weights, 1 where there are fewer. Raises UsageError on a file that is no LoRA for this model.
+    their weights, 1 where there are fewer; options: as in Found. Raises UsageError on a file that is no LoRA for this
+    model.
     """
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, **(options or {}))
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         pipeline.scheduler = lcm_scheduler(pipeline.scheduler.config)
@@ -118,26 +131,51 @@ def draw(
     return drawings
 
 
-def write_drawings(drawings: Sequence[Drawing], folder: Path, *, model: str, steps: int, guidance_scale: float) -> Path:
-    """PNGs with the prompt and settings in their metadata, and grid.png. Returns the grid's path."""
+def write_drawings(
+    drawings: Sequence[Drawing],
+    folder: Path,
+    *,
+    model: str,
+    steps: int,
+    guidance_scale: float,
+    sampler: str,
+    loras: Sequence[tuple[str, float]] = (),
+) -> Path:
+    """PNGs with the prompt and settings in their metadata, and grid.png. Returns the grid's path.
+
+    sampler: `sampler_of` the pipeline; loras: files or folders with their weights.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+    except FileExistsError as error:
         raise UsageError(f"--output {folder} is a file; name a folder") from error
+    except OSError as error:
+        raise UsageError(f"--output {folder} cannot be made ({error.strerror}); name another folder") from error
+    adapters = ", ".join(f"{lora}: {weight:g}" for lora, weight in loras)
     for i, drawing in enumerate(drawings):
         info = PngInfo()
         # The line that A1111 and its kin read from an image's "parameters".
-        settings = f"Steps: {steps}, Sampler: LCM, CFG scale: {guidance_scale:g}, Seed: {drawing.seed}, Model: {model}"
+        own = {"prompt": drawing.prompt, "steps": steps, "sampler": sampler, "guidance_scale": f"{guidance_scale:g}"}
+        own |= {"seed": drawing.seed, "model": model, **({"loras": adapters} if adapters else {})}
+        settings = (
+            f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance_scale:g}, Seed: {drawing.seed}, "
+            f"Size: {drawing.image.width}x{drawing.image.height}, Model: {model}"
+            + (f', Loras: "{adapters}"' if adapters else "")
+        )
         info.add_itxt("parameters", f"{drawing.prompt}\n{settings}")
-        for key, value in {"prompt": drawing.prompt, "steps": steps, "seed": drawing.seed, "model": model}.items():
+        for key, value in own.items():
             info.add_itxt(key, str(value))
-        info.add_itxt("guidance_scale", f"{guidance_scale:g}")
         drawing.image.save(folder / f"{i:03d}-{_slug(drawing.prompt)}.png", pnginfo=info)
     columns = math.ceil(math.sqrt(len(drawings)))
     rows = [drawings[i : i + columns] for i in range(0, len(drawings), columns)]
     path = folder / "grid.png"
     grid([[d.image for d in row] for row in rows]).save(path)
     return path
+
+
+def sampler_of(pipeline: Any) -> str:
+    """The name of the scheduler that a pipeline draws with: "LCM", "DDIM"."""
+    return type(pipeline.scheduler).__name__.removesuffix("Scheduler")
 
 
 def _slug(prompt: str) -> str:

@@ -68,6 +68,13 @@ def sentence(error: str) -> str:
         (["--device", "cuda:99"], "--device cuda:99 was asked for, but"),
         (["--output", "thesis"], "--output thesis holds files that no run of lcmdistill made"),
         (["--output", "file.txt"], "--output file.txt is a file; name a folder"),
+        (["--output", "file.txt/x"], "--output file.txt/x cannot be made: "),
+        (["--set", "student.kind=lora"], "student.kind is not for --set: distill trains a full student, distill-lora"),
+        (
+            ["--config", "lora.toml"],
+            "--config lora.toml is for distill-lora: its student.kind is 'lora'; run lcmdistill",
+        ),
+        (["--skip", "30"], "objective.skip (k) is 30, which does not divide T = 1000"),
     ],
 )
 def test_wrong_usage_ends_in_one_sentence(
@@ -80,6 +87,7 @@ def test_wrong_usage_ends_in_one_sentence(
         (tmp_path / "corrupt" / f"{i}.txt").write_text("a caption")
     (tmp_path / "thesis" / "chapter.txt").write_text("hello")
     (tmp_path / "file.txt").write_text("hello")
+    (tmp_path / "lora.toml").write_text('[student]\nkind = "lora"\n')
     if "--data" in more:
         at = options.index("--data")
         options = options[:at] + options[at + 2 :]

@@ -86,6 +86,7 @@ def test_the_output_is_named_for_the_teacher_and_the_objective() -> None:
         ("optim.lerning_rate", "optim.learning_rate"),
         ("run.learning_rate", "optim.learning_rate"),  # the right key in a wrong section
         ("objective.wmin", "objective.w_min"),
+        ("optim.lr", "optim.learning_rate"),  # initials
         ("runs.seed", "run.seed"),
     ],
 )
@@ -214,6 +215,7 @@ def test_the_toml_of_a_configuration_reads_back_to_the_same(tmp_path: Path, flag
         (b"[optim\n", "is not valid TOML"),
         (b"\xff\xfe", "is not valid TOML"),
         (b"seed = 1\n", "'seed' stands outside a section"),
+        (b"[optim.sub]\nx = 1\n", r"\[optim\.sub\] is a table in a table; sections are not nested"),
         (None, "cannot be read"),
     ],
 )

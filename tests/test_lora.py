@@ -303,7 +303,7 @@ def test_a_half_precision_pipeline_draws_without_naming_a_dtype(lora_run: Path, 
 
     exporting.export(lora_run, "fused", tmp_path / "half", dtype="fp16", guidance_scale=None, verify=True)
     assert all(v.dtype == torch.float16 for v in load_file(tmp_path / "half/text_encoder/model.safetensors").values())
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "half")
+    pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "half")
     image = pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0, height=16, width=16).images[0]
     assert image.size == (16, 16)
 

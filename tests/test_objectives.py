@@ -142,6 +142,9 @@ def test_the_named_solver_takes_the_step(objective: str, monkeypatch: pytest.Mon
     [
         ({"skip": 0}, "skip"),
         ({"skip": 1000}, "from 1 to 999"),
+        ({"skip": 30}, r"does not divide T = 1000, so that t = 999,.* is never trained; try 25 or 40, or"),
+        ({"skip": 700}, "; try 500, or"),
+        ({"w_min": -0.5}, "w_min is -0.5; omega, which is guidance_scale - 1, must be at least 0"),
         ({"w_min": 9.0, "w_max": 8.0}, "w_min"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"solver": "magic"}, "ddim"),
@@ -150,6 +153,11 @@ def test_the_named_solver_takes_the_step(objective: str, monkeypatch: pytest.Mon
 def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatentConsistency(**fields).check(1000)
+
+
+@pytest.mark.parametrize("skip", [30, 999])
+def test_drawn_from_every_time_any_skip_is_possible(skip: int) -> None:
+    LatentConsistency(skip=skip, times="all").check(1000)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -49,19 +49,31 @@ def test_progress_is_told(student: Any) -> None:
 def test_what_was_drawn_is_in_the_metadata(tmp_path: Path) -> None:
     prompt = "a “caf\u00e9”, 東京"
     drawing = Drawing(Image.new("RGB", (16, 16), "red"), prompt, 7)
-    write_drawings([drawing], tmp_path, model="runs/x/pipeline", steps=4, guidance_scale=4.5)
+    how: dict[str, Any] = {"model": "runs/x/pipeline", "steps": 4, "guidance_scale": 4.5, "sampler": "LCM"}
+    write_drawings([drawing], tmp_path, **how)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["000-a-caf.png", "grid.png"]
     text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
-    own = {"prompt": prompt, "steps": "4", "seed": "7", "model": "runs/x/pipeline", "guidance_scale": "4.5"}
-    settings = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Model: runs/x/pipeline"
+    own = {key: str(value) for key, value in how.items()} | {"prompt": prompt, "seed": "7"}
+    settings = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Size: 16x16, Model: runs/x/pipeline"
     assert text == {**own, "parameters": f"{prompt}\n{settings}"}
+    write_drawings([drawing], tmp_path, **how, loras=[("lcm.safetensors", 1.0), ("style", 0.5)])
+    text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
+    assert text["loras"] == "lcm.safetensors: 1, style: 0.5"
+    assert text["parameters"].endswith(', Loras: "lcm.safetensors: 1, style: 0.5"')
+
+
+def test_the_scheduler_that_really_drew_is_told(command: Command, tmp_path: Path, small_teacher: Path) -> None:
+    assert command("sample", small_teacher, "--prompt", "dog face", "--steps", 2, "--output", "out")[0] == 0
+    text = getattr(Image.open(tmp_path / "out" / "000-dog-face.png"), "text")  # noqa: B009
+    assert text["sampler"] == "DDIM"
+    assert "loras" not in text
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3)])
 def test_all_images_are_in_the_grid(tmp_path: Path, count: int, columns: int) -> None:
     drawings = [Drawing(Image.new("RGB", (128, 128), (10 * i, 0, 0)), "a", i) for i in range(count)]
-    picture = Image.open(write_drawings(drawings, tmp_path, model="m", steps=1, guidance_scale=1.0))
+    picture = Image.open(write_drawings(drawings, tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM"))
     colours = {colour for _, colour in picture.getcolors() or []}
     assert colours == {*((10 * i, 0, 0) for i in range(count)), (255, 255, 255)}
     assert columns * 128 < picture.width < columns * 140
@@ -154,6 +166,9 @@ def test_the_same_seed_gives_the_same_picture(command: Command, tmp_path: Path, 
         (["{run}", "--resolution", "20"], "--resolution is 20; it must be a multiple of 8"),
         (["{run}", "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
         (["{run}", "--output", "file.txt"], "--output file.txt is a file; name a folder"),
+        (["{run}", "--output", "file.txt/x"], "--output file.txt/x cannot be made (Not a directory)"),
+        (["{run}", "--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
+        (["{run}", "--guidance-scale", "inf"], "--guidance-scale is inf; it must be a finite number"),
         (["{run}", "--device", "tpu-or-so"], "--device 'tpu-or-so' is no device"),
     ],
 )
@@ -169,7 +184,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--steps", "0"], ["--num-images", "0"], ["--seed", "-1"], ["--batch-size", "0"]]
+    "arguments",
+    [["--steps", "0"], ["--num-images", "0"], ["--seed", "-1"], ["--seed", str(2**64)], ["--batch-size", "0"]],
 )
 def test_impossible_numbers_are_refused(command: Command, arguments: list[str]) -> None:
     code, _, error = command("sample", *arguments)

@@ -1,6 +1,7 @@
 """Teachers: a trained pipeline found by name, folder or hub id, as networks that speak (x0, eps)."""
 
 import json
+import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -131,6 +132,10 @@ def _check_weights(model: str, pipeline: Any) -> None:
 def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception:
     text = str(error)
     first = text.strip().split("\n")[0]
+    if isinstance(error, AttributeError) and (unknown := re.search(r"diffusers\W+has no attribute \W?(\w+)", first)):
+        return UsageError(
+            f"{model} is a {unknown[1]}, which the installed diffusers does not know; supported are {', '.join(FAMILIES)}"
+        )
     if is_folder:
         return UsageError(f"{model} cannot be loaded as a diffusers pipeline: {first}")
     if "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower():
