@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
 from lcmdistill.settings import RunConfig, TeacherConfig
 
-_MARK = ".finished"
+_MARK, _DATA = ".finished", ".data.json"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 FREE_TO_DIFFER = {
@@ -130,9 +131,22 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def open_run(config: RunConfig) -> None:
-    """Make a run's folder and write the settled configuration there: the main process's business alone."""
+def open_run(config: RunConfig, data: Mapping[str, str]) -> None:
+    """Make a run's folder and write the settled configuration there: the main process's business alone.
+
+    data: a fingerprint of each source, noted for the day the run is resumed. Raises UsageError if the run that is to be
+    resumed was begun with others.
+    """
     folder = Path(config.run.output or "")
+    noted = folder / _DATA
+    if begun(folder) and noted.is_file():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        changed = [spec for spec, fingerprint in data.items() if before.get(spec) != fingerprint]
+        if changed:
+            raise UsageError(
+                f"{folder} was begun when --data {changed[0]} held something else: its files (names, sizes, dates) or the "
+                "teacher's weights have changed; put them back to resume, or name another --output"
+            )
     try:
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -141,3 +155,4 @@ def open_run(config: RunConfig) -> None:
             raise
         raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
     write_text(folder / "config.toml", to_toml(config))
+    write_text(noted, json.dumps(data, indent=2) + "\n")

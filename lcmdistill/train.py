@@ -28,7 +28,7 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, SampleOrder, mark_whole, prepare
+from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, mark_whole, prepare
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
@@ -112,7 +112,9 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     stop.check("stopped before anything was begun; the same command begins anew, or goes on where it was")
     accelerator.wait_for_everyone()
     if loud:
-        open_run(config)  # not before: what is refused leaves no folder behind
+        # Not before: what is refused leaves no folder behind.
+        data, seed = config.data, config.run.seed
+        open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources})
     teacher.pipeline.to(accelerator.device)
     folders = _prepare(config, teacher, accelerator, stop)
     dataset = LatentDataset(folders, [config.data.count] * len(folders))

@@ -237,6 +237,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
         run__validation_prompts=("grinning face", "red heart"),
     )
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".data.json",
         ".finished",
         "README.md",
         "checkpoints",
@@ -425,6 +426,21 @@ def test_a_first_attempt_that_failed_decides_nothing_for_the_next(run: Runner, m
             run(optim__max_train_steps=4)
     folder = run(optim__max_train_steps=40, run__checkpoint_every=40)
     assert "\ncount = 256\n" in (folder / "config.toml").read_text()  # 160 samples in whole chunks; 4 steps need 128
+
+
+def test_a_run_is_not_resumed_on_other_data(run: Runner, image_folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    folder = run(data__sources=(str(data),))
+    before = result(folder)
+    (data / "new.webp").write_bytes((data / "00.webp").read_bytes())
+    with pytest.raises(
+        UsageError, match=r"was begun when --data .*data held something else: its files .* have changed"
+    ):
+        run(data__sources=(str(data),), optim__max_train_steps=6)
+    assert result(folder) == before
+    assert "max_train_steps = 4\n" in (folder / "config.toml").read_text()
+    (data / "new.webp").unlink()
+    run(data__sources=(str(data),), optim__max_train_steps=6)
 
 
 def test_a_signal_while_the_teacher_is_loaded_ends_the_run_before_it_begins(

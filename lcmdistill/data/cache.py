@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +127,16 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
 
 
 def _listing(spec: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of every local file of a source; URLs are known by their spelling alone."""
+    """Name, size and time of every local file of a source; URLs are known by their spelling alone.
+
+    The bundled files have no time: it would be that of the installation.
+    """
     if spec.startswith(REMOTE):
         return []
-    if kind_of(spec) == "tiny":
-        from importlib.resources import files
-
-        root = Path(str(files("lcmdistill") / "assets" / "tiny-data"))
-    else:
-        root = Path(spec).expanduser()
-    if root.is_dir():
-        paths = sorted(p for p in root.rglob("*") if p.is_file())
-    else:
-        from webdataset.shardlists import expand_urls
-
-        paths = [Path(url).expanduser() for url in expand_urls(spec)]
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    bundled = kind_of(spec) == "tiny"
+    root = Path(str(files("lcmdistill") / "assets" / "tiny-data")) if bundled else Path(spec).expanduser()
+    paths = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else map(Path, shard_urls(spec))
+    return [(p.name, p.stat().st_size, 0 if bundled else p.stat().st_mtime_ns) for p in paths]
 
 
 def prepare(
