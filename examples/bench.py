@@ -54,7 +54,7 @@ def main() -> None:
         models.student(latents, t, batch.cond, w).x0.sum().backward()
 
     def whole() -> None:
-        config.objective.loss(models, batch, rng).per_sample.mean().backward()
+        config.objective.loss(models, batch, rng).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

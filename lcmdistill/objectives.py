@@ -3,7 +3,7 @@ configuration, its `loss` is the paper's algorithm box, written on the pair (x0,
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,6 @@ from lcmdistill.distances import DISTANCES
 from lcmdistill.prediction import X0Eps, guided
 from lcmdistill.schedule import ddim_grid
 from lcmdistill.solvers import SOLVERS, Denoiser
-
-
-class Loss(NamedTuple):
-    """per_sample: (B,) fp32, with gradients to the student; logs: detached tensors worth a line in metrics.jsonl."""
-
-    per_sample: Tensor
-    logs: dict[str, Tensor]
 
 
 class Objective(Protocol):
@@ -35,8 +28,8 @@ class Objective(Protocol):
         """Raise ValueError, in one sentence, if the fields are impossible for a teacher of T = num_steps."""
         ...
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Loss:
-        """The method's loss on one batch of clean latents."""
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        """The method's loss on each sample of a batch of clean latents, (B,) fp32, with gradients to the student only."""
         ...
 
 
@@ -109,7 +102,7 @@ class LatentConsistency:
         if self.solver not in SOLVERS:
             raise ValueError(f"objective.solver is {self.solver!r}; choose from {', '.join(SOLVERS)}")
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = draw_times(schedule.num_steps, self.skip, self.times, rng)
         w = self.w_min + (self.w_max - self.w_min) * rng.uniform("omega")
@@ -119,7 +112,7 @@ class LatentConsistency:
             z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
             target = consistency_function(z_s, models.target(z_s, s, c, w).x0, s)
         prediction = consistency_function(z_t, models.student(z_t, t, c, w).x0, t)
-        return Loss(DISTANCES[self.distance](prediction, target), {"t": t})
+        return DISTANCES[self.distance](prediction, target)
 
 
 OBJECTIVES: dict[str, type[LatentConsistency]] = {"lcm": LatentConsistency}

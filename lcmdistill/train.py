@@ -162,7 +162,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
                 seed_dropout(rng)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                loss = objective.loss(run.models, batch, rng).per_sample.mean() / optim.accumulate
+                loss = objective.loss(run.models, batch, rng).mean() / optim.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         # An infinite limit clips nothing and still measures.
