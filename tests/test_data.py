@@ -469,6 +469,16 @@ def test_a_source_is_encoded_once(
     assert (len(dataset), dataset.reports[0].kept, dataset.reports[0].rejected) == (10, 10, (("no image", 1),))
 
 
+def test_progress_is_told_within_a_chunk(
+    tmp_path: Path, teacher: Teacher, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_PIXELS_AT_ONCE", 4 * 16**2)
+    done: list[int] = []
+    prepare(spec, config_for(spec, tmp_path / "cache"), teacher, 0, on_progress=done.append)
+    assert (len(done), done[0], done[-1]) == (4, 0, 11)  # ten samples four at a time, and the chunk's end
+    assert done == sorted(done)
+
+
 def test_an_interrupted_preparation_goes_on_where_it_stopped(
     tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

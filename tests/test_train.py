@@ -28,6 +28,7 @@ from lcmdistill.checkpoint import checkpoints
 from lcmdistill.config import resolve
 from lcmdistill.errors import Interrupted, RunError, UsageError
 from lcmdistill.export import product
+from lcmdistill.interrupt import Stop
 from lcmdistill.objectives import LatentConsistency
 from lcmdistill.settings import OptimConfig
 from lcmdistill.teachers import load_teacher
@@ -609,6 +610,13 @@ def test_two_processes_are_one_with_the_same_global_batch(run: Runner, tmp_path:
     mine, its = (load_file(checkpoints(f / "checkpoints")[-1] / "student.safetensors") for f in (one, tmp_path / "two"))
     worst = max(float((mine[name] - its[name]).abs().max()) for name in mine)
     assert worst < 1e-4
+
+
+def test_a_signal_that_any_process_met_stops_them_all() -> None:
+    for theirs in (0, 15):
+        accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
+        accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])
+        assert train._agreed(Stop(), accelerator) == theirs
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def prepare(
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
-            _write_chunk(path, samples, dropped, teacher, config, seed, dtype)
+            _write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress)
             kept, rejected = kept + len(samples), rejected + dropped
             if not kept and sum(rejected.values()) >= GIVE_UP_AFTER:
                 raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))
@@ -200,6 +200,7 @@ def _write_chunk(
     config: DataConfig,
     seed: int,
     dtype: torch.dtype,
+    on_progress: Callable[[int], None],
 ) -> None:
     tensors: dict[str, Tensor] = {}
     if samples:
@@ -209,9 +210,10 @@ def _write_chunk(
         embeds = [teacher.encode_prompts(captions[i : i + 64]).prompt_embeds for i in range(0, len(captions), 64)]
         tensors["embeds"] = torch.cat(embeds).half().cpu()
         at_once = max(1, _PIXELS_AT_ONCE // config.resolution**2)
-        parts = [
-            _latents(samples[i : i + at_once], teacher, config, seed, dtype) for i in range(0, len(samples), at_once)
-        ]
+        parts = []
+        for i in range(0, len(samples), at_once):
+            on_progress(samples[i][0])  # a chunk that the teacher draws takes minutes
+            parts.append(_latents(samples[i : i + at_once], teacher, config, seed, dtype))
         tensors["mean"] = torch.cat([mean for mean, _ in parts]).half().cpu()
         tensors["std"] = torch.cat([std for _, std in parts]).half().cpu()
         if not tensors["mean"].isfinite().all():
