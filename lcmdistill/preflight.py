@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcmdistill.config import to_toml
 from lcmdistill.consistency import OMEGA_DIM
-from lcmdistill.data.cache import cache_folder, survey
+from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.hub import check_login
@@ -53,6 +53,7 @@ def check_early(config: RunConfig) -> None:
         if config.run.push_to_hub:
             check_login(config.run.push_to_hub)
     pick_device(config.run.device)
+    check_cache(config.data)
     survey(config.data, config.run.seed, seconds=60.0, first_only=True)
 
 
@@ -71,7 +72,8 @@ def dry_run(config: RunConfig) -> None:
         config.data.sources, survey(config.data, config.run.seed, seconds=SURVEY_SECONDS), strict=True
     ):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
-        say(f"data {spec}: {report}" + (f"; {ready} cached chunks are ready" if ready else ""))
+        cached = f"; {ready} cached chunks are ready" if ready else ""
+        say(f"data {spec}: {report}{left_out(spec, config.data, report)}{cached}")
     needed = memory_needed(config, teacher, dtype)
     say(
         f"teacher: {teacher.prediction_type}-predicting U-Net of {needed.base:,} parameters; the student, "

@@ -28,7 +28,7 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, mark_whole, prepare
+from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left_out, mark_whole, prepare
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
@@ -120,7 +120,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            say(f"data {spec}: {report}")
+            say(f"data {spec}: {report}{left_out(spec, config.data, report)}")
     if not len(dataset):
         raise UsageError("the data hold nothing usable; run with --dry-run to see why")
     run = _build(config, folder, accelerator, teacher, dataset)

@@ -646,6 +646,68 @@ def test_a_larger_count_adds_to_a_smaller_one(tmp_path: Path, teacher: Teacher, 
     torch.testing.assert_close(few, LatentDataset([folder], [11]).read(range(5))[0], rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("metadata", [False, True])
+def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
+    tmp_path: Path, teacher: Teacher, small_chunks: None, monkeypatch: pytest.MonkeyPatch, metadata: bool
+) -> None:
+    data, names = tmp_path / "data", [f"{i:03d}.png" for i in range(100)]
+    data.mkdir()
+    for i, name in enumerate(names):
+        picture(i).save(data / name)
+        if not metadata:
+            (data / name).with_suffix(".txt").write_text(name)
+    if metadata:
+        rows = [json.dumps({"file_name": name, "text": name}) for name in names]
+        (data / "metadata.jsonl").write_text("\n".join(rows))
+
+    def order(seed: int | None) -> list[str]:
+        return [str(member.caption) for member in open_source(str(data), None, seed)]
+
+    assert order(None) == names
+    assert sorted(order(0)) == names
+    assert len({tuple(order(seed)) for seed in (None, 0, 1)}) == 3
+    assert order(0) == order(0)
+    tens = Counter(name[1] for name in order(0)[:50])
+    assert len(tens) == 10  # from every part of the listing
+    config = config_for(str(data), tmp_path / "cache")
+    assert cache_folder(str(data), config, teacher, 0) != cache_folder(str(data), config, teacher, 1)
+    counting = Counting(teacher, monkeypatch)
+    few = contents(prepare(str(data), replace(config, count=8), teacher, 0))
+    assert counting.images == 8
+    many = contents(prepare(str(data), replace(config, count=20), teacher, 0))
+    assert counting.images == 20
+    assert many.items() > few.items()
+
+
+def test_what_a_count_leaves_out_is_said(tmp_path: Path, spec: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(3):
+        picture(i).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text("a")
+
+    def said(spec: Path | str, count: int | None) -> str:
+        config = DataConfig(sources=(str(spec),), resolution=16, count=count)
+        return cache.left_out(str(spec), config, survey(config, 0, seconds=60)[0])
+
+    why = "taken (data.count, by default as many as the run can use; a larger one takes more)"
+    assert said(data, 2) == f"; 2 of 3 {why}"
+    assert said(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
+    assert said("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
+    assert {said(data, 3), said(data, None), said(spec, 100), said("teacher", 3000)} == {""}
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.check_cache(DataConfig(cache_dir=str(tmp_path / "new" / "deep")))
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(UsageError, match=r"data\.cache_dir .*file.* cannot be written to \(.*file: a file\)"):
+            cache.check_cache(DataConfig(cache_dir=str(tmp_path / name)))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UsageError, match=r"data\.cache_dir .*new cannot be written to \(.*: no permission\)"):
+        cache.check_cache(DataConfig(cache_dir=str(tmp_path / "new")))
+
+
 def test_two_sources_make_one_data_set(tmp_path: Path, teacher: Teacher, spec: str) -> None:
     other = str(write_tar(tmp_path / "other.tar", good([50])))
     folders = [prepare(each, config_for(each, tmp_path / "cache"), teacher, 0) for each in (spec, other)]

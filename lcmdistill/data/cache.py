@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning, derive_seed
 from lcmdistill.data.remote import REMOTE, check_reachable
-from lcmdistill.data.sources import Member, kind_of, open_source, read_prompts, shard_urls
+from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_prompts, shard_urls
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.settings import DataConfig
@@ -63,7 +63,7 @@ def survey(config: DataConfig, seed: int, *, seconds: float, first_only: bool = 
         if kind_of(spec) == "shards":
             check_reachable(shard_urls(spec))
         kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
-        for place, member in enumerate(_members(spec, config)):
+        for place, member in enumerate(_members(spec, config, seed)):
             outcome = judge(member, config, seed, place)
             if isinstance(outcome, Sample):
                 kept += 1
@@ -90,12 +90,21 @@ def _nothing_usable(spec: str, report: Report) -> UsageError:
     )
 
 
-def _members(spec: str, config: DataConfig) -> Iterator[Member]:
+def _members(spec: str, config: DataConfig, seed: int) -> Iterator[Member]:
     """A source's members as far as `data.count` goes; prompts for the teacher go round as often as it asks."""
+    members = open_source(spec, config.prompts, seed)
     if kind_of(spec) == "teacher" and config.count is not None:
-        prompts = list(open_source(spec, config.prompts))
-        return (prompts[i % len(prompts)] for i in range(config.count))
-    return itertools.islice(open_source(spec, config.prompts), config.count)
+        members = itertools.cycle(members)
+    return itertools.islice(members, config.count)
+
+
+def left_out(spec: str, config: DataConfig, report: Report) -> str:
+    """What to say, after a source's report, where `data.count` leaves members of it out."""
+    total, looked = listed(spec, config.prompts), report.kept + sum(count for _, count in report.rejected)
+    if config.count is None or (looked < config.count if total is None else total <= config.count):
+        return ""
+    taken = f"the first {config.count}" if total is None else f"{config.count} of {total}"
+    return f"; {taken} taken (data.count, by default as many as the run can use; a larger one takes more)"
 
 
 def usable_count(config: DataConfig, samples_needed: int) -> int:
@@ -121,9 +130,26 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
         about |= {"crop": config.crop, "flip": config.flip, "max_watermark": config.max_watermark}
         if config.crop == "random" or config.flip:
             about["seed"] = seed
-    root = config.cache_dir or os.environ.get("LCMDISTILL_CACHE") or "~/.cache/lcmdistill"
+        if kind_of(spec) == "folder":
+            about["order"] = seed
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return Path(root).expanduser() / "latents" / digest
+    return _cache_root(config) / "latents" / digest
+
+
+def _cache_root(config: DataConfig) -> Path:
+    return Path(config.cache_dir or os.environ.get("LCMDISTILL_CACHE") or "~/.cache/lcmdistill").expanduser()
+
+
+def check_cache(config: DataConfig) -> None:
+    """Raise UsageError if the place where latents are kept cannot be written to."""
+    folder = _cache_root(config).absolute() / "latents"
+    above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        problem = "no permission" if above.is_dir() else "a file"
+        raise UsageError(
+            f"data.cache_dir {_cache_root(config)} cannot be written to ({above}: {problem}); name another folder with "
+            "--set data.cache_dir=FOLDER"
+        )
 
 
 def _listing(spec: str) -> list[tuple[str, int, int]]:
@@ -159,7 +185,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     if _whole(folder, config.count).is_file():
         return folder
-    members = enumerate(_members(spec, config))
+    members = enumerate(_members(spec, config, seed))
     kept, rejected = 0, Counter()
     for number in itertools.count():
         chunk = list(itertools.islice(members, CHUNK))

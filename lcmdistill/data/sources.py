@@ -6,6 +6,7 @@ with a `problem`, so that it can be counted.
 
 import csv
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.batch import derive_seed
 from lcmdistill.data.remote import REMOTE, open_remote
 from lcmdistill.errors import RunError, UsageError
 
@@ -32,7 +34,7 @@ class Member:
     "why the sample cannot be read, where its container already knows"
 
 
-def shards(spec: str, prompts: str | None) -> Iterator[Member]:
+def shards(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
     """Webdataset shards: a folder of tars, a file, a URL (http, https, gs, hf, pipe:), each with brace expansion."""
     for url in shard_urls(spec):
         yield from _shard(url)
@@ -101,22 +103,31 @@ def _shard_member(sample: dict[str, Any]) -> Member:
     )
 
 
-def folder(spec: str, prompts: str | None) -> Iterator[Member]:
+def folder(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
     """Images with captions from metadata.jsonl or metadata.csv (file_name, text), else from a same-name .txt each."""
     root = Path(spec).expanduser()
+    entries = _folder_entries(root)
+    if seed is not None:
+        # Whoever takes the first n of them has a choice from all of the folder, and more of them add to it.
+        random.Random(derive_seed(seed, "choice")).shuffle(entries)
+    for entry in entries:
+        if isinstance(entry, Path):
+            text = entry.with_suffix(".txt")
+            caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
+            yield Member(str(entry.relative_to(root)), entry, caption)
+        else:
+            name = str(entry.get("file_name") or "")
+            path, caption = root / name, entry.get("text", entry.get("caption"))
+            problem = None if name and path.is_file() else "image file missing"
+            yield Member(name, path, caption if isinstance(caption, str) else None, entry, problem)
+
+
+def _folder_entries(root: Path) -> list[Any]:
+    """The rows of a folder's metadata, or the paths of its images where there are none."""
     rows = _metadata_rows(root)
     if rows is not None:
-        for row in rows:
-            name = str(row.get("file_name") or "")
-            path = root / name
-            caption = row.get("text", row.get("caption"))
-            problem = None if name and path.is_file() else "image file missing"
-            yield Member(name, path, caption if isinstance(caption, str) else None, row, problem)
-        return
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        text = path.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else None
-        yield Member(str(path.relative_to(root)), path, caption)
+        return rows
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _metadata_rows(root: Path) -> list[dict[str, Any]] | None:
@@ -139,7 +150,7 @@ def _metadata_rows(root: Path) -> list[dict[str, Any]] | None:
     return None
 
 
-def teacher(spec: str, prompts: str | None) -> Iterator[Member]:
+def teacher(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
     """No data set: prompts only, one member each; the teacher draws the latents."""
     for i, prompt in enumerate(read_prompts(prompts)):
         yield Member(str(i), None, prompt)
@@ -161,13 +172,13 @@ def read_prompts(path: str | None) -> list[str]:
     return found
 
 
-def bundled(spec: str, prompts: str | None) -> Iterator[Member]:
+def bundled(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
     """The emoji that the tiny teacher was trained on, as shards inside the package."""
-    return shards(str(files("lcmdistill") / "assets" / "tiny-data"), prompts)
+    return shards(str(files("lcmdistill") / "assets" / "tiny-data"), prompts, seed)
 
 
-# How --data is read: kind -> (spec, prompts file) -> members.
-SOURCES: dict[str, Callable[[str, str | None], Iterator[Member]]] = {
+# How --data is read: kind -> (spec, prompts file, seed of the order) -> members.
+SOURCES: dict[str, Callable[[str, str | None, int | None], Iterator[Member]]] = {
     "teacher": teacher,
     "tiny": bundled,
     "shards": shards,
@@ -209,9 +220,21 @@ def kind_of(spec: str) -> str:
     )
 
 
-def open_source(spec: str, prompts: str | None) -> Iterator[Member]:
-    """The members of one --data argument. Errors of the transport become RunError."""
+def open_source(spec: str, prompts: str | None, seed: int | None = None) -> Iterator[Member]:
+    """The members of one --data argument. Errors of the transport become RunError.
+
+    seed: decides the order of an image folder's members, which is that of their names without one. Shards are read, and
+    prompts drawn, in the order they have.
+    """
     try:
-        yield from SOURCES[kind_of(spec)](spec, prompts)
+        yield from SOURCES[kind_of(spec)](spec, prompts, seed)
     except (OSError, EOFError) as error:
         raise RunError(f"--data {spec} cannot be read: {error}") from error
+
+
+def listed(spec: str, prompts: str | None) -> int | None:
+    """How many members a source has, where its listing tells; None for shards, which would have to be read."""
+    kind = kind_of(spec)
+    if kind == "teacher":
+        return len(read_prompts(prompts))
+    return len(_folder_entries(Path(spec).expanduser())) if kind == "folder" else None
