@@ -5,6 +5,10 @@ TORCH ?= torch==2.13.0
 RUN := runs/tiny-lcm
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
+# The libraries' own chatter, which the command line silences by itself, out of the examples too.
+export DIFFUSERS_VERBOSITY ?= error
+export TRANSFORMERS_VERBOSITY ?= error
+export PYTHONWARNINGS ?= ignore::FutureWarning
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 14

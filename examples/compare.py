@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--metrics", action="store_true", help="measure too, on held-out prompts")
     parser.add_argument("--prompts", type=Path, help="held-out prompts, one a line  [default: the tiny teacher's own]")
     parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
-    parser.add_argument("--seeds", type=int, default=2, help="images a prompt for the metrics")
+    parser.add_argument("--seeds", type=int, default=1, help="images a prompt for the metrics")
     args = parser.parse_args()
     config = recorded(args.run)
     found = find_model(str(args.run))
@@ -128,10 +128,8 @@ def measure(
         }
         for name, latents in found.items()
     }
-    print(
-        f"{len(prompts)} images a row, guidance scale {guidance.teacher:g}, {len(real)} real images; KID-MobileNetV2 compares with"
-    )
-    print("no published figure\n")
+    print(f"{len(prompts)} images a row, guidance scale {guidance.teacher:g}, {len(real)} real images")
+    print("(KID-MobileNetV2 compares with no published figure)\n")
     print("| sampler | latent RMSE to teacher 50 | KID-MobileNetV2 |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['rmse']:.3f} | {row['kid']:.4f} |")

@@ -273,7 +273,10 @@ def test_another_pipeline_is_refused_by_its_class(tmp_path: Path, small_teacher:
 
 def test_a_pipeline_of_a_class_that_diffusers_has_not_is_refused(tmp_path: Path, small_teacher: Path) -> None:
     folder = edited(
-        small_teacher, tmp_path / "teacher", "model_index.json", lambda index: {**index, "_class_name": "NoSuchPipeline"}
+        small_teacher,
+        tmp_path / "teacher",
+        "model_index.json",
+        lambda index: {**index, "_class_name": "NoSuchPipeline"},
     )
     with pytest.raises(UsageError, match="is a NoSuchPipeline, which the installed diffusers does not know"):
         load_teacher(str(folder))
