@@ -5,7 +5,7 @@ from pathlib import Path
 from lcmdistill.checkpoint import write_text
 from lcmdistill.config import to_toml
 from lcmdistill.settings import RunConfig
-from lcmdistill.teachers import resolve_alias
+from lcmdistill.teachers import public_name, resolve_alias
 from lcmdistill.teachers.base import Teacher
 
 _FULL_USE = """```python
@@ -112,13 +112,12 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
 
 # {folder.name}: {config.teacher.model} in 1 to 8 steps
 
-{kind} (Luo et al. 2023, arXiv:2310.04378), distilled from `{model}` with lcmdistill. The licence is the teacher's; see its own
-model card.
+{kind} (Luo et al. 2023, arXiv:2310.04378), distilled from `{public_name(config.teacher.model)}` with lcmdistill. The
+licence is the teacher's; see its own model card.
 
 - {omega}, which is diffusers' `guidance_scale` {scale} (omega + 1)
 - {config.optim.max_train_steps} optimiser steps, {objective.solver} solver, k = {objective.skip}, {config.data.resolution} px
-- the weights are those of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts
-  {teacher.prediction_type}
+- weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
 {f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
 

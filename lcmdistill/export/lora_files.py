@@ -18,7 +18,7 @@ from lcmdistill.checkpoint import written_aside
 from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import ARCHITECTURES, layout_of
 from lcmdistill.lora import LoraLayer
-from lcmdistill.teachers import resolve_alias
+from lcmdistill.teachers import public_name
 
 Lora = Mapping[str, LoraLayer]
 
@@ -70,7 +70,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
 
     recorded: {"section.key": value} of the run; base_pipeline: the teacher's, which tells the architecture.
     """
-    base, side = resolve_alias(str(recorded["teacher.model"])), recorded["data.resolution"]
+    base, side = public_name(str(recorded["teacher.model"])), recorded["data.resolution"]
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = ARCHITECTURES.get((layout, prediction_type), ARCHITECTURES[layout, "epsilon"])
     version = {"sd1": "sd_v1", "sd2": "sd_v2"}[layout] + ("_v" if prediction_type == "v_prediction" else "")
