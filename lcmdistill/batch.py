@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcmdistill.prediction import X0Eps, to_x0_eps
+from lcmdistill.prediction import X0Eps, network_input, to_x0_eps
 from lcmdistill.schedule import NoiseSchedule
 
 
@@ -66,7 +66,8 @@ def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: st
     """A network that speaks its own prediction type, as one that speaks (x0, eps): the border."""
 
     def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-        return to_x0_eps(raw(z, t, c, w), z, schedule.alpha(t), schedule.sigma(t), prediction_type)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return to_x0_eps(raw(*network_input(z, t, sigma, prediction_type), c, w), z, alpha, sigma, prediction_type)
 
     return network
 

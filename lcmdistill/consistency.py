@@ -1,27 +1,21 @@
-"""The consistency function f(z, t) = c_skip(t) z + c_out(t) x0 of a Latent Consistency Model, and its omega embedding."""
+"""The consistency function f(z, t) = c_skip(t) z + c_out(t) x0, and the omega embedding of a Latent Consistency Model."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from lcmdistill.schedule import NoiseSchedule
+
 OMEGA_DIM = 256
 
 
-def boundary_scalings(t: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out), each (B, 1, 1, 1) fp32, with f(z, 0) = z exactly.
+def consistency_function(schedule: NoiseSchedule, z: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0, in fp32, with the schedule's own boundary scalings.
 
-    With u = timestep_scaling * t: c_skip = sd^2 / (u^2 + sd^2), c_out = u / sqrt(u^2 + sd^2) (Luo et al. 2023, app. D).
-    Unlike Consistency Models (Song et al. 2023, app. C), c_out has no factor sd. t: (B,) int64 in [0, T).
+    Luo et al. 2023, Eq. 9, on a VP schedule; Song et al. 2023, Eq. 5, on Karras's. z, x0: (B, C, h, w).
     """
-    u = timestep_scaling * t.float().view(-1, 1, 1, 1)
-    square = u**2 + sigma_data**2
-    return sigma_data**2 / square, u / square.sqrt()
-
-
-def consistency_function(z: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0, in fp32 (Luo et al. 2023, Eq. 9). z, x0: (B, C, h, w)."""
-    c_skip, c_out = boundary_scalings(t)
+    c_skip, c_out = schedule.boundary(t)
     return c_skip * z.float() + c_out * x0
 
 

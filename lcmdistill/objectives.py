@@ -110,8 +110,8 @@ class LatentConsistency:
         with torch.no_grad():
             psi = guided_denoiser(models.teacher, c, models.null, w)
             z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
-            target = consistency_function(z_s, models.target(z_s, s, c, w).x0, s)
-        prediction = consistency_function(z_t, models.student(z_t, t, c, w).x0, t)
+            target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
         return DISTANCES[self.distance](prediction, target)
 
 

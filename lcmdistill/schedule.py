@@ -1,46 +1,166 @@
-"""The noise schedule of a variance-preserving (VP) teacher: z_t = alpha_t x0 + sigma_t eps.
+"""Noise schedules, z_t = alpha_t x0 + sigma_t eps: the variance-preserving (VP) tables of latent teachers, and Karras's.
 
-Shapes: B batch, T number of the teacher's time steps, N number of points of a skipping-step grid.
+Shapes: B batch, T number of the teacher's time steps, N number of points of a grid.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+SIGMA_DATA = 0.5
+"sd, the standard deviation that data are taken to have (Karras et al. 2022; kept by Consistency Models and by LCM)"
+
+_TINY = 1e-20  # stands for an abar of 0 where its logarithm is asked for
+
+
+class NoiseSchedule(Protocol):
+    """What solvers and objectives ask of a schedule. t: (B,), of the kind that the schedule counts in; noise rises with t.
+
+    Data lie at the first point of the grid, where f is the identity, and pure noise (nearly) at its last.
+    """
+
+    @property
+    def num_steps(self) -> int:
+        """T, how many time steps the teacher was trained with, or is counted in."""
+        ...
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """The same schedule on another device."""
+        ...
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t, (B, 1, 1, 1) fp32."""
+        ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t, (B, 1, 1, 1) fp32."""
+        ...
+
+    def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t ~ q(z_t | x0): alpha_t x0 + sigma_t eps. x0, eps: (B, C, h, w) fp32."""
+        ...
+
+    def grid(self, points: int) -> Tensor:
+        """N times from the first to the last, rising, (N,); of T points it is every time step. N from 2 to T."""
+        ...
+
+    def time_of(self, half_log_snr: Tensor) -> Tensor:
+        """The time at which lambda = log(alpha / sigma) has a value, (B,) fp32; rarely a whole one. half_log_snr: (B,)."""
+        ...
+
+    def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out) of f(z, t) = c_skip z + c_out x0, each (B, 1, 1, 1) fp32; (1, 0) at the first time."""
+        ...
+
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class VPSchedule:
     """Tables of alpha_t and sigma_t, in fp32, with alpha_t^2 + sigma_t^2 = 1 and alpha_t^2 = abar_t.
 
-    alphas_cumprod: (T,) fp32 in [0, 1], falling; 0 at T - 1 for a zero-terminal-SNR schedule.
+    t: (B,) int64 in [0, T), or floats in [0, T - 1]: between two steps log alpha is linear in t, as in DPM-Solver's
+    discrete schedules (Lu et al. 2022, app. D.4). alphas_cumprod: (T,) fp32 in [0, 1], falling; 0 at T - 1 for a
+    zero-terminal-SNR schedule.
     """
 
     alphas_cumprod: Tensor
 
     @property
     def num_steps(self) -> int:
-        """T, the number of time steps that the teacher was trained with."""
         return self.alphas_cumprod.shape[0]
 
-    def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """The same schedule with its table on another device."""
-        return NoiseSchedule(self.alphas_cumprod.to(device))
+    def to(self, device: torch.device | str) -> "VPSchedule":
+        return VPSchedule(self.alphas_cumprod.to(device))
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t, (B, 1, 1, 1) fp32. t: (B,) int64 in [0, T)."""
-        return self.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        return self._abar(t).sqrt().view(-1, 1, 1, 1)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t, (B, 1, 1, 1) fp32. t: (B,) int64 in [0, T)."""
-        return (1.0 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        return (1.0 - self._abar(t)).sqrt().view(-1, 1, 1, 1)
 
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """z_t ~ q(z_t | x0): alpha_t x0 + sigma_t eps. x0, eps: (B, C, h, w) fp32; t: (B,) int64 in [0, T)."""
         return self.alpha(t) * x0 + self.sigma(t) * eps
+
+    def grid(self, points: int) -> Tensor:
+        """Evenly spaced whole time steps, (N,) int64; N = T / k + 1 lie k apart, give or take one."""
+        return torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64).round().long()
+
+    def time_of(self, half_log_snr: Tensor) -> Tensor:
+        # lambda = log(alpha / sigma) makes abar the logistic function of 2 lambda.
+        wanted = -torch.nn.functional.logsigmoid(2.0 * half_log_snr)
+        table = -self._log_abar().to(wanted.dtype)
+        above = torch.searchsorted(table, wanted).clamp(1, self.num_steps - 1)
+        below = above - 1
+        part = (wanted - table[below]) / (table[above] - table[below])
+        return below + part.clamp(0.0, 1.0)
+
+    def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """With u = 10 t: c_skip = sd^2 / (u^2 + sd^2), c_out = u / sqrt(u^2 + sd^2) (Luo et al. 2023, app. D).
+
+        Unlike Consistency Models (Song et al. 2023, app. C), c_out has no factor sd.
+        """
+        u = 10.0 * t.float().view(-1, 1, 1, 1)
+        square = u**2 + SIGMA_DATA**2
+        return SIGMA_DATA**2 / square, u / square.sqrt()
+
+    def _abar(self, t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return self.alphas_cumprod[t]
+        below = t.long().clamp(0, self.num_steps - 1)
+        above = (below + 1).clamp(max=self.num_steps - 1)
+        log = self._log_abar()
+        between = torch.lerp(log[below], log[above], (t - below).to(log.dtype)).exp()
+        return torch.where(t == below, self.alphas_cumprod[below], between)
+
+    def _log_abar(self) -> Tensor:
+        return self.alphas_cumprod.clamp(min=_TINY).log()
+
+
+@dataclass(frozen=True)
+class KarrasSchedule:
+    """alpha = 1 and sigma_t = t: the variance-exploding schedule of EDM and of Consistency Models (Karras et al. 2022).
+
+    t: (B,) fp32 in [sigma_min, sigma_max]. num_steps: how many points the finest grid has.
+    """
+
+    num_steps: int = 40
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def to(self, device: torch.device | str) -> "KarrasSchedule":
+        return self
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t).view(-1, 1, 1, 1)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.view(-1, 1, 1, 1)
+
+    def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return x0 + self.sigma(t) * eps
+
+    def grid(self, points: int) -> Tensor:
+        """(smin^(1/rho) + i / (N - 1) (smax^(1/rho) - smin^(1/rho)))^rho, (N,) fp32 (Karras et al. 2022, Eq. 5, rising)."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (torch.linspace(low, high, points, dtype=torch.float64) ** self.rho).float()
+
+    def time_of(self, half_log_snr: Tensor) -> Tensor:
+        return (-half_log_snr).exp()
+
+    def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Consistency Models' scalings (Song et al. 2023, app. C), told on the denoiser's x0 instead of the raw output F.
+
+        Theirs is f = sd^2 / ((t - smin)^2 + sd^2) z + sd (t - smin) / sqrt(t^2 + sd^2) F, and EDM's preconditioning is
+        x0 = sd^2 / (t^2 + sd^2) z + sd t / sqrt(t^2 + sd^2) F: with F = F, c_out = (t - smin) / t, and c_skip is the
+        difference of the z terms.
+        """
+        t = t.view(-1, 1, 1, 1)
+        square, c_out = SIGMA_DATA**2, (t - self.sigma_min) / t
+        return square / ((t - self.sigma_min) ** 2 + square) - c_out * square / (t**2 + square), c_out
 
 
 def ddim_grid(num_steps: int, skip: int) -> Tensor:
@@ -53,7 +173,7 @@ def ddim_grid(num_steps: int, skip: int) -> Tensor:
     return torch.arange(1, num_steps // skip + 1) * skip - 1
 
 
-def vp_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
     """The schedule that a diffusers scheduler config describes; nothing is assumed of its betas.
 
     config: `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (linear, scaled_linear, squaredcos_cap_v2),
@@ -78,7 +198,7 @@ def vp_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     abar = torch.cumprod(1.0 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
         abar = _zero_terminal_snr(abar)
-    return NoiseSchedule(abar)
+    return VPSchedule(abar)
 
 
 def _cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning, Models, Network
-from lcmdistill.consistency import boundary_scalings
 from lcmdistill.prediction import X0Eps
-from lcmdistill.schedule import NoiseSchedule
+from lcmdistill.schedule import NoiseSchedule, VPSchedule
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class Gaussian:
         return schedule.alpha(s) * self.mean + shrink * (z - schedule.alpha(t) * self.mean)
 
 
-def smooth_schedule(num_steps: int) -> NoiseSchedule:
+def smooth_schedule(num_steps: int) -> VPSchedule:
     """alpha = cos(theta), sigma = sin(theta), theta linear in t from .05 to 1.45, in float64.
 
     The betas of Stable Diffusion bend sigma like sqrt(t) near t = 0 and fp32 tables round it, both of which hide a
     solver's order until its steps are very small.
     """
     theta = torch.linspace(0.05, 1.45, num_steps, dtype=torch.float64)
-    return NoiseSchedule(theta.cos() ** 2)
+    return VPSchedule(theta.cos() ** 2)
 
 
 def prompt_mean(c: Conditioning) -> Tensor:
@@ -70,9 +69,9 @@ def oracle_models(schedule: NoiseSchedule, null: Conditioning, std: float = 0.5,
         mean = prompt_mean(c)
         if omega:
             mean = mean + w.view(-1, 1, 1, 1) * (mean - prompt_mean(null))
-        f = Gaussian(mean, std).flow(schedule, z, t, torch.zeros_like(t))
-        c_skip, c_out = boundary_scalings(t)
-        x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=0.5), f)  # c_out is 0 at t = 0, else > .99
+        f = Gaussian(mean, std).flow(schedule, z, t, schedule.grid(2)[:1].expand_as(t))
+        c_skip, c_out = schedule.boundary(t)
+        x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=1e-6), f)  # at the first time f is z
         return X0Eps(x0, torch.full_like(x0, torch.nan))  # f is made of x0 alone
 
     return Models(schedule=schedule, teacher=teacher, student=student, target=student, null=null)

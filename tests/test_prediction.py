@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmdistill.prediction import PREDICTION_TYPES, X0Eps, guided, to_x0_eps
+from lcmdistill.prediction import EDM, PREDICTION_TYPES, X0Eps, guided, to_x0_eps
 from lcmdistill.schedule import vp_schedule
 
 # What a perfect network of each type puts out.
@@ -60,6 +60,20 @@ def test_round_trip_at_the_ends(kind: str, alpha_value: float) -> None:
     assert gradient.isfinite().all()
 
 
+def test_round_trip_of_a_preconditioned_network() -> None:
+    """x0 = c_skip z + c_out F (Karras et al. 2022, Eq. 7 and Table 1), from sigma_min to sigma_max and at sigma = 0."""
+    sigma = torch.tensor([0.0, 0.002, 0.5, 3.0, 80.0]).view(-1, 1, 1, 1)
+    x0, eps = pair(5)
+    z, square = x0 + sigma * eps, sigma**2 + 0.25
+    c_skip, c_out = 0.25 / square, 0.5 * sigma / square.sqrt()
+    output = torch.where(sigma > 0, (x0 - c_skip * z) / c_out.clamp(min=1e-6), -2 * eps)
+    found = to_x0_eps(output, z, torch.ones_like(sigma), sigma, EDM)
+    torch.testing.assert_close(found.x0, x0, atol=3e-5, rtol=0)
+    # at sigma = 0 z tells nothing of eps: the limit is -F / 2, up to the part of z that c_skip keeps
+    torch.testing.assert_close(found.eps[1:], eps[1:], atol=5e-4, rtol=0)
+    assert found.eps.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_half_precision_outputs_are_converted_in_fp32(kind: str) -> None:
     alpha, sigma = level(0.0683, 0.9996)
@@ -74,7 +88,7 @@ def test_half_precision_outputs_are_converted_in_fp32(kind: str) -> None:
 
 def test_unknown_type_is_refused() -> None:
     x0, eps = pair(1)
-    with pytest.raises(ValueError, match="choose from epsilon, sample, v_prediction"):
+    with pytest.raises(ValueError, match="choose from epsilon, sample, v_prediction, edm"):
         to_x0_eps(eps, x0, *level(0.5), "velocity")
 
 

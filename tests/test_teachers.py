@@ -59,8 +59,9 @@ def test_the_schedule_is_the_scheduler_s(tmp_path: Path, small_teacher: Path, na
     folder = edited(small_teacher, tmp_path / "teacher", file, lambda config: {**config, **SCHEDULES[name]})
     teacher = load_teacher(str(folder))
     reference: Any = DDIMScheduler.from_config(json.loads((folder / file).read_text()))
-    torch.testing.assert_close(teacher.schedule.alphas_cumprod, reference.alphas_cumprod, rtol=1e-5, atol=1e-7)
-    assert float(teacher.schedule.alphas_cumprod[-1]) == (
+    schedule: Any = teacher.schedule
+    torch.testing.assert_close(schedule.alphas_cumprod, reference.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    assert float(schedule.alphas_cumprod[-1]) == (
         0.0 if name == "zero-snr" else pytest.approx(float(reference.alphas_cumprod[-1]))
     )
 
