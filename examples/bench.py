@@ -17,7 +17,7 @@ from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
 from lcmdistill.config import resolve
 from lcmdistill.ema import ema_update
 from lcmdistill.objectives import guided_denoiser
-from lcmdistill.student import UNetWithOmega, full_student, raw_network, target_of
+from lcmdistill.student import Door, full_student, raw_network, target_of
 from lcmdistill.teachers import load_teacher
 
 ROUNDS = 7
@@ -29,10 +29,14 @@ def main() -> None:
     teacher = load_teacher("tiny")
     unet = full_student(teacher.network, "zero", 0)
     target = target_of(unet)
-    student = UNetWithOmega(unet, torch.float32)
+    student = Door(unet, teacher.call, torch.float32)
     networks = [
         x0_eps_network(raw_network(n), teacher.schedule, teacher.prediction_type)
-        for n in (UNetWithOmega(teacher.network, torch.float32), student, UNetWithOmega(target, torch.float32))
+        for n in (
+            Door(teacher.network, teacher.call, torch.float32),
+            student,
+            Door(target, teacher.call, torch.float32),
+        )
     ]
     models = Models(teacher.schedule, *networks, null=teacher.encode_prompts([""]))
     rng = Rng(0, 0, range(size))

@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a toke
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +16,49 @@ from lcmdistill.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told besides z and t. prompt_embeds: (B, L, D)."""
+    """What a network is told besides z, t and omega: named tensors, each (B, ...).
 
-    prompt_embeds: Tensor
+    "prompt_embeds" (B, L, D) with a prompt; what else there is, is between a family's encoder and its network.
+    """
+
+    values: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """The same on another device, or in another dtype."""
-        return Conditioning(self.prompt_embeds.to(device, dtype))
+        """The same on another device, its floats in another dtype."""
+        return self._each(lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
     def expand(self, size: int) -> "Conditioning":
-        """One prompt's conditioning repeated for a batch of `size`, without a copy."""
-        return Conditioning(self.prompt_embeds.expand(size, -1, -1))
+        """One sample's conditioning repeated for a batch of `size`, without a copy."""
+        return self._each(lambda value: value.expand(size, *value.shape[1:]))
+
+    def rows(self, start: int, stop: int) -> "Conditioning":
+        """The samples from start to stop."""
+        return self._each(lambda value: value[start:stop])
 
     def cat(self, other: "Conditioning") -> "Conditioning":
         """Both, one after the other, along the batch."""
-        return Conditioning(torch.cat([self.prompt_embeds, other.prompt_embeds.to(self.prompt_embeds.dtype)]))
+        return Conditioning({k: torch.cat([v, other[k].to(v.dtype)]) for k, v in self.values.items()})
 
-    def replace_where(self, mask: Tensor, other: "Conditioning") -> "Conditioning":
-        """`other` where mask is true, else this. mask: (B,) bool."""
-        chosen = torch.where(mask[:, None, None], other.prompt_embeds.to(self.prompt_embeds.dtype), self.prompt_embeds)
-        return Conditioning(chosen)
+    def with_prompt(self, prompt: "Conditioning") -> "Conditioning":
+        """The same samples under one other prompt: what it does not name (sizes, say) stays each sample's own.
+
+        prompt: B = 1.
+        """
+        told = {k: prompt[k].to(v.dtype).expand_as(v) for k, v in self.values.items() if k in prompt.values}
+        return Conditioning({**self.values, **told})
+
+    def replace_where(self, mask: Tensor, prompt: "Conditioning") -> "Conditioning":
+        """`with_prompt` where mask is true, else this. mask: (B,) bool."""
+        other = self.with_prompt(prompt)
+        return Conditioning(
+            {k: torch.where(mask.view(-1, *[1] * (v.ndim - 1)), other[k], v) for k, v in self.values.items()}
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning({name: change(value) for name, value in self.values.items()})
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt, B = 1."""
+    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt alone, B = 1."""
 
     schedule: NoiseSchedule
     teacher: Network

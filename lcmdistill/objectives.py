@@ -41,7 +41,7 @@ def guided_denoiser(teacher: Network, cond: Conditioning, null: Conditioning, w:
     """
 
     def denoiser(z: Tensor, t: Tensor) -> X0Eps:
-        x0, eps = teacher(torch.cat([z, z]), torch.cat([t, t]), cond.cat(null.expand(len(z))), None)
+        x0, eps = teacher(torch.cat([z, z]), torch.cat([t, t]), cond.cat(cond.with_prompt(null)), None)
         (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
         return guided(X0Eps(x0_cond, eps_cond), X0Eps(x0_null, eps_null), w)
 

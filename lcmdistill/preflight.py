@@ -19,7 +19,7 @@ from lcmdistill.hub import check_login
 from lcmdistill.lora import ONLINE, add_lora
 from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
-from lcmdistill.student import UNetWithOmega
+from lcmdistill.student import Door
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import check_tracker, say
@@ -112,17 +112,17 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
     half, student = (2 if dtype != torch.float32 else 4), config.student
     with torch.device("meta"):
         shape = dict(teacher.network.config)
-        if student.kind == "full" and shape["time_cond_proj_dim"] is None:
+        if student.kind == "full" and shape.get("time_cond_proj_dim", OMEGA_DIM) is None:
             shape["time_cond_proj_dim"] = OMEGA_DIM
-        unet: Any = type(teacher.network).from_config(shape)
+        network: Any = type(teacher.network).from_config(shape)
         if student.kind == "lora":
-            add_lora(unet, ONLINE, student, seed=0)
-        trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+            add_lora(network, ONLINE, student, seed=0)
+        trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         # The frozen teacher in the compute dtype; student, gradient, two moments and perhaps an EMA target in fp32.
         weights = base * half + trainable * (20 if student.target == "ema" else 16)
         if config.run.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        z, t, c, _ = _example(config, teacher, "meta")
+            network.enable_gradient_checkpointing()
+        z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
         saved: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -130,30 +130,18 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
             saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        parameters = {p.untyped_storage()._cdata for p in unet.parameters()}
+        parameters = {p.untyped_storage()._cdata for p in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet.train()(z, t, encoder_hidden_states=c)
+            teacher.call(network.train(), z, t, c.values, None)
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
     return Needed(base, trainable, weights, activations * half // 4)
 
 
-def _example(config: RunConfig, teacher: Teacher, device: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-    unet, batch, side = teacher.network.config, config.optim.batch_size, config.data.resolution // teacher.vae_factor
-    shape = (batch, unet.in_channels, side, side)
-    tokens = (batch, teacher.pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
-    return (
-        torch.zeros(shape, device=device),
-        torch.zeros(batch, dtype=torch.int64, device=device),
-        torch.zeros(tokens, device=device),
-        None,
-    )
-
-
 def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
-    module = UNetWithOmega(teacher.network.to(device, dtype), dtype)
-    example = _example(config, teacher, device)
+    module = Door(teacher.network.to(device, dtype), teacher.call, dtype)
+    z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, device)
     with torch.no_grad():
-        module(*example)
+        module(z, t, c.values, None)
         began = time.perf_counter()
-        float(module(*example).sum())
+        float(module(z, t, c.values, None).sum())
     return (time.perf_counter() - began) * FORWARDS_PER_STEP * config.optim.accumulate

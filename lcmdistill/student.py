@@ -1,4 +1,4 @@
-"""Students: a full U-Net with an omega input, or a LoRA on the teacher's own; each with its target, under autocast."""
+"""Students: a full network with an omega input, or a LoRA on the teacher's own; each with its target, under autocast."""
 
 import copy
 from collections.abc import Mapping
@@ -9,58 +9,52 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
-from lcmdistill.consistency import OMEGA_DIM, omega_embedding
+from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.settings import StudentConfig
+from lcmdistill.teachers.base import Call, Teacher
 
 
-class UNetWithOmega(nn.Module):
-    """The only differentiable door to a U-Net: (z, t, prompt_embeds, w) -> raw output, fp32.
+class Door(nn.Module):
+    """The only differentiable door to a network: (z, t, c, w) -> raw output, fp32; c: a Conditioning's values.
 
-    Autocast, with its dtype spelled out, is around the network and nothing else. w is embedded if the U-Net takes it.
+    Autocast, with its dtype spelled out, is around the network and nothing else. call: the family's own, see Teacher.
     """
 
-    def __init__(self, unet: Any, dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, call: Call, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unet = unet
+        self.network = network
+        self.call = call
         self.dtype = dtype
 
-    def forward(self, z: Tensor, t: Tensor, prompt_embeds: Tensor, w: Tensor | None) -> Tensor:
-        takes_omega = self.unet.config.time_cond_proj_dim is not None
+    def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
         with torch.autocast(z.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            output = self.unet(
-                z.to(self.unet.dtype),
-                t,
-                encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
-                timestep_cond=omega_embedding(w).to(self.unet.dtype) if takes_omega and w is not None else None,
-                return_dict=False,
-            )
-        return output[0].float()
+            return self.call(self.network, z, t, c, w).float()
 
 
 class WithAdapter(nn.Module):
-    """A network seen with one of its adapters on, or with none: three of these share one U-Net.
+    """A network seen with one of its adapters on, or with none: three of these share one network.
 
     dropout: whether the adapter's dropout acts, as it does in what is trained and nowhere else.
     """
 
-    def __init__(self, network: UNetWithOmega, adapter: str | None, *, dropout: bool = False) -> None:
+    def __init__(self, door: Door, adapter: str | None, *, dropout: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.door = door
         self.adapter = adapter
         self.dropout = dropout
 
-    def forward(self, z: Tensor, t: Tensor, prompt_embeds: Tensor, w: Tensor | None) -> Tensor:
-        choose_adapter(self.network.unet, self.adapter, dropout=self.dropout)
-        return self.network(z, t, prompt_embeds, w)
+    def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+        choose_adapter(self.door.network, self.adapter, dropout=self.dropout)
+        return self.door(z, t, c, w)
 
 
 @dataclass(frozen=True)
 class Student:
     """What is trained, and the two frozen networks that it is trained against.
 
-    online, teacher, target: modules of (z, t, prompt_embeds, w); trainable, averaged: the student's parameters and the
-    target's, under the same names (none where the target is the live student); unet: what draws and is exported.
+    online, teacher, target: modules of (z, t, c, w), as Door; trainable, averaged: the student's parameters and the
+    target's, under the same names (none where the target is the live student); network: what draws and is exported.
     """
 
     online: nn.Module
@@ -68,96 +62,97 @@ class Student:
     target: nn.Module
     trainable: Mapping[str, Tensor]
     averaged: Mapping[str, Tensor]
-    unet: Any
+    network: Any
     adapter: str | None = None
-    "the adapter that `unet` draws with, if it has any"
+    "the adapter that `network` draws with, if it has any"
 
     def for_drawing(self) -> Any:
-        """The U-Net as it draws: in the target's state."""
+        """The network as it draws: in the target's state."""
         if self.adapter is not None:
-            choose_adapter(self.unet, self.adapter)
-        return self.unet
+            choose_adapter(self.network, self.adapter)
+        return self.network
 
 
 def make_student(
-    teacher_unet: Any, config: StudentConfig, *, dtype: torch.dtype, seed: int, checkpointing: bool
+    teacher: Teacher, config: StudentConfig, *, dtype: torch.dtype, seed: int, checkpointing: bool
 ) -> Student:
     """The student that the configuration asks for, on the teacher's device; the teacher's own weights go to `dtype`.
 
     checkpointing: recompute the student's activations in the backward pass.
     """
     make = _lora if config.kind == "lora" else _full
-    return make(teacher_unet, config, dtype, seed, checkpointing)
+    return make(teacher, config, dtype, seed, checkpointing)
 
 
-def _full(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
-    unet = full_student(teacher_unet, config.omega_init, seed).to(teacher_unet.device)
+def _full(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
+    network = full_student(teacher.network, config.omega_init, seed).to(teacher.network.device)
     if checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     ema = config.target == "ema"
-    target = target_of(unet) if ema else unet
-    online = UNetWithOmega(unet, dtype)
+    target = target_of(network) if ema else network
+    online = Door(network, teacher.call, dtype)
     return Student(
         online=online,
-        teacher=UNetWithOmega(teacher_unet.to(dtype), dtype),
-        target=UNetWithOmega(target, dtype) if ema else online,
-        trainable=dict(unet.named_parameters()),
+        teacher=Door(teacher.network.to(dtype), teacher.call, dtype),
+        target=Door(target, teacher.call, dtype) if ema else online,
+        trainable=dict(network.named_parameters()),
         averaged=dict(target.named_parameters()) if ema else {},
-        unet=target,
+        network=target,
     )
 
 
-def _lora(teacher_unet: Any, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
-    unet = teacher_unet.to(dtype).train()
+def _lora(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
+    network = teacher.network.to(dtype).train()
     if checkpointing:
         # The backward pass recomputes with the adapter chosen last, which is the student's in every objective.
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     ema = config.target == "ema"
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
-        add_lora(unet, name, config, seed)
-    choose_adapter(unet, ONLINE)
-    network = UNetWithOmega(unet, dtype)
+        add_lora(network, name, config, seed)
+    choose_adapter(network, ONLINE)
+    door = Door(network, teacher.call, dtype)
     drawing = TARGET if ema else ONLINE
     return Student(
-        online=WithAdapter(network, ONLINE, dropout=True),
-        teacher=WithAdapter(network, None),
-        target=WithAdapter(network, drawing),
-        trainable=adapter_parameters(unet, ONLINE),
-        averaged=adapter_parameters(unet, TARGET) if ema else {},
-        unet=unet,
+        online=WithAdapter(door, ONLINE, dropout=True),
+        teacher=WithAdapter(door, None),
+        target=WithAdapter(door, drawing),
+        trainable=adapter_parameters(network, ONLINE),
+        averaged=adapter_parameters(network, TARGET) if ema else {},
+        network=network,
         adapter=drawing,
     )
 
 
 def raw_network(module: nn.Module) -> RawNetwork:
-    """A module of four tensors as a RawNetwork of (z, t, c, w)."""
+    """A door, which takes plain tensors, as a RawNetwork of (z, t, c, w)."""
 
     def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-        return module(z, t, c.prompt_embeds, w)
+        return module(z, t, c.values, w)
 
     return network
 
 
-def full_student(teacher_unet: Any, omega_init: str, seed: int) -> Any:
-    """A trainable copy of the teacher's U-Net with `time_cond_proj_dim` set; a teacher that has it keeps its own.
+def full_student(teacher_network: Any, omega_init: str, seed: int) -> Any:
+    """A trainable copy of the teacher's network: a U-Net with `time_cond_proj_dim` set, one of its own if it has any.
 
-    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation.
+    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation. A network whose class
+    has no omega input stays without.
     """
-    if teacher_unet.config.time_cond_proj_dim is not None:
-        return copy.deepcopy(teacher_unet).float().requires_grad_(True)
+    if teacher_network.config.get("time_cond_proj_dim", OMEGA_DIM) is not None:
+        return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
     with torch.device("meta"):
-        unet = type(teacher_unet).from_config({**teacher_unet.config, "time_cond_proj_dim": OMEGA_DIM})
-    weights = {name: value.detach().float().clone() for name, value in teacher_unet.state_dict().items()}
+        network = type(teacher_network).from_config({**teacher_network.config, "time_cond_proj_dim": OMEGA_DIM})
+    weights = {name: value.detach().float().clone() for name, value in teacher_network.state_dict().items()}
     key = "time_embedding.cond_proj.weight"
-    projection = torch.zeros(unet.get_parameter(key).shape)
+    projection = torch.zeros(network.get_parameter(key).shape)
     if omega_init == "random":
         bound = projection.shape[1] ** -0.5
         generator = torch.Generator().manual_seed(derive_seed(seed, "omega-init"))
         projection.uniform_(-bound, bound, generator=generator)
-    unet.load_state_dict({**weights, key: projection}, assign=True, strict=True)
-    return unet.train().requires_grad_(True)
+    network.load_state_dict({**weights, key: projection}, assign=True, strict=True)
+    return network.train().requires_grad_(True)
 
 
-def target_of(student_unet: Any) -> Any:
+def target_of(student_network: Any) -> Any:
     """The target network: a frozen copy of the student."""
-    return copy.deepcopy(student_unet).eval().requires_grad_(False)
+    return copy.deepcopy(student_network).eval().requires_grad_(False)

@@ -301,7 +301,7 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
     device, dtype = accelerator.device, compute_dtype(config.run.precision, accelerator.device)
     teacher.network.to(device)
     student = make_student(
-        teacher.network,
+        teacher,
         config.student,
         dtype=dtype,
         seed=config.run.seed,

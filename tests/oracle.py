@@ -52,7 +52,7 @@ def smooth_schedule(num_steps: int) -> VPSchedule:
 
 def prompt_mean(c: Conditioning) -> Tensor:
     """The mean of the data that a prompt describes, (B, 1, 1, 1)."""
-    return c.prompt_embeds.mean((1, 2)).view(-1, 1, 1, 1)
+    return c["prompt_embeds"].mean((1, 2)).view(-1, 1, 1, 1)
 
 
 def oracle_models(schedule: NoiseSchedule, null: Conditioning, std: float = 0.5, omega: bool = True) -> Models:

@@ -65,11 +65,13 @@ def test_derived_seeds_are_the_same_in_every_process() -> None:
 
 
 def prompts(*values: float) -> Conditioning:
-    return Conditioning(torch.tensor(values).view(-1, 1, 1).expand(-1, 3, 2).clone())
+    return Conditioning(
+        {"prompt_embeds": torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).expand(-1, 3, 2).clone()}
+    )
 
 
 def values(c: Conditioning) -> list[float]:
-    return c.prompt_embeds[:, 0, 0].tolist()
+    return c["prompt_embeds"][:, 0, 0].tolist()
 
 
 def test_conditioning_is_joined_repeated_and_replaced() -> None:
@@ -77,21 +79,39 @@ def test_conditioning_is_joined_repeated_and_replaced() -> None:
     assert values(prompts(7).expand(3)) == [7, 7, 7]
     mask = torch.tensor([False, True, False])
     assert values(prompts(1, 2, 3).replace_where(mask, prompts(0))) == [1, 0, 3]
-    assert prompts(1, 2, 3).replace_where(mask, prompts(0)).prompt_embeds.shape == (3, 3, 2)
+    assert prompts(1, 2, 3).replace_where(mask, prompts(0))["prompt_embeds"].shape == (3, 3, 2)
+
+
+def test_another_prompt_leaves_what_it_does_not_name() -> None:
+    size = torch.tensor([[64.0, 96.0], [32.0, 32.0]])
+    cond = Conditioning({**prompts(1, 2).values, "time_ids": size})
+    other = cond.with_prompt(prompts(9))
+    assert values(other) == [9, 9]
+    assert torch.equal(other["time_ids"], size)
+    dropped = cond.replace_where(torch.tensor([True, False]), prompts(9))
+    assert values(dropped) == [9, 2]
+    assert torch.equal(dropped["time_ids"], size)
+    assert values(cond.cat(other).rows(1, 3)) == [2, 9]
+
+
+def test_whole_numbers_keep_their_dtype() -> None:
+    labels = Conditioning({"class_labels": torch.tensor([3, 4])}).to("cpu", torch.bfloat16)
+    assert labels["class_labels"].dtype == torch.int64
+    assert Conditioning({}).cat(Conditioning({})).with_prompt(Conditioning({})).values == {}
 
 
 def test_conditioning_keeps_the_dtype_of_its_first() -> None:
     half = prompts(1).to("cpu", torch.bfloat16)
-    assert half.prompt_embeds.dtype == torch.bfloat16
-    assert half.to("cpu").prompt_embeds.dtype == torch.bfloat16
-    assert half.cat(prompts(2)).prompt_embeds.dtype == torch.bfloat16
-    assert half.replace_where(torch.tensor([True]), prompts(2)).prompt_embeds.dtype == torch.bfloat16
+    assert half["prompt_embeds"].dtype == torch.bfloat16
+    assert half.to("cpu")["prompt_embeds"].dtype == torch.bfloat16
+    assert half.cat(prompts(2))["prompt_embeds"].dtype == torch.bfloat16
+    assert half.replace_where(torch.tensor([True]), prompts(2))["prompt_embeds"].dtype == torch.bfloat16
 
 
 def test_a_network_is_adapted_at_its_own_noise_level() -> None:
     schedule, t = vp_schedule({}), torch.tensor([10, 990])
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    network = x0_eps_network(lambda z, t, c, w: z * c.prompt_embeds[:, :1, :1, None], schedule, "v_prediction")
+    network = x0_eps_network(lambda z, t, c, w: z * c["prompt_embeds"][:, :1, :1, None], schedule, "v_prediction")
     found = network(z, t, prompts(0.5, 2), None)
     output = z * torch.tensor([0.5, 2.0]).view(-1, 1, 1, 1)
     expected = to_x0_eps(output, z, schedule.alpha(t), schedule.sigma(t), "v_prediction")

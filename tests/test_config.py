@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from lcmdistill import cli
+from lcmdistill.cli.options import SETTINGS
 from lcmdistill.config import flatten, parse_assignment, read_toml, resolve, to_toml
 from lcmdistill.errors import UsageError
 from lcmdistill.objectives import OBJECTIVES
@@ -278,15 +279,15 @@ def test_what_help_tells_in_words_is_true(name: str) -> None:
 def test_help_tells_the_default_of_every_option_that_has_one(name: str) -> None:
     command, flags, _ = COMMANDS[name]
     config = resolve({}, flags)
-    options = set(inspect.signature(command).parameters) & set(cli.SETTINGS)
-    with_default = {option for option in options if value(config, cli.SETTINGS[option]) is not None}
+    options = set(inspect.signature(command).parameters) & set(SETTINGS)
+    with_default = {option for option in options if value(config, SETTINGS[option]) is not None}
     assert set(documented_defaults(command)) == with_default | {"prompts"}
 
 
 @pytest.mark.parametrize(("name", "option"), EACH_DEFAULT)
 def test_the_defaults_that_help_tells_are_the_real_ones(name: str, option: str) -> None:
     command, flags, _ = COMMANDS[name]
-    key, told = cli.SETTINGS[option], documented_defaults(command)[option]
+    key, told = SETTINGS[option], documented_defaults(command)[option]
     usual, _, others = told.partition("; ")
     exceptions = dict(pair.split(" ") for pair in others.split(", ") if pair)
     actual = value(resolve({}, flags), key)

@@ -81,7 +81,7 @@ def test_an_untrained_student_without_guidance_is_the_unguided_teacher(small_tea
     noise = evaluate.start_noise(teacher, 16, 2, seed=0)
     drawn = evaluate.student_latents(student, PROMPTS[:2], noise, steps=1, guidance_scale=6.0, seed=0)
     t = torch.full((2,), 999)
-    output = teacher.network(noise, t, teacher.encode_prompts(PROMPTS[:2]).prompt_embeds, return_dict=False)[0]
+    output = teacher.network(noise, t, teacher.encode_prompts(PROMPTS[:2])["prompt_embeds"], return_dict=False)[0]
     alpha, sigma = teacher.schedule.alpha(t), teacher.schedule.sigma(t)
     expected = (noise - sigma * output) / alpha
     assert torch.allclose(drawn, expected, atol=1e-3 * float(expected.abs().max()))

@@ -26,6 +26,7 @@ from lcmdistill.sample import find_model
 from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import make_student
 from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.sd import call_unet
 
 SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -61,16 +62,16 @@ def test_the_published_parameter_counts(config: dict[str, Any], base: int, adapt
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == adapter
 
 
-def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], None]:
     rng = Rng(seed, 0, range(2))
-    return rng.normal("z", (4, 8, 8)), torch.tensor([999, 259]), rng.normal("c", (77, 16)), None
+    return rng.normal("z", (4, 8, 8)), torch.tensor([999, 259]), {"prompt_embeds": rng.normal("c", (77, 16))}, None
 
 
 def lora_student(folder: Path, **options: Any):
     teacher = load_teacher(str(folder))
-    bare = teacher.network(*example()[:3], return_dict=False)[0]
+    bare = teacher.call(teacher.network, *example())
     config = StudentConfig(kind="lora", **{"rank": 4, "alpha": 3.0, **options})
-    return bare, make_student(teacher.network, config, dtype=torch.float32, seed=0, checkpointing=False)
+    return bare, make_student(teacher, config, dtype=torch.float32, seed=0, checkpointing=False)
 
 
 def disturb(parameters: Any, seed: int = 0) -> None:
@@ -95,8 +96,8 @@ def test_it_starts_at_the_teacher_and_only_the_adapter_learns(small_teacher: Pat
     assert torch.equal(output, bare)
     output.square().mean().backward()
     learning = {id(p) for p in student.trainable.values()}
-    assert {id(p) for p in student.unet.parameters() if p.grad is not None} == learning
-    assert {id(p) for p in student.unet.parameters() if p.requires_grad} == learning
+    assert {id(p) for p in student.network.parameters() if p.grad is not None} == learning
+    assert {id(p) for p in student.network.parameters() if p.requires_grad} == learning
 
 
 def test_the_ema_target_is_an_adapter_of_its_own(small_teacher: Path):
@@ -129,8 +130,7 @@ def test_dropout_acts_in_what_is_trained_and_nowhere_else(small_teacher: Path, t
         assert torch.equal(student.target(*example()), plain.target(*example()))
         assert torch.equal(student.teacher(*example()), bare)
         student.online(*example())
-        z, t, c, _ = example()
-        drawn = student.for_drawing()(z, t, c, return_dict=False)[0]
+        drawn = call_unet(student.for_drawing(), *example())
         assert torch.equal(drawn, plain.target(*example()))
 
 
@@ -346,7 +346,7 @@ def test_two_loras_at_once_add_up(lora_run: Path):
 
 def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
     _, student = lora_student(small_teacher, target="ema")
-    before = {k: v.clone() for k, v in adapter_parameters(student.unet, TARGET).items()}
+    before = {k: v.clone() for k, v in adapter_parameters(student.network, TARGET).items()}
     for name in (ONLINE, None, TARGET, ONLINE):
-        choose_adapter(student.unet, name)
-    assert all(torch.equal(before[k], v) for k, v in adapter_parameters(student.unet, TARGET).items())
+        choose_adapter(student.network, name)
+    assert all(torch.equal(before[k], v) for k, v in adapter_parameters(student.network, TARGET).items())

@@ -19,7 +19,7 @@ from lcmdistill.schedule import NoiseSchedule, vp_schedule
 from lcmdistill.solvers import SOLVERS
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-NULL = Conditioning(torch.full((1, 3, 2), -0.2))
+NULL = Conditioning({"prompt_embeds": torch.full((1, 3, 2), -0.2)})
 
 
 def gaussian_batch(size: int, std: float = 0.5) -> Batch:
@@ -27,7 +27,7 @@ def gaussian_batch(size: int, std: float = 0.5) -> Batch:
     g = torch.Generator().manual_seed(0)
     means = torch.linspace(-1, 1, size).view(-1, 1, 1)
     latents = means[..., None] + std * torch.randn(size, 2, 4, 4, generator=g)
-    return Batch(latents, Conditioning(means.expand(-1, 3, 2).clone()))
+    return Batch(latents, Conditioning({"prompt_embeds": means.expand(-1, 3, 2).clone()}))
 
 
 # -- the oracle ------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def conv_network(seed: int, channels: int = 4, width: int = 2) -> RawNetwork:
     of_prompt, of_omega, of_time = weights(8, width), weights(8, OMEGA_DIM), weights(8, 1)
 
     def raw(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-        told = c.prompt_embeds.mean(1) @ of_prompt.T + (t[:, None] / 100) @ of_time.T
+        told = c["prompt_embeds"].mean(1) @ of_prompt.T + (t[:, None] / 100) @ of_time.T
         if w is not None:
             told = told + omega_embedding(w) @ of_omega.T
         hidden = torch.conv2d(z, first, padding=1) + told[:, :, None, None]
@@ -215,7 +215,7 @@ def algorithm_1(
         t = int(drawn["t"][i])
         s = t - k if t > k else 0
         w = float(drawn["w"][i])
-        prompt = Conditioning(batch.cond.prompt_embeds[i : i + 1])
+        prompt = batch.cond.rows(i, i + 1)
         x, noise = batch.latents[i : i + 1], drawn["noise"][i : i + 1]
         a_t, b_t = math.sqrt(abar[t]), math.sqrt(1 - abar[t])
         a_s, b_s = math.sqrt(abar[s]), math.sqrt(1 - abar[s])

@@ -10,36 +10,43 @@ from torch import Tensor
 from lcmdistill.batch import Conditioning
 from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.settings import StudentConfig
-from lcmdistill.student import Student, UNetWithOmega, full_student, make_student, raw_network, target_of
+from lcmdistill.student import Door, Student, full_student, make_student, raw_network, target_of
 from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.sd import call_unet
 
 PROJECTION = "time_embedding.cond_proj.weight"
 
 
 @pytest.fixture
-def unet(small_teacher: Path) -> Any:
-    return load_teacher(str(small_teacher)).network
+def teacher(small_teacher: Path) -> Teacher:
+    return load_teacher(str(small_teacher))
 
 
-def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.fixture
+def unet(teacher: Teacher) -> Any:
+    return teacher.network
+
+
+def inputs(batch: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     z, c = torch.randn(batch, 4, 8, 8, generator=generator), torch.randn(batch, 77, 16, generator=generator)
-    return z, torch.tensor([5, 500, 999])[:batch], c
+    return z, torch.tensor([5, 500, 999])[:batch], {"prompt_embeds": c}
 
 
-def student_of(unet: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
-    return make_student(unet, StudentConfig(**options), dtype=dtype, seed=0, checkpointing=False)
+def student_of(teacher: Teacher, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
+    return make_student(teacher, StudentConfig(**options), dtype=dtype, seed=0, checkpointing=False)
 
 
 @pytest.mark.parametrize("w", [0.0, 1.5, 14.0])
-def test_a_student_of_zero_omega_is_the_teacher_bit_for_bit(unet: Any, w: float) -> None:
-    student, (z, t, c) = student_of(unet), inputs()
+def test_a_student_of_zero_omega_is_the_teacher_bit_for_bit(teacher: Teacher, w: float) -> None:
+    student, (z, t, c) = student_of(teacher), inputs()
     omega = torch.full((3,), w)
     with torch.no_grad():
-        teacher = student.teacher(z, t, c, None)
-        assert torch.equal(student.online(z, t, c, omega), teacher)
-        assert torch.equal(student.target(z, t, c, omega), teacher)
-    assert teacher.abs().max() > 0
+        expected = student.teacher(z, t, c, None)
+        assert torch.equal(student.online(z, t, c, omega), expected)
+        assert torch.equal(student.target(z, t, c, omega), expected)
+    assert expected.abs().max() > 0
 
 
 def test_a_student_of_random_omega_starts_elsewhere_and_with_its_seed(unet: Any) -> None:
@@ -52,15 +59,15 @@ def test_a_student_of_random_omega_starts_elsewhere_and_with_its_seed(unet: Any)
     bound = OMEGA_DIM**-0.5
     assert 0.95 * bound < first.get_parameter(PROJECTION).abs().max() <= bound
     with torch.no_grad():
-        module = UNetWithOmega(first, torch.float32)
+        module = Door(first, call_unet, torch.float32)
         small, large = (module(z, t, c, torch.full((3,), w)) for w in (1.0, 9.0))
         assert not torch.equal(small, large)
-        assert not torch.equal(small, UNetWithOmega(unet, torch.float32)(z, t, c, None))
+        assert not torch.equal(small, Door(unet, call_unet, torch.float32)(z, t, c, None))
 
 
-def test_the_student_takes_omega_and_is_all_trainable(unet: Any) -> None:
-    student = student_of(unet)
-    assert student.unet.config.time_cond_proj_dim == OMEGA_DIM
+def test_the_student_takes_omega_and_is_all_trainable(teacher: Teacher, unet: Any) -> None:
+    student = student_of(teacher)
+    assert student.network.config.time_cond_proj_dim == OMEGA_DIM
     assert set(student.trainable) == {*dict(unet.named_parameters()), PROJECTION} == set(student.averaged)
     assert all(p.requires_grad for p in student.trainable.values())
     assert not any(p.requires_grad for p in [*student.averaged.values(), *student.teacher.parameters()])
@@ -70,8 +77,8 @@ def test_the_student_takes_omega_and_is_all_trainable(unet: Any) -> None:
             assert value.data_ptr() != unet.get_parameter(name).data_ptr(), name
 
 
-def test_gradients_reach_every_weight_and_the_omega_projection_first_of_all(unet: Any) -> None:
-    student, (z, t, c) = student_of(unet), inputs()
+def test_gradients_reach_every_weight_and_the_omega_projection_first_of_all(teacher: Teacher) -> None:
+    student, (z, t, c) = student_of(teacher), inputs()
     student.online(z, t, c, torch.full((3,), 4.0)).square().mean().backward()
     gradients = {name: value.grad for name, value in student.trainable.items()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
@@ -81,11 +88,11 @@ def test_gradients_reach_every_weight_and_the_omega_projection_first_of_all(unet
     assert not any(p.grad is not None for p in [*student.averaged.values(), *student.teacher.parameters()])
 
 
-def test_a_live_target_is_the_student_itself(unet: Any) -> None:
-    student = student_of(unet, target="live")
+def test_a_live_target_is_the_student_itself(teacher: Teacher) -> None:
+    student = student_of(teacher, target="live")
     assert student.target is student.online
     assert student.averaged == {}
-    assert dict(student.unet.named_parameters()).keys() == student.trainable.keys()
+    assert dict(student.network.named_parameters()).keys() == student.trainable.keys()
 
 
 def test_a_teacher_with_an_omega_input_keeps_its_projection(unet: Any) -> None:
@@ -110,10 +117,10 @@ def test_the_target_is_a_frozen_copy(unet: Any) -> None:
 # -- precision -------------------------------------------------------------------------------------------------------
 
 
-def dtypes_of(module: UNetWithOmega, call: Any) -> dict[str, torch.dtype]:
+def dtypes_of(module: Door, call: Any) -> dict[str, torch.dtype]:
     """The dtype of what the first convolution and the first attention projection give."""
     seen: dict[str, torch.dtype] = {}
-    layers = {"conv": module.unet.conv_in, "linear": module.unet.time_embedding.linear_1}
+    layers = {"conv": module.network.conv_in, "linear": module.network.time_embedding.linear_1}
     hooks = [
         layer.register_forward_hook(lambda _, args, output, name=name: seen.__setitem__(name, output.dtype))
         for name, layer in layers.items()
@@ -125,12 +132,12 @@ def dtypes_of(module: UNetWithOmega, call: Any) -> dict[str, torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_network_computes_in_the_dtype_and_answers_in_fp32(unet: Any, dtype: torch.dtype) -> None:
-    student, (z, t, c) = student_of(unet, dtype), inputs()
+def test_each_network_computes_in_the_dtype_and_answers_in_fp32(teacher: Teacher, dtype: torch.dtype) -> None:
+    student, (z, t, c) = student_of(teacher, dtype), inputs()
     assert {p.dtype for p in student.teacher.parameters()} == {dtype}
     assert {p.dtype for p in student.online.parameters()} == {torch.float32}  # master weights
     for module in (student.teacher, student.online, student.target):
-        assert isinstance(module, UNetWithOmega)
+        assert isinstance(module, Door)
         output: list[Tensor] = []
         omega = None if module is student.teacher else torch.full((3,), 4.0)
         seen = dtypes_of(module, lambda m=module, w=omega, o=output: o.append(m(z, t, c, w)))
@@ -138,31 +145,31 @@ def test_each_network_computes_in_the_dtype_and_answers_in_fp32(unet: Any, dtype
         assert output[0].dtype == torch.float32
 
 
-def test_the_dtype_is_ours_whatever_surrounds_the_call(unet: Any) -> None:
+def test_the_dtype_is_ours_whatever_surrounds_the_call(teacher: Teacher) -> None:
     """The trap: an autocast without a dtype, or somebody else's, decides what the teacher computes in."""
-    student, (z, t, c) = student_of(unet, torch.bfloat16), inputs()
-    assert isinstance(student.teacher, UNetWithOmega)
+    student, (z, t, c) = student_of(teacher, torch.bfloat16), inputs()
+    assert isinstance(student.teacher, Door)
     with torch.no_grad():
         alone = student.teacher(z, t, c, None)
         with torch.autocast("cpu", dtype=torch.float16):
             assert torch.equal(student.teacher(z, t, c, None), alone)
-    full = student_of(unet.float())
+    full = student_of(teacher)
     with torch.no_grad():
         alone = full.teacher(z, t, c, None)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(full.teacher(z, t, c, None), alone)
 
 
-def test_bf16_stays_near_fp32(unet: Any) -> None:
+def test_bf16_stays_near_fp32(teacher: Teacher) -> None:
     z, t, c = inputs()
-    exact = student_of(unet)
+    exact = student_of(teacher)
     with torch.no_grad():
         expected = exact.online(z, t, c, torch.full((3,), 4.0))
-        found = student_of(unet, torch.bfloat16).online(z, t, c, torch.full((3,), 4.0))
+        found = student_of(teacher, torch.bfloat16).online(z, t, c, torch.full((3,), 4.0))
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_a_raw_network_is_the_module_with_a_conditioning(unet: Any) -> None:
-    module, (z, t, c) = UNetWithOmega(unet, torch.float32), inputs()
+    module, (z, t, c) = Door(unet, call_unet, torch.float32), inputs()
     with torch.no_grad():
         assert torch.equal(raw_network(module)(z, t, Conditioning(c), None), module(z, t, c, None))

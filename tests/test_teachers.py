@@ -114,14 +114,14 @@ def test_everything_is_frozen_and_in_fp32(small_teacher: Path) -> None:
 
 def test_prompts_are_encoded_as_the_pipeline_does(small_teacher: Path) -> None:
     teacher = load_teacher(str(small_teacher))
-    embeds = teacher.encode_prompts(["a cat", ""]).prompt_embeds
+    embeds = teacher.encode_prompts(["a cat", ""])["prompt_embeds"]
     assert (embeds.shape, embeds.dtype) == ((2, 77, 16), torch.float32)
     tokenizer, encoder = teacher.pipeline.tokenizer, teacher.pipeline.text_encoder
     tokens = tokenizer(["a cat", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(embeds, encoder(tokens)[0])
     long = "x " * 500  # longer than the text encoder's 77 positions
-    assert teacher.encode_prompts([long]).prompt_embeds.shape == (1, 77, 16)
+    assert teacher.encode_prompts([long])["prompt_embeds"].shape == (1, 77, 16)
 
 
 def test_a_draw_is_the_pipeline_s_and_leaves_its_scheduler_alone(small_teacher: Path) -> None:

@@ -188,7 +188,7 @@ def test_captions_are_dropped_at_their_rate(
     loss = LatentConsistency.loss
 
     def noting(self: LatentConsistency, models: Models, batch: Batch, rng: Rng) -> Tensor:
-        dropped.extend((batch.cond.prompt_embeds == models.null.prompt_embeds).all(-1).all(-1).tolist())
+        dropped.extend((batch.cond["prompt_embeds"] == models.null["prompt_embeds"]).all(-1).all(-1).tolist())
         return loss(self, models, batch, rng)
 
     monkeypatch.setattr(LatentConsistency, "loss", noting)

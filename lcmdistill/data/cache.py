@@ -4,7 +4,7 @@ A cache is a folder of chunks, one safetensors file for each CHUNK members of th
 A chunk is written aside and renamed, so that an interrupted preparation goes on where it stopped, ranks can share the work,
 and a later run with the same teacher, source and transform finds everything ready.
 
-Shapes: n samples of a chunk, u distinct captions of it, B batch, C h w latents, L D embeddings.
+Shapes: n samples of a chunk, u distinct captions of it, B batch, C h w latents.
 """
 
 import hashlib
@@ -35,6 +35,8 @@ from lcmdistill.teachers.base import Teacher
 CHUNK = 128
 GIVE_UP_AFTER = 1024
 "so many members of a source without a usable one, and it is given up"
+_PROMPT = "prompt."
+"before the names of what is kept once a caption"
 _PIXELS_AT_ONCE = 4 * 512 * 512
 
 
@@ -233,8 +235,10 @@ def _write_chunk(
         captions = list(dict.fromkeys(sample.caption for _, sample in samples))
         rows = [captions.index(sample.caption) for _, sample in samples]
         tensors["row"] = torch.tensor(rows)
-        embeds = [teacher.encode_prompts(captions[i : i + 64]).prompt_embeds for i in range(0, len(captions), 64)]
-        tensors["embeds"] = torch.cat(embeds).half().cpu()
+        told = [
+            teacher.encode_prompts(captions[i : i + 64]).to("cpu", torch.float16) for i in range(0, len(captions), 64)
+        ]
+        tensors |= {f"{_PROMPT}{name}": torch.cat([c[name] for c in told]) for name in told[0].values}
         at_once = max(1, _PIXELS_AT_ONCE // config.resolution**2)
         parts = []
         for i in range(0, len(samples), at_once):
@@ -298,15 +302,17 @@ class LatentDataset:
         return len(self._places)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
-        """(mean, std, conditioning) of the samples: (B, C, h, w) twice, then (B, L, D), all fp32."""
-        mean, std, embeds = [], [], []
+        """(mean, std, conditioning) of the samples: (B, C, h, w) twice, then what the network is told, all floats fp32."""
+        mean, std, told = [], [], []
         for index in indices:
             number, i = self._places[index]
             chunk = self._chunks[number]
             mean.append(chunk.get_slice("mean")[i])
             std.append(chunk.get_slice("std")[i])
-            embeds.append(chunk.get_slice("embeds")[int(chunk.get_slice("row")[i])])
-        return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(torch.stack(embeds).float())
+            row, keys = int(chunk.get_slice("row")[i]), chunk.keys()
+            told.append({key: chunk.get_slice(key)[row] for key in keys if key.startswith(_PROMPT)})
+        cond = {key.removeprefix(_PROMPT): torch.stack([c[key] for c in told]) for key in told[0]}
+        return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(cond).to("cpu", torch.float32)
 
 
 def _chunks_up_to(folder: Path, count: int | None) -> list[Path]:

@@ -18,6 +18,7 @@ from lcmdistill.export.product import Product, compared, load_product, removed_o
 from lcmdistill.export.single_file import verify_single_file, write_single_file
 from lcmdistill.modelcard import card_for
 from lcmdistill.teachers import resolve_alias
+from lcmdistill.teachers.base import takes_omega
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def _card(product: Product) -> str:
 def export_card(run: Path, name: str, place: str, file: str = "") -> str:
     """The run's card, telling how an export is used. place: its folder, or the hub's repository; file: see card_for."""
     product = load_product(run)
-    takes_omega = product.lora is None and name in ("pipeline", "onnx")
-    guidance = product.guidance_scale if takes_omega else None
+    has_omega = product.lora is None and name in ("pipeline", "onnx")
+    guidance = product.guidance_scale if has_omega else None
     loaded_as = "pipeline" if name == "fused" else name
     model = resolve_alias(str(product.recorded["teacher.model"]))
     return card_for(_card(product), loaded_as, place, file, model, guidance)
@@ -137,7 +138,7 @@ def single_file(product: Product, request: Request) -> str:
     path = _file(request.output)
     made = _without_adapter(product)
     with removed_on_error(path):
-        bakes = made.unet.config.time_cond_proj_dim is not None
+        bakes = takes_omega(made.unet)
         write_single_file(made, path, dtype=request.dtype, guidance_scale=request.guidance_scale if bakes else None)
         use = "put it among the checkpoints of A1111 or ComfyUI: LCM sampler, 4 steps, CFG 1"
         if not request.verify:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from lcmdistill.checkpoint import written_aside
-from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.base import Teacher, takes_omega
 
 STEPS = 4
 "the steps that a pipeline is set for unless it is told otherwise"
@@ -40,8 +40,7 @@ def student_pipeline(teacher: Teacher, unet: Any, resolution: int | None = None)
     checks = parts.get("safety_checker") is not None
     if resolution is not None:
         unet.register_to_config(sample_size=resolution // teacher.vae_factor)
-    takes_omega = unet.config.time_cond_proj_dim is not None
-    pipeline = (LatentConsistencyModelPipeline if takes_omega else StableDiffusionPipeline)(
+    pipeline = (LatentConsistencyModelPipeline if takes_omega(unet) else StableDiffusionPipeline)(
         **parts, unet=unet, scheduler=lcm_scheduler(teacher.pipeline.scheduler.config), requires_safety_checker=checks
     )
     pipeline.set_progress_bar_config(disable=True)

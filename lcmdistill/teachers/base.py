@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D wid
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning
+from lcmdistill.consistency import omega_embedding
 from lcmdistill.schedule import NoiseSchedule
+
+# (network, z, t, c, w) -> raw output: how a family's network is asked. c: a Conditioning's values; w is ignored by a
+# network without an omega input.
+Call = Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A trained latent diffusion model and what it needs around it. All weights are fp32 and frozen.
 
-    pipeline: the diffusers pipeline it came in, which also draws its images; encode_prompts: prompts -> Conditioning.
+    pipeline: the diffusers pipeline it came in, which also draws its images; call: how its network, or a student of the
+    same class, is asked; encode_prompts: what prompts alone decide of the Conditioning.
     """
 
     pipeline: Any
@@ -27,12 +33,20 @@ class Teacher:
     vae: Any
     schedule: NoiseSchedule
     prediction_type: str
+    call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
 
     @property
     def vae_factor(self) -> int:
         """Pixels per latent pixel, read from the VAE's config."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def example(self, batch: int, resolution: int, device: torch.device | str) -> tuple[Tensor, Tensor, Conditioning]:
+        """Inputs (z, t, c) of the shapes that training at a resolution has, all zeros but the prompt, which is empty."""
+        side = resolution // self.vae_factor
+        z = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device)
+        t = torch.zeros(batch, dtype=torch.int64, device=device)
+        return z, t, self.encode_prompts([""]).to(device).expand(batch)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,3 +122,15 @@ class Teacher:
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def takes_omega(network: Any) -> bool:
+    """Whether a network has an omega input (`time_cond_proj_dim`); one that has none draws at the guidance it was given."""
+    return network.config.get("time_cond_proj_dim") is not None
+
+
+def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
+    """The `timestep_cond` that a network is to be given for omega, in its own dtype; None if it takes none. w: (B,)."""
+    if w is None or not takes_omega(network):
+        return None
+    return omega_embedding(w, network.config.time_cond_proj_dim).to(network.dtype)

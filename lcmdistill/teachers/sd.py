@@ -1,15 +1,22 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net with cross-attention, epsilon or v-prediction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.errors import UsageError
 from lcmdistill.prediction import PREDICTION_TYPES
 from lcmdistill.schedule import vp_schedule
-from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.base import Teacher, omega_input
+
+
+def call_unet(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+    """A UNet2DConditionModel's raw output, (B, C, h, w), in its own dtype."""
+    embeds = c["prompt_embeds"].to(unet.dtype)
+    return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega_input(unet, w), return_dict=False)[0]
 
 
 def stable_diffusion(pipeline: Any) -> Teacher:
@@ -34,7 +41,7 @@ def stable_diffusion(pipeline: Any) -> Teacher:
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
-        return Conditioning(embeds.float())
+        return Conditioning({"prompt_embeds": embeds.float()})
 
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -45,5 +52,6 @@ def stable_diffusion(pipeline: Any) -> Teacher:
         vae=pipeline.vae,
         schedule=schedule,
         prediction_type=prediction_type,
+        call=call_unet,
         encode_prompts=encode_prompts,
     )

@@ -1,0 +1,44 @@
+"""`lcmdistill export`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lcmdistill.cli.options import Debug, PushToHub, finite
+from lcmdistill.settings import Format
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format_: Annotated[Format, typer.Option("--format", help="What to write.")],
+    output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"],
+        typer.Option(help="What the weights are cast to; diffusers-lora, peft and onnx are fp32."),
+    ] = "fp16",
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]", callback=finite),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="onnx: int8 for the weights of matrix products and what they are multiplied with."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
+    ] = True,
+    push_to_hub: PushToHub = None,
+    debug: Debug = False,
+) -> None:
+    """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
+    from lcmdistill import export as exporting
+    from lcmdistill import hub, publish
+    from lcmdistill.tracking import say
+
+    if push_to_hub:
+        hub.check_login(push_to_hub)
+    options: dict[str, Any] = {"dtype": dtype, "guidance_scale": guidance_scale, "quantize": quantize}
+    say(exporting.export(run, format_, output, **options, verify=verify))
+    if push_to_hub:
+        publish.publish_export(run, format_, output, push_to_hub)

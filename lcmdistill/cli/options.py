@@ -1,0 +1,134 @@
+"""The options of the training commands, told in plain words: each one once, with the setting that it stands for."""
+
+import math
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lcmdistill.errors import UsageError
+from lcmdistill.settings import ObjectiveName, Precision, SolverName, TargetKind, Tracker
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(help="Upload the result and its model card to this hub repository (OWNER/NAME); needs a login."),
+]
+
+
+def finite(value: float | None) -> float | None:
+    """A number that is given must be one."""
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"--guidance-scale is {value}; it must be a finite number")
+    return value
+
+
+def _option(kind: Any, text: str, *names: str) -> Any:
+    return Annotated[kind, typer.Option(*names, help=text)]
+
+
+WHAT: dict[str, Any] = {
+    "teacher": _option(
+        str | None, "tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder.  [default: sd15]"
+    ),
+    "data": _option(
+        list[str] | None,
+        "What to learn on; repeatable: image folder, .tar shards (folder, file, URL, braces), tiny, or teacher for no "
+        "data set at all.  [default: teacher; tiny for the tiny teacher]",
+    ),
+    "prompts": _option(str | None, "File of prompts, one a line, for --data teacher.  [default: a bundled list]"),
+}
+"what is distilled, and on what"
+
+FULL: dict[str, Any] = {
+    "output": _option(str | None, "The run's folder.  [default: runs/TEACHER-OBJECTIVE]"),
+    "learning_rate": _option(float | None, "AdamW's learning rate.  [default: 1e-6; tiny 1e-4]"),
+}
+"of a full student"
+
+LORA: dict[str, Any] = {
+    "output": _option(str | None, "The run's folder.  [default: runs/TEACHER-OBJECTIVE-lora]"),
+    "rank": _option(int | None, "r, the rank of each layer's update.  [default: 64; tiny 16]"),
+    "alpha": _option(float | None, "The update is scaled by alpha / r.  [default: 64; tiny 16]"),
+    "target": _option(
+        TargetKind | None, "Target network: the live adapter, or an EMA of it.  [default: live; tiny ema]"
+    ),
+    "dropout": _option(float | None, "Dropout on the adapter's inputs.  [default: 0]"),
+    "target_modules": _option(
+        list[str] | None,
+        "Layers to adapt, by the end of their names; repeatable.  [default: the published list]",
+    ),
+    "learning_rate": _option(float | None, "AdamW's learning rate.  [default: 1e-4; tiny 1e-3]"),
+}
+"of a LoRA"
+
+HOW: dict[str, Any] = {
+    "objective": _option(ObjectiveName | None, "The method.  [default: lcm]"),
+    "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim]"),
+    "skip": _option(int | None, "k: teacher time steps between the two points compared.  [default: 20]"),
+    "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
+    "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
+    "accumulate": _option(int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"),
+    "resolution": _option(int | None, "Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]"),
+    "seed": _option(int | None, "The one seed of every random draw.  [default: 0]"),
+    "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
+    "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
+    "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
+    "variant": _option(str | None, "Variant of the teacher's weight files, such as fp16."),
+    "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
+    "push_to_hub": PushToHub,
+    "config": _option(Path | None, "TOML file of settings; flags win over it."),
+    "set_": _option(
+        list[str] | None, "Any setting, section.key=value; repeatable. --dry-run prints them all.", "--set"
+    ),
+    "dry_run": _option(bool, "Check everything, print the settings and an estimate, and stop.", "--dry-run"),
+    "debug": Debug,
+}
+"of every training"
+
+# The setting that each option stands for; the rest of HOW is about the command itself.
+SETTINGS = {
+    "teacher": "teacher.model",
+    "revision": "teacher.revision",
+    "variant": "teacher.variant",
+    "data": "data.sources",
+    "prompts": "data.prompts",
+    "resolution": "data.resolution",
+    "objective": "objective.name",
+    "solver": "objective.solver",
+    "skip": "objective.skip",
+    "max_train_steps": "optim.max_train_steps",
+    "batch_size": "optim.batch_size",
+    "accumulate": "optim.accumulate",
+    "learning_rate": "optim.learning_rate",
+    "output": "run.output",
+    "seed": "run.seed",
+    "precision": "run.precision",
+    "device": "run.device",
+    "report_to": "run.report_to",
+    "push_to_hub": "run.push_to_hub",
+    "rank": "student.rank",
+    "alpha": "student.alpha",
+    "target": "student.target",
+    "dropout": "student.dropout",
+    "target_modules": "student.target_modules",
+}
+
+
+def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function of **keywords these options for its signature, which is all that typer reads. None is their default,
+    and False a flag's."""
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=False if kind.__origin__ is bool else None, annotation=kind)
+            for name, kind in options.items()
+        ]
+        command.__signature__ = Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = dict(options)
+        return command
+
+    return with_options
