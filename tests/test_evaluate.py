@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcmdistill import evaluate
+from lcmdistill.evaluate import drawing, features, metrics
 from lcmdistill.teachers import load_teacher
 
 PROMPTS = ["a red apple", "a blue car", "a green tree"]
@@ -19,8 +19,8 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_rmse_is_the_root_of_the_mean_square():
     a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert evaluate.latent_rmse(a, a) == 0
-    assert evaluate.latent_rmse(a, a + torch.tensor([3.0, 4.0])) == pytest.approx(12.5**0.5)
+    assert metrics.latent_rmse(a, a) == 0
+    assert metrics.latent_rmse(a, a + torch.tensor([3.0, 4.0])) == pytest.approx(12.5**0.5)
 
 
 def test_kid_is_the_unbiased_polynomial_mmd():
@@ -34,16 +34,16 @@ def test_kid_is_the_unbiased_polynomial_mmd():
         return (m.sum() - m.diagonal().sum()) / (6 * 5)
 
     expected = off_diagonal(k(x, x)) + off_diagonal(k(y, y)) - 2 * k(x, y).mean()
-    assert evaluate.kid(x, y) == pytest.approx(float(expected))
+    assert metrics.kid(x, y) == pytest.approx(float(expected))
 
 
 def test_kid_with_the_bundled_features_orders_distortions():
-    network = evaluate.MobileNetV2Features()
-    real = evaluate.features_of(network, images(48))
-    same = evaluate.kid(evaluate.features_of(network, images(48, seed=1)), real)
+    network = features.MobileNetV2Features()
+    real = features.features_of(network, images(48))
+    same = metrics.kid(features.features_of(network, images(48, seed=1)), real)
     noise = torch.randn(48, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     slight, gross = (
-        evaluate.kid(evaluate.features_of(network, (images(48, seed=1) + level * noise).clamp(0, 1)), real)
+        metrics.kid(features.features_of(network, (images(48, seed=1) + level * noise).clamp(0, 1)), real)
         for level in (0.05, 0.5)
     )
     assert same < slight < gross
@@ -52,7 +52,7 @@ def test_kid_with_the_bundled_features_orders_distortions():
 
 def test_start_noise_of_an_image_does_not_depend_on_how_many_there_are(small_teacher: Path):
     teacher = load_teacher(str(small_teacher))
-    few, many = (evaluate.start_noise(teacher, 16, n, seed=3) for n in (2, 5))
+    few, many = (drawing.start_noise(teacher, 16, n, seed=3) for n in (2, 5))
     assert torch.equal(few, many[:2])
     assert not torch.equal(many[0], many[1])
 
@@ -62,10 +62,10 @@ def test_latents_do_not_depend_on_the_batch_size(small_teacher: Path, small_run:
     from lcmdistill.sample import load_student
 
     teacher, student = load_teacher(str(small_teacher)), load_student(str(small_run / "pipeline"), pick_device("cpu"))
-    noise = evaluate.start_noise(teacher, 16, 3, seed=0)
+    noise = drawing.start_noise(teacher, 16, 3, seed=0)
     for draw in (
-        lambda n: evaluate.teacher_latents(teacher, PROMPTS, noise, steps=3, guidance_scale=4.0, batch_size=n),
-        lambda n: evaluate.student_latents(student, PROMPTS, noise, steps=2, guidance_scale=4.0, seed=0, batch_size=n),
+        lambda n: drawing.teacher_latents(teacher, PROMPTS, noise, steps=3, guidance_scale=4.0, batch_size=n),
+        lambda n: drawing.student_latents(student, PROMPTS, noise, steps=2, guidance_scale=4.0, seed=0, batch_size=n),
     ):
         assert torch.allclose(draw(1), draw(3), atol=1e-4)
         assert draw(3).shape == noise.shape
@@ -78,8 +78,8 @@ def test_an_untrained_student_without_guidance_is_the_unguided_teacher(small_tea
 
     teacher = load_teacher(str(small_teacher))
     student = student_pipeline(teacher, full_student(teacher.network, "zero", 0).eval())
-    noise = evaluate.start_noise(teacher, 16, 2, seed=0)
-    drawn = evaluate.student_latents(student, PROMPTS[:2], noise, steps=1, guidance_scale=6.0, seed=0)
+    noise = drawing.start_noise(teacher, 16, 2, seed=0)
+    drawn = drawing.student_latents(student, PROMPTS[:2], noise, steps=1, guidance_scale=6.0, seed=0)
     t = torch.full((2,), 999)
     output = teacher.network(noise, t, teacher.encode_prompts(PROMPTS[:2])["prompt_embeds"], return_dict=False)[0]
     alpha, sigma = teacher.schedule.alpha(t), teacher.schedule.sigma(t)

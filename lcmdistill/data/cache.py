@@ -135,21 +135,21 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
         if kind_of(spec) == "folder":
             about["order"] = seed
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return _cache_root(config) / "latents" / digest
+    return cache_root(config) / "latents" / digest
 
 
-def _cache_root(config: DataConfig) -> Path:
+def cache_root(config: DataConfig) -> Path:
     return Path(config.cache_dir or os.environ.get("LCMDISTILL_CACHE") or "~/.cache/lcmdistill").expanduser()
 
 
 def check_cache(config: DataConfig) -> None:
     """Raise UsageError if the place where latents are kept cannot be written to."""
-    folder = _cache_root(config).absolute() / "latents"
+    folder = cache_root(config).absolute() / "latents"
     above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not above.is_dir() or not os.access(above, os.W_OK):
         problem = "no permission" if above.is_dir() else "a file"
         raise UsageError(
-            f"data.cache_dir {_cache_root(config)} cannot be written to ({above}: {problem}); name another folder with "
+            f"data.cache_dir {cache_root(config)} cannot be written to ({above}: {problem}); name another folder with "
             "--set data.cache_dir=FOLDER"
         )
 

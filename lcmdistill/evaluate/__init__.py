@@ -1,0 +1,1 @@
+"""How close a student comes to its teacher, and to real images, at each number of steps."""

@@ -1,0 +1,89 @@
+"""What an evaluation left in a run's folder, written and read again without any network."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.checkpoint import write_text
+from lcmdistill.evaluate.drawing import TEACHER_STEPS
+from lcmdistill.evaluate.metrics import Measure
+from lcmdistill.evaluate.sweep import Cell, Sampler, Sweep, picture_places
+
+TOLD = ("label", "better", "about", "features", "against", "published", "decimals")
+"what is written down of each measure, so that every number says what it is"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep that is done. about: sweep.json; cells: numbers.json of each cell, by its name."""
+
+    folder: Path
+    about: Mapping[str, Any]
+    cells: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def steps(self) -> list[int]:
+        """The student's steps, rising."""
+        return sorted(self.about["steps"])
+
+    @property
+    def guidance_scale(self) -> float:
+        """The one that the teacher's few steps are drawn at."""
+        return float(self.about["guidance_scales"][0])
+
+    def cell(self, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> Mapping[str, Any] | None:
+        """A cell, at the first guidance scale unless another is named; None if it was not drawn."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.cells.get(Cell(sampler, steps, scale).name)
+
+    def number(self, measure: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
+        """One number of a cell; None if there is none."""
+        cell = self.cell(sampler, steps, guidance_scale)
+        return None if cell is None else cell["numbers"].get(measure)
+
+    def full(self, measure: str) -> float | None:
+        """The teacher's number at its full steps."""
+        return self.number(measure, "teacher", TEACHER_STEPS)
+
+    def seconds(self, sampler: Sampler, steps: int) -> float | None:
+        """How long an image took."""
+        cell = self.cell(sampler, steps)
+        return None if cell is None else cell["seconds_an_image"]
+
+    def pictures(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
+        """The pictures that were kept of a cell."""
+        return sorted((self.folder / "cells" / Cell(sampler, steps, guidance_scale).name).glob("*.webp"))
+
+
+def write_sweep(folder: Path, sweep: Sweep, measures: Mapping[str, Measure], more: Mapping[str, Any]) -> None:
+    """Write sweep.json once all its cells are there. more: plain values to be kept beside it."""
+    prompts = [sweep.prompts[place] for place in picture_places(len(sweep.prompts))]
+    about = {
+        "cells": [cell.name for cell in sweep.cells()],
+        "steps": sweep.steps,
+        "guidance_scales": sweep.guidance_scales,
+        "images": len(sweep.prompts),
+        "distinct_prompts": len(set(sweep.prompts)),
+        "resolution": sweep.resolution,
+        "seed": sweep.seed,
+        "pictured_prompts": prompts,
+        "measures": {name: {key: getattr(measure, key) for key in TOLD} for name, measure in measures.items()},
+        **more,
+    }
+    write_text(folder / "sweep.json", json.dumps(about, indent=1) + "\n")
+
+
+def read_results(run: Path) -> Results | None:
+    """What an evaluation found of a run; None if there was none."""
+    folder = run / "evaluation"
+    if not (folder / "sweep.json").is_file():
+        return None
+    about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    cells = {}
+    for name in about["cells"]:
+        path = folder / "cells" / name / "numbers.json"
+        if path.is_file():
+            cells[name] = json.loads(path.read_text(encoding="utf-8"))
+    return Results(folder, about, cells)

@@ -1,0 +1,212 @@
+"""`lcmdistill evaluate`: what a sweep draws, writes, skips and refuses, and how it ranks students whose worth is known."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcmdistill.errors import UsageError
+from lcmdistill.evaluate import program, sweep
+from lcmdistill.evaluate.program import Wish, evaluate
+from lcmdistill.evaluate.results import Results, read_results
+
+WISH: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_images": 5, "device": "cpu"}
+
+Evaluated = Callable[..., Results]
+
+
+@pytest.fixture(scope="session")
+def small_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random feature network as a TorchScript file: what --features takes."""
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.weight = torch.nn.Parameter(torch.randn(8, 3, 5, 5, generator=generator))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(images.float() / 255, self.weight, stride=3).relu().mean((2, 3))
+
+    path = tmp_path_factory.mktemp("features") / "small.pt"
+    torch.jit.script(Features()).save(str(path))
+    return path
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, small_run: Path, small_features: Path) -> Evaluated:
+    """Evaluate a copy of the small run, tmp_path / name, with what is said otherwise."""
+
+    def evaluated(name: str = "run", **changes: Any) -> Results:
+        run = tmp_path / name
+        if not run.is_dir():
+            shutil.copytree(small_run, run)
+        evaluate([run], Wish(**{**WISH, "features": small_features, **changes}))
+        found = read_results(run)
+        assert found is not None
+        return found
+
+    return evaluated
+
+
+def written(results: Results) -> dict[str, Any]:
+    """All numbers of a sweep, without what depends on the clock."""
+    return {name: cell["numbers"] for name, cell in results.cells.items()}
+
+
+def test_a_sweep_has_a_cell_for_each_way_to_draw(evaluated: Evaluated):
+    found = evaluated()
+    expected = {f"student-{n:02d}-g{g}" for n in (1, 2) for g in (2, 4)} | {"teacher-50-g4", "teacher-50-g2"}
+    expected |= {f"{sampler}-{n:02d}-g4" for sampler in ("teacher", "trailing") for n in (1, 2)}
+    assert set(found.cells) == expected
+    assert found.guidance_scale == 4.0
+    full = found.cells["teacher-50-g4"]["numbers"]
+    assert (full["rmse"], full["ssim"]) == (0.0, 1.0)
+    assert full["sharpness"] == full["saturation"] == full["diversity"] == 1.0
+    for cell in found.cells.values():
+        assert cell["images"] == 5
+        assert set(cell["numbers"]) == {"rmse", "ssim", "sharpness", "saturation", "diversity", "kid"}
+        assert cell["seconds_an_image"] > 0
+    assert len(found.pictures("student", 1, 4.0)) == 5
+
+
+def test_every_number_says_what_it_is(evaluated: Evaluated):
+    kid = evaluated().about["measures"]["kid"]
+    assert kid["label"] == "KID (small)"
+    assert (kid["features"], kid["published"]) == ("small, 8 features", "no published figure")
+    assert kid["against"].startswith("10 real images of ")
+    for name, about in evaluated().about["measures"].items():
+        assert about["better"] in ("lower", "higher", "one")
+        assert all(about[key] for key in ("label", "about", "features", "against", "published")), name
+
+
+def test_a_second_sweep_draws_nothing_and_says_the_same(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch):
+    first = evaluated()
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "sweep.json"}
+    for name in ("student_latents", "teacher_latents"):
+        monkeypatch.setattr(sweep, name, lambda *args, **options: pytest.fail("drawn again"))
+    again = evaluated()
+    assert written(again) == written(first)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "sweep.json"} == before
+
+
+def test_numbers_repeat_and_do_not_depend_on_the_batch_size(
+    evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """To the last digit that is written; the latents themselves agree to rounding (a product of other shapes adds up
+    in another order)."""
+    found, latents = [], []
+    for name, batch_size in (("five", 5), ("again", 5), ("one", 1), ("two", 2)):
+        monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / f"cache-{name}"))
+        results = evaluated(name, batch_size=batch_size)
+        found.append(written(results))
+        paths = sorted((results.folder / "latents").glob("*.safetensors"))
+        latents.append(torch.stack([load_file(path)["latents"] for path in paths]))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert torch.equal(latents[0], latents[1])
+    scale = float(latents[0].abs().max())
+    assert max(float((other - latents[0]).abs().max()) for other in latents[2:]) < 1e-4 * scale
+
+
+def test_a_sweep_that_was_cut_off_goes_on(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    whole = written(evaluated("whole"))
+    draw, drawn = sweep.student_latents, []
+
+    def cut_off(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(options["steps"])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "student_latents", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("cut")
+    cells = tmp_path / "cut" / "evaluation" / "cells"
+    assert sorted(path.name for path in cells.iterdir()) == ["student-01-g4", "teacher-50-g4"]
+    first = (cells / "student-01-g4" / "numbers.json").stat().st_mtime_ns
+    assert written(evaluated("cut")) == whole
+    assert (cells / "student-01-g4" / "numbers.json").stat().st_mtime_ns == first
+
+
+def test_what_a_teacher_drew_serves_every_run_of_it(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch):
+    evaluated("one")
+    monkeypatch.setattr(sweep, "teacher_latents", lambda *args, **options: pytest.fail("drawn again"))
+    evaluated("two")
+
+
+def test_other_weights_are_drawn_anew(evaluated: Evaluated, tmp_path: Path):
+    first = written(evaluated())
+    noise_weights(tmp_path / "run", 0.3)
+    second = written(evaluated())
+    assert second["teacher-50-g4"] == first["teacher-50-g4"]
+    assert second["student-02-g4"] != first["student-02-g4"]
+    assert len(list((tmp_path / "run" / "evaluation" / "latents").iterdir())) == 4
+
+
+# -- students whose worth is known -----------------------------------------------------------------------------------
+
+
+def noise_weights(run: Path, size: float) -> None:
+    """Add noise to every weight of a run's student, as large as `size` of the weight's own spread."""
+    path = run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, generator = load_file(path), torch.Generator().manual_seed(0)
+    for name, value in tensors.items():
+        if value.numel() > 1:
+            tensors[name] = value + size * value.std() * torch.randn(value.shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# -- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
+    small_run: Path, small_teacher: Path, tmp_path: Path
+):
+    from lcmdistill.teachers import load_teacher
+
+    each, teacher = program.subject(small_run), load_teacher(str(small_teacher))
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "trained.txt").write_text("b\nc\n")
+
+    def chosen(count: int, **config: Any) -> tuple[str, ...]:
+        asked = Wish(prompts=str(tmp_path / "p.txt"), num_images=count)
+        other = program.Subject(each.run, {**each.config, **config}, each.found)
+        return program.chosen_prompts(other, asked, teacher)
+
+    own = {"data.sources": ["teacher"], "data.prompts": str(tmp_path / "trained.txt")}
+    assert chosen(2) == ("a", "c")
+    assert chosen(6) == ("a", "b", "c", "d", "a", "b")
+    assert chosen(2, **own) == ("a", "d")
+    (tmp_path / "trained.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(UsageError, match="was trained on every one of them"):
+        chosen(2, **own)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"inception": Path("x.pt")}, "FID needs at least 10000 images and 5 are to be drawn"),
+        ({"features": Path("x.pt")}, "--features x.pt is not there"),
+        ({"clip": "no/such-clip"}, "--clip no/such-clip is neither a folder nor in the local hub cache"),
+        ({"scorer": "ImageReward.pt"}, "--scorer ImageReward.pt is a bare checkpoint"),
+        ({"lpips": Path("x.pth")}, "--lpips x.pth does not hold AlexNet's weights"),
+        ({"real": "/nowhere"}, "--data /nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(evaluated: Evaluated, wish: Any, message: str):
+    with pytest.raises(Exception, match=message) as caught:
+        evaluated(**wish)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, small_run: Path):
+    with pytest.raises(UsageError, match="is no run of lcmdistill"):
+        evaluate([tmp_path], Wish())
+    (tmp_path / "config.toml").write_bytes((small_run / "config.toml").read_bytes())
+    with pytest.raises(UsageError, match="has not finished"):
+        evaluate([tmp_path], Wish())
