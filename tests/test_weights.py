@@ -1,7 +1,7 @@
-"""The measures that need weights, on small random weights in the real files' formats, against the libraries and closed forms."""
+"""The measures that need weights, on small random ones in the real files' formats, against libraries and closed forms."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_clip_score_is_a_hundred_cosines(clip_folder: Path):
 
     images = shown(3, 32)
     found = clip_measure(str(clip_folder)).kept(images).view(-1)
-    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    model, processor = CLIPModel.from_pretrained(clip_folder), cast(Any, CLIPProcessor).from_pretrained(clip_folder)
     pictures = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images.pixels]
     inputs = processor(text=list(images.prompts), images=pictures, return_tensors="pt", padding=True)
     with torch.no_grad():
