@@ -36,8 +36,9 @@ class Objective(Protocol):
 def guided_denoiser(teacher: Network, cond: Conditioning, null: Conditioning, w: Tensor) -> Denoiser:
     """The teacher under classifier-free guidance as a denoiser; both prompts go through in one forward.
 
-    Guidance acts on (x0, eps) at every evaluation, which for DDIM and Euler equals guiding the solver's increment as
-    Luo et al. 2023, Eq. 14 writes it. w: (B,) fp32.
+    Guidance acts on (x0, eps) at every evaluation. For DDIM and Euler this equals guiding the solver's increment as Luo et
+    al. 2023, Eq. 14 writes it. A solver of two evaluations asks a second time where the guided first has led: it follows
+    the guided model's own PF-ODE, to its order, and not the sum of two steps of unguided ones. w: (B,) fp32.
     """
 
     def denoiser(z: Tensor, t: Tensor) -> X0Eps:

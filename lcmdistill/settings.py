@@ -16,6 +16,9 @@ class SolverName(StrEnum):
 
     ddim = "ddim"
     euler = "euler"
+    heun = "heun"
+    dpm_solver = "dpm-solver"
+    dpm_solver_pp = "dpm-solver++"
 
 
 class Precision(StrEnum):

@@ -41,12 +41,12 @@ class Gaussian:
 
 
 def smooth_schedule(num_steps: int) -> VPSchedule:
-    """alpha = cos(theta), sigma = sin(theta), theta linear in t from .05 to 1.45, in float64.
+    """alpha = cos(theta), sigma = sin(theta), theta linear in t from .2 to 1.45, in float64.
 
     The betas of Stable Diffusion bend sigma like sqrt(t) near t = 0 and fp32 tables round it, both of which hide a
     solver's order until its steps are very small.
     """
-    theta = torch.linspace(0.05, 1.45, num_steps, dtype=torch.float64)
+    theta = torch.linspace(0.2, 1.45, num_steps, dtype=torch.float64)
     return VPSchedule(theta.cos() ** 2)
 
 

@@ -37,7 +37,7 @@ SKIPS = [8, 16, 32, 64]
 
 def rms_residuals(objective: str, models: Models, **fields: Any) -> list[float]:
     """The root of the mean l2 loss for each skip."""
-    batch, rng = gaussian_batch(192), Rng(seed=0, step=0, places=range(192))
+    batch, rng = gaussian_batch(768), Rng(seed=0, step=0, places=range(768))
     losses = [OBJECTIVES[objective](skip=k, distance="l2", **fields).loss(models, batch, rng) for k in SKIPS]
     return [loss.mean().sqrt().item() for loss in losses]
 
@@ -49,7 +49,7 @@ def test_loss_at_the_true_consistency_function_falls_with_the_skip(objective: st
     models = oracle_models(smooth_schedule(1024), NULL)
     residuals = rms_residuals(objective, models, solver=solver, times=times)
     # one step of a solver of order p errs by O(k^(p + 1)); the times that are drawn shift a little with k
-    assert slope(SKIPS, residuals) == pytest.approx(ORDER[solver] + 1, abs=0.2)
+    assert slope(SKIPS, residuals) == pytest.approx(ORDER[solver] + 1, abs=0.25)
     assert residuals[0] < 0.01
 
 
@@ -269,7 +269,7 @@ def test_a_v_teacher_trains_like_the_epsilon_teacher_it_was_converted_from(objec
         """v = alpha eps - sigma x0 of an epsilon network, in float64: (eps - sigma z) / alpha."""
 
         def converted(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-            abar = schedule.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+            abar = schedule.alpha(t).double() ** 2
             return ((raw(z, t, c, w).double() - (1 - abar).sqrt() * z) / abar.sqrt()).float()
 
         return converted

@@ -535,7 +535,10 @@ def test_an_empty_folder_is_fine(run: Runner, tmp_path: Path) -> None:
         ),
         ({"objective__skip": 1000}, r"objective\.skip \(k\) is 1000; it must be from 1 to 999"),
         ({"objective__w_min": 6.0}, r"objective\.w_min is 6.0, above objective\.w_max, 5.0"),
-        ({"objective__solver": "heun"}, r"objective\.solver is 'heun'; choose from ddim, euler"),
+        (
+            {"objective__solver": "rk4"},
+            r"objective\.solver is 'rk4'; choose from ddim, euler, heun, dpm-solver, dpm-sol",
+        ),
         ({"teacher__model": "no-such-teacher"}, "there is no model 'no-such-teacher'"),
         ({"run__output": "/proc/x"}, r"--output /proc/x cannot be (made|written)"),
     ],
