@@ -110,6 +110,7 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
     """From the network's real shapes, on the meta device. Raises UsageError for a LoRA that the teacher cannot have."""
     base = sum(p.numel() for p in teacher.network.parameters())
     half, student = (2 if dtype != torch.float32 else 4), config.student
+    z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
     with torch.device("meta"):
         shape = dict(teacher.network.config)
         if student.kind == "full" and shape.get("time_cond_proj_dim", OMEGA_DIM) is None:
@@ -122,7 +123,6 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
         weights = base * half + trainable * (20 if student.target == "ema" else 16)
         if config.run.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
         saved: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
