@@ -42,6 +42,10 @@ class Conditioning:
         """Both, one after the other, along the batch."""
         return Conditioning({k: torch.cat([v, other[k].to(v.dtype)]) for k, v in self.values.items()})
 
+    def __or__(self, other: "Conditioning") -> "Conditioning":
+        """All that both tell of the same samples."""
+        return Conditioning({**self.values, **other.values})
+
     def with_prompt(self, prompt: "Conditioning") -> "Conditioning":
         """The same samples under one other prompt: what it does not name (sizes, say) stays each sample's own.
 

@@ -66,7 +66,7 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
     model, is_lora = str(chosen.get("teacher.model", TeacherConfig().model)), chosen.get("student.kind") == "lora"
     defaults = ALIAS_DEFAULTS.get(model, {})
     if is_lora:
-        defaults = {**LORA_DEFAULTS, **defaults, **LORA_ALIAS_DEFAULTS.get(model, {})}
+        defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
     values = {**{k: v for k, v in defaults.items() if _known(k, sections)}, **chosen}
     built = {section: _build(section, cls, values) for section, cls in sections.items()}
     unknown = [key for key in values if not _known(key, sections)]

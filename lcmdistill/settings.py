@@ -82,7 +82,7 @@ class TeacherConfig:
     """[teacher]: the network to distil."""
 
     model: str = "sd15"
-    "tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder"
+    "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, or a local diffusers folder"
     revision: str | None = None
     "branch, tag or commit of a hub model"
     variant: str | None = None
@@ -222,6 +222,8 @@ SECTIONS: dict[str, type] = {
     "run": RunSection,
 }
 
+_SDXL: dict[str, Any] = {"data.resolution": 1024, "objective.w_min": 3.0}  # the public SDXL script's omega, 3 to 15
+
 # What a bare command means for a teacher known by name. Any other teacher starts from the dataclasses' defaults.
 ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -238,6 +240,8 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
         "run.validate_every": 200,
     },
     "sd21": {"data.resolution": 768},
+    "sdxl": _SDXL,
+    "ssd1b": _SDXL,
 }
 
 # What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,

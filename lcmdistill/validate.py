@@ -34,7 +34,8 @@ class Validation:
         teacher, device = self._teacher, unet.device
         side = self._config.data.resolution // teacher.vae_factor
         pipeline = student_pipeline(teacher, unet)
-        resting = [part for part in (teacher.vae, pipeline.text_encoder) if part.device != device]
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        resting = [part for part in parts if part.device != device]
         for part in resting:
             part.to(device)
         shape = (1, teacher.vae.config.latent_channels, side, side)

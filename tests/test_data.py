@@ -164,7 +164,7 @@ def test_the_teacher_s_prompts_are_members_without_an_image(tmp_path: Path) -> N
     members = list(open_source("teacher", str(path)))
     assert [(m.caption, m.image) for m in members] == [("a cat", None), ("a dog", None)]
     judged = judge(members[0], DataConfig(resolution=16), 0, 0)
-    assert judged == Sample("a cat", None)
+    assert judged == Sample("a cat", None, (16, 16, 0, 0, 16, 16))
 
 
 def test_the_bundled_prompts_are_many_and_distinct() -> None:
@@ -409,7 +409,9 @@ def test_watermarks_are_skipped_on_request_and_what_does_not_say_passes(meta: di
 
 
 def test_white_space_in_a_caption_is_joined() -> None:
-    assert judge(Member("a", None, " a\n cat \t"), DataConfig(), 0, 0) == Sample("a cat", None)
+    assert judge(Member("a", None, " a\n cat \t"), DataConfig(), 0, 0) == Sample(
+        "a cat", None, (512, 512, 0, 0, 512, 512)
+    )
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def _option(kind: Any, text: str, *names: str) -> Any:
 
 WHAT: dict[str, Any] = {
     "teacher": _option(
-        str | None, "tiny, an alias (sd15, sd21), a hub id, or a local diffusers folder.  [default: sd15]"
+        str | None, "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, or a local diffusers folder.  [default: sd15]"
     ),
     "data": _option(
         list[str] | None,
@@ -72,7 +72,9 @@ HOW: dict[str, Any] = {
     "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
     "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
     "accumulate": _option(int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"),
-    "resolution": _option(int | None, "Side of the training images in pixels.  [default: 512; sd21 768, tiny 64]"),
+    "resolution": _option(
+        int | None, "Side of the training images in pixels.  [default: 512; sd21 768, sdxl 1024, ssd1b 1024, tiny 64]"
+    ),
     "seed": _option(int | None, "The one seed of every random draw.  [default: 0]"),
     "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),

@@ -30,13 +30,15 @@ from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_p
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.base import Shown, Teacher
 
 CHUNK = 128
 GIVE_UP_AFTER = 1024
 "so many members of a source without a usable one, and it is given up"
-_PROMPT = "prompt."
-"before the names of what is kept once a caption"
+_PROMPT, _SAMPLE = "prompt.", "sample."
+"before the names of what is kept once a caption, and of what is kept once a sample"
+_LAYOUT = 2
+"of a chunk's file: another number makes other folders, so that no old chunk is taken for a new one"
 _PIXELS_AT_ONCE = 4 * 512 * 512
 
 
@@ -123,6 +125,7 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
     """Where a source's chunks lie: a hash of the teacher's weights, the source's content and everything that shapes it."""
     draws = kind_of(spec) == "teacher"
     about: dict[str, Any] = {"teacher": teacher.fingerprint(with_network=draws), "resolution": config.resolution}
+    about["layout"] = _LAYOUT
     if draws:
         prompts = "\n".join(read_prompts(config.prompts))
         about |= {"prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(), "seed": seed}
@@ -244,8 +247,10 @@ def _write_chunk(
         for i in range(0, len(samples), at_once):
             on_progress(samples[i][0])  # a chunk that the teacher draws takes minutes
             parts.append(_latents(samples[i : i + at_once], teacher, config, seed, dtype))
-        tensors["mean"] = torch.cat([mean for mean, _ in parts]).half().cpu()
-        tensors["std"] = torch.cat([std for _, std in parts]).half().cpu()
+        tensors["mean"] = torch.cat([mean for mean, _, _ in parts]).half().cpu()
+        tensors["std"] = torch.cat([std for _, std, _ in parts]).half().cpu()
+        own = parts[0][2].values
+        tensors |= {f"{_SAMPLE}{name}": torch.cat([c[name] for _, _, c in parts]).cpu() for name in own}
         if not tensors["mean"].isfinite().all():
             raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -260,15 +265,34 @@ def _write_chunk(
 
 def _latents(
     samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(mean, std) of the scaled latents; what the teacher drew itself has no spread."""
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """(mean, std) of the scaled latents, and what the samples decide of the conditioning, in fp32.
+
+    What the teacher drew itself has no spread.
+    """
     pixels = [sample.pixels for _, sample in samples if sample.pixels is not None]
     if pixels:
-        return teacher.encode_images(torch.stack(pixels))
+        mean, std = teacher.encode_images(torch.stack(pixels))
+    else:
+        mean = _drawn(samples, teacher, config, seed, dtype)
+        std = torch.zeros_like(mean)
+    shown = Shown(
+        frames=torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32),
+        pixels=lambda: torch.stack(pixels) if pixels else teacher.decode(mean) * 2 - 1,
+        encode=lambda images: teacher.encode_images(images)[0],
+        seeds=[derive_seed(seed, "condition", place) for place, _ in samples],
+    )
+    return mean, std, teacher.condition(shown)
+
+
+def _drawn(
+    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """Latents that the teacher draws for the samples' captions."""
     side = config.resolution // teacher.vae_factor
     shape = (teacher.vae.config.latent_channels, side, side)
     generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
-    mean = teacher.draw_latents(
+    return teacher.draw_latents(
         [sample.caption for _, sample in samples],
         torch.stack([torch.randn(*shape, generator=g) for g in generators]),
         steps=config.draw_steps,
@@ -276,7 +300,6 @@ def _latents(
         scheduler="DPMSolverMultistepScheduler",
         dtype=dtype,
     )
-    return mean, torch.zeros_like(mean)
 
 
 class LatentDataset:
@@ -309,9 +332,10 @@ class LatentDataset:
             chunk = self._chunks[number]
             mean.append(chunk.get_slice("mean")[i])
             std.append(chunk.get_slice("std")[i])
-            row, keys = int(chunk.get_slice("row")[i]), chunk.keys()
-            told.append({key: chunk.get_slice(key)[row] for key in keys if key.startswith(_PROMPT)})
-        cond = {key.removeprefix(_PROMPT): torch.stack([c[key] for c in told]) for key in told[0]}
+            row = int(chunk.get_slice("row")[i])
+            at = {key: row if key.startswith(_PROMPT) else i for key in chunk.keys() if "." in key}  # noqa: SIM118
+            told.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})
+        cond = {name: torch.stack([c[name] for c in told]) for name in told[0]}
         return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(cond).to("cpu", torch.float32)
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 from lcmdistill.batch import derive_seed
 from lcmdistill.data.sources import Member
 from lcmdistill.settings import DataConfig
+from lcmdistill.teachers.base import Frame, whole_frame
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A usable member. pixels: (3, H, W) fp32 in [-1, 1], or None where the teacher is to draw it."""
+    """A usable member. pixels: (3, H, W) fp32 in [-1, 1], or None where the teacher is to draw it; frame: how it was cut."""
 
     caption: str
     pixels: Tensor | None
+    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample |
         return Rejected(f"pwatermark above {config.max_watermark:g}")
     caption = " ".join(member.caption.split())
     if member.image is None:
-        return Sample(caption, None)
+        return Sample(caption, None, whole_frame(config.resolution, config.resolution))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a broken EXIF block is no reason to speak up
@@ -61,7 +63,7 @@ def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample |
     if min(image.size) < config.min_size:
         return Rejected(f"smaller than {config.min_size} px")
     draw = random.Random(derive_seed(seed, "transform", place))
-    return Sample(caption, transform(image, config.resolution, config.crop, config.flip, draw))
+    return Sample(caption, *transform(image, config.resolution, config.crop, config.flip, draw))
 
 
 def _number(value: Any) -> float:
@@ -85,14 +87,16 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def transform(image: Image.Image, resolution: int, crop: str, flip: bool, draw: random.Random) -> Tensor:
-    """A square as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1]."""
-    side = min(image.size)
+def transform(image: Image.Image, resolution: int, crop: str, flip: bool, draw: random.Random) -> tuple[Tensor, Frame]:
+    """A square as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1], and its frame."""
+    (width, height), side = image.size, min(image.size)
     spare = [length - side for length in image.size]
     left, top = (draw.randint(0, s) for s in spare) if crop == "random" else (s // 2 for s in spare)
     # In one go: resized as a whole, an image of one pixel's height would fill the memory.
     box = (left, top, left + side, top + side)
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     if flip and draw.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+        image, left = ImageOps.mirror(image), spare[0] - left  # where the crop lies in the mirrored image
+    top, left = (round(cut * resolution / side) for cut in (top, left))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+    return pixels, (height, width, top, left, resolution, resolution)

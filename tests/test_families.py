@@ -1,0 +1,153 @@
+"""Every family of teachers, as a small random model of its real classes: from the preflight to what is exported."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Command
+from PIL import Image, ImageOps
+from small_models import BUILDERS
+from test_teachers import edited
+
+from lcmdistill.data.cache import LatentDataset, prepare
+from lcmdistill.data.transforms import transform
+from lcmdistill.settings import DataConfig
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+
+each_family = pytest.mark.parametrize("family", list(BUILDERS))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """family -> diffusers folder of a small random model."""
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(1)
+        return {name: build(tmp_path_factory.mktemp(name) / "model") for name, build in BUILDERS.items()}
+
+
+@each_family
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_from_the_preflight_to_its_images(
+    family: str, kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
+) -> None:
+    name = "distill-lora" if kind == "lora" else "distill"
+    own = {**SMALL, "data.resolution": 32, "optim.batch_size": 2, "optim.max_train_steps": 2, "run.checkpoint_every": 1}
+    own |= {"run.validate_every": 2, "run.validation_prompts": '["a cat"]', "student.rank": 2, "student.alpha": 1.0}
+    sets = [f"--set={key}={value}" for key, value in own.items() if key != "optim.max_train_steps"]
+    base = [name, "--teacher", folders[family], "--data", image_folder, "--output", tmp_path / "run", *sets]
+    code, told, error = command(*base, "--dry-run")
+    assert code == 0, error
+    assert "memory, estimated" in told
+    for steps in (1, 2):  # the second is a resumed run
+        code, told, error = command(*base, "--max-train-steps", steps)
+        assert code == 0, error
+        print(told)
+    assert "resuming from step-00000001" in told
+    assert (tmp_path / "run" / "samples" / "step-000002.png").is_file()
+    code, told, error = command(
+        "sample", tmp_path / "run", "--steps", 2, "--prompt", "a cat", "--output", tmp_path / "s"
+    )
+    assert code == 0, error
+
+
+# -- asked as the pipeline asks ----------------------------------------------------------------------------------------
+
+
+def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: int, scale: float) -> torch.Tensor:
+    """DDIM under guidance, written on the teacher's own door, conditioning and null: what its pipeline should draw."""
+    import diffusers
+
+    scheduler: Any = diffusers.DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    blank = teacher.example(1, noise.shape[-1] * teacher.vae_factor, "cpu")[2]
+    prompts = [blank.with_prompt(teacher.encode_prompts([text])) for text in (prompt, "")]
+    z = noise
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            c, n = (teacher.call(teacher.network, z, t[None], told.values, None) for told in prompts)
+        z = scheduler.step(n + scale * (c - n), t, z).prev_sample
+    return z
+
+
+@each_family
+def test_the_network_is_asked_as_the_pipeline_asks_it(family: str, folders: dict[str, Path]) -> None:
+    teacher = load_teacher(str(folders[family]))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
+    torch.testing.assert_close(guided_by_hand(teacher, "a cat", noise, 3, 3.0), drawn, rtol=1e-4, atol=1e-4)
+    unguided = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")
+    assert (unguided - drawn).abs().max() > 1e-2
+
+
+# -- Stable Diffusion XL -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_null_prompt_follows_the_pipeline_s_own_rule(zeros: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    index = "model_index.json"
+    folder = edited(folders["sdxl"], tmp_path / "m", index, lambda i: {**i, "force_zeros_for_empty_prompt": zeros})
+    teacher = load_teacher(str(folder))
+    _, embeds, _, pooled = teacher.pipeline.encode_prompt("a cat", None, "cpu", 1, True)
+    null, cat = teacher.encode_prompts(["", "a cat"]).rows(0, 1), teacher.encode_prompts(["a cat", ""]).rows(0, 1)
+    torch.testing.assert_close((null["prompt_embeds"], null["pooled"]), (embeds, pooled))
+    assert bool(null["pooled"].any()) is not zeros
+    expected = teacher.pipeline.encode_prompt("a cat", None, "cpu", 1, False)
+    torch.testing.assert_close((cat["prompt_embeds"], cat["pooled"]), (expected[0], expected[2]))
+
+
+def test_each_sample_keeps_its_own_sizes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Two images of one caption: the prompt is kept once, the sizes by image, and another prompt leaves them alone."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, size in enumerate([(64, 40), (4000, 5000)]):
+        Image.new("RGB", size, (40 * i, 9, 80)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a cat")
+    teacher = load_teacher(str(folders["sdxl"]))
+    config = DataConfig(sources=(str(images),), resolution=32, cache_dir=str(tmp_path / "cache"))
+    dataset = LatentDataset([prepare(str(images), config, teacher, 0)], [None])
+    sizes = {tuple(dataset.read([i])[2]["time_ids"][0].tolist()) for i in (0, 1)}
+    assert sizes == {(40, 64, 0, 10, 32, 32), (5000, 4000, 4, 0, 32, 32)}
+    cond = dataset.read([0, 1])[2]
+    assert {name: value.dtype for name, value in cond.values.items()} == dict.fromkeys(cond.values, torch.float32)
+    null = teacher.encode_prompts([""])
+    dropped = cond.replace_where(torch.tensor([True, False]), null)
+    assert torch.equal(dropped["time_ids"], cond["time_ids"])
+    assert not dropped["pooled"][0].any()
+    assert torch.equal(dropped["pooled"][1], cond["pooled"][1])
+
+
+def test_what_the_teacher_draws_is_whole(folders: dict[str, Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    teacher = load_teacher(str(folders["sdxl"]))
+    own = {"prompts": str(prompts), "resolution": 32, "draw_steps": 2, "cache_dir": str(tmp_path / "cache")}
+    dataset = LatentDataset([prepare("teacher", DataConfig(**own), teacher, 0)], [None])
+    assert dataset.read([0, 1])[2]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40)])
+def test_a_frame_says_where_in_the_resized_image_the_crop_lies(size: tuple[int, int], flip: bool) -> None:
+    """Resized, mirrored and cropped at the frame's place, the whole image is what the transform makes of it."""
+
+    class Fixed(random.Random):
+        def randint(self, a: int, b: int) -> int:
+            return b // 4
+
+        def random(self) -> float:
+            return 0.0
+
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    image = Image.fromarray(np.stack([3 * x, 3 * y, x + y], axis=-1).astype(np.uint8))
+    pixels, frame = transform(image, 20, "random", flip, Fixed(0))
+    height, width, top, left, *target = (int(v) for v in frame)
+    assert ((width, height), target) == (size, [20, 20])
+    assert (top, left) == (5 * (size[1] == 80), (15 if flip else 5) * (size[0] == 80))
+    whole = image.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS)
+    whole = ImageOps.mirror(whole) if flip else whole
+    cropped = np.asarray(whole.crop((left, top, left + 20, top + 20)), dtype=np.float32)
+    assert np.abs(cropped / 127.5 - 1 - pixels.permute(1, 2, 0).numpy()).max() < 0.04
