@@ -1,4 +1,4 @@
-"""The configuration: one frozen tree, from defaults < file < flags, and back to TOML. No torch: --help is instant."""
+"""The configuration: one frozen tree, from defaults < preset < file < flags, and back to TOML. No torch: --help is instant."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from lcmdistill.errors import UsageError
+from lcmdistill.presets import PRESETS
 from lcmdistill.settings import (
     ALIAS_DEFAULTS,
     LORA_ALIAS_DEFAULTS,
@@ -53,10 +54,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
-    """Defaults < the teacher's defaults < file < flags, checked key by key and field by field.
+def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None = None) -> RunConfig:
+    """Defaults < the teacher's defaults < preset < file < flags, checked key by key and field by field.
 
-    file, flags: {"section.key": value}. Raises UsageError naming the key, what was got and what is allowed.
+    file, flags: {"section.key": value}; preset: one of PRESETS. Raises UsageError naming the key, what was got and what is
+    allowed.
     """
     from lcmdistill.objectives import OBJECTIVES
 
@@ -67,18 +69,46 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
     defaults = ALIAS_DEFAULTS.get(model, {})
     if is_lora:
         defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
-    values = {**{k: v for k, v in defaults.items() if _known(k, sections)}, **chosen}
+    defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}
+    values = {**{k: v for k, v in defaults.items() if v is not None and _known(k, sections)}, **chosen}
     built = {section: _build(section, cls, values) for section, cls in sections.items()}
     unknown = [key for key in values if not _known(key, sections)]
     if unknown:
         raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
-    config = RunConfig(objective_name=name, **built)
+    config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
     if config.run.output is None:
         output = Path("runs") / f"{Path(model).name or 'run'}-{name}{'-lora' if is_lora else ''}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
     if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
         raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; give it as --data")
     _check(config)
+    return config
+
+
+def _preset_values(preset: str | None, kind: str) -> Mapping[str, Any]:
+    if preset is None:
+        return {}
+    values = PRESETS[preset].values(kind)
+    if values is None:
+        command, named = ("distill-lora", "lora") if kind == "lora" else ("distill", "full")
+        fit = ", ".join(name for name, each in PRESETS.items() if each.values(named) is not None)
+        raise UsageError(f"--preset {preset} is not for {command}; choose from {fit}")
+    return values
+
+
+def preset_changes(flags: Mapping[str, Any], preset: str) -> list[str]:
+    """What a preset says otherwise than the defaults do for the same teacher, objective and command: "key: old -> new"."""
+    about = {k: v for k, v in flags.items() if k in ("teacher.model", "objective.name", "student.kind")}
+    usual, said = flatten(resolve({}, about)), flatten(resolve({}, about, preset))
+    return [f"{key}: {usual.get(key)} -> {value}" for key, value in said.items() if usual.get(key) != value]
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The same configuration with {"section.key": value} in place of its own."""
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: changed})
     return config
 
 

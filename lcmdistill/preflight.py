@@ -63,8 +63,9 @@ def dry_run(config: RunConfig) -> None:
     dtype = compute_dtype(config.run.precision, device)
     folder = Path(config.run.output or "")
     state = "a run to resume" if begun(folder) else "new"
-    config = settle(config, 1)
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
+    config = settle(config, 1, teacher.usual)
+    check_run(config)
     guard(config, teacher)
     say(to_toml(config))
     say(f"output: {folder} ({state})")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.checkpoint import checkpoints, step_name, step_of, write_text
-from lcmdistill.config import flatten, to_toml
+from lcmdistill.config import flatten, to_toml, with_values
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
 from lcmdistill.settings import RunConfig, TeacherConfig
@@ -36,11 +36,18 @@ FREE_TO_DIFFER = {
 }
 
 
-def settle(config: RunConfig, world: int) -> RunConfig:
-    """Fill in what depends on the rest: how many samples to prepare, and the guidance to draw with.
+# Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
+TEACHERS_OWN = {"data.resolution", "objective.w_min"}
 
-    A run that is resumed keeps the number of samples it was started with, however long it is now to be.
+
+def settle(config: RunConfig, world: int, usual: Mapping[str, Any]) -> RunConfig:
+    """Fill in what depends on the rest: the teacher's own settings, how many samples to prepare, the guidance to draw with.
+
+    usual: `Teacher.usual`. A run that is resumed keeps the number of samples it was started with, however long it is now to be.
     """
+    known = flatten(config)
+    config = with_values(config, {k: v for k, v in usual.items() if k in known and k not in config.chosen})
+    config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
     optim, before = config.optim, begun(Path(config.run.output or ""))
     count = config.data.count or before.get("data.count")
     if count is None:
@@ -117,7 +124,8 @@ def check_run(config: RunConfig) -> None:
     if not before:
         return
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
-    keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER if now.get(k) != before.get(k))
+    unsettled = TEACHERS_OWN - config.chosen
+    keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
     if config.data.count is not None and config.data.count != before.get("data.count"):
         keys.append("data.count")
     if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:

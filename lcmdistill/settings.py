@@ -212,6 +212,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunSection = field(default_factory=RunSection)
+    chosen: frozenset[str] = field(default=frozenset(), compare=False)
+    "the keys that somebody chose, be it for a teacher known by name: what a teacher's files say does not touch them"
 
 
 SECTIONS: dict[str, type] = {
@@ -222,9 +224,7 @@ SECTIONS: dict[str, type] = {
     "run": RunSection,
 }
 
-_SDXL: dict[str, Any] = {"data.resolution": 1024, "objective.w_min": 3.0}  # the public SDXL script's omega, 3 to 15
-
-# What a bare command means for a teacher known by name. Any other teacher starts from the dataclasses' defaults.
+# What a bare command means for a teacher known by name. Any other starts from the dataclasses' defaults and `Teacher.usual`.
 ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "data.sources": ("tiny",),
@@ -240,8 +240,8 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
         "run.validate_every": 200,
     },
     "sd21": {"data.resolution": 768},
-    "sdxl": _SDXL,
-    "ssd1b": _SDXL,
+    "sdxl": {"data.resolution": 1024},
+    "ssd1b": {"data.resolution": 1024},
 }
 
 # What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,

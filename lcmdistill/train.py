@@ -102,12 +102,14 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud:
         check_run(config)
         check_tracker(config.run.report_to)
-    config = settle(config, world)
     folder = Path(config.run.output or "")
     done = checkpoints(folder / "checkpoints")
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
+    config = settle(config, world, teacher.usual)
+    if loud:
+        check_run(config)
     guard(config, teacher)
     stop.check("stopped before anything was begun; the same command begins anew, or goes on where it was")
     accelerator.wait_for_everyone()

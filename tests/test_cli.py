@@ -324,7 +324,7 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     toml = told[told.index("[teacher]") : told.index("output: out")]
     (tmp_path / "printed.toml").write_text(toml)
     printed = resolve(read_toml(tmp_path / "printed.toml"), {})
-    assert printed == settle(printed, 1)
+    assert printed == settle(printed, 1, {})
     assert command(*options)[0] == 0
     assert (tmp_path / "out" / "config.toml").read_text().strip() == toml.strip()
 

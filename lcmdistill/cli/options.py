@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lcmdistill.errors import UsageError
+from lcmdistill.presets import PresetName
 from lcmdistill.settings import ObjectiveName, Precision, SolverName, TargetKind, Tracker
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
@@ -73,7 +74,9 @@ HOW: dict[str, Any] = {
     "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
     "accumulate": _option(int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"),
     "resolution": _option(
-        int | None, "Side of the training images in pixels.  [default: 512; sd21 768, sdxl 1024, ssd1b 1024, tiny 64]"
+        int | None,
+        "Side of the training images in pixels; another teacher's is its own.  "
+        "[default: 512; sd21 768, sdxl 1024, ssd1b 1024, tiny 64]",
     ),
     "seed": _option(int | None, "The one seed of every random draw.  [default: 0]"),
     "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
@@ -82,6 +85,7 @@ HOW: dict[str, Any] = {
     "variant": _option(str | None, "Variant of the teacher's weight files, such as fp16."),
     "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
     "push_to_hub": PushToHub,
+    "preset": _option(PresetName | None, "Published settings by name; a file and flags win over them."),
     "config": _option(Path | None, "TOML file of settings; flags win over it."),
     "set_": _option(
         list[str] | None, "Any setting, section.key=value; repeatable. --dry-run prints them all.", "--set"

@@ -1,10 +1,12 @@
 """`lcmdistill distill` and `lcmdistill distill-lora`: settle the configuration, check it, run it."""
 
+import os
 from typing import Any
 
 from lcmdistill.cli.options import FULL, HOW, LORA, SETTINGS, WHAT, takes
-from lcmdistill.config import parse_assignment, read_toml, resolve
+from lcmdistill.config import parse_assignment, preset_changes, read_toml, resolve
 from lcmdistill.errors import UsageError
+from lcmdistill.presets import PRESETS
 
 
 @takes({**WHAT, **FULL, **HOW})
@@ -32,8 +34,16 @@ def _train(kind: str, options: dict[str, Any]) -> None:
         raise UsageError(
             f"--config {options['config']} is for {command}: its student.kind is {recorded!r}; run lcmdistill {command}"
         )
-    resolved = resolve(file, flags)
+    preset = options["preset"]
+    resolved = resolve(file, flags, preset)
     from lcmdistill import preflight
+    from lcmdistill.tracking import say
+
+    if preset and os.environ.get("RANK", "0") == "0":
+        changes = preset_changes({**file, **flags}, preset)
+        say(f"preset {preset} ({PRESETS[preset].source}), against the defaults:{'' if changes else ' no difference'}")
+        for change in changes:
+            say(f"  {change}")
 
     preflight.check_early(resolved)
     if options["dry_run"]:

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D wid
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Teacher:
 
     pipeline: the diffusers pipeline it came in, which also draws its images; call: how its network, or a student of the
     same class, is asked; encode_prompts: what prompts alone decide of the Conditioning, the empty one as the pipeline's own
-    unconditional; condition: what samples decide of it.
+    unconditional; condition: what samples decide of it; published: {"section.key": value} for its family.
     """
 
     pipeline: Any
@@ -66,6 +66,7 @@ class Teacher:
     call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
     condition: Callable[[Shown], Conditioning] = nothing_else
+    published: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def vae_factor(self) -> int:
@@ -76,6 +77,13 @@ class Teacher:
     def network_name(self) -> str:
         """What the pipeline calls the network: "unet", or "transformer"."""
         return next(name for name, part in self.pipeline.components.items() if part is self.network)
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Settings that fit it where nobody chooses others, {"section.key": value}: those published for its family,
+        and the resolution it was trained at."""
+        side = self.network.config.get("sample_size")
+        return {**self.published, **({"data.resolution": side * self.vae_factor} if isinstance(side, int) else {})}
 
     def example(self, batch: int, resolution: int, device: torch.device | str) -> tuple[Tensor, Tensor, Conditioning]:
         """Inputs (z, t, c) of the shapes that training at a resolution has: nothing but zeros, and the empty prompt."""

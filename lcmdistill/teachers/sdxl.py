@@ -4,6 +4,7 @@ Shapes: B batch, L tokens, D width of both encoders together, P width of the sec
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def stable_diffusion_xl(pipeline: Any) -> Teacher:
             embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
         return Conditioning({"prompt_embeds": embeds.float(), "pooled": pooled.float()})
 
-    return vp_teacher(pipeline, pipeline.unet, call_unet_xl, encode_prompts, time_ids)
+    teacher = vp_teacher(pipeline, pipeline.unet, call_unet_xl, encode_prompts, time_ids)
+    return replace(teacher, published={"objective.w_min": 3.0})  # the public SDXL script's omega, 3 to 15
 
 
 def time_ids(shown: Shown) -> Conditioning:
