@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, Command
+from small_models import build_sdxl
 
 from lcmdistill.config import flatten, preset_changes, read_toml, resolve, with_values
 from lcmdistill.errors import UsageError
@@ -149,6 +150,18 @@ def test_values_are_put_in_by_their_names() -> None:
     config = with_values(resolve({}, {}), {"data.resolution": 64, "objective.w_min": 1.0})
     assert isinstance(config, RunConfig)
     assert (config.data.resolution, config.objective.w_min, config.optim) == (64, 1.0, resolve({}, {}).optim)
+
+
+def test_sdxl_starts_at_its_own_omega(tmp_path: Path) -> None:
+    """The public SDXL script draws omega from 3, whatever the checkpoint is called; an adapter's is fixed."""
+    usual = load_teacher(str(build_sdxl(tmp_path / "model"))).usual
+    assert usual == {"objective.w_min": 3.0, "data.resolution": 64}  # 16 latent pixels, a factor of 4
+    for preset in (None, "diffusers"):
+        config = settle(resolve({}, {"teacher.model": "owner/name"}, preset), 1, usual)
+        assert (config.objective.w_min, config.objective.w_max) == (3.0, 15.0)
+    assert settle(resolve({}, {"student.kind": "lora"}), 1, usual).objective.w_min == 7.5
+    assert settle(resolve({}, {"student.kind": "lora"}, "diffusers"), 1, usual).objective.w_min == 3.0
+    assert settle(resolve({}, {}, "paper"), 1, usual).objective.w_min == 2.0
 
 
 # -- the examples -----------------------------------------------------------------------------------------------------
