@@ -12,7 +12,7 @@ from lcmdistill.batch import Batch, Conditioning, Models, Network, Rng
 from lcmdistill.consistency import consistency_function
 from lcmdistill.distances import DISTANCES
 from lcmdistill.prediction import X0Eps, guided
-from lcmdistill.schedule import ddim_grid
+from lcmdistill.schedule import NoiseSchedule, ddim_grid
 from lcmdistill.solvers import SOLVERS, Denoiser
 
 
@@ -30,6 +30,10 @@ class Objective(Protocol):
 
     def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
         """The method's loss on each sample of a batch of clean latents, (B,) fp32, with gradients to the student only."""
+        ...
+
+    def noisiness(self, schedule: NoiseSchedule, rng: Rng) -> Tensor:
+        """Where between clean, 0, and all noise, 1, `loss` takes each sample, (B,) fp32 in [0, 1): the same draw again."""
         ...
 
 
@@ -114,6 +118,9 @@ class LatentConsistency:
             target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
         prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
         return DISTANCES[self.distance](prediction, target)
+
+    def noisiness(self, schedule: NoiseSchedule, rng: Rng) -> Tensor:
+        return draw_times(schedule.num_steps, self.skip, self.times, rng)[0].float() / schedule.num_steps
 
 
 OBJECTIVES: dict[str, type[LatentConsistency]] = {"lcm": LatentConsistency}

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ class Metrics:
                 config=dict(config),
             )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of numbers, everywhere."""
+    def log(self, step: int, values: Mapping[str, float], **curves: Sequence[float | None]) -> None:
+        """One line of numbers, everywhere. curves: lists of numbers, for metrics.jsonl alone."""
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **values}) + "\n")
+            handle.write(json.dumps({"step": step, **values, **curves}) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

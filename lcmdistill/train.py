@@ -1,11 +1,10 @@
-"""`lcmdistill distill`: build, loop, save. The only file that knows accelerate; the loop knows no method.
+"""`lcmdistill distill`: build, loop, save. The loop knows no method.
 
 A run's folder holds config.toml, metrics.jsonl, checkpoints/, samples/, README.md and pipeline/.
 """
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from lcmdistill.batch import Batch, Models, Rng, seed_dropout, x0_eps_network
@@ -29,7 +26,7 @@ from lcmdistill.checkpoint import (
 )
 from lcmdistill.config import flatten
 from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left_out, mark_whole, prepare
-from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.device import compute_dtype
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export.product import write_product
@@ -37,6 +34,7 @@ from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
+from lcmdistill.processes import Accelerator, agreed, make_accelerator, over_processes
 from lcmdistill.publish import publish_run
 from lcmdistill.rundir import check_run, finished, mark_finished, open_run, settle
 from lcmdistill.settings import OptimConfig, RunConfig
@@ -45,6 +43,9 @@ from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import Metrics, check_tracker, progress, say
 from lcmdistill.validate import Validation
+
+NOISE_BINS = 10
+"parts of the way from clean to noise that the loss is told for"
 
 
 @dataclass
@@ -65,6 +66,8 @@ class Run:
     "optimiser steps done"
     unlogged: list[Tensor] = field(default_factory=list)
     "the losses since the last line of metrics"
+    by_noise: Tensor = field(default_factory=lambda: torch.zeros(2, NOISE_BINS))
+    "this process's samples since then, from clean to noise: sums of their losses, and how many there were"
 
     @property
     def global_batch(self) -> int:
@@ -79,7 +82,7 @@ def distill(config: RunConfig) -> Path:
     Raises UsageError for what the user can mend, RunError for what went wrong on the way, Interrupted after Ctrl-C.
     """
     with gently_stoppable() as stop:
-        accelerator = _accelerator(config)
+        accelerator = make_accelerator(config)
         try:
             folder = _distill(config, accelerator, stop)
         finally:
@@ -164,9 +167,11 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
                 seed_dropout(rng)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                loss = objective.loss(run.models, batch, rng).mean() / optim.accumulate
+                each = objective.loss(run.models, batch, rng)
+                loss = each.mean() / optim.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
+            run.by_noise += _binned(each.detach(), objective.noisiness(run.models.schedule, rng))
         # An infinite limit clips nothing and still measures.
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
         run.optimizer.step()
@@ -185,6 +190,13 @@ def _batch(run: Run, indices: list[int], rng: Rng) -> Batch:
         dropped = rng.uniform("caption-drop") < run.config.data.caption_drop
         cond = cond.replace_where(dropped, run.models.null.expand(len(mean)))
     return Batch(latents, cond)
+
+
+def _binned(losses: Tensor, noisiness: Tensor) -> Tensor:
+    """Sums of losses, and how many, in each of NOISE_BINS, (2, NOISE_BINS). losses, noisiness: (B,)."""
+    bins = torch.arange(NOISE_BINS, device=losses.device)
+    member = (noisiness * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)[:, None] == bins
+    return torch.stack([(member * losses[:, None]).sum(0), member.sum(0).to(losses.dtype)])
 
 
 def learning_rate_at(step: int, optim: OptimConfig) -> float:
@@ -209,22 +221,25 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
             run.unlogged.append(loss)
             count += 1
             bar.update(run.step)
-            signalled = _agreed(stop, accelerator)
+            signalled = agreed(stop, accelerator)
             at_log = run.step % config.log_every == 0 or run.step == total
             if at_log:
-                mean = float(_over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())
+                mean = float(over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())
                 _check_finite(mean, norm, run)
+                sums, counts = over_processes(run.by_noise, accelerator).sum(0).tolist()
                 speed = count * run.global_batch / (time.monotonic() - since)
                 if metrics is not None:
                     rate = learning_rate_at(run.step - 1, run.config.optim)
                     values = {"loss": mean, "grad_norm": float(norm), "learning_rate": rate, "samples_per_s": speed}
-                    metrics.log(run.step, values)
+                    by_noise = [a / n if n else None for a, n in zip(sums, counts, strict=True)]
+                    metrics.log(run.step, values, loss_by_noise=by_noise)
                     left = timedelta(seconds=round((total - run.step) * run.global_batch / speed))
                     line = f"loss {mean:.5f}  {speed:.1f} samples/s"
                     bar.update(run.step, line)
                     if not bar.visible:
                         say(f"step {run.step}/{total}  {line}  left {left}")
                 run.unlogged.clear()
+                run.by_noise.zero_()
                 count, since = 0, time.monotonic()
             began = time.monotonic()
             if run.step % config.checkpoint_every == 0 or run.step == total or signalled:
@@ -255,6 +270,7 @@ def _check_finite(loss: float, norm: Tensor, run: Run) -> None:
 
 def _save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
+    by_noise = over_processes(run.by_noise, run.accelerator).sum(0).tolist()
     if run.accelerator.is_main_process:
         if not all(bool(value.isfinite().all()) for value in run.student.trainable.values()):
             _check_finite(math.nan, torch.tensor(math.nan), run)
@@ -269,6 +285,7 @@ def _save(run: Run) -> None:
             "global_batch": run.global_batch,
             "scaler": scaler.state_dict() if scaler is not None else {},
             "unlogged": [loss.cpu() for loss in run.unlogged],
+            "by_noise": by_noise,
         }
         save_checkpoint(folder, run.step, groups, state)
         prune(folder, run.config.run.keep_checkpoints)
@@ -289,6 +306,8 @@ def _restore(run: Run, path: Path) -> None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     run.unlogged = [loss.to(run.accelerator.device) for loss in state["unlogged"]]
+    if "by_noise" in state and run.accelerator.is_main_process:  # it is the sum of all processes'
+        run.by_noise.copy_(torch.tensor(state["by_noise"]))
 
 
 @torch.no_grad()
@@ -330,7 +349,8 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         for module in (student.teacher, online, student.target)
     ]
     models = Models(schedule, *networks, null=null)
-    return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer)
+    by_noise = torch.zeros(2, NOISE_BINS, device=device)
+    return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer, by_noise=by_noise)
 
 
 def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
@@ -356,31 +376,3 @@ def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop
         for folder in folders:
             mark_whole(folder, config.data.count)
     return folders
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    device = pick_device(config.run.device)
-    if config.run.device != "auto" and "LOCAL_RANK" not in os.environ:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    dtype = compute_dtype(config.run.precision, device)
-    # bf16 needs no loss scaling; autocast itself is the student's own business.
-    mixed = "fp16" if dtype == torch.float16 and device.type == "cuda" else "no"
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient])
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError(f"{accelerator.distributed_type.value} is not supported yet; use torchrun, or multi-GPU (DDP)")
-    return accelerator
-
-
-def _over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """A scalar of every process, (processes,)."""
-    gathered: Any = accelerator.gather(value.reshape(1))
-    return gathered
-
-
-def _agreed(stop: Stop, accelerator: Accelerator) -> int:
-    """The same answer on every process: a signal that any of them has met."""
-    if accelerator.num_processes == 1:
-        return stop.signal
-    mine = torch.tensor(float(stop.signal), device=accelerator.device)
-    return round(float(_over_processes(mine, accelerator).max()))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcmdistill import checkpoint, cli, train
+from lcmdistill import checkpoint, cli, objectives, train
 from lcmdistill.batch import Batch, Models, Rng
 from lcmdistill.checkpoint import checkpoints
 from lcmdistill.config import resolve
@@ -30,6 +30,7 @@ from lcmdistill.errors import Interrupted, RunError, UsageError
 from lcmdistill.export import product
 from lcmdistill.interrupt import Stop
 from lcmdistill.objectives import LatentConsistency
+from lcmdistill.processes import agreed
 from lcmdistill.settings import OptimConfig
 from lcmdistill.teachers import load_teacher
 from lcmdistill.tracking import Metrics
@@ -38,6 +39,9 @@ from lcmdistill.train import distill, learning_rate_at
 ROOT = Path(__file__).parent.parent
 
 Runner = Callable[..., Path]
+
+VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s")
+"the numbers of a line of metrics"
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def run(tmp_path: Path, settings: dict[str, Any]) -> Runner:
     return run
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
+def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
@@ -180,6 +184,28 @@ def test_a_run_uses_and_tells_its_learning_rates(run: Runner) -> None:
     assert [line["learning_rate"] for line in metrics(folder)] == rates
 
 
+def test_the_loss_is_told_by_how_noisy_its_samples_were(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told adds up to the loss, and stands where the objective has really looked."""
+    times: list[Tensor] = []
+    draw = objectives.draw_times
+
+    def noting(*args: Any) -> Any:
+        times.append(draw(*args)[0])
+        return draw(*args)
+
+    monkeypatch.setattr(objectives, "draw_times", noting)
+    folder = run(run__log_every=2, optim__max_train_steps=3, optim__batch_size=8, optim__accumulate=2)
+    first, last = metrics(folder)
+    drawn = [torch.cat(times[i : i + 8 : 2]) for i in (0, 8)]  # of loss, and again of noisiness
+    assert torch.equal(drawn[0], torch.cat(times[1:8:2]))
+    for line, t in ((first, drawn[0]), (last, drawn[1])):
+        assert len(line["loss_by_noise"]) == 10
+        counts = torch.bincount(t // 100, minlength=10).tolist()
+        assert [value is None for value in line["loss_by_noise"]] == [count == 0 for count in counts]
+        told = sum(v * n for v, n in zip(line["loss_by_noise"], counts, strict=True) if n)
+        assert told / len(t) == pytest.approx(line["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0.0, 0.0), (0.3, 0.15, 0.45), (1.0, 1.0, 1.0)])
 def test_captions_are_dropped_at_their_rate(
     run: Runner, monkeypatch: pytest.MonkeyPatch, share: float, low: float, high: float
@@ -254,7 +280,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [f"step-{i:06d}.png" for i in (0, 2, 4, 5)]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert all(set(line) == {"step", "loss", "grad_norm", "learning_rate", "samples_per_s"} for line in lines)
+    assert all(set(line) == {*VALUES, "loss_by_noise"} for line in lines)
     card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card
     assert "pipeline_tag: text-to-image" in card
@@ -612,6 +638,10 @@ def test_two_processes_are_one_with_the_same_global_batch(run: Runner, tmp_path:
         assert ended.returncode == 0, ended.stderr
     assert "nothing is left to do" in ended.stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+    for mine, its in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert [v or 0 for v in mine["loss_by_noise"]] == pytest.approx(
+            [v or 0 for v in its["loss_by_noise"]], rel=1e-4
+        )
     mine, its = (load_file(checkpoints(f / "checkpoints")[-1] / "student.safetensors") for f in (one, tmp_path / "two"))
     worst = max(float((mine[name] - its[name]).abs().max()) for name in mine)
     assert worst < 1e-4
@@ -621,7 +651,7 @@ def test_a_signal_that_any_process_met_stops_them_all() -> None:
     for theirs in (0, 15):
         accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
         accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])
-        assert train._agreed(Stop(), accelerator) == theirs
+        assert agreed(Stop(), accelerator) == theirs
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

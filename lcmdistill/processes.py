@@ -1,0 +1,49 @@
+"""The processes that a run is spread over, on their device: the only file that knows accelerate."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.errors import UsageError
+from lcmdistill.interrupt import Stop
+from lcmdistill.settings import RunConfig
+
+__all__ = ["Accelerator", "agreed", "make_accelerator", "over_processes"]
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The processes that were launched, on the device and with the loss scaler that the configuration asks for.
+
+    Raises UsageError on a way of sharding that is not supported.
+    """
+    device = pick_device(config.run.device)
+    if config.run.device != "auto" and "LOCAL_RANK" not in os.environ:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    dtype = compute_dtype(config.run.precision, device)
+    # bf16 needs no loss scaling; autocast itself is the student's own business.
+    mixed = "fp16" if dtype == torch.float16 and device.type == "cuda" else "no"
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient])
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UsageError(f"{accelerator.distributed_type.value} is not supported yet; use torchrun, or multi-GPU (DDP)")
+    return accelerator
+
+
+def over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """A tensor of every process, (processes, ...)."""
+    gathered: Any = accelerator.gather(value[None])
+    return gathered
+
+
+def agreed(stop: Stop, accelerator: Accelerator) -> int:
+    """The same answer on every process: a signal that any of them has met."""
+    if accelerator.num_processes == 1:
+        return stop.signal
+    mine = torch.tensor(float(stop.signal), device=accelerator.device)
+    return round(float(over_processes(mine, accelerator).max()))
