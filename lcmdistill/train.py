@@ -36,6 +36,7 @@ from lcmdistill.objectives import Objective
 from lcmdistill.preflight import guard
 from lcmdistill.processes import Accelerator, agreed, make_accelerator, over_processes
 from lcmdistill.publish import publish_run
+from lcmdistill.report import write_report
 from lcmdistill.rundir import check_run, finished, mark_finished, open_run, settle
 from lcmdistill.settings import OptimConfig, RunConfig
 from lcmdistill.student import Student, make_student, raw_network
@@ -143,6 +144,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud and validation is not None:
         what = write_product(config, folder, teacher, run.student)
         write_run_card(config, folder, teacher)
+        write_report(folder)
         mark_finished(folder, run.step)
         say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
     accelerator.wait_for_everyone()

@@ -158,6 +158,44 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, ima
     return distill(resolve({}, {**SMALL, **own, "run.validation_prompts": ("red heart",)}))
 
 
+@pytest.fixture(scope="session")
+def small_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random feature network as a TorchScript file: what --features takes."""
+
+    import torch
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.weight = torch.nn.Parameter(torch.randn(8, 3, 5, 5, generator=generator))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(images.float() / 255, self.weight, stride=3).relu().mean((2, 3))
+
+    path = tmp_path_factory.mktemp("features") / "small.pt"
+    torch.jit.script(Features()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, small_features: Path) -> Path:
+    """A copy of the small run with an evaluation of few images."""
+    import shutil
+
+    from lcmdistill.evaluate.program import Wish, evaluate
+
+    folder = tmp_path_factory.mktemp("evaluated") / "small-lcm"
+    shutil.copytree(small_run, folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LCMDISTILL_CACHE", str(folder.parent / "cache"))
+        evaluate(
+            [folder],
+            Wish(steps=(1, 2), guidance_scales=(4.0, 2.0), num_images=3, features=small_features, device="cpu"),
+        )
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))

@@ -27,7 +27,18 @@ LAYERS = {
         "interrupt",
         "hub",
     },
-    3: {"processes", "train", "sample", "evaluate", "export", "preflight", "validate", "modelcard", "publish"},
+    3: {
+        "processes",
+        "train",
+        "sample",
+        "evaluate",
+        "report",
+        "export",
+        "preflight",
+        "validate",
+        "modelcard",
+        "publish",
+    },
     4: {"cli", "config", "errors", "__main__"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names} | {"__init__": -1}

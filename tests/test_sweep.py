@@ -19,24 +19,6 @@ WISH: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_ima
 Evaluated = Callable[..., Results]
 
 
-@pytest.fixture(scope="session")
-def small_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random feature network as a TorchScript file: what --features takes."""
-
-    class Features(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            generator = torch.Generator().manual_seed(0)
-            self.weight = torch.nn.Parameter(torch.randn(8, 3, 5, 5, generator=generator))
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.conv2d(images.float() / 255, self.weight, stride=3).relu().mean((2, 3))
-
-    path = tmp_path_factory.mktemp("features") / "small.pt"
-    torch.jit.script(Features()).save(str(path))
-    return path
-
-
 @pytest.fixture
 def evaluated(tmp_path: Path, small_run: Path, small_features: Path) -> Evaluated:
     """Evaluate a copy of the small run, tmp_path / name, with what is said otherwise."""

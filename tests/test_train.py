@@ -274,6 +274,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
         "config.toml",
         "metrics.jsonl",
         "pipeline",
+        "report.html",
         "samples",
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [f"step-{i:08d}" for i in (3, 4, 5)]

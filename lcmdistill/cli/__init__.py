@@ -7,6 +7,7 @@ import warnings
 import typer
 
 from lcmdistill.cli.drawing import sample
+from lcmdistill.cli.evaluating import evaluate, report
 from lcmdistill.cli.exporting import export
 from lcmdistill.cli.training import distill, distill_lora
 from lcmdistill.errors import explain
@@ -21,6 +22,8 @@ app = typer.Typer(
 app.command()(distill)
 app.command("distill-lora")(distill_lora)
 app.command()(sample)
+app.command()(evaluate)
+app.command()(report)
 app.command()(export)
 
 

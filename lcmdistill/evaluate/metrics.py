@@ -173,7 +173,7 @@ def kid_measure(network: nn.Module, name: str, reference: Tensor, against: str) 
     return Measure(
         f"KID ({name})",
         "lower",
-        "How far the drawn images as a set lie from others, by features of their content.",
+        "How far the drawn images as a set lie from the real ones, by features of their content.",
         f"{name}, {reference.shape[1]} features",
         against,
         lambda shown: network(eight_bit(shown.pixels)),

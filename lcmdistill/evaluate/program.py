@@ -144,7 +144,7 @@ def chosen_prompts(each: Subject, wish: Wish, teacher: Teacher) -> tuple[str, ..
     if len(prompts) < len(asked):
         say(f"{len(asked) - len(prompts)} of {len(asked)} prompts were trained on and are left out")
     parameters = sum(p.numel() for p in teacher.network.parameters())
-    count = wish.num_images or (64 if parameters < SMALL else 16)
+    count = wish.num_images or (48 if parameters < SMALL else 16)
     return tuple(prompts[i * len(prompts) // count if count < len(prompts) else i % len(prompts)] for i in range(count))
 
 

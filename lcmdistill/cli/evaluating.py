@@ -1,0 +1,100 @@
+"""`lcmdistill evaluate` and `lcmdistill report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmdistill.cli.options import Debug, Device
+from lcmdistill.errors import UsageError
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs; several are compared.")],
+    steps: Annotated[str, typer.Option(help="Numbers of steps, with commas.")] = "1,2,4,8",
+    guidance_scale: Annotated[
+        str | None,
+        typer.Option(
+            help="Guidance scales, with commas; the first is judged by.  [default: the run's own, and both ends of what it "
+            "was trained on; of several runs one]"
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File of prompts held out of training, one a line.  [default: a bundled list]")
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(min=2, help="Images in each cell; prompts go round.  [default: 16; of a small network 48]"),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(help="Real images for KID and FID: a folder or shards.  [default: the run's own, if it has any]"),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="TorchScript feature network for KID.  [default: MobileNetV2, if installed]")
+    ] = None,
+    inception: Annotated[Path | None, typer.Option(help="TorchScript Inception for FID; needs 10,000 images.")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP folder, or a cached hub id, for the CLIP score.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet file, for LPIPS to the teacher.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="CLIP-shaped preference model, such as PickScore: folder or cached hub id.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise, the same for all.")] = 2026,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; no number depends on it.")] = 16,
+    output: Annotated[
+        Path, typer.Option(help="Page that compares several runs; one run's page is RUN/report.html.")
+    ] = Path("comparison.html"),
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
+    from lcmdistill.evaluate.program import Wish, evaluate
+    from lcmdistill.report import told, write_comparison, write_report
+    from lcmdistill.tracking import say
+
+    wish = Wish(
+        steps=tuple(int(n) for n in _numbers("--steps", steps, whole=True)),
+        guidance_scales=_numbers("--guidance-scale", guidance_scale or ""),
+        prompts=prompts,
+        num_images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        real=real,
+        features=features,
+        inception=inception,
+        clip=clip,
+        lpips=lpips,
+        scorer=scorer,
+    )
+    evaluate(runs, wish)
+    for run in runs:
+        page = write_report(run)
+        say(told(run))
+        say(f"look at {page}")
+    if len(runs) > 1:
+        say(f"side by side: {write_comparison(runs, output)}")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")],
+    debug: Debug = False,
+) -> None:
+    """Make RUN/report.html anew: training, validation, and what an evaluation found, on one page."""
+    from lcmdistill.report import write_report
+    from lcmdistill.tracking import say
+
+    say(f"look at {write_report(run)}")
+
+
+def _numbers(option: str, text: str, *, whole: bool = False) -> tuple[float, ...]:
+    """The numbers of an option, each once. Raises UsageError for what is none, or out of range."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        values = [int(word) if whole else float(word) for word in words]
+    except ValueError as error:
+        example = "1,2,4,8" if whole else "4,7.5"
+        raise UsageError(f"{option} is {text!r}; it must be numbers with commas, such as {example}") from error
+    if not all(1 <= value <= 1000 for value in values) or (whole and not values):
+        raise UsageError(f"{option} is {text!r}; each number must be from 1 to 1000")
+    return tuple(dict.fromkeys(values))

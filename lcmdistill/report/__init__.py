@@ -1,0 +1,260 @@
+"""`lcmdistill report`: what a run was, learnt and draws, on one page that needs nothing from outside.
+
+The page is RUN/report.html, made of what lies in the run's folder: its settings, metrics.jsonl, samples/, and evaluation/ where
+the run was evaluated.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.checkpoint import write_text
+from lcmdistill.errors import UsageError
+from lcmdistill.evaluate.drawing import TEACHER_STEPS
+from lcmdistill.evaluate.results import Results, read_results
+from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
+from lcmdistill.report.charts import Chart, short, to_svg
+from lcmdistill.report.curves import good, quality_charts, read_metrics, training_charts
+from lcmdistill.report.pictures import Picture, embedded, validation_grids
+from lcmdistill.report.uses import uses
+from lcmdistill.rundir import recorded
+from lcmdistill.teachers import public_name
+
+HERO_ROWS = 3
+"prompts beside the verdict"
+SAMPLERS = {"student": "student", "teacher": "teacher", "trailing": "teacher, from full noise"}
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html; returns its path. Raises UsageError if the folder is no run."""
+    config = recorded(run)
+    if not config:
+        raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
+    path = run / "report.html"
+    write_text(path, rendered("report.html", context(run, config)))
+    return path
+
+
+def rendered(template: str, values: Mapping[str, Any]) -> str:
+    """A page of one file, from one of the templates in assets/report."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(str(files("lcmdistill") / "assets" / "report"))
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    )
+    look = {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    return environment.get_template(template).render(**look, **values) + "\n"
+
+
+def told(run: Path) -> str:
+    """What an evaluation found, in a few plain lines. Raises UsageError if there was none."""
+    results = read_results(run)
+    if results is None:
+        raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
+    judged = verdict(results)
+    return "\n".join([f"{run.name}: {judged.headline}", *(f"  {reason}" for reason in judged.reasons)])
+
+
+def write_comparison(runs: Sequence[Path], output: Path) -> Path:
+    """Write a page that shows evaluated runs side by side; returns its path."""
+    from lcmdistill.report.comparison import comparison
+
+    write_text(output, rendered("comparison.html", comparison(runs)))
+    return output
+
+
+def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the page of a run shows."""
+    results, lines = read_results(run), read_metrics(run)
+    judged = verdict(results) if results else None
+    charts = training_charts(lines)
+    quality = {} if results is None else _quality(results)
+    cards = drawn(quality.get("charts", []), charts)
+    settings = run / "config.toml"
+    values: dict[str, Any] = {
+        "name": run.name,
+        "folder": str(run),
+        "what": what_it_is(config),
+        "verdict": judged,
+        "warnings": [],
+        "hero": _hero(results, judged) if results and judged else None,
+        "matrix": matrix(results) if results else None,
+        "quality": {**quality, "charts": cards[: len(quality["charts"])]} if results else None,
+        "times": _times(results) if results else None,
+        "training": {"about": _training_about(config, lines), "charts": cards[len(quality.get("charts", [])) :]}
+        if charts
+        else None,
+        "grids": validation_grids(run / "samples", 0),
+        "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
+        "made": made_of(config),
+        "settings": settings.read_text(encoding="utf-8").strip(),
+    }
+    titles = {"matrix": ("steps", "Steps and guidance"), "quality": ("quality", "How good"), "times": ("time", "Time")}
+    titles |= {"training": ("training", "Training"), "grids": ("validation", "Validation")}
+    values["sections"] = [title for key, title in titles.items() if values[key]]
+    values["sections"] += [("use", "Use it"), ("made", "What it is made of")]
+    return values
+
+
+def drawn(*groups: list[Chart]) -> list[dict[str, Any]]:
+    """Charts with their SVGs, numbered through the page."""
+    from markupsafe import Markup
+
+    charts = [chart for group in groups for chart in group]
+    return [{"chart": chart, "svg": Markup(to_svg(chart, i))} for i, chart in enumerate(charts)]
+
+
+def what_it_is(config: Mapping[str, Any]) -> str:
+    """One sentence: what was distilled from what."""
+    kind = "A LoRA" if config.get("student.kind") == "lora" else "A full student"
+    size = config["optim.batch_size"] * config["optim.accumulate"]
+    return (
+        f"{kind}, distilled from the teacher {public_name(config['teacher.model'])} by {config['objective.name'].upper()} in "
+        f"{config['optim.max_train_steps']} steps of {size} samples at {config['data.resolution']} px."
+    )
+
+
+def made_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings that a reader asks for first."""
+    low, high = config.get("objective.w_min"), config.get("objective.w_max")
+    found = [
+        ("Teacher", public_name(config["teacher.model"])),
+        ("Student", _student(config)),
+        (
+            "Objective",
+            f"{config['objective.name']}, solver {config.get('objective.solver')}, k = {config.get('objective.skip')}",
+        ),
+        ("Data", ", ".join(config["data.sources"])),
+        ("Optimiser", f"AdamW, learning rate {short(config['optim.learning_rate'])}, {config['optim.lr_schedule']}"),
+        (
+            "Length",
+            f"{config['optim.max_train_steps']} steps of {config['optim.batch_size']} x {config['optim.accumulate']} samples",
+        ),
+        ("Seed", str(config["run.seed"])),
+    ]
+    if low is not None and high is not None:
+        scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
+        found.insert(3, ("Guidance", f"guidance scale {scale} in diffusers' convention (omega is one less)"))
+    return found
+
+
+def _student(config: Mapping[str, Any]) -> str:
+    if config.get("student.kind") == "lora":
+        return f"LoRA of rank {config['student.rank']}, alpha {config['student.alpha']:g}, target {config['student.target']}"
+    return f"full network, target {config['student.target']}"
+
+
+def _training_about(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
+    trained = [line for line in lines if "loss" in line]
+    size = config["optim.batch_size"] * config["optim.accumulate"]
+    return (
+        f"{trained[-1]['step']} steps of {size} samples a process, logged every {config['run.log_every']}."
+        if trained
+        else ""
+    )
+
+
+def picture_of(results: Results, sampler: Any, steps: int, scale: float, place: int, who: str) -> Picture | None:
+    paths = results.pictures(sampler, steps, scale)
+    if place >= len(paths):
+        return None
+    prompt = results.about["pictured_prompts"][place]
+    return embedded(paths[place], f"{prompt}: {who}, {steps} step{'s' * (steps > 1)}, guidance {scale:g}")
+
+
+def _hero(results: Results, judged: Verdict) -> dict[str, Any]:
+    """The student at each number of steps with its grade, and the teacher's full steps beside it."""
+    scale = results.guidance_scale
+    heads = [{"text": f"{n} step{'s' * (n > 1)}", "grade": judged.grades[n]} for n in results.steps]
+    heads.append({"text": f"teacher, {TEACHER_STEPS}", "grade": None})
+    rows = []
+    for place, prompt in list(enumerate(results.about["pictured_prompts"]))[:HERO_ROWS]:
+        pictures = [picture_of(results, "student", n, scale, place, "student") for n in results.steps]
+        pictures.append(picture_of(results, "teacher", TEACHER_STEPS, scale, place, "teacher"))
+        rows.append({"prompt": prompt, "pictures": pictures})
+    return {"heads": heads, "rows": rows}
+
+
+def matrix(results: Results) -> dict[str, Any]:
+    """For each pictured prompt: rows of guidance scales, columns of steps, and the teacher's rows."""
+    heads = [f"{n} step{'s' * (n > 1)}" for n in results.steps] + [f"teacher, {TEACHER_STEPS} steps"]
+    groups = []
+    for place, prompt in enumerate(results.about["pictured_prompts"]):
+        rows = []
+        for scale in sorted(results.about["guidance_scales"]):
+            pictures = [picture_of(results, "student", n, scale, place, "student") for n in results.steps]
+            pictures.append(picture_of(results, "teacher", TEACHER_STEPS, scale, place, "teacher"))
+            rows.append({"name": f"guidance {scale:g}", "pictures": pictures})
+        scale = results.guidance_scale
+        for sampler in ("teacher", "trailing"):
+            pictures = [picture_of(results, sampler, n, scale, place, SAMPLERS[sampler]) for n in results.steps]
+            if any(pictures):
+                rows.append({"name": f"{SAMPLERS[sampler]}, guidance {scale:g}", "pictures": [*pictures, None]})
+        groups.append({"prompt": prompt, "rows": rows})
+    baked = (
+        "Its guidance is in its weights, so there is one row of it."
+        if results.about["is_lora"]
+        else ("Guidance is an input of the student and costs nothing.")
+    )
+    about = (
+        f"Columns are steps, rows guidance scales; in the last column the teacher at its full {TEACHER_STEPS} steps with the "
+        f"same guidance. {baked} Below them the teacher itself with as few steps: as its own scheduler places them, and "
+        "from full noise, where the student starts."
+    )
+    return {"heads": heads, "groups": groups, "about": about}
+
+
+def _quality(results: Results) -> dict[str, Any]:
+    measures = results.about["measures"]
+    about = (
+        f"{results.about['images']} images in each cell, one for each of {results.about['distinct_prompts']} prompts that were "
+        f"held out of training, all from the same start noise (seed {results.about['seed']}), guidance scale "
+        f"{results.guidance_scale:g}. None of these numbers compares with a published one unless its row says so."
+    )
+    meanings = [{**about, "good": good(about["better"])} for about in measures.values()]
+    return {"about": about, "charts": quality_charts(results), "table": table(results), "meanings": meanings}
+
+
+def table(results: Results) -> dict[str, Any]:
+    """Every number of a sweep: a row a cell, a column a measure."""
+    measures = results.about["measures"]
+    rows = []
+    for cell in results.cells.values():
+        drawn = f"{SAMPLERS[cell['sampler']]}, {cell['steps']} step{'s' * (cell['steps'] > 1)}"
+        name = f"{drawn}, guidance {cell['guidance_scale']:g}"
+        cells = [{"text": _number(cell["numbers"].get(key)), "best": False} for key in measures]
+        rows.append({"name": name, "cells": cells})
+    caption = f"All numbers, of {results.about['images']} images a row"
+    return {"caption": caption, "heads": ["drawn by", *[about["label"] for about in measures.values()]], "rows": rows}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _times(results: Results) -> dict[str, Any] | None:
+    full = results.seconds("teacher", TEACHER_STEPS)
+    rows = []
+    for sampler, n in [
+        *(("student", n) for n in results.steps),
+        *(("teacher", n) for n in (*results.steps, TEACHER_STEPS)),
+    ]:
+        value = results.seconds(sampler, n)
+        if value is None:
+            continue
+        ratio = f"{full / value:.1f} times" if full else ""
+        cells = [{"text": seconds(value), "best": False}, {"text": ratio, "best": False}]
+        rows.append({"name": f"{sampler}, {n} step{'s' * (n > 1)}", "cells": cells})
+    about = results.about
+    caption = (
+        f"Network and scheduler alone, without decoding, in batches of {about['batch_size']} on {about['device']}, taken while "
+        "the images of the sweep were drawn: whatever else the machine did is in it"
+    )
+    return {
+        "caption": caption,
+        "heads": ["drawn by", "an image", f"faster than the teacher's {TEACHER_STEPS}"],
+        "rows": rows,
+    }

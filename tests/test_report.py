@@ -1,0 +1,297 @@
+"""The report: one file that asks for nothing, says what the numbers mean, and can be read by everybody."""
+
+import itertools
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from lcmdistill.errors import UsageError
+from lcmdistill.evaluate.results import Results
+from lcmdistill.evaluate.verdict import seconds, verdict
+from lcmdistill.report import told, write_comparison, write_report
+from lcmdistill.report.charts import Chart, Series, described, ticks, to_svg
+from lcmdistill.report.curves import loss_by_noise, training_charts
+from lcmdistill.report.uses import uses
+
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """A page's tags, checked to be closed in their order, and what they hold."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def all(self, *names: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def check_page(path: Path) -> Page:
+    """What holds of every page: nothing from outside, and nothing that a screen reader cannot tell."""
+    page, source = Page(path), path.read_text(encoding="utf-8")
+    addresses = [tag.get(key) for _, tag in page.tags for key in ("src", "href", "data", "action") if key in tag]
+    assert addresses
+    assert all(address and address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|<iframe|<script src", source)
+    assert all((image.get("alt") or "").strip() for image in page.all("img"))
+    assert all(image.get("width") and image.get("height") for image in page.all("img"))
+    ids = [tag["id"] for _, tag in page.tags if tag.get("id")]
+    assert len(ids) == len(set(ids))
+    assert {link["href"] for link in page.all("a")} <= {f"#{name}" for name in ids}
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    names = Counter(tag for tag, _ in page.tags)
+    assert names["table"] == names["caption"]
+    labels = {label["for"] for label in page.all("label")}
+    assert all(control.get("id") in labels for control in page.all("input", "select"))
+    charts = [tag for tag in page.all("svg") if tag.get("role") == "img"]
+    assert all(set((chart["aria-labelledby"] or "").split()) <= set(ids) for chart in charts)
+    (html,) = page.all("html")
+    assert html["lang"] == "en"
+    return page
+
+
+def test_the_page_of_an_evaluated_run_shows_everything(evaluated_run: Path):
+    page = check_page(write_report(evaluated_run))
+    for heading in (
+        "Steps and guidance",
+        "How good, step by step",
+        "Time per image",
+        "Training",
+        "Validation over time",
+    ):
+        assert heading in page.text
+    for name in ("diffusers", "ComfyUI", "A1111", "Loss by noise", "Latent RMSE", "SSIM", "Sharpness", "KID (small)"):
+        assert name in page.text
+    assert "no published figure" in page.text
+    assert "held out of training" in page.text
+    assert told(evaluated_run).splitlines()[0].split(": ", 1)[1] in page.text
+    pictures = [image["alt"] or "" for image in page.all("img")]
+    assert sum("student, 2 steps, guidance 4" in alt for alt in pictures) >= 3
+    assert sum("teacher, 50 steps, guidance 2" in alt for alt in pictures) == 3
+    assert len([alt for alt in pictures if alt.startswith("Validation pictures after")]) == 2
+    (slider,) = page.all("input")
+    assert (slider["type"], slider["max"]) == ("range", "1")
+
+
+def test_a_run_that_was_not_evaluated_has_a_page_too(small_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    page = check_page(write_report(run))
+    assert "Not measured yet." in page.text
+    assert f"lcmdistill evaluate {run}" in page.text
+    assert "Loss by noise" in page.text
+    assert "Steps and guidance" not in page.text
+    with pytest.raises(UsageError, match="has not been evaluated; run: lcmdistill evaluate"):
+        told(run)
+
+
+def test_a_page_is_the_same_when_it_is_made_again(evaluated_run: Path):
+    first = write_report(evaluated_run).read_bytes()
+    assert write_report(evaluated_run).read_bytes() == first
+
+
+def test_what_a_user_writes_is_text_on_the_page_and_nothing_else(evaluated_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    path = run / "evaluation" / "sweep.json"
+    about = json.loads(path.read_text())
+    about["pictured_prompts"][0] = '"><script>alert(1)</script>'
+    path.write_text(json.dumps(about))
+    page = check_page(write_report(run))
+    assert page.text.count("<script>alert(1)</script>") >= 2
+    assert len(page.all("script")) == 1
+
+
+def test_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Path):
+    other = tmp_path / "other-lcm"
+    shutil.copytree(evaluated_run, other)
+    page = check_page(write_comparison([evaluated_run, other], tmp_path / "comparison.html"))
+    assert "small-lcm and other-lcm" in page.text
+    assert sum("other-lcm, 2 steps" in (image["alt"] or "") for image in page.all("img")) == 3
+    path = other / "evaluation" / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1}))
+    with pytest.raises(UsageError, match="evaluated with other seed"):
+        write_comparison([evaluated_run, other], tmp_path / "comparison.html")
+
+
+def test_the_command_line_evaluates_and_reports(
+    command: Command, small_run: Path, small_features: Path, tmp_path: Path
+):
+    for name in ("one", "two"):
+        shutil.copytree(small_run, tmp_path / name)
+    few = ["--steps", "1,2", "--num-images", 2, "--features", small_features, "--device", "cpu"]
+    code, out, err = command("evaluate", "one", "two", *few)
+    assert (code, err.count("Error")) == (0, 0)
+    assert "student-02-g4" in out
+    assert "look at one/report.html" in out
+    assert "side by side: comparison.html" in out
+    check_page(tmp_path / "comparison.html")
+    (tmp_path / "one" / "report.html").unlink()
+    assert command("report", "one")[:2] == (0, "look at one/report.html\n")
+    assert (tmp_path / "one" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "nowhere is no run of lcmdistill"),
+        (["report", "nowhere"], "nowhere is no run of lcmdistill"),
+        (["evaluate", "nowhere", "--steps", "a"], "--steps is 'a'; it must be numbers with commas, such as 1,2,4,8"),
+        (["evaluate", "nowhere", "--steps", "0,1"], "--steps is '0,1'; each number must be from 1 to 1000"),
+        (["evaluate", "nowhere", "--guidance-scale", "nan"], "each number must be from 1 to 1000"),
+    ],
+)
+def test_wrong_usage_ends_in_one_sentence(command: Command, arguments: list[str], message: str):
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# -- what the numbers mean -------------------------------------------------------------------------------------------
+
+
+def sweep_of(
+    student: dict[int, dict[str, float]], teacher: dict[int, dict[str, float]], own: float = 1.0, its: float = 1.0
+) -> Results:
+    """Results at guidance 4 with these numbers."""
+    cells: dict[str, Any] = {}
+    for sampler, rows in (("student", student), ("teacher", teacher)):
+        for n, numbers in rows.items():
+            cells[f"{sampler}-{n:02d}-g4"] = {
+                "numbers": numbers,
+                "seconds_an_image": (own if sampler == "student" else its) * n,
+            }
+    better = {"kid": "lower", "rmse": "lower", "ssim": "higher", "sharpness": "one"}
+    measures = {name: {"better": better[name], "label": name.upper()} for name in next(iter(student.values()))}
+    return Results(Path(), {"steps": list(student), "guidance_scales": [4.0], "measures": measures}, cells)
+
+
+DEMO = {1: 0.315, 2: 0.094, 4: 0.067, 8: 0.063}
+TEACHER = {1: 1.138, 2: 0.55, 4: 0.196, 8: 0.119, 50: 0.095}
+
+
+def kids(values: dict[int, float]) -> dict[int, dict[str, float]]:
+    return {n: {"kid": value} for n, value in values.items()}
+
+
+def test_the_demos_numbers_say_that_four_steps_are_enough_and_one_is_not():
+    judged = verdict(sweep_of(kids(DEMO), kids(TEACHER), own=0.05, its=0.1))
+    assert judged.headline == "4 steps are enough; 2 come close, 1 is not quite there."
+    assert (judged.enough, judged.usable) == (4, True)
+    assert judged.reasons[0].startswith(
+        "At 4 steps the student's pictures lie as near to real images as the teacher's at 50"
+    )
+    assert judged.reasons[1] == "An image takes 0.2 s at 4 steps, and 5 s at the teacher's 50: 25 times as long."
+
+
+def test_other_numbers_say_something_else():
+    one = verdict(sweep_of(kids({1: 0.064, 2: 0.064, 4: 0.065}), kids(TEACHER)))
+    assert one.headline == "1 step is enough."
+    broken = verdict(sweep_of(kids({1: 1.5, 2: 1.4, 4: 1.3}), kids(TEACHER)))
+    assert not broken.usable
+    assert broken.headline == "This student does not draw well yet: at as few steps, its teacher does better."
+
+
+def test_without_features_agreement_with_the_teacher_decides():
+    student = {n: {"ssim": s, "sharpness": d} for n, s, d in ((1, 0.59, 0.6), (2, 0.75, 0.9), (4, 0.756, 1.0))}
+    teacher = {n: {"ssim": s, "sharpness": 1.0} for n, s in ((1, 0.09), (2, 0.36), (4, 0.73), (50, 1.0))}
+    judged = verdict(sweep_of(student, teacher))
+    assert judged.headline == "2 steps are enough; 1 is not quite there."
+    assert any(
+        reason.startswith("At 1 step pictures are blurred (sharpness 0.6 of the teacher's) and further")
+        for reason in judged.reasons
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0409, "41 ms"), (0.234, "0.23 s"), (12.3, "12 s"), (125.0, "2 min 5 s")]
+)
+def test_times_are_told_as_people_tell_them(value: float, text: str):
+    assert seconds(value) == text
+
+
+# -- charts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 400, [0, 100, 200, 300, 400]),
+        (3, 3, [3]),
+        (0.07, 0.081, [0.07, 0.0725, 0.075, 0.0775, 0.08]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_chart_draws_its_points_where_they_are_and_says_them():
+    chart = Chart(
+        "KID", "steps", "KID", (Series("student", ((1, 0.4), (2, 0.2), (8, 0.0))),), (("teacher", 0.1),), doubling=True
+    )
+    svg = to_svg(chart, 3)
+    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    (x1, y1), (x2, y2), (x8, y8) = dots
+    assert (x8 - x2) / (x2 - x1) == pytest.approx(2, rel=1e-2)  # twice as many doublings
+    assert y1 < y2 < y8
+    assert y8 - y2 == pytest.approx(y2 - y1, abs=0.2)
+    assert "student: 0.4 at 1, 0.2 at 2, 0 at 8; teacher: 0.1" in described(chart)
+    assert 'aria-labelledby="c3t c3d"' in svg
+
+
+def test_a_chart_of_one_point_is_a_dot():
+    assert to_svg(Chart("a", "x", "y", (Series("s", ((5, 1.0),)),)), 0).count("<circle") == 1
+
+
+def test_the_loss_by_noise_is_told_by_thirds_of_the_training():
+    lines = [{"step": i, "loss": 1.0, "loss_by_noise": [float(i), None]} for i in range(1, 7)]
+    chart = loss_by_noise(lines)
+    assert {series.name: series.points for series in chart.series} == {
+        "first third": ((0.25, 1.5),),
+        "second third": ((0.25, 3.5),),
+        "last third": ((0.25, 5.5),),
+    }
+    assert training_charts([]) == []
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_how_to_use_it_names_the_files_that_are_there(kind: str):
+    config = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 7.5}
+    cards = {use["name"]: use for use in uses(Path("runs/x"), config, 2)}
+    assert list(cards) == ["diffusers", "ComfyUI", "A1111", "Command line"]
+    assert "num_inference_steps=2" in cards["diffusers"]["code"]
+    compile(cards["diffusers"]["code"], "card", "exec")
+    file = "lora/x.safetensors" if kind == "lora" else "lcmdistill export runs/x --format single-file"
+    assert file in " ".join([*cards["ComfyUI"]["lines"], cards["ComfyUI"]["code"] or ""])
