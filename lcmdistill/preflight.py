@@ -1,6 +1,7 @@
 """What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -20,8 +21,8 @@ from lcmdistill.lora import ONLINE, add_lora
 from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door
-from lcmdistill.teachers import load_teacher
-from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers import ALIASES, load_teacher
+from lcmdistill.teachers.base import Teacher, needs_caption
 from lcmdistill.tracking import check_tracker, say
 
 SURVEY_SECONDS = 20.0
@@ -35,13 +36,24 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if teacher.in_pixels:
+        _guard_pixels(config, teacher)
     resolution, multiple = config.data.resolution, math.lcm(teacher.vae_factor, 8)
-    if resolution % multiple:
+    if not teacher.in_pixels and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
             f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is "
             f"{teacher.vae_factor}, and diffusers draws in multiples of 8): try {near}"
         )
+
+
+def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a setting that has no sense for a network of pixels."""
+    own, resolution = teacher.network.config.sample_size, config.data.resolution
+    if resolution != own:
+        raise UsageError(f"data.resolution is {resolution}; the teacher draws pixels at {own}: pass --resolution {own}")
+    if config.student.kind == "lora":
+        raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
 
 
 def check_early(config: RunConfig) -> None:
@@ -54,7 +66,20 @@ def check_early(config: RunConfig) -> None:
             check_login(config.run.push_to_hub)
     pick_device(config.run.device)
     check_cache(config.data)
-    survey(config.data, config.run.seed, seconds=60.0, first_only=True)
+    refuses = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
+    survey(config.data, config.run.seed, seconds=60.0, first_only=True, refuses=refuses)
+
+
+def _takes_prompts(model: str) -> bool:
+    """Whether images need captions, as far as this is known before the teacher is loaded: of one on the hub it is not."""
+    if model in ALIASES:
+        return True
+    try:
+        folder = Path(model).expanduser()
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return unet["_class_name"] != "UNet2DModel" or unet.get("num_class_embeds") is not None
+    except (OSError, ValueError, LookupError, TypeError):
+        return Path(model).expanduser().is_dir()
 
 
 def dry_run(config: RunConfig) -> None:
@@ -64,17 +89,22 @@ def dry_run(config: RunConfig) -> None:
     folder = Path(config.run.output or "")
     state = "a run to resume" if begun(folder) else "new"
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
-    config = settle(config, 1, teacher.usual)
+    config = settle(config, 1, teacher.usual, one_a_prompt=not teacher.in_pixels)
     check_run(config)
     guard(config, teacher)
     say(to_toml(config))
     say(f"output: {folder} ({state})")
-    for spec, report in zip(
-        config.data.sources, survey(config.data, config.run.seed, seconds=SURVEY_SECONDS), strict=True
-    ):
+    reports = survey(
+        config.data,
+        config.run.seed,
+        seconds=SURVEY_SECONDS,
+        refuses=teacher.refuses,
+        own_prompts=teacher.own_prompts,
+    )
+    for spec, report in zip(config.data.sources, reports, strict=True):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
-        say(f"data {spec}: {report}{left_out(spec, config.data, report)}{cached}")
+        say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}{cached}")
     needed = memory_needed(config, teacher, dtype)
     say(
         f"teacher: {teacher.prediction_type}-predicting U-Net of {needed.base:,} parameters; the student, "

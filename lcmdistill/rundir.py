@@ -37,13 +37,14 @@ FREE_TO_DIFFER = {
 
 
 # Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
-TEACHERS_OWN = {"data.resolution", "objective.w_min"}
+TEACHERS_OWN = {"data.resolution", "data.guidance_scale", "objective.w_min"}
 
 
-def settle(config: RunConfig, world: int, usual: Mapping[str, Any]) -> RunConfig:
+def settle(config: RunConfig, world: int, usual: Mapping[str, Any], *, one_a_prompt: bool = True) -> RunConfig:
     """Fill in what depends on the rest: the teacher's own settings, how many samples to prepare, the guidance to draw with.
 
-    usual: `Teacher.usual`. A run that is resumed keeps the number of samples it was started with, however long it is now to be.
+    usual: `Teacher.usual`; one_a_prompt: whether a teacher without data draws each prompt once at most. A run that is
+    resumed keeps the number of samples it was started with, however long it is now to be.
     """
     known = flatten(config)
     config = with_values(config, {k: v for k, v in usual.items() if k in known and k not in config.chosen})
@@ -51,7 +52,8 @@ def settle(config: RunConfig, world: int, usual: Mapping[str, Any]) -> RunConfig
     optim, before = config.optim, begun(Path(config.run.output or ""))
     count = config.data.count or before.get("data.count")
     if count is None:
-        count = usable_count(config.data, optim.max_train_steps * optim.batch_size * optim.accumulate * world)
+        needed = optim.max_train_steps * optim.batch_size * optim.accumulate * world
+        count = usable_count(config.data, needed, one_a_prompt=one_a_prompt)
     guidance = config.run.validation_guidance_scale
     if guidance is None and config.student.kind == "lora":
         guidance = 1.0  # an adapter has its guidance baked in, and no input for another

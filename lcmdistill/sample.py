@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora
-from lcmdistill.export.pipeline import lcm_scheduler
+from lcmdistill.export.pipeline import call_options, lcm_scheduler
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
 
@@ -108,7 +108,8 @@ def draw(
 
     Raises UsageError on more steps than the scheduler has, or a resolution that diffusers does not draw.
     """
-    most = pipeline.scheduler.config.get("original_inference_steps", steps)
+    known = pipeline.scheduler.config
+    most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
     if steps > most:
         raise UsageError(
             f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
@@ -119,11 +120,8 @@ def draw(
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
         images = pipeline(
-            prompt=some,
-            height=resolution,
-            width=resolution,
+            **call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution),
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in theirs],
         ).images
         drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]

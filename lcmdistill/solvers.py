@@ -8,6 +8,7 @@ where sigma_s = 0 there is no noise left to predict: every solver's step is DDIM
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,3 +95,16 @@ SOLVERS: dict[str, Solver] = {
     "dpm-solver": dpm_solver,
     "dpm-solver++": dpm_solver_pp,
 }
+
+
+def solve(denoiser: Denoiser, schedule: NoiseSchedule, noise: Tensor, points: int, solver: Solver = heun) -> Tensor:
+    """From pure noise to clean images along the schedule's grid, (B, C, h, w) fp32.
+
+    On Karras's schedule with Heun this is EDM's deterministic sampler of N = points steps (Karras et al. 2022, Alg. 1): the
+    last one, to sigma = 0, takes the network's x0. noise: (B, C, h, w), standard normal; points: from 2 to T.
+    """
+    times = schedule.grid(points).flip(0).to(noise.device)
+    z = schedule.sigma(times[:1]) * noise
+    for t, s in pairwise(times):
+        z = solver(denoiser, schedule, z, t.expand(len(z)), s.expand(len(z)))
+    return denoiser(z, times[-1:].expand(len(z))).x0

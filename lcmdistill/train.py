@@ -111,7 +111,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
-    config = settle(config, world, teacher.usual)
+    config = settle(config, world, teacher.usual, one_a_prompt=not teacher.in_pixels)
     if loud:
         check_run(config)
     guard(config, teacher)
@@ -126,7 +126,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            say(f"data {spec}: {report}{left_out(spec, config.data, report)}")
+            say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}")
     if not len(dataset):
         raise UsageError("the data hold nothing usable; run with --dry-run to see why")
     run = _build(config, folder, accelerator, teacher, dataset)

@@ -7,10 +7,11 @@ import torch
 
 from lcmdistill.batch import derive_seed
 from lcmdistill.data.sources import read_prompts
-from lcmdistill.export.pipeline import student_pipeline
+from lcmdistill.export.pipeline import call_options, is_pixel_pipeline, student_pipeline
 from lcmdistill.sample import grid
 from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.pixel import class_names
 from lcmdistill.tracking import Metrics
 
 STEPS = (1, 2, 4, 8)
@@ -20,6 +21,8 @@ PROMPTS = (
     "watercolour of a harbour at dawn",
     "a bowl of ramen, top view, food photography",
 )
+UNTOLD = ("image 1", "image 2", "image 3", "image 4")
+"rows of a network that takes no prompt; each has noise of its own"
 
 
 class Validation:
@@ -27,13 +30,13 @@ class Validation:
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
-        self._prompts = config.run.validation_prompts or default_prompts(config.teacher.model)
+        self._prompts = config.run.validation_prompts or default_prompts(config.teacher.model, teacher.network)
 
     def draw(self, step: int, unet: Any, metrics: Metrics | None) -> Path:
         """Draw the grid of a step. unet: the network to draw with, on its device."""
         teacher, device = self._teacher, unet.device
         side = self._config.data.resolution // teacher.vae_factor
-        pipeline = student_pipeline(teacher, unet)
+        pipeline = student_pipeline(teacher, unet, self._config.data.resolution)
         parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         resting = [part for part in parts if part.device != device]
         for part in resting:
@@ -53,21 +56,26 @@ class Validation:
         row = []
         for steps in STEPS:
             generator = torch.Generator().manual_seed(derive_seed(self._config.run.seed, "validation", prompt))
-            row += pipeline(
-                prompt=prompt,
-                num_inference_steps=steps,
+            options = call_options(
+                pipeline,
+                [prompt],
                 guidance_scale=self._config.run.validation_guidance_scale,
-                latents=torch.randn(shape, generator=generator).to(pipeline.device),
-                generator=generator,
-                height=self._config.data.resolution,
-                width=self._config.data.resolution,
-            ).images
+                resolution=self._config.data.resolution,
+            )
+            if not is_pixel_pipeline(pipeline):  # which draws the same noise itself, and takes none of one channel
+                options["latents"] = torch.randn(shape, generator=generator).to(pipeline.device)
+            row += pipeline(**options, num_inference_steps=steps, generator=generator).images
         return row
 
 
-def default_prompts(model: str | None) -> tuple[str, ...]:
-    """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders."""
+def default_prompts(model: str | None, network: Any) -> tuple[str, ...]:
+    """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders.
+
+    network: what draws; a class-conditional one has a name for each of its classes.
+    """
     from lcmdistill.teachers import resolve_alias
 
+    if type(network).__name__ == "UNet2DModel":
+        return class_names(network) or UNTOLD
     own = Path(resolve_alias(model or "")) / "prompts-validation.txt"
     return tuple(read_prompts(str(own))) if own.is_file() else PROMPTS

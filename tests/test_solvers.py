@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcmdistill.prediction import PREDICTION_TYPES, X0Eps, to_x0_eps
 from lcmdistill.schedule import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.solvers import SOLVERS, Denoiser, ddim, euler, heun
+from lcmdistill.solvers import SOLVERS, Denoiser, ddim, euler, heun, solve
 
 ORDER = {"ddim": 1, "euler": 1, "heun": 2, "dpm-solver": 2, "dpm-solver++": 2}
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -204,3 +204,17 @@ def test_euler_is_ddim_on_a_vp_schedule() -> None:
     t, s, z = torch.tensor([999, 500, 20]), torch.tensor([900, 0, 19]), noise(3, 4, 8, 8).double()
     steps = [solver(gaussian_denoiser(schedule), schedule, z, t, s) for solver in (ddim, euler)]
     torch.testing.assert_close(steps[0], steps[1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun"])
+@pytest.mark.parametrize("schedule", [smooth_schedule(1025), KarrasSchedule(1025)], ids=["VP", "Karras"])
+def test_a_whole_path_ends_where_the_exact_one_does(name: str, schedule: NoiseSchedule) -> None:
+    start, oracle, errors = noise(2, 1, 4, 4).double(), Gaussian(1.5), []
+    first, last = (schedule.grid(2)[i].expand(2) for i in (-1, 0))
+    end = oracle.flow(schedule, schedule.sigma(first) * start, first, last)
+    exact = oracle.denoise(schedule, end, last).x0
+    for points in (9, 33):
+        errors.append(
+            (solve(gaussian_denoiser(schedule), schedule, start, points, SOLVERS[name]) - exact).abs().max().item()
+        )
+    assert errors[1] < (0.4 if ORDER[name] == 1 else 0.15) * errors[0]

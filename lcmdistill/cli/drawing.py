@@ -50,6 +50,7 @@ def sample(
     from lcmdistill import sample as sampling
     from lcmdistill.data.sources import read_prompts
     from lcmdistill.device import pick_device
+    from lcmdistill.export.pipeline import is_pixel_pipeline
     from lcmdistill.tracking import progress, say
     from lcmdistill.validate import default_prompts
 
@@ -59,12 +60,13 @@ def sample(
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
     found = sampling.find_model(model or base)
     loras = [*found.loras, *(lora or ())]
-    texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else []) or list(default_prompts(found.teacher))
-    own = found.guidance_scale or (1.0 if loras else 8.5)
-    guidance = guidance_scale if guidance_scale is not None else own
+    texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
     pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, found.options)
+    own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
+    guidance = guidance_scale if guidance_scale is not None else own
+    texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
         drawings = sampling.draw(

@@ -30,7 +30,7 @@ from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_p
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers.base import Shown, Teacher
+from lcmdistill.teachers.base import Shown, Teacher, needs_caption
 
 CHUNK = 128
 GIVE_UP_AFTER = 1024
@@ -57,18 +57,26 @@ class Report:
         return f"{self.kept} kept, {sum(c for _, c in self.rejected)} dropped{f': {dropped}' if dropped else ''}{more}"
 
 
-def survey(config: DataConfig, seed: int, *, seconds: float, first_only: bool = False) -> list[Report]:
+def survey(
+    config: DataConfig,
+    seed: int,
+    *,
+    seconds: float,
+    first_only: bool = False,
+    refuses: Callable[[str], str | None] = needs_caption,
+    own_prompts: Sequence[str] = (),
+) -> list[Report]:
     """Look at each source's members, decoding them, for at most `seconds` each; `first_only` stops at a usable one.
 
-    Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
+    refuses, own_prompts: the teacher's. Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
     """
     reports = []
     for spec in config.sources:
         if kind_of(spec) == "shards":
             check_reachable(shard_urls(spec))
         kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
-        for place, member in enumerate(_members(spec, config, seed)):
-            outcome = judge(member, config, seed, place)
+        for place, member in enumerate(_members(spec, config, seed, own_prompts)):
+            outcome = judge(member, config, seed, place, refuses)
             if isinstance(outcome, Sample):
                 kept += 1
             else:
@@ -94,16 +102,20 @@ def _nothing_usable(spec: str, report: Report) -> UsageError:
     )
 
 
-def _members(spec: str, config: DataConfig, seed: int) -> Iterator[Member]:
+def _members(spec: str, config: DataConfig, seed: int, own_prompts: Sequence[str]) -> Iterator[Member]:
     """A source's members as far as `data.count` goes; prompts for the teacher go round as often as it asks."""
     members = open_source(spec, config.prompts, seed)
-    if kind_of(spec) == "teacher" and config.count is not None:
-        members = itertools.cycle(members)
+    if kind_of(spec) == "teacher":
+        if own_prompts and config.prompts is None:
+            members = (Member(str(i), None, prompt) for i, prompt in enumerate(own_prompts))
+        members = members if config.count is None else itertools.cycle(members)
     return itertools.islice(members, config.count)
 
 
-def left_out(spec: str, config: DataConfig, report: Report) -> str:
+def left_out(spec: str, config: DataConfig, report: Report, own_prompts: Sequence[str] = ()) -> str:
     """What to say, after a source's report, where `data.count` leaves members of it out."""
+    if kind_of(spec) == "teacher" and own_prompts and config.prompts is None:
+        return ""  # they go round
     total, looked = listed(spec, config.prompts), report.kept + sum(count for _, count in report.rejected)
     if config.count is None or (looked < config.count if total is None else total <= config.count):
         return ""
@@ -111,12 +123,12 @@ def left_out(spec: str, config: DataConfig, report: Report) -> str:
     return f"; {taken} taken (data.count, by default as many as the run can use; a larger one takes more)"
 
 
-def usable_count(config: DataConfig, samples_needed: int) -> int:
-    """`data.count`, or as many members as a run of `samples_needed` can use, in whole chunks, one a prompt at most."""
+def usable_count(config: DataConfig, samples_needed: int, *, one_a_prompt: bool = True) -> int:
+    """`data.count`, or as many members as a run of `samples_needed` can use, in whole chunks; of `teacher` one a prompt."""
     if config.count is not None:
         return config.count
     needed = -(-samples_needed // CHUNK) * CHUNK
-    if all(kind_of(spec) == "teacher" for spec in config.sources):
+    if one_a_prompt and all(kind_of(spec) == "teacher" for spec in config.sources):
         return min(needed, len(read_prompts(config.prompts)))
     return needed
 
@@ -127,7 +139,8 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
     about: dict[str, Any] = {"teacher": teacher.fingerprint(with_network=draws), "resolution": config.resolution}
     about["layout"] = _LAYOUT
     if draws:
-        prompts = "\n".join(read_prompts(config.prompts))
+        own = teacher.own_prompts if config.prompts is None else ()
+        prompts = "\n".join(own or read_prompts(config.prompts))
         about |= {"prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(), "seed": seed}
         about |= {"guidance_scale": config.guidance_scale, "draw_steps": config.draw_steps}
     else:
@@ -190,7 +203,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     if _whole(folder, config.count).is_file():
         return folder
-    members = enumerate(_members(spec, config, seed))
+    members = enumerate(_members(spec, config, seed, teacher.own_prompts))
     kept, rejected = 0, Counter()
     for number in itertools.count():
         chunk = list(itertools.islice(members, CHUNK))
@@ -201,7 +214,7 @@ def prepare(
             samples: list[tuple[int, Sample]] = []
             dropped: Counter[str] = Counter()
             for place, member in chunk:
-                outcome = judge(member, config, seed, place)
+                outcome = judge(member, config, seed, place, teacher.refuses)
                 if isinstance(outcome, Sample):
                     samples.append((place, outcome))
                 else:

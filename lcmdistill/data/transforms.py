@@ -7,6 +7,7 @@ import io
 import math
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lcmdistill.batch import derive_seed
 from lcmdistill.data.sources import Member
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers.base import Frame, whole_frame
+from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,25 @@ class Rejected:
     reason: str
 
 
-def judge(member: Member, config: DataConfig, seed: int, place: int) -> Sample | Rejected:
+def judge(
+    member: Member,
+    config: DataConfig,
+    seed: int,
+    place: int,
+    refuses: Callable[[str], str | None] = needs_caption,
+) -> Sample | Rejected:
     """The one predicate that decides what is kept, and the transform of what is.
 
     A filter that was not asked for drops nothing, and a metadata key that is absent passes. place: the member's place
-    in its source, which with the seed decides crop and flip.
+    in its source, which with the seed decides crop and flip; refuses: the teacher's.
     """
     if member.problem:
         return Rejected(member.problem)
-    if member.caption is None or not member.caption.strip():
-        return Rejected("no caption")
+    caption = " ".join((member.caption or "").split())
+    if reason := refuses(caption):
+        return Rejected(reason)
     if config.max_watermark is not None and _number(member.meta.get("pwatermark")) > config.max_watermark:
         return Rejected(f"pwatermark above {config.max_watermark:g}")
-    caption = " ".join(member.caption.split())
     if member.image is None:
         return Sample(caption, None, whole_frame(config.resolution, config.resolution))
     try:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from lcmdistill.checkpoint import written_aside
+from lcmdistill.errors import UsageError
+from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule
 from lcmdistill.teachers.base import Teacher, takes_omega
+from lcmdistill.teachers.pixel import class_labels
 
 STEPS = 4
 "the steps that a pipeline is set for unless it is told otherwise"
@@ -24,23 +28,63 @@ def lcm_scheduler(config: dict[str, Any]) -> Any:
     return LCMScheduler(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
+def student_scheduler(teacher: Teacher) -> Any:
+    """What a student draws with: Consistency Models' scheduler on Karras's schedule, an LCMScheduler on a VP one."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    schedule = teacher.schedule
+    if not isinstance(schedule, KarrasSchedule):
+        return lcm_scheduler(teacher.pipeline.scheduler.config)
+    return CMStochasticIterativeScheduler(
+        num_train_timesteps=schedule.num_steps,
+        sigma_min=schedule.sigma_min,
+        sigma_max=schedule.sigma_max,
+        sigma_data=SIGMA_DATA,
+        rho=schedule.rho,
+    )
+
+
+def is_pixel_pipeline(pipeline: Any) -> bool:
+    """Whether a student's pipeline draws pixels, by the names of classes or by nothing at all."""
+    return type(pipeline).__name__ == "ConsistencyModelPipeline"
+
+
+def call_options(
+    pipeline: Any, prompts: Sequence[str], *, guidance_scale: float | None, resolution: int | None
+) -> dict[str, Any]:
+    """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
+
+    Raises UsageError for what a pipeline in pixel space cannot draw: a prompt that is no class, or another size.
+    """
+    if not is_pixel_pipeline(pipeline):
+        sides = {"height": resolution, "width": resolution}
+        return {"prompt": list(prompts), "guidance_scale": guidance_scale, **sides}
+    own = pipeline.unet.config.sample_size
+    if resolution not in (None, own):
+        raise UsageError(f"--resolution is {resolution}; this model draws at {own} and nothing else")
+    return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
+
+
 def student_pipeline(teacher: Teacher, network: Any, resolution: int | None = None) -> Any:
-    """The student with everything around it, on an LCMScheduler, in the class of the teacher's pipeline.
+    """The student with everything around it, on its `student_scheduler`, in the class of the teacher's pipeline.
 
     A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class cannot run any other. A
-    student without an omega input is to be used at guidance scale 1. The teacher's safety checker goes along where it ships
-    one, as its licence asks. resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
+    ConsistencyModelPipeline in pixel space. A student without an omega input is to be used at guidance scale 1. The teacher's
+    safety checker goes along where it ships one, as its licence asks. resolution: what the pipeline is to draw at unless told
+    otherwise; by default the teacher's own.
     """
-    from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+    from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
     if resolution is not None:
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     kind, source = type(teacher.pipeline), teacher.pipeline
     if kind is StableDiffusionPipeline and takes_omega(network):
         kind = LatentConsistencyModelPipeline
+    if teacher.in_pixels:
+        kind = ConsistencyModelPipeline
     # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, teacher.network_name: network}
-    options |= {"scheduler": lcm_scheduler(source.scheduler.config)}
+    options |= {"scheduler": student_scheduler(teacher)}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
     pipeline.set_progress_bar_config(disable=True)

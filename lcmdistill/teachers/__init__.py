@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.pixel import pixel_space
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
 
@@ -18,6 +19,9 @@ from lcmdistill.teachers.sdxl import stable_diffusion_xl
 FAMILIES: dict[str, Callable[[Any], Teacher]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "DDPMPipeline": pixel_space,
+    "DDIMPipeline": pixel_space,
+    "ConsistencyModelPipeline": pixel_space,
 }
 
 ALIASES = {

@@ -44,6 +44,11 @@ def whole_frame(height: int, width: int) -> Frame:
     return (height, width, 0, 0, height, width)
 
 
+def needs_caption(caption: str) -> str | None:
+    """Why a sample of this caption cannot be used, None if it can: of a network that is told in words what it shall draw."""
+    return None if caption else "no caption"
+
+
 def nothing_else(shown: Shown) -> Conditioning:
     """Of a network that is told nothing but the prompt."""
     return Conditioning({})
@@ -67,11 +72,22 @@ class Teacher:
     encode_prompts: Callable[[Sequence[str]], Conditioning]
     condition: Callable[[Shown], Conditioning] = nothing_else
     published: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Callable[[str], str | None] = needs_caption
+    "why a sample of a caption cannot be used"
+    own_prompts: tuple[str, ...] = ()
+    "what it draws where nobody named prompts and the bundled ones are not for it"
+    draw: Callable[[Sequence[str], Tensor, int, float], Tensor] | None = None
+    "(prompts, noise, steps, guidance_scale) -> latents, where no pipeline of diffusers draws with such a network"
 
     @property
     def vae_factor(self) -> int:
         """Pixels per latent pixel, read from the VAE's config."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether there is no VAE, and the latents are the pixels."""
+        return "vae" not in self.pipeline.components
 
     @property
     def network_name(self) -> str:
@@ -134,9 +150,13 @@ class Teacher:
         """The teacher's own scaled latents for prompts, (B, C, h, w) fp32.
 
         noise: (B, C, h, w), the start of each trajectory; guidance_scale: diffusers' convention, omega + 1; scheduler:
-        the name of a deterministic diffusers scheduler class, built from the teacher's own scheduler config; dtype: of
-        autocast around the network; scheduler_options: what the scheduler's config is to say differently.
+        the name of a deterministic diffusers scheduler class, built from the teacher's own scheduler config (a teacher that
+        draws by itself has its own way); dtype: of autocast around the network; scheduler_options: what the scheduler's
+        config is to say differently.
         """
+        if self.draw is not None:
+            with torch.autocast(self.network.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                return self.draw(prompts, noise, steps, guidance_scale).float()
         import diffusers
 
         before = self.pipeline.scheduler
@@ -162,6 +182,12 @@ class Teacher:
         """A hash of all that makes latents and embeddings; with_network also covers what draws them."""
         config = self.vae.config
         about: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None), type(self.pipeline).__name__]
+        own = self.network.config
+        about += [
+            config.latent_channels,
+            own.get("num_class_embeds"),
+            own.get("_labels"),
+        ]  # in pixel space no weights tell
         parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
         if with_network:
             about += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))
@@ -174,6 +200,20 @@ class Teacher:
         return digest.hexdigest()
 
 
+def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    """The schedule and the prediction type of the network that belongs to a diffusers scheduler's config.
+
+    Raises UsageError on one that is not known.
+    """
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
+    try:
+        return vp_schedule(config), prediction_type
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def vp_teacher(
     pipeline: Any,
     network: Any,
@@ -181,18 +221,11 @@ def vp_teacher(
     encode_prompts: Callable[[Sequence[str]], Conditioning],
     condition: Callable[[Shown], Conditioning] = nothing_else,
 ) -> Teacher:
-    """A Teacher of a pipeline whose scheduler's config tells schedule and prediction type; everything in it is frozen.
+    """A Teacher of a pipeline with a VAE, whose scheduler's config tells the rest; everything in it is frozen.
 
     Raises UsageError on a schedule or prediction type that is not known.
     """
-    config = pipeline.scheduler.config
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
-    try:
-        schedule = vp_schedule(config)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    schedule, prediction_type = vp_denoiser(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
