@@ -68,7 +68,7 @@ class Validation:
         return row
 
 
-def default_prompts(model: str | None, network: Any) -> tuple[str, ...]:
+def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:
     """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders.
 
     network: what draws; a class-conditional one has a name for each of its classes.

@@ -102,7 +102,7 @@ class Teacher:
         return {**self.published, **({"data.resolution": side * self.vae_factor} if isinstance(side, int) else {})}
 
     def example(self, batch: int, resolution: int, device: torch.device | str) -> tuple[Tensor, Tensor, Conditioning]:
-        """Inputs (z, t, c) of the shapes that training at a resolution has: nothing but zeros, and the empty prompt."""
+        """Inputs (z, t, c) of the shapes that training at a resolution has: nothing but zeros, and a prompt of its own."""
         side = resolution // self.vae_factor
         z = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -112,7 +112,8 @@ class Teacher:
             encode=lambda pixels: torch.zeros(z.shape),
             seeds=range(batch),
         )
-        return z, t, self.encode_prompts([""]).to(device).expand(batch) | self.condition(shown).to(device)
+        prompt = self.own_prompts[0] if self.own_prompts else ""
+        return z, t, self.encode_prompts([prompt]).to(device).expand(batch) | self.condition(shown).to(device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,8 @@ def pixel_space(pipeline: Any) -> Teacher:
     schedule, prediction_type = _denoiser(pipeline.scheduler.config)
 
     def encode_prompts(prompts: Sequence[str]) -> Conditioning:
+        if not any(prompts) and unet.config.num_class_embeds == len(class_names(unet)):
+            return Conditioning({})  # no class stands for none, and no prompt changes nothing: guidance has no effect
         labels = class_labels(unet, prompts)
         return Conditioning({} if labels is None else {"class_labels": labels.to(unet.device)})
 
