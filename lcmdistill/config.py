@@ -103,6 +103,12 @@ def preset_changes(flags: Mapping[str, Any], preset: str) -> list[str]:
     return [f"{key}: {usual.get(key)} -> {value}" for key, value in said.items() if usual.get(key) != value]
 
 
+def has_key(config: RunConfig, dotted: str) -> bool:
+    """Whether "section.key" is a setting of this run: objectives differ in theirs."""
+    section, _, key = dotted.partition(".")
+    return hasattr(getattr(config, section, None), key)
+
+
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """The same configuration with {"section.key": value} in place of its own."""
     for dotted, value in values.items():

@@ -1,4 +1,4 @@
-"""The LoRA student: an adapter on the teacher's own U-Net, which with the adapter off is the teacher, bit for bit.
+"""The LoRA student: an adapter on the teacher's own network, which with the adapter off is the teacher, bit for bit.
 
 Shapes: r rank, I inputs and O outputs of a layer.
 """
@@ -28,34 +28,35 @@ class LoraLayer:
     alpha: float
 
 
-def add_lora(unet: Any, name: str, config: StudentConfig, seed: int) -> None:
-    """Add an adapter to a U-Net, its first weights drawn from the seed; everything else is frozen.
+def add_lora(network: Any, name: str, config: StudentConfig, seed: int) -> None:
+    """Add an adapter to a network, its first weights drawn from the seed; everything else is frozen.
 
     The adapter is fp32 whatever the base is. Raises UsageError if no layer has one of the names, or the rank is above a
     layer's width.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    _check_layers(unet, config.rank, config.target_modules)
+    _check_layers(network, config.rank, config.target_modules)
     # peft scales by any number, though it declares a whole one.
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
-        unet.add_adapter(LoraConfig(**settings, target_modules=list(config.target_modules)), adapter_name=name)
+        inject_adapter_in_model(LoraConfig(**settings, target_modules=list(config.target_modules)), network, name)
+    choose_adapter(network, name)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
-    for _, layer in lora_layers(unet):
+    for _, layer in lora_layers(network):
         for part in (layer.lora_A[name], layer.lora_B[name]):
             part.float()
         down = layer.lora_A[name].weight
         if down.device.type != "meta":
             fresh = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
             down.data.copy_(fresh)
-    for parameter_name, parameter in unet.named_parameters():
+    for parameter_name, parameter in network.named_parameters():
         parameter.requires_grad_(f".{name}." in parameter_name)
 
 
-def _check_layers(unet: Any, rank: int, modules: tuple[str, ...]) -> None:
-    chosen = [(path, m) for path, m in unet.named_modules() if any(path.endswith(f".{name}") for name in modules)]
+def _check_layers(network: Any, rank: int, modules: tuple[str, ...]) -> None:
+    chosen = [(path, m) for path, m in network.named_modules() if any(path.endswith(f".{name}") for name in modules)]
     if not chosen:
         raise UsageError(f"student.target_modules: no layer of the teacher is named {', '.join(modules)}")
     widths = {path: min(m.weight.shape[0], m.weight.shape[1:].numel()) for path, m in chosen}
@@ -66,28 +67,28 @@ def _check_layers(unet: Any, rank: int, modules: tuple[str, ...]) -> None:
         )
 
 
-def lora_layers(unet: Any) -> Iterator[tuple[str, Any]]:
+def lora_layers(network: Any) -> Iterator[tuple[str, Any]]:
     """(path, peft layer) of every layer that an adapter sits on."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for path, module in unet.named_modules():
+    for path, module in network.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield path, module
 
 
-def choose_adapter(unet: Any, name: str | None, *, dropout: bool = False) -> None:
-    """Let one adapter act, or none; its dropout acts in training only, whatever mode the U-Net is in."""
-    for _, layer in lora_layers(unet):
+def choose_adapter(network: Any, name: str | None, *, dropout: bool = False) -> None:
+    """Let one adapter act, or none; its dropout acts in training only, whatever mode the network is in."""
+    for _, layer in lora_layers(network):
         layer.enable_adapters(name is not None)
         layer.lora_dropout.train(dropout)
         if name is not None:
             layer.set_adapter(name)
 
 
-def adapter_parameters(unet: Any, name: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(network: Any, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters, by the path of their layer: "mid_block....to_q.lora_A"."""
     found: dict[str, nn.Parameter] = {}
-    for path, layer in lora_layers(unet):
+    for path, layer in lora_layers(network):
         found[f"{path}.lora_A"] = layer.lora_A[name].weight
         found[f"{path}.lora_B"] = layer.lora_B[name].weight
     return found

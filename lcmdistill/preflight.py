@@ -22,7 +22,7 @@ from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door
 from lcmdistill.teachers import ALIASES, load_teacher
-from lcmdistill.teachers.base import Teacher, needs_caption
+from lcmdistill.teachers.base import Teacher, can_take_omega, needs_caption, takes_omega
 from lcmdistill.tracking import check_tracker, say
 
 SURVEY_SECONDS = 20.0
@@ -38,12 +38,20 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(str(error)) from error
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
-    resolution, multiple = config.data.resolution, math.lcm(teacher.vae_factor, 8)
+    low, high = (getattr(config.objective, key, None) for key in ("w_min", "w_max"))
+    has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
+    if not has_input and low != high:
+        raise UsageError(
+            f"omega is drawn from {low:g} to {high:g}, and a {type(teacher.network).__name__} has no input for it; set "
+            "objective.w_min and objective.w_max to one value"
+        )
+    resolution, patch = config.data.resolution, teacher.network.config.get("patch_size", 1)
+    multiple = math.lcm(teacher.vae_factor * patch, 8)
     if not teacher.in_pixels and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
-            f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is "
-            f"{teacher.vae_factor}, and diffusers draws in multiples of 8): try {near}"
+            f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
+            f"{f', a patch takes {patch}' if patch > 1 else ''}, and diffusers draws in multiples of 8): try {near}"
         )
 
 
@@ -105,9 +113,9 @@ def dry_run(config: RunConfig) -> None:
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
         say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}{cached}")
-    needed = memory_needed(config, teacher, dtype)
+    needed, kind = memory_needed(config, teacher, dtype), "U-Net" if teacher.network_name == "unet" else "transformer"
     say(
-        f"teacher: {teacher.prediction_type}-predicting U-Net of {needed.base:,} parameters; the student, "
+        f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
     weights, activations = needed.weights, needed.activations
@@ -144,7 +152,7 @@ def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Ne
     z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
     with torch.device("meta"):
         shape = dict(teacher.network.config)
-        if student.kind == "full" and shape.get("time_cond_proj_dim", OMEGA_DIM) is None:
+        if student.kind == "full" and can_take_omega(teacher.network) and not takes_omega(teacher.network):
             shape["time_cond_proj_dim"] = OMEGA_DIM
         network: Any = type(teacher.network).from_config(shape)
         if student.kind == "lora":

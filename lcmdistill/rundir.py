@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.checkpoint import checkpoints, step_name, step_of, write_text
-from lcmdistill.config import flatten, to_toml, with_values
+from lcmdistill.config import flatten, has_key, to_toml, with_values
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
 from lcmdistill.settings import RunConfig, TeacherConfig
@@ -37,7 +37,13 @@ FREE_TO_DIFFER = {
 
 
 # Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
-TEACHERS_OWN = {"data.resolution", "data.guidance_scale", "objective.w_min"}
+TEACHERS_OWN = {
+    "data.resolution",
+    "data.guidance_scale",
+    "objective.w_min",
+    "objective.w_max",
+    "student.target_modules",
+}
 
 
 def settle(config: RunConfig, world: int, usual: Mapping[str, Any], *, one_a_prompt: bool = True) -> RunConfig:
@@ -46,8 +52,7 @@ def settle(config: RunConfig, world: int, usual: Mapping[str, Any], *, one_a_pro
     usual: `Teacher.usual`; one_a_prompt: whether a teacher without data draws each prompt once at most. A run that is
     resumed keeps the number of samples it was started with, however long it is now to be.
     """
-    known = flatten(config)
-    config = with_values(config, {k: v for k, v in usual.items() if k in known and k not in config.chosen})
+    config = with_values(config, {k: v for k, v in usual.items() if has_key(config, k) and k not in config.chosen})
     config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
     optim, before = config.optim, begun(Path(config.run.output or ""))
     count = config.data.count or before.get("data.count")

@@ -16,6 +16,7 @@ from lcmdistill.export.lora_files import load_lora
 from lcmdistill.export.pipeline import call_options, lcm_scheduler
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
+from lcmdistill.teachers.drawing import inpaints, network_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,25 @@ def load_student(
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)
         pipeline.set_adapters(names, [*scales, *[1.0] * (len(loras) - len(scales))])
-    return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and type(part).__name__.startswith("T5"):
+            for name, module in part.named_modules():
+                if name.endswith(".wo"):  # where T5 overflows in half precision, as its own loader knows
+                    module.float()
+    return pipeline
+
+
+def read_shown(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
+    """The files of --image and --mask, None without either. Raises UsageError if one is missing or cannot be read."""
+    if image is None and mask is None:
+        return None
+    if image is None or mask is None:
+        raise UsageError("--image and --mask go together: what is painted into, and where (white)")
+    try:
+        return Image.open(image).convert("RGB"), Image.open(mask).convert("L")
+    except OSError as error:
+        raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
 
 
 def draw(
@@ -101,12 +120,14 @@ def draw(
     steps: int,
     guidance_scale: float,
     resolution: int | None = None,
+    shown: tuple[Image.Image, Image.Image] | None = None,
     batch_size: int = 4,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Drawing]:
     """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch.
 
-    Raises UsageError on more steps than the scheduler has, or a resolution that diffusers does not draw.
+    shown: image and mask for an inpainting model, which else draws from the prompt alone. Raises UsageError on more steps than
+    the scheduler has, a resolution that diffusers does not draw, or an image for a model that takes none.
     """
     known = pipeline.scheduler.config
     most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
@@ -114,13 +135,17 @@ def draw(
         raise UsageError(
             f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
         )
-    if resolution is not None and resolution % 8:
-        raise UsageError(f"--resolution is {resolution}; it must be a multiple of 8: try {round(resolution / 8) * 8}")
+    if shown and not inpaints(pipeline):
+        raise UsageError("--image and --mask are for inpainting models, which this is not; leave them out")
+    multiple = 8 * network_of(pipeline).config.get("patch_size", 1)
+    if resolution is not None and resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
+        raise UsageError(f"--resolution is {resolution}; it must be a multiple of {multiple}: try {near}")
     drawings: list[Drawing] = []
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
         images = pipeline(
-            **call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution),
+            **call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution, shown=shown),
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed) for seed in theirs],
         ).images

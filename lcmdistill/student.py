@@ -12,7 +12,7 @@ from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
 from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.settings import StudentConfig
-from lcmdistill.teachers.base import Call, Teacher
+from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega
 
 
 class Door(nn.Module):
@@ -138,7 +138,7 @@ def full_student(teacher_network: Any, omega_init: str, seed: int) -> Any:
     omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation. A network whose class
     has no omega input stays without.
     """
-    if teacher_network.config.get("time_cond_proj_dim", OMEGA_DIM) is not None:
+    if takes_omega(teacher_network) or not can_take_omega(teacher_network):
         return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
     with torch.device("meta"):
         network = type(teacher_network).from_config({**teacher_network.config, "time_cond_proj_dim": OMEGA_DIM})

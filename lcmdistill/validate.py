@@ -11,6 +11,7 @@ from lcmdistill.export.pipeline import call_options, is_pixel_pipeline, student_
 from lcmdistill.sample import grid
 from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.drawing import pipeline_latents
 from lcmdistill.teachers.pixel import class_names
 from lcmdistill.tracking import Metrics
 
@@ -53,18 +54,20 @@ class Validation:
         return path
 
     def _row(self, pipeline: Any, prompt: str, shape: tuple[int, ...]) -> list[Any]:
-        row = []
+        run, row = self._config.run, []
         for steps in STEPS:
-            generator = torch.Generator().manual_seed(derive_seed(self._config.run.seed, "validation", prompt))
-            options = call_options(
-                pipeline,
-                [prompt],
-                guidance_scale=self._config.run.validation_guidance_scale,
-                resolution=self._config.data.resolution,
+            generator = torch.Generator().manual_seed(derive_seed(run.seed, "validation", prompt))
+            scale, side = run.validation_guidance_scale or 1.0, self._config.data.resolution
+            if is_pixel_pipeline(pipeline):  # which draws the same noise itself, and takes none of one channel
+                options = call_options(pipeline, [prompt], guidance_scale=scale, resolution=side)
+                row += pipeline(**options, num_inference_steps=steps, generator=generator).images
+                continue
+            noise = torch.randn(shape, generator=generator)
+            latents = pipeline_latents(
+                pipeline, [prompt], noise, steps=steps, guidance_scale=scale, generator=generator
             )
-            if not is_pixel_pipeline(pipeline):  # which draws the same noise itself, and takes none of one channel
-                options["latents"] = torch.randn(shape, generator=generator).to(pipeline.device)
-            row += pipeline(**options, num_inference_steps=steps, generator=generator).images
+            pixels = self._teacher.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+            row += pipeline.image_processor.numpy_to_pil(pixels)
         return row
 
 

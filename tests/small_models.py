@@ -1,4 +1,4 @@
-"""Small random models in the layouts of SD1, SD2 and SDXL, built from their real classes."""
+"""Small random models of every family, built from their real classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,15 @@ from typing import Any
 import diffusers
 from conftest import build_teacher, write_tokenizer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 # diffusers annotates its tuples with one element only.
 UNet: Any = diffusers.UNet2DConditionModel
@@ -15,6 +23,8 @@ AutoencoderKL: Any = diffusers.AutoencoderKL
 SD: Any = diffusers.StableDiffusionPipeline
 SDXL: Any = diffusers.StableDiffusionXLPipeline
 DDIMScheduler: Any = diffusers.DDIMScheduler
+PixArt: Any = diffusers.PixArtTransformer2DModel
+PixArtPipeline: Any = diffusers.PixArtAlphaPipeline
 
 
 def text_config(layers: int = 2, width: int = 16, **more: Any) -> CLIPTextConfig:
@@ -108,9 +118,56 @@ def build_sdxl(folder: Path) -> Path:
 BUILDERS: dict[str, Callable[[Path], Path]] = {"sd1": build_teacher, "sd2": build_sd2, "sdxl": build_sdxl}
 
 
+def build_inpainting(folder: Path) -> Path:
+    """An SD1 whose U-Net takes 9 channels: latents, mask, masked image."""
+    return _with_nine_channels(opened(build_teacher(folder.parent / "plain")), folder, "StableDiffusionInpaintPipeline")
+
+
+def build_sdxl_inpainting(folder: Path) -> Path:
+    """The same of SDXL."""
+    return _with_nine_channels(opened(build_sdxl(folder.parent / "plain")), folder, "StableDiffusionXLInpaintPipeline")
+
+
+def _with_nine_channels(plain: Any, folder: Path, kind: str) -> Path:
+    unet = UNet.from_config({**plain.unet.config, "in_channels": 9})
+    own = {} if "XL" in kind else {"requires_safety_checker": False}
+    getattr(diffusers, kind)(**{**plain.components, "unet": unet}, **own).save_pretrained(folder)
+    return folder
+
+
+def build_pixart(folder: Path) -> Path:
+    """Two blocks under a T5, with the sizes among the inputs that the 1024 px model has."""
+    transformer = PixArt(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=128,
+        caption_channels=16,
+    )
+    text = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=120)
+    PixArtPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text,
+        vae=small_vae(),
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
+    ).save_pretrained(folder)
+    return folder
+
+
+# Of each family; those of BUILDERS are the layouts that single files have.
+FAMILY_BUILDERS = BUILDERS | {
+    "inpainting": build_inpainting,
+    "sdxl-inpainting": build_sdxl_inpainting,
+    "pixart": build_pixart,
+}
+
+
 def opened(folder: Path) -> Any:
-    is_xl = (folder / "text_encoder_2").is_dir()
-    return (SDXL if is_xl else SD).from_pretrained(folder)
+    return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 
 def models_of(pipeline: Any) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Every family of teachers, as a small random model of its real classes: from the preflight to what is exported."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from conftest import SMALL, Command
 from PIL import Image, ImageOps
-from small_models import BUILDERS
+from small_models import FAMILY_BUILDERS
 from test_teachers import edited
 
+from lcmdistill.batch import Batch, Conditioning, Models, Rng, x0_eps_network
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.transforms import transform
-from lcmdistill.settings import DataConfig
+from lcmdistill.objectives import LatentConsistency
+from lcmdistill.settings import DataConfig, StudentConfig
+from lcmdistill.student import make_student, raw_network
 from lcmdistill.teachers import load_teacher
-from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.base import Shown, Teacher
+from lcmdistill.teachers.inpaint import draw_mask
 
-each_family = pytest.mark.parametrize("family", list(BUILDERS))
+each_family = pytest.mark.parametrize("family", list(FAMILY_BUILDERS))
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +31,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """family -> diffusers folder of a small random model."""
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(1)
-        return {name: build(tmp_path_factory.mktemp(name) / "model") for name, build in BUILDERS.items()}
+        return {name: build(tmp_path_factory.mktemp(name) / "model") for name, build in FAMILY_BUILDERS.items()}
 
 
-@each_family
+# SDXL's inpainting is SDXL and inpainting, both of which are run.
+@pytest.mark.parametrize("family", [name for name in FAMILY_BUILDERS if name != "sdxl-inpainting"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_from_the_preflight_to_its_images(
     family: str, kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:
+    if (family, kind) == ("pixart", "lora"):
+        pytest.skip("a transformer's LoRA has no file format yet")
     name = "distill-lora" if kind == "lora" else "distill"
     own = {**SMALL, "data.resolution": 32, "optim.batch_size": 2, "optim.max_train_steps": 2, "run.checkpoint_every": 1}
     own |= {"run.validate_every": 2, "run.validation_prompts": '["a cat"]', "student.rank": 2, "student.alpha": 1.0}
-    sets = [f"--set={key}={value}" for key, value in own.items() if key != "optim.max_train_steps"]
+    # PixArt's omega is its own published one: its network has no input for a range.
+    left_out = ("optim.max_train_steps", *(("objective.w_min", "objective.w_max") if family == "pixart" else ()))
+    sets = [f"--set={key}={value}" for key, value in own.items() if key not in left_out]
     base = [name, "--teacher", folders[family], "--data", image_folder, "--output", tmp_path / "run", *sets]
     code, told, error = command(*base, "--dry-run")
     assert code == 0, error
@@ -63,7 +73,12 @@ def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: in
 
     scheduler: Any = diffusers.DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
-    blank = teacher.example(1, noise.shape[-1] * teacher.vae_factor, "cpu")[2]
+    side = noise.shape[-1] * teacher.vae_factor
+    blank = teacher.example(1, side, "cpu")[2]
+    if "mask" in blank.values:  # all is masked, and the encoding of what is left drawn from its posterior
+        posterior = teacher.vae.encode(torch.zeros(1, 3, side, side)).latent_dist
+        masked = posterior.sample(torch.Generator().manual_seed(0)) * teacher.vae.config.scaling_factor
+        blank = blank | Conditioning({"mask": torch.ones(1, 1, *noise.shape[2:]), "masked": masked})
     prompts = [blank.with_prompt(teacher.encode_prompts([text])) for text in (prompt, "")]
     z = noise
     for t in scheduler.timesteps:
@@ -81,6 +96,106 @@ def test_the_network_is_asked_as_the_pipeline_asks_it(family: str, folders: dict
     torch.testing.assert_close(guided_by_hand(teacher, "a cat", noise, 3, 3.0), drawn, rtol=1e-4, atol=1e-4)
     unguided = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")
     assert (unguided - drawn).abs().max() > 1e-2
+
+
+# -- v-prediction ------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(teacher: Teacher, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective's loss on fixed latents, and its gradient, with networks that are made of a teacher as in training."""
+    config = StudentConfig(kind=kind, rank=2) if kind == "lora" else StudentConfig()  # pyright: ignore[reportArgumentType]
+    student = make_student(teacher, config, dtype=torch.float32, seed=0, checkpointing=False)
+    networks = [
+        x0_eps_network(raw_network(module), teacher.schedule, teacher.prediction_type)
+        for module in (student.teacher, student.online, student.target)
+    ]
+    models = Models(teacher.schedule, *networks, null=teacher.encode_prompts([""]))
+    z, _, c = teacher.example(4, 16, "cpu")
+    rng = Rng(0, 0, range(4))
+    latents = rng.normal("latents", z.shape[1:])
+    loss = LatentConsistency(times="all").loss(
+        models, Batch(latents, c.with_prompt(teacher.encode_prompts(["a cat"]))), rng
+    )
+    loss.mean().backward()
+    gradients = [value.grad for _, value in sorted(student.trainable.items())]
+    return loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_v_teacher_s_u_net_trains_like_the_epsilon_one_it_was_converted_from(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    losses, gradients = [], []
+    for prediction_type in ("epsilon", "v_prediction"):
+        teacher = load_teacher(str(folders["sd1"]))
+
+        def as_v(unet: Any, z: torch.Tensor, t: torch.Tensor, c: Any, w: Any, of: Teacher = teacher) -> torch.Tensor:
+            """v = alpha eps - sigma x0 of an epsilon network, (eps - sigma z) / alpha."""
+            alpha, sigma = of.schedule.alpha(t).double(), of.schedule.sigma(t).double()
+            return ((of.call(unet, z, t, c, w).double() - sigma * z) / alpha).float()
+
+        call = as_v if prediction_type == "v_prediction" else teacher.call
+        loss, gradient = loss_and_gradient(replace(teacher, prediction_type=prediction_type, call=call), kind)
+        losses.append(loss)
+        gradients.append(gradient)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+# -- inpainting --------------------------------------------------------------------------------------------------------
+
+
+def test_masks_are_rectangles_or_all_and_belong_to_their_seed() -> None:
+    masks = [draw_mask(24, 40, seed) for seed in range(300)]
+    assert torch.equal(draw_mask(24, 40, 7), masks[7])
+    everything = sum(bool(mask.all()) for mask in masks)
+    assert 45 < everything < 110  # a quarter of 300, within four standard errors
+    for mask in masks:
+        rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+        height, width = len(rows), len(columns)
+        assert mask.sum() == height * width == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert (height >= 3, width >= 5) == (True, True)
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 180
+
+
+def test_the_network_is_shown_what_the_pipeline_would_show_it(folders: dict[str, Path]) -> None:
+    teacher = load_teacher(str(folders["inpainting"]))
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encode = lambda images: teacher.encode_images(images)[0]  # noqa: E731
+    seeds = [next(s for s in range(99) if bool(draw_mask(16, 16, s).all()) is whole) for whole in (True, False)]
+    told = teacher.condition(Shown(torch.zeros(2, 6), lambda: pixels, encode, seeds))
+    masks = torch.stack([draw_mask(16, 16, seed) for seed in seeds])
+    pipeline, generators = teacher.pipeline, [torch.Generator() for _ in seeds]
+    theirs = pipeline.mask_processor.preprocess(masks, height=16, width=16)
+    small, _ = pipeline.prepare_mask_latents(
+        theirs, pixels * (theirs < 0.5), 2, 16, 16, torch.float32, "cpu", generators, False
+    )
+    assert torch.equal(told["mask"].float(), small)
+    torch.testing.assert_close(told["masked"].float(), encode(pixels * (theirs < 0.5)), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("source", ["images", "teacher"])
+def test_each_sample_has_a_mask_of_its_own(
+    source: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(folders["inpainting"]))
+    spec = str(image_folder) if source == "images" else "teacher"
+    config = DataConfig(sources=(spec,), resolution=16, count=4, draw_steps=2, cache_dir=str(tmp_path / "cache"))
+    folder = prepare(spec, config, teacher, 0)
+    mean, _, cond = LatentDataset([folder], [4]).read([0, 1, 2, 3])
+    assert cond["mask"].shape == (4, 1, 8, 8)
+    assert len({tuple(mask.flatten().tolist()) for mask in cond["mask"]}) > 1
+    hidden = cond["mask"].bool().expand_as(mean)
+    # The latents of what is shown are those of the image where nothing near is hidden; of a whole mask they are one gray.
+    blank = teacher.encode_images(torch.zeros(1, 3, 16, 16))[0]
+    for i in range(4):
+        if hidden[i].all():
+            torch.testing.assert_close(cond["masked"][i], blank[0], atol=1e-2, rtol=1e-2)
+        else:
+            assert (cond["masked"][i] - mean[i]).abs()[hidden[i]].max() > 0
+    other = prepare(spec, config, teacher, 1)
+    assert other != folder
+    assert not torch.equal(LatentDataset([other], [4]).read([0, 1, 2, 3])[2]["mask"], cond["mask"])
 
 
 # -- Stable Diffusion XL -----------------------------------------------------------------------------------------------

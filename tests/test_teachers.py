@@ -283,7 +283,7 @@ def test_a_pipeline_of_a_class_that_diffusers_has_not_is_refused(tmp_path: Path,
         load_teacher(str(folder))
 
 
-def test_an_inpainting_teacher_is_refused(tmp_path: Path, small_teacher: Path) -> None:
+def test_an_inpainting_u_net_in_a_plain_pipeline_is_refused(tmp_path: Path, small_teacher: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     folder = tmp_path / "teacher"
@@ -291,5 +291,5 @@ def test_an_inpainting_teacher_is_refused(tmp_path: Path, small_teacher: Path) -
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet: Any = UNet2DConditionModel.from_config({**config, "in_channels": 9})
     unet.save_pretrained(folder / "unet")
-    with pytest.raises(UsageError, match="takes 9 channels and its VAE makes 4; an inpainting teacher"):
+    with pytest.raises(UsageError, match="takes 9 channels, and a StableDiffusionPipeline gives it 4"):
         load_teacher(str(folder))

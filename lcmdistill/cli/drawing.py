@@ -41,6 +41,8 @@ def sample(
     ] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: the run's own]")] = None,
+    image: Annotated[Path | None, typer.Option(help="Inpainting models: the image to paint into.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Inpainting models: an image, white where it is painted.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
     device: Device = "auto",
@@ -58,6 +60,7 @@ def sample(
         raise UsageError("MODEL and --model say the same; give one of them")
     if len(lora_scale or ()) > len(lora or ()):
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
+    shown = sampling.read_shown(image, mask)
     found = sampling.find_model(model or base)
     loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
@@ -76,6 +79,7 @@ def sample(
             steps=steps,
             guidance_scale=guidance,
             resolution=resolution or found.resolution,
+            shown=shown,
             batch_size=batch_size,
             on_progress=bar.update,
         )

@@ -146,7 +146,7 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
     else:
         about |= {"source": spec, "files": _listing(spec), "min_size": config.min_size}
         about |= {"crop": config.crop, "flip": config.flip, "max_watermark": config.max_watermark}
-        if config.crop == "random" or config.flip:
+        if config.crop == "random" or config.flip or teacher.condition_is_drawn:
             about["seed"] = seed
         if kind_of(spec) == "folder":
             about["order"] = seed

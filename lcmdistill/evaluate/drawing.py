@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcmdistill.batch import derive_seed
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.drawing import pipeline_latents
 
 TEACHER_STEPS = 50
 "the teacher's own quality, which everything else stands beside"
@@ -74,21 +75,12 @@ def student_latents(
     The fresh noise between steps comes from seed, a generator an image.
     """
     parts = []
-    factor = pipeline.vae_scale_factor
     for i in range(0, len(prompts), batch_size):
         z = noise[i : i + batch_size]
         generators = [torch.Generator().manual_seed(derive_seed(seed, "fresh", i + j)) for j in range(len(z))]
-        out = pipeline(
-            prompt=list(prompts[i : i + batch_size]),
-            height=z.shape[2] * factor,
-            width=z.shape[3] * factor,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            latents=z.to(pipeline.device, pipeline.unet.dtype),
-            generator=generators,
-            output_type="latent",
-            return_dict=False,
+        drawn = pipeline_latents(
+            pipeline, prompts[i : i + batch_size], z, steps=steps, guidance_scale=guidance_scale, generator=generators
         )
-        parts.append(out[0].float().cpu())
+        parts.append(drawn.cpu())
         tell(len(z))
     return torch.cat(parts)

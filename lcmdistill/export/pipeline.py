@@ -13,6 +13,7 @@ from lcmdistill.checkpoint import written_aside
 from lcmdistill.errors import UsageError
 from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule
 from lcmdistill.teachers.base import Teacher, takes_omega
+from lcmdistill.teachers.drawing import also_told, own_size
 from lcmdistill.teachers.pixel import class_labels
 
 STEPS = 4
@@ -50,15 +51,22 @@ def is_pixel_pipeline(pipeline: Any) -> bool:
 
 
 def call_options(
-    pipeline: Any, prompts: Sequence[str], *, guidance_scale: float | None, resolution: int | None
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float | None,
+    resolution: int | None,
+    shown: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
 
-    Raises UsageError for what a pipeline in pixel space cannot draw: a prompt that is no class, or another size.
+    shown: image and mask, as in `also_told`. Raises UsageError for what a pipeline in pixel space cannot draw: a prompt that is
+    no class, or another size.
     """
     if not is_pixel_pipeline(pipeline):
-        sides = {"height": resolution, "width": resolution}
-        return {"prompt": list(prompts), "guidance_scale": guidance_scale, **sides}
+        height, width = (resolution, resolution) if resolution else own_size(pipeline)
+        told = {"prompt": list(prompts), "guidance_scale": guidance_scale, "height": height, "width": width}
+        return told | also_told(pipeline, len(prompts), height, width, shown)
     own = pipeline.unet.config.sample_size
     if resolution not in (None, own):
         raise UsageError(f"--resolution is {resolution}; this model draws at {own} and nothing else")
@@ -75,7 +83,7 @@ def student_pipeline(teacher: Teacher, network: Any, resolution: int | None = No
     """
     from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
-    if resolution is not None:
+    if resolution is not None and teacher.network_name == "unet":  # to a transformer the size means more than a default
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     kind, source = type(teacher.pipeline), teacher.pipeline
     if kind is StableDiffusionPipeline and takes_omega(network):

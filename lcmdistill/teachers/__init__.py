@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.inpaint import stable_diffusion_inpainting, stable_diffusion_xl_inpainting
+from lcmdistill.teachers.pixart import pixart_alpha
 from lcmdistill.teachers.pixel import pixel_space
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
@@ -22,6 +24,9 @@ FAMILIES: dict[str, Callable[[Any], Teacher]] = {
     "DDPMPipeline": pixel_space,
     "DDIMPipeline": pixel_space,
     "ConsistencyModelPipeline": pixel_space,
+    "StableDiffusionInpaintPipeline": stable_diffusion_inpainting,
+    "StableDiffusionXLInpaintPipeline": stable_diffusion_xl_inpainting,
+    "PixArtAlphaPipeline": pixart_alpha,
 }
 
 ALIASES = {
@@ -114,7 +119,7 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:
         raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
-    for part in sorted({"unet", "vae", "text_encoder"} & parts):
+    for part in sorted({"unet", "transformer", "vae", "text_encoder", "text_encoder_2"} & parts):
         found = {path.suffix for path in (folder / part).iterdir()}
         if ".safetensors" not in found and found & {".bin", ".pt", ".ckpt"} and not allow_pickle:
             raise UsageError(
@@ -124,9 +129,9 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def _check_weights(model: str, pipeline: Any) -> None:
-    """Raise UsageError if a U-Net's or a CLIP's file lacks weights: the libraries draw random ones and only warn."""
+    """Raise UsageError if a network's or a CLIP's file lacks weights: the libraries draw random ones and only warn."""
     for name, part in pipeline.components.items():
-        if not type(part).__name__.startswith(("CLIPText", "UNet")):
+        if not type(part).__name__.startswith(("CLIPText", "UNet", "PixArt")):
             continue
         found: dict[str, list[int]] = {}
         for path in Path(part.config._name_or_path).glob("*.safetensors"):

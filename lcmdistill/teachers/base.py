@@ -16,6 +16,7 @@ from lcmdistill.consistency import omega_embedding
 from lcmdistill.errors import UsageError
 from lcmdistill.prediction import PREDICTION_TYPES
 from lcmdistill.schedule import NoiseSchedule, vp_schedule
+from lcmdistill.teachers.drawing import pipeline_latents
 
 # (network, z, t, c, w) -> raw output: how a family's network is asked. c: a Conditioning's values; w is ignored by a
 # network without an omega input.
@@ -71,6 +72,8 @@ class Teacher:
     call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
     condition: Callable[[Shown], Conditioning] = nothing_else
+    condition_is_drawn: bool = False
+    "whether `condition` draws at random"
     published: Mapping[str, Any] = field(default_factory=dict)
     refuses: Callable[[str], str | None] = needs_caption
     "why a sample of a caption cannot be used"
@@ -163,21 +166,19 @@ class Teacher:
         before = self.pipeline.scheduler
         self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
         try:
-            factor = self.vae_factor
-            with torch.autocast(self.network.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out = self.pipeline(
-                    prompt=list(prompts),
-                    height=noise.shape[2] * factor,
-                    width=noise.shape[3] * factor,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    latents=noise.to(self.network.device, self.network.dtype),
-                    output_type="latent",
-                    return_dict=False,
-                )
+            # Only an inpainting pipeline draws anything at random: the encoding of the image that it is shown.
+            fixed = [torch.Generator().manual_seed(0) for _ in prompts]
+            return pipeline_latents(
+                self.pipeline,
+                prompts,
+                noise,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                dtype=dtype,
+                generator=fixed,
+            )
         finally:
             self.pipeline.scheduler = before
-        return out[0].float()
 
     def fingerprint(self, *, with_network: bool) -> str:
         """A hash of all that makes latents and embeddings; with_network also covers what draws them."""
@@ -246,6 +247,11 @@ def vp_teacher(
 def takes_omega(network: Any) -> bool:
     """Whether a network has an omega input (`time_cond_proj_dim`); one that has none draws at the guidance it was given."""
     return network.config.get("time_cond_proj_dim") is not None
+
+
+def can_take_omega(network: Any) -> bool:
+    """Whether the class of a network has an omega input, which a full student of it is then given."""
+    return "time_cond_proj_dim" in network.config
 
 
 def omega_input(network: Any, w: Tensor | None) -> Tensor | None:

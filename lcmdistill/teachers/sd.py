@@ -17,9 +17,12 @@ def call_unet(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tenso
     return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega_input(unet, w), return_dict=False)[0]
 
 
-def stable_diffusion(pipeline: Any) -> Teacher:
-    """A StableDiffusionPipeline as a Teacher. Raises as `vp_teacher`, and on a U-Net with other inputs than latents."""
-    check_latent_input(pipeline)
+def stable_diffusion(pipeline: Any, more_channels: int = 0) -> Teacher:
+    """A StableDiffusionPipeline as a Teacher; more_channels: how many its U-Net takes besides the latents.
+
+    Raises as `vp_teacher`, and UsageError on a U-Net that takes another number.
+    """
+    check_channels(pipeline, more_channels)
 
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Conditioning:
@@ -29,10 +32,11 @@ def stable_diffusion(pipeline: Any) -> Teacher:
     return vp_teacher(pipeline, pipeline.unet, call_unet, encode_prompts)
 
 
-def check_latent_input(pipeline: Any) -> None:
-    """Raise UsageError if a U-Net wants more than the latents that its VAE makes."""
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+def check_channels(pipeline: Any, more: int) -> None:
+    """Raise UsageError unless a U-Net takes its VAE's latents and so many channels more."""
+    takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != latents + more:
         raise UsageError(
-            f"the teacher's U-Net takes {pipeline.unet.config.in_channels} channels and its VAE makes "
-            f"{pipeline.vae.config.latent_channels}; an inpainting teacher cannot be distilled yet"
+            f"the teacher's U-Net takes {takes} channels, and a {type(pipeline).__name__} gives it {latents + more}; it is of "
+            "another kind (inpainting U-Nets take 9 and belong into an inpainting pipeline)"
         )

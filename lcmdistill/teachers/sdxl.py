@@ -13,7 +13,7 @@ from torch import Tensor
 from lcmdistill.batch import Conditioning
 from lcmdistill.errors import UsageError
 from lcmdistill.teachers.base import Shown, Teacher, omega_input, vp_teacher
-from lcmdistill.teachers.sd import check_latent_input
+from lcmdistill.teachers.sd import check_channels
 
 
 def call_unet_xl(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
@@ -23,9 +23,9 @@ def call_unet_xl(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Te
     return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
 
 
-def stable_diffusion_xl(pipeline: Any) -> Teacher:
-    """A StableDiffusionXLPipeline as a Teacher. Raises as `vp_teacher`, and on a U-Net with other inputs."""
-    check_latent_input(pipeline)
+def stable_diffusion_xl(pipeline: Any, more_channels: int = 0) -> Teacher:
+    """A StableDiffusionXLPipeline as a Teacher. more_channels and errors: as of `stable_diffusion`."""
+    check_channels(pipeline, more_channels)
     if pipeline.unet.config.addition_embed_type != "text_time" or pipeline.text_encoder is None:
         raise UsageError(
             "the teacher is an SDXL pipeline without a base U-Net or its first text encoder; give SDXL base"
