@@ -51,9 +51,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Write `step-N` under `folder`. groups: name -> tensors; state: plain values and tensors only."""
-    path = folder / step_name(step)
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    name: str | None = None,
+) -> Path:
+    """Write `step-N` under `folder`, or another name. groups: name -> tensors; state: plain values and tensors only."""
+    path = folder / (name or step_name(step))
     with written_aside(path) as aside:
         for name, tensors in groups.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")

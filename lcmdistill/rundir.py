@@ -31,6 +31,7 @@ FREE_TO_DIFFER = {
     "run.validate_every",
     "run.validation_prompts",
     "run.validation_guidance_scale",
+    "run.best_metric",
     "run.report_to",
     "run.push_to_hub",
 }

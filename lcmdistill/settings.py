@@ -195,6 +195,10 @@ class RunSection:
     "prompts of the validation grid; by default a few fixed ones"
     validation_guidance_scale: float | None = None
     "guidance of the validation grid (diffusers' convention, omega + 1); by default the middle of the trained range"
+    best_metric: Literal["none", "rmse_1", "rmse_2", "rmse_4", "rmse_8", "ssim_1", "ssim_2", "ssim_4", "ssim_8"] = (
+        "ssim_4"
+    )
+    "what checkpoints/best is chosen by: agreement with the teacher in validation, at so many steps"
     report_to: Tracker = Tracker.none
     "tracker besides metrics.jsonl"
     push_to_hub: str | None = None

@@ -125,6 +125,17 @@ class Metrics:
             self._wandb.finish()
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line that was cut off is left out."""
+    path, found = run / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def _step_of(line: str) -> float:
     """The step of a metrics line; a line cut off in the middle counts as late."""
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import Batch, Models, Rng, seed_dropout, x0_eps_network
+from lcmdistill.best import advice, keep_best
 from lcmdistill.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -129,12 +130,16 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
             say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}")
     if not len(dataset):
         raise UsageError("the data hold nothing usable; run with --dry-run to see why")
+    validation = Validation(config, teacher, folder) if loud else None
+    if validation is not None and config.run.validate_every:
+        at_teacher = "stopped while the teacher drew its own validation pictures; the same command goes on"
+        dtype = compute_dtype(config.run.precision, accelerator.device)
+        validation.see_teacher(dtype, lambda images: stop.check(at_teacher))
     run = _build(config, folder, accelerator, teacher, dataset)
     if done:
         _restore(run, done[-1])
         if loud:
             say(f"resuming from {done[-1].name}")
-    validation = Validation(config, teacher, folder) if loud else None
     metrics = Metrics(folder, config.run.report_to, flatten(config), run.step) if loud else None
     try:
         _follow(run, validation, metrics, stop)
@@ -146,6 +151,8 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         write_run_card(config, folder, teacher)
         write_report(folder)
         mark_finished(folder, run.step)
+        if better := advice(folder, config.run.best_metric):
+            say(better)
         say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
     accelerator.wait_for_everyone()
     return folder
@@ -215,8 +222,8 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
     config, accelerator = run.config.run, run.accelerator
     total = run.config.optim.max_train_steps
     count, since = 0, time.monotonic()
-    if validation is not None and run.step == 0 and config.validate_every:
-        validation.draw(0, run.student.for_drawing(), metrics)
+    if validation is not None and _due(run.step, config.validate_every, total) and validation.is_missing(run.step):
+        _validate(run, validation, metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
         for loss, norm in train_steps(run, run.config.objective):
@@ -249,13 +256,21 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
             if signalled:
                 stop.signal = signalled
                 stop.check(f"stopped at step {run.step}, which is saved; the same command resumes")
-            if validation is not None and config.validate_every and _due(run.step, config.validate_every, total):
-                validation.draw(run.step, run.student.for_drawing(), metrics)
+            if validation is not None and _due(run.step, config.validate_every, total):
+                _validate(run, validation, metrics)
             since += time.monotonic() - began
 
 
 def _due(step: int, every: int, total: int) -> bool:
-    return step % every == 0 or step == total
+    return every > 0 and (step % every == 0 or step == total)
+
+
+def _validate(run: Run, validation: Validation, metrics: Metrics | None) -> None:
+    validation.draw(run.step, run.student.for_drawing(), metrics)
+    if run.config.run.best_metric != "none":
+        weights = run.student.averaged or run.student.trainable
+        if worry := keep_best(run.folder, run.config.run.best_metric, run.step, weights):
+            say(worry)
 
 
 def _check_finite(loss: float, norm: Tensor, run: Run) -> None:

@@ -4,16 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcmdistill.batch import derive_seed
+from lcmdistill.data.cache import cache_root
 from lcmdistill.data.sources import read_prompts
-from lcmdistill.export.pipeline import call_options, is_pixel_pipeline, student_pipeline
+from lcmdistill.evaluate.drawing import TEACHER_STEPS, Tell, student_latents, teacher_latents
+from lcmdistill.evaluate.metrics import FREE
+from lcmdistill.evaluate.sweep import Pixels, as_image, digest, drawn, numbers_of
+from lcmdistill.export.pipeline import student_pipeline
 from lcmdistill.sample import grid
 from lcmdistill.settings import RunConfig
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.drawing import pipeline_latents
 from lcmdistill.teachers.pixel import class_names
-from lcmdistill.tracking import Metrics
+from lcmdistill.tracking import Metrics, read_metrics
 
 STEPS = (1, 2, 4, 8)
 PROMPTS = (
@@ -27,48 +31,84 @@ UNTOLD = ("image 1", "image 2", "image 3", "image 4")
 
 
 class Validation:
-    """Draws samples/step-N.png: a row a prompt, a column for each of STEPS."""
+    """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher."""
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
-        self._prompts = config.run.validation_prompts or default_prompts(config.teacher.model, teacher.network)
+        self._prompts = tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.network))
+        side = config.data.resolution // teacher.vae_factor
+        shape = (teacher.vae.config.latent_channels, side, side)
+        seeds = [derive_seed(config.run.seed, "validation", prompt) for prompt in self._prompts]
+        self._noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        self._reference: Pixels | None = None
 
-    def draw(self, step: int, unet: Any, metrics: Metrics | None) -> Path:
-        """Draw the grid of a step. unet: the network to draw with, on its device."""
-        teacher, device = self._teacher, unet.device
-        side = self._config.data.resolution // teacher.vae_factor
-        pipeline = student_pipeline(teacher, unet, self._config.data.resolution)
+    @property
+    def _batch_size(self) -> int:
+        """As many at once as training takes, which the memory is known to hold."""
+        return self._config.optim.batch_size
+
+    def see_teacher(self, dtype: torch.dtype, tell: Tell) -> None:
+        """Draw what the student is to come to: the teacher's full steps, once; a resumed run finds it in the cache.
+
+        To be called while the teacher's network is its own: a LoRA's adapters come later. dtype: of its arithmetic.
+        """
+        config, teacher = self._config, self._teacher
+        scale = config.run.validation_guidance_scale or 1.0
+        if config.student.kind == "lora":
+            scale = (config.objective.w_min + config.objective.w_max) / 2 + 1
+        about = [teacher.fingerprint(with_network=True), self._prompts, config.run.seed, config.data.resolution, scale]
+        place = cache_root(config.data) / "evaluation" / f"validation-{digest([*about, str(dtype)])}.safetensors"
+
+        def draw() -> Tensor:
+            options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
+            return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
+
+        self._reference = Pixels(teacher, drawn(place, draw)[0], self._batch_size, [])
+
+    def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
+        """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device."""
+        teacher, device = self._teacher, network.device
+        pipeline = student_pipeline(teacher, network, self._config.data.resolution)
         parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         resting = [part for part in parts if part.device != device]
         for part in resting:
             part.to(device)
-        shape = (1, teacher.vae.config.latent_channels, side, side)
-        images = [self._row(pipeline, prompt, shape) for prompt in self._prompts]
+        columns, numbers = [], {}
+        for n in STEPS:
+            pixels = Pixels(teacher, self._latents(pipeline, n), self._batch_size, [])
+            columns.append([image for _, some in pixels.parts() for image in map(as_image, some)])
+            numbers |= {f"val/{name}_{n}": value for name, value in self._numbers(pixels).items()}
         for part in resting:
             part.to("cpu")
-        picture = grid(images, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
-        path = self._folder / "samples" / f"step-{step:06d}.png"
-        picture.save(path)
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
+        picture.save(self._folder / "samples" / f"step-{step:06d}.png")
         if metrics is not None:
             metrics.image(step, "validation", picture)
-        return path
+            metrics.log(step, numbers)
+        return numbers
 
-    def _row(self, pipeline: Any, prompt: str, shape: tuple[int, ...]) -> list[Any]:
-        run, row = self._config.run, []
-        for steps in STEPS:
-            generator = torch.Generator().manual_seed(derive_seed(run.seed, "validation", prompt))
-            scale, side = run.validation_guidance_scale or 1.0, self._config.data.resolution
-            if is_pixel_pipeline(pipeline):  # which draws the same noise itself, and takes none of one channel
-                options = call_options(pipeline, [prompt], guidance_scale=scale, resolution=side)
-                row += pipeline(**options, num_inference_steps=steps, generator=generator).images
-                continue
-            noise = torch.randn(shape, generator=generator)
-            latents = pipeline_latents(
-                pipeline, [prompt], noise, steps=steps, guidance_scale=scale, generator=generator
-            )
-            pixels = self._teacher.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
-            row += pipeline.image_processor.numpy_to_pil(pixels)
-        return row
+    def is_missing(self, step: int) -> bool:
+        """Whether the validation of a step is still to be done: a run may have been stopped between saving and drawing."""
+        done = any(line["step"] == step and "val/rmse_1" in line for line in read_metrics(self._folder))
+        return not (done and (self._folder / "samples" / f"step-{step:06d}.png").is_file())
+
+    def _latents(self, pipeline: Any, steps: int) -> Tensor:
+        return student_latents(
+            pipeline,
+            self._prompts,
+            self._noise,
+            steps=steps,
+            guidance_scale=self._config.run.validation_guidance_scale or 1.0,
+            seed=self._config.run.seed,
+            batch_size=self._batch_size,
+        )
+
+    def _numbers(self, pixels: Pixels) -> dict[str, float]:
+        """What takes no weights, of one number of steps; nothing if the teacher was not seen."""
+        if self._reference is None:
+            return {}
+        return numbers_of(pixels, self._reference, self._prompts, FREE)
 
 
 def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ LAYERS = {
         "sample",
         "evaluate",
         "report",
+        "best",
         "export",
         "preflight",
         "validate",

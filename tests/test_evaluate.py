@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pixel_models import LABELS, build_pixel
 
 from lcmdistill.evaluate import drawing, features, metrics
 from lcmdistill.teachers import load_teacher
@@ -85,3 +86,18 @@ def test_an_untrained_student_without_guidance_is_the_unguided_teacher(small_tea
     alpha, sigma = teacher.schedule.alpha(t), teacher.schedule.sigma(t)
     expected = (noise - sigma * output) / alpha
     assert torch.allclose(drawn, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_student_in_pixel_space_draws_as_its_pipeline_does(tmp_path: Path, steps: int):
+    from lcmdistill.batch import derive_seed
+    from lcmdistill.export.pipeline import student_pipeline
+
+    teacher = load_teacher(str(build_pixel(tmp_path / "t", channels=3)))
+    pipeline, names = student_pipeline(teacher, teacher.network), list(LABELS)
+    noise = drawing.start_noise(teacher, 8, 3, seed=0)
+    found = drawing.student_latents(pipeline, names, noise, steps=steps, guidance_scale=1.0, seed=5, batch_size=2)
+    generators = [torch.Generator().manual_seed(derive_seed(5, "fresh", i)) for i in range(3)]
+    options = {"num_inference_steps": steps, "generator": generators, "latents": noise, "output_type": "pt"}
+    expected = pipeline(batch_size=3, class_labels=[0, 1, 2], **options).images
+    torch.testing.assert_close(teacher.decode(found), expected, rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lcmdistill import checkpoint, cli, objectives, train
 from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.best import load_best
 from lcmdistill.checkpoint import checkpoints
 from lcmdistill.config import resolve
 from lcmdistill.errors import Interrupted, RunError, UsageError
@@ -35,6 +36,7 @@ from lcmdistill.settings import OptimConfig
 from lcmdistill.teachers import load_teacher
 from lcmdistill.tracking import Metrics
 from lcmdistill.train import distill, learning_rate_at
+from lcmdistill.validate import Validation
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,7 +69,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in metrics(folder)]
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -277,11 +279,16 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
         "report.html",
         "samples",
     ]
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [f"step-{i:08d}" for i in (3, 4, 5)]
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert [name for name in kept if name != "best"] == [f"step-{i:08d}" for i in (3, 4, 5)]
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [f"step-{i:06d}.png" for i in (0, 2, 4, 5)]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert all(set(line) == {*VALUES, "loss_by_noise"} for line in lines)
+    trained, validated = ([line for line in lines if ("loss" in line) == wanted] for wanted in (True, False))
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5]
+    assert all(set(line) == {*VALUES, "loss_by_noise"} for line in trained)
+    assert [line["step"] for line in validated] == [0, 2, 4, 5]
+    measures = ("rmse", "ssim", "sharpness", "saturation", "diversity")
+    assert all(set(line) == {"step", *(f"val/{m}_{n}" for m in measures for n in (1, 2, 4, 8))} for line in validated)
     card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card
     assert "pipeline_tag: text-to-image" in card
@@ -314,6 +321,7 @@ def test_tensorboard_gets_the_numbers_and_the_grids(run: Runner) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(folder))
     assert [event.step for event in events.Images("validation")] == [0, 2, 4]
+    assert [event.step for event in events.Scalars("val/ssim_4")] == [0, 2, 4]
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +412,39 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(run: Runner, tmp_path
     assert not (killed / "pipeline").exists()
     run("killed", **changes)
     assert_same(killed, whole)
+
+
+def test_the_weights_of_the_best_validation_are_kept(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is pruned, and however much worse the run gets afterwards."""
+    weights: dict[int, dict[str, Tensor]] = {}
+    draw = Validation.draw
+
+    def noting(self: Validation, step: int, network: Any, metrics: Any) -> Any:
+        weights[step] = {name: value.clone() for name, value in network.named_parameters()}
+        return draw(self, step, network, metrics)
+
+    monkeypatch.setattr(Validation, "draw", noting)
+    options = {"run__validate_every": 1, "run__validation_prompts": ("red heart", "apple"), "run__keep_checkpoints": 1}
+    folder = run(**options, run__best_metric="rmse_2", optim__max_train_steps=6, optim__learning_rate=3e-2)
+    values = {line["step"]: line["val/rmse_2"] for line in metrics(folder) if "val/rmse_2" in line}
+    expected = min((step for step in values if step), key=lambda step: values[step])
+    found = load_best(folder)
+    if values[expected] < values[0]:
+        assert found is not None
+        assert found[0] == expected
+        assert all(torch.equal(value, weights[expected][name]) for name, value in found[1].items())
+    else:  # it never got better than it began
+        assert found is None
+
+
+def test_a_validation_that_a_signal_cut_off_is_made_up_for(run: Runner) -> None:
+    options = {"run__validate_every": 2, "run__validation_prompts": ("red heart",)}
+    whole = run("whole", **options)
+    with signalled(2, signal.SIGTERM), pytest.raises(Interrupted, match="stopped at step 2"):
+        run("cut", **options)
+    assert [line["step"] for line in metrics(run("cut", **options)) if "loss" not in line] == [0, 2, 4]
+    mine, its = ({json.dumps(line) for line in metrics(whole.parent / name)} for name in ("whole", "cut"))
+    assert mine == its
 
 
 def test_a_finished_run_is_left_alone_and_says_so(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
+from lcmdistill.export.pipeline import is_pixel_pipeline
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.drawing import pipeline_latents
+from lcmdistill.teachers.pixel import class_labels
 
 TEACHER_STEPS = 50
 "the teacher's own quality, which everything else stands beside"
@@ -59,6 +61,7 @@ def teacher_latents(
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def student_latents(
     pipeline: Any,
     prompts: Sequence[str],
@@ -76,11 +79,26 @@ def student_latents(
     """
     parts = []
     for i in range(0, len(prompts), batch_size):
-        z = noise[i : i + batch_size]
+        some, z = prompts[i : i + batch_size], noise[i : i + batch_size]
         generators = [torch.Generator().manual_seed(derive_seed(seed, "fresh", i + j)) for j in range(len(z))]
-        drawn = pipeline_latents(
-            pipeline, prompts[i : i + batch_size], z, steps=steps, guidance_scale=guidance_scale, generator=generators
-        )
-        parts.append(drawn.cpu())
+        if is_pixel_pipeline(pipeline):
+            drawn = _pixels(pipeline, some, z, steps, generators)
+        else:
+            options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators}
+            drawn = pipeline_latents(pipeline, some, z, **options)
+        parts.append(drawn.float().cpu())
         tell(len(z))
     return torch.cat(parts)
+
+
+def _pixels(pipeline: Any, prompts: Sequence[str], z: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:
+    """What a ConsistencyModelPipeline does, which takes no noise of one channel and gives its pixels clamped."""
+    scheduler, unet = pipeline.scheduler, pipeline.unet
+    scheduler.set_timesteps(steps)
+    labels = class_labels(unet, prompts)
+    labels = None if labels is None else labels.to(unet.device)
+    z = z.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = unet(scheduler.scale_model_input(z, t), t, class_labels=labels, return_dict=False)[0]
+        z = scheduler.step(output, t, z, generator=generators)[0]
+    return z

@@ -28,6 +28,7 @@ from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import load_teacher, resolve_alias
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import progress, say
+from lcmdistill.validate import default_prompts
 
 SEED = 2026
 STEPS = (1, 2, 4, 8)
@@ -67,20 +68,21 @@ class Subject:
     found: Found
 
     @property
-    def is_lora(self) -> bool:
-        """Whether guidance is in its weights."""
-        return bool(self.found.loras)
+    def is_baked(self) -> bool:
+        """Whether its guidance is in its weights: a LoRA's, and a network's without an input for it."""
+        index = self.run / "pipeline" / "model_index.json"
+        return bool(self.found.loras) or "LatentConsistency" not in index.read_text(encoding="utf-8")
 
     @property
     def guidance_scale(self) -> float:
         """The one it is judged at first."""
-        if self.is_lora:
-            return (self.config["objective.w_min"] + self.config["objective.w_max"]) / 2 + 1
+        if self.is_baked:
+            return (self.config.get("objective.w_min", 0.0) + self.config.get("objective.w_max", 0.0)) / 2 + 1
         return float(self.found.guidance_scale or 1.0)
 
     def files(self) -> list[Path]:
         """The weights that it draws with."""
-        if self.is_lora:
+        if self.found.loras:
             return [Path(path) for path in self.found.loras]
         return sorted((self.run / "pipeline").rglob("*.safetensors"))
 
@@ -117,13 +119,13 @@ def evaluate(runs: Sequence[Path], wish: Wish) -> None:
 
 def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[float, ...]:
     """The guidance scales of a run's sweep; runs that are compared are drawn at one, a LoRA's where there is one."""
-    if each.is_lora:
+    if each.is_baked:
         return (each.guidance_scale,)
     if wish.guidance_scales:
         return wish.guidance_scales
     own = each.guidance_scale
     if len(subjects) > 1:
-        return (next((s.guidance_scale for s in subjects if s.is_lora), subjects[0].guidance_scale),)
+        return (next((s.guidance_scale for s in subjects if s.is_baked), subjects[0].guidance_scale),)
     ends = (each.config["objective.w_min"] + 1, each.config["objective.w_max"] + 1)
     return (own, *(scale for scale in ends if scale != own))
 
@@ -131,8 +133,14 @@ def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[f
 def chosen_prompts(each: Subject, wish: Wish, teacher: Teacher) -> tuple[str, ...]:
     """A prompt for each image, held out of training; a short set is spread over the file, a long one goes round it.
 
-    Prompts that the run is known to have learnt on are left out. Raises UsageError if none is left.
+    Prompts that the run is known to have learnt on are left out. A network that knows classes alone is asked for each of
+    them, and one without prompts for nothing. Raises UsageError if none is left.
     """
+    parameters = sum(p.numel() for p in teacher.network.parameters())
+    count = wish.num_images or (48 if parameters < SMALL else 16)
+    if teacher.in_pixels and wish.prompts is None:
+        names = default_prompts(None, teacher.network)
+        return tuple(names[i % len(names)] for i in range(count))
     own = Path(resolve_alias(each.config["teacher.model"])) / "prompts-heldout.txt"
     bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"
     path = wish.prompts or str(own if own.is_file() else bundled)
@@ -143,8 +151,6 @@ def chosen_prompts(each: Subject, wish: Wish, teacher: Teacher) -> tuple[str, ..
         raise UsageError(f"--prompts {path}: the run was trained on every one of them; give others")
     if len(prompts) < len(asked):
         say(f"{len(asked) - len(prompts)} of {len(asked)} prompts were trained on and are left out")
-    parameters = sum(p.numel() for p in teacher.network.parameters())
-    count = wish.num_images or (48 if parameters < SMALL else 16)
     return tuple(prompts[i * len(prompts) // count if count < len(prompts) else i % len(prompts)] for i in range(count))
 
 
@@ -158,20 +164,27 @@ def _evaluate_one(
 ) -> None:
     config, folder = each.config, each.run / "evaluation"
     resolution = config["data.resolution"]
-    sweep = Sweep(prompts=prompts, steps=wish.steps, guidance_scales=scales, resolution=resolution, seed=wish.seed)
+    sweep = Sweep(
+        prompts=prompts,
+        steps=wish.steps,
+        guidance_scales=scales,
+        resolution=resolution,
+        seed=wish.seed,
+        samplers=("teacher",) if teacher.in_pixels else ("teacher", "trailing"),
+    )
     pipeline = load_student(each.found.path, device, each.found.loras, options=each.found.options)
     measures, about = chosen_measures(each, wish, len(prompts))
     who = Contestants(
         teacher=teacher,
         pipeline=pipeline,
-        student_scale=1.0 if each.is_lora else None,
+        student_scale=1.0 if each.is_baked else None,
         noise=start_noise(teacher, resolution, len(prompts), wish.seed),
         teacher_fingerprint=teacher.fingerprint(with_network=True),
         student_fingerprint=fingerprint(each.files()),
         dtype=compute_dtype("auto", device),
         batch_size=wish.batch_size,
     )
-    say(f"{each.run}: {len(prompts)} held-out prompts, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
+    say(f"{each.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
     say(f"{len(sweep.cells())} cells, {sweep.evaluations} network evaluations, {_estimate(who, sweep)}")
     cache = cache_root(DataConfig(cache_dir=config.get("data.cache_dir"))) / "evaluation"
     with progress("evaluating", sweep.evaluations) as bar:
@@ -185,7 +198,12 @@ def _evaluate_one(
                 last[0] = cell.name
 
         sweep_run(folder, cache, sweep, who, measures, about, tell)
-    more = {"is_lora": each.is_lora, "batch_size": wish.batch_size, "device": device_name(device)}
+    more = {
+        "is_baked": each.is_baked,
+        "held_out": not teacher.in_pixels,
+        "batch_size": wish.batch_size,
+        "device": device_name(device),
+    }
     write_sweep(folder, sweep, measures, more)
 
 

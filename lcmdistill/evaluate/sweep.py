@@ -66,6 +66,8 @@ class Sweep:
     guidance_scales: tuple[float, ...]
     resolution: int
     seed: int
+    samplers: tuple[Sampler, ...] = ("teacher", "trailing")
+    "how the teacher itself draws as few steps"
 
     def cells(self) -> list[Cell]:
         """All cells, those first that others are measured by."""
@@ -74,7 +76,7 @@ class Sweep:
             found.append(Cell("teacher", TEACHER_STEPS, scale))
             found += [Cell("student", n, scale) for n in self.steps]
             if scale == first:
-                found += [Cell(sampler, n, scale) for sampler in ("teacher", "trailing") for n in self.steps]
+                found += [Cell(sampler, n, scale) for sampler in self.samplers for n in self.steps]
         return found
 
     @property
@@ -252,13 +254,18 @@ def picture_places(count: int) -> list[int]:
     return [i * count // PICTURES for i in range(PICTURES)] if count > PICTURES else list(range(count))
 
 
+def as_image(pixels: Tensor) -> Image.Image:
+    """One image's pixels, (3, H, W) in [0, 1], as a picture."""
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
 def write_pictures(pixels: Pixels, folder: Path) -> None:
     """Some of the images as 00.webp, 01.webp, ..., small enough for a page."""
     wanted = picture_places(len(pixels.latents))
     done = 0
     for latents, shown in pixels.parts():
         for place in [p for p in wanted if done <= p < done + len(latents)]:
-            picture = Image.fromarray((shown[place - done] * 255).round().byte().permute(1, 2, 0).numpy())
+            picture = as_image(shown[place - done])
             picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
             picture.save(folder / f"{wanted.index(place):02d}.webp", quality=90, method=6)
         done += len(latents)

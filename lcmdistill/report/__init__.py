@@ -9,17 +9,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.best import advice, concern, history
 from lcmdistill.checkpoint import write_text
 from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
 from lcmdistill.report.charts import Chart, short, to_svg
-from lcmdistill.report.curves import good, quality_charts, read_metrics, training_charts
+from lcmdistill.report.curves import good, quality_charts, training_charts
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
 from lcmdistill.teachers import public_name
+from lcmdistill.tracking import read_metrics
 
 HERO_ROWS = 3
 "prompts beside the verdict"
@@ -79,7 +81,7 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "folder": str(run),
         "what": what_it_is(config),
         "verdict": judged,
-        "warnings": [],
+        "warnings": _warnings(run, config),
         "hero": _hero(results, judged) if results and judged else None,
         "matrix": matrix(results) if results else None,
         "quality": {**quality, "charts": cards[: len(quality["charts"])]} if results else None,
@@ -97,6 +99,14 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     values["sections"] = [title for key, title in titles.items() if values[key]]
     values["sections"] += [("use", "Use it"), ("made", "What it is made of")]
     return values
+
+
+def _warnings(run: Path, config: Mapping[str, Any]) -> list[str]:
+    """What a run's validations give reason to say."""
+    metric = config.get("run.best_metric", "none")
+    values = history(run, metric)
+    said = [concern(metric, values) if values else None, advice(run, metric)]
+    return [f"{text[0].upper()}{text[1:]}." for text in said if text]
 
 
 def drawn(*groups: list[Chart]) -> list[dict[str, Any]]:
@@ -196,7 +206,7 @@ def matrix(results: Results) -> dict[str, Any]:
         groups.append({"prompt": prompt, "rows": rows})
     baked = (
         "Its guidance is in its weights, so there is one row of it."
-        if results.about["is_lora"]
+        if results.about["is_baked"]
         else ("Guidance is an input of the student and costs nothing.")
     )
     about = (
@@ -209,10 +219,11 @@ def matrix(results: Results) -> dict[str, Any]:
 
 def _quality(results: Results) -> dict[str, Any]:
     measures = results.about["measures"]
+    whence = "prompts that were held out of training" if results.about["held_out"] else "of what the network knows"
     about = (
-        f"{results.about['images']} images in each cell, one for each of {results.about['distinct_prompts']} prompts that were "
-        f"held out of training, all from the same start noise (seed {results.about['seed']}), guidance scale "
-        f"{results.guidance_scale:g}. None of these numbers compares with a published one unless its row says so."
+        f"{results.about['images']} images in each cell, of {results.about['distinct_prompts']} {whence}, all from the "
+        f"same start noise (seed {results.about['seed']}), guidance scale {results.guidance_scale:g}. None of these numbers "
+        "compares with a published one unless its row says so."
     )
     meanings = [{**about, "good": good(about["better"])} for about in measures.values()]
     return {"about": about, "charts": quality_charts(results), "table": table(results), "meanings": meanings}

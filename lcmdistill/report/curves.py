@@ -1,8 +1,6 @@
 """The charts of a run: what was measured step by step, and how the training went."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
@@ -52,18 +50,6 @@ def quality_charts(results: Results) -> list[Chart]:
 def _against_steps(results: Results, measure: str, sampler: Any, name: str, look: int) -> Series:
     values = [(float(n), results.number(measure, sampler, n)) for n in results.steps]
     return Series(name, tuple((n, v) for n, v in values if v is not None), look)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line that was cut off is left out."""
-    path = run / "metrics.jsonl"
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
