@@ -38,12 +38,23 @@ def written_aside(destination: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def file_written_aside(destination: Path) -> Iterator[Path]:
+    """The same for one file: a path to write to, with the destination's ending, by which some programs go."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = destination.with_name(f".{destination.stem}.partial{destination.suffix}")
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(destination)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """A small text file, whole or not there."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.replace(path)
+    with file_written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,8 @@ from lcmdistill.cli import app
 from lcmdistill.config import flatten, resolve
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import header, load_lora
-from lcmdistill.export.product import load_product, unet_step
+from lcmdistill.export.product import load_product
+from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.modelcard import model_card
 from lcmdistill.sample import find_model
@@ -65,6 +66,10 @@ def test_the_published_parameter_counts(config: dict[str, Any], base: int, adapt
 def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], None]:
     rng = Rng(seed, 0, range(2))
     return rng.normal("z", (4, 8, 8)), torch.tensor([999, 259]), {"prompt_embeds": rng.normal("c", (77, 16))}, None
+
+
+def unet_step(unet: Any) -> torch.Tensor:
+    return network_output(unet, network_inputs(unet, 1.0))
 
 
 def lora_student(folder: Path, **options: Any):
@@ -281,8 +286,8 @@ def test_sample_loads_every_kind_of_lora(name: str, lora_run: Path, tmp_path: Pa
     product = load_product(lora_run)
     pipeline = product.base_pipeline()
     load_lora(pipeline, str(output), "it")
-    expected = unet_step(product.pipeline().unet, 1.0)
-    assert torch.allclose(unet_step(pipeline.unet, 1.0), expected, atol=1e-5 * float(expected.abs().max()))
+    expected = unet_step(product.pipeline().unet)
+    assert torch.allclose(unet_step(pipeline.unet), expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_lora_of_another_base_is_refused_with_counts(lora_run: Path, tmp_path: Path):
@@ -333,13 +338,13 @@ def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tm
 def test_two_loras_at_once_add_up(lora_run: Path):
     (path,) = (lora_run / "lora").glob("*.safetensors")
     pipeline = load_product(lora_run).base_pipeline()
-    bare = unet_step(pipeline.unet, 1.0)
+    bare = unet_step(pipeline.unet)
     load_lora(pipeline, str(path), "a")
     load_lora(pipeline, str(path), "b")
     pipeline.set_adapters(["a", "b"], [0.5, 0.5])
-    half_and_half = unet_step(pipeline.unet, 1.0)
+    half_and_half = unet_step(pipeline.unet)
     pipeline.set_adapters(["a"], [1.0])
-    one = unet_step(pipeline.unet, 1.0)
+    one = unet_step(pipeline.unet)
     assert torch.allclose(half_and_half, one, atol=1e-4)
     assert not torch.allclose(one, bare, atol=1e-6)
 

@@ -20,6 +20,7 @@ from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export import onnx_files
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.export.product import load_product
+from lcmdistill.export.verify import network_output
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
 from lcmdistill.settings import Format, StudentConfig
 from lcmdistill.student import full_student
@@ -170,11 +171,11 @@ def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
     from diffusers import OnnxStableDiffusionPipeline
 
     folder, product = lora_export[0], load_product(lora_run)
-    example = onnx_files.parts_of(product.pipeline())[0].example(2, 8, 8)
+    example = onnx_files.parts_of(product.pipeline(), 1.0)[0].example(2, (8, 8))
     (got,) = session(folder, "unet").run(None, {name: value.numpy() for name, value in example.items()})
-    assert_close(got, product.pipeline().unet(*example.values(), return_dict=False)[0])
+    assert_close(got, network_output(product.pipeline().unet, example))
     with pytest.raises(AssertionError):  # without the LoRA it would be another
-        assert_close(got, product.base_pipeline().unet(*example.values(), return_dict=False)[0])
+        assert_close(got, network_output(product.base_pipeline().unet, example))
 
     drawn: Any = OnnxStableDiffusionPipeline.from_pretrained(folder, vae_encoder=None)
     drawn.set_progress_bar_config(disable=True)
@@ -197,8 +198,9 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
         quantized, whole = (folder / part / "model.onnx" for folder in (output, full_export[0]))
         assert quantized.stat().st_size < whole.stat().st_size
     # it really computes in int8: the fp32 bound does not hold
-    with pytest.raises(RunError, match="does not give torch's output"):
-        onnx_files.verify_onnx(output, load_product(full_run).pipeline(), None)
+    cases = onnx_files.cases_of(load_product(full_run).pipeline(), 4.0)
+    with pytest.raises(RunError, match="does not give the trained model's output"):
+        onnx_files.verify_onnx(output, cases, None, output)
 
 
 # -- what is refused, and what stays behind ------------------------------------------------------------------------------
@@ -235,6 +237,6 @@ def test_an_export_that_fails_its_check_leaves_nothing(
 
     monkeypatch.setattr(export, "write_onnx", other)
     monkeypatch.setitem(onnx_files.BOUNDS, None, 1e-12)
-    with pytest.raises(RunError, match=r"unet/model.onnx does not give torch's output: off by .* allowed is 1e-12"):
+    with pytest.raises(RunError, match=r"onnx does not give the trained model's output: its unet is off by .* 1e-12"):
         export.export(full_run, "onnx", tmp_path / "onnx", **OPTIONS)
     assert list(tmp_path.iterdir()) == []

@@ -1,21 +1,20 @@
 """`lcmdistill export`: a run's product in the format of other programs, each reloaded and compared before it is done."""
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lcmdistill.checkpoint import written_aside
+from lcmdistill.checkpoint import file_written_aside, written_aside
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export.lora_files import Lora, header, write_diffusers_lora, write_kohya, write_peft
-from lcmdistill.export.onnx_files import BOUNDS, need_onnx, verify_onnx, write_onnx
-from lcmdistill.export.pipeline import save_pipeline
-from lcmdistill.export.product import Product, compared, load_product, removed_on_error, unet_step
-from lcmdistill.export.single_file import verify_single_file, write_single_file
+from lcmdistill.export.onnx_files import cases_of, need_onnx, verify_onnx, write_onnx
+from lcmdistill.export.pipeline import write_pipeline
+from lcmdistill.export.product import Product, load_product
+from lcmdistill.export.single_file import configs_of, read_back, write_single_file
+from lcmdistill.export.verify import BOUNDS, compared, network_outputs, pipeline_outputs
 from lcmdistill.modelcard import card_for
 from lcmdistill.teachers import resolve_alias
 from lcmdistill.teachers.base import takes_omega
@@ -36,49 +35,51 @@ def pipeline(product: Product, request: Request) -> str:
     """A diffusers pipeline folder, really cast, with an LCMScheduler."""
     if product.lora is not None:
         raise UsageError("a LoRA run has no U-Net of its own; use --format fused for a full pipeline, or kohya")
-    return _pipeline_folder(product, product.pipeline(), request)
+    return _pipeline_folder(product, request)
 
 
 def fused(product: Product, request: Request) -> str:
     """A LoRA merged into its base: a full diffusers pipeline that needs no peft."""
     _lora_of(product, "fused")
-    return _pipeline_folder(product, _without_adapter(product), request)
+    return _pipeline_folder(product, request)
 
 
-def _without_adapter(product: Product) -> Any:
-    """The student's pipeline; a LoRA is merged into its U-Net."""
-    made = product.pipeline()
+def _merge_adapter(product: Product, made: Any) -> None:
+    """Merge a LoRA, if the student is one, into the U-Net of its pipeline."""
     if product.lora is not None:
         made.unet.fuse_lora()
         made.unet.unload_lora()
-    return made
 
 
-def _pipeline_folder(product: Product, made: Any, request: Request) -> str:
-    with removed_on_error(request.output):
-        save_pipeline(made.to(dtype=request.dtype), request.output, _card(product))
+def _pipeline_folder(product: Product, request: Request) -> str:
+    made = product.pipeline()
+    expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
+    _merge_adapter(product, made)
+    with written_aside(request.output) as aside:
+        write_pipeline(made.to(dtype=request.dtype), aside, _export_card(product, "pipeline", str(request.output)))
         if not request.verify:
             return f"{request.output}: not verified"
         from diffusers import DiffusionPipeline
 
-        again = DiffusionPipeline.from_pretrained(request.output, torch_dtype=request.dtype)
-        expected = unet_step(product.pipeline().unet, request.guidance_scale)
-        return compared(unet_step(again.unet, request.guidance_scale), expected, request.dtype, str(request.output))
-
-
-def _card(product: Product) -> str:
-    path = product.run / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+        del made  # so that one copy is in memory at a time
+        again = DiffusionPipeline.from_pretrained(aside, torch_dtype=request.dtype)
+        got = pipeline_outputs(again, request.guidance_scale)
+        return compared(got, expected, BOUNDS[request.dtype], request.output)
 
 
 def export_card(run: Path, name: str, place: str, file: str = "") -> str:
     """The run's card, telling how an export is used. place: its folder, or the hub's repository; file: see card_for."""
-    product = load_product(run)
+    return _export_card(load_product(run), name, place, file)
+
+
+def _export_card(product: Product, name: str, place: str, file: str = "") -> str:
+    path = product.run / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
     has_omega = product.lora is None and name in ("pipeline", "onnx")
     guidance = product.guidance_scale if has_omega else None
     loaded_as = "pipeline" if name == "fused" else name
     model = resolve_alias(str(product.recorded["teacher.model"]))
-    return card_for(_card(product), loaded_as, place, file, model, guidance)
+    return card_for(card, loaded_as, place, file, model, guidance)
 
 
 def _lora_of(product: Product, name: str) -> Lora:
@@ -89,96 +90,89 @@ def _lora_of(product: Product, name: str) -> Lora:
     return product.lora
 
 
-def _header(product: Product, lora: Lora) -> dict[str, str]:
-    return header(lora, product.recorded, product.run.name, product.base_pipeline())
-
-
 def kohya(product: Product, request: Request) -> str:
     """One .safetensors that ComfyUI, A1111 and diffusers read."""
     lora = _lora_of(product, "kohya")
-    path = _file(request.output)
-    with removed_on_error(path):
-        write_kohya(lora, path, _header(product, lora), request.dtype)
-        return _verified_lora(product, request, path, path.parent, path.name)
+    with file_written_aside(_file(request.output)) as aside:
+        trained = product.pipeline()
+        write_kohya(lora, aside, _header(product, lora, trained), request.dtype)
+        return _verified_lora(product, request, trained, aside.parent, aside.name)
 
 
 def diffusers_lora(product: Product, request: Request) -> str:
     """A folder for diffusers' load_lora_weights, with the adapter's metadata."""
     lora = _lora_of(product, "diffusers-lora")
-    with removed_on_error(request.output):
-        write_diffusers_lora(lora, request.output, _header(product, lora))
-        return _verified_lora(product, request, request.output, request.output, None)
+    with written_aside(request.output) as aside:
+        trained = product.pipeline()
+        write_diffusers_lora(lora, aside, _header(product, lora, trained))
+        return _verified_lora(product, request, trained, aside, None)
 
 
-def _verified_lora(product: Product, request: Request, what: Path, folder: Path, name: str | None) -> str:
+def _header(product: Product, lora: Lora, trained: Any) -> dict[str, str]:
+    return header(lora, product.recorded, product.run.name, trained)
+
+
+def _verified_lora(product: Product, request: Request, trained: Any, folder: Path, name: str | None) -> str:
     if not request.verify:
-        return f"{what}: not verified"
+        return f"{request.output}: not verified"
+    expected = network_outputs(trained.unet, request.guidance_scale)
+    del trained
     fresh = product.base_pipeline()
     fresh.load_lora_weights(str(folder), weight_name=name)
-    dtype = request.dtype if name else torch.float32
-    return compared(unet_step(fresh.unet, 1.0), unet_step(product.pipeline().unet, 1.0), dtype, str(what))
+    bound = BOUNDS[request.dtype if name else torch.float32]
+    return compared(network_outputs(fresh.unet, request.guidance_scale), expected, bound, request.output)
 
 
 def peft(product: Product, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
-    with removed_on_error(request.output):
-        write_peft(lora, request.output, resolve_alias(str(product.recorded["teacher.model"])))
+    with written_aside(request.output) as aside:
+        write_peft(lora, aside, resolve_alias(str(product.recorded["teacher.model"])))
         if not request.verify:
             return f"{request.output}: not verified"
         from peft import PeftModel
 
-        fresh = PeftModel.from_pretrained(product.base_pipeline().unet, str(request.output))
-        expected = unet_step(product.pipeline().unet, 1.0)
-        return compared(unet_step(fresh, 1.0), expected, torch.float32, str(request.output))
+        expected = network_outputs(product.pipeline().unet, request.guidance_scale)
+        fresh = PeftModel.from_pretrained(product.base_pipeline().unet, str(aside))
+        got = network_outputs(fresh, request.guidance_scale)
+        return compared(got, expected, BOUNDS[torch.float32], request.output)
 
 
 def single_file(product: Product, request: Request) -> str:
-    """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoder in one file; LoRA fused, omega baked."""
-    path = _file(request.output)
-    made = _without_adapter(product)
-    with removed_on_error(path):
-        bakes = takes_omega(made.unet)
-        write_single_file(made, path, dtype=request.dtype, guidance_scale=request.guidance_scale if bakes else None)
+    """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoders in one file; LoRA fused, omega baked."""
+    path, made = _file(request.output), product.pipeline()
+    expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
+    _merge_adapter(product, made)
+    bakes = takes_omega(made.unet)
+    with file_written_aside(path) as aside, configs_of(made) as configs:
+        write_single_file(
+            made,
+            aside,
+            dtype=request.dtype,
+            guidance_scale=request.guidance_scale if bakes else None,
+            metadata={"modelspec.title": path.stem},
+        )
         use = "put it among the checkpoints of A1111 or ComfyUI: LCM sampler, 4 steps, CFG 1"
         if not request.verify:
             return f"{path}: not verified; {use}"
-        with _as_folder(product, made) as folder:
-            off = verify_single_file(
-                path,
-                folder,
-                product.pipeline().unet,
-                guidance_scale=request.guidance_scale if bakes else None,
-                dtype=request.dtype,
-            )
-        return f"{path}: reloaded, largest difference {off:.2g} of the largest value; {use}"
-
-
-@contextmanager
-def _as_folder(product: Product, made: Any) -> Iterator[Path]:
-    """The diffusers folder that a single file is read back with: the run's own, or a passing one for a LoRA's base."""
-    if product.lora is None:
-        yield product.run / "pipeline"
-        return
-    with tempfile.TemporaryDirectory() as passing:
-        made.to(dtype=torch.float32).save_pretrained(passing)
-        yield Path(passing)
+        del made
+        got = pipeline_outputs(read_back(aside, configs), request.guidance_scale)
+        return f"{compared(got, expected, BOUNDS[request.dtype], path)}; {use}"
 
 
 def onnx(product: Product, request: Request) -> str:
-    """U-Net, text encoder and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
+    """U-Net, text encoders and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
     need_onnx()
+    made = product.pipeline()
+    cases = cases_of(made, request.guidance_scale) if request.verify else []
+    _merge_adapter(product, made)
     with written_aside(request.output) as aside:
-        write_onnx(_without_adapter(product), aside, request.quantize)
-        card = export_card(product.run, "onnx", str(request.output))
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        write_onnx(made, aside, request.quantize)
+        (aside / "README.md").write_text(_export_card(product, "onnx", str(request.output)), encoding="utf-8")
         if not request.verify:
             return f"{request.output}: not verified"
-        off = verify_onnx(aside, product.pipeline(), request.quantize)
-    allowed = BOUNDS[request.quantize]
-    return (
-        f"{request.output}: run in onnxruntime, largest difference {off:.2g} of the largest value (allowed {allowed:g})"
-    )
+        del made
+        return verify_onnx(aside, cases, request.quantize, request.output)
 
 
 def _file(output: Path) -> Path:

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.checkpoint import written_aside
 from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import ARCHITECTURES, layout_of
 from lcmdistill.lora import LoraLayer
@@ -108,29 +107,22 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
 
 
 def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
-    """One file, whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    save_file(kohya_tensors(lora, dtype), aside, metadata=dict(metadata))
-    aside.replace(path)
+    """One file for ComfyUI, A1111 and diffusers."""
+    save_file(kohya_tensors(lora, dtype), path, metadata=dict(metadata))
 
 
 def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) -> None:
     """`pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
     adapter = {f"unet.{key}": value for key, value in adapter_config(lora).items()}
     described = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    with written_aside(folder) as aside:
-        save_file(peft_tensors(lora, "unet"), aside / "pytorch_lora_weights.safetensors", metadata=described)
+    save_file(peft_tensors(lora, "unet"), folder / "pytorch_lora_weights.safetensors", metadata=described)
 
 
 def write_peft(lora: Lora, folder: Path, base_model: str) -> None:
-    """A peft adapter folder, for `PeftModel.from_pretrained(unet, folder)`."""
+    """A peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`."""
     config = {**adapter_config(lora), "base_model_name_or_path": base_model, "inference_mode": True}
-    with written_aside(folder) as aside:
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        save_file(
-            peft_tensors(lora, "base_model.model"), aside / "adapter_model.safetensors", metadata={"format": "pt"}
-        )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:

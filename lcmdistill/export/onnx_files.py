@@ -5,22 +5,23 @@ C channels, h w latent size, H W pixels, L tokens, D width of the prompt's embed
 """
 
 import importlib.util
+import itertools
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.consistency import omega_embedding
-from lcmdistill.errors import RunError, UsageError
+from lcmdistill.errors import UsageError
 from lcmdistill.export.pipeline import add_vocabularies
+from lcmdistill.export.verify import compared, network_inputs, smallest_side
 
 OPSET = 20
 BOUNDS = {None: 1e-4, "int8": 0.1}
@@ -29,40 +30,60 @@ BATCHES = (1, 2, 3)
 INT8_OPERATORS = ["MatMul", "Gemm"]
 "convolutions stay in fp32: onnxruntime's int8 ones took 3 to 10 times as long on a CPU, and were 4 times as far off"
 
-Example = Callable[[int, int, int], dict[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class Part:
-    """One graph. axes: the dynamic axes of each input; example: inputs for (batch, height, width) in latents."""
+    """One graph. axes: the dynamic axes of each input; example: inputs for a batch and a size of latents."""
 
     folder: str
     module: nn.Module
     config: Any
     axes: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
-    example: Example
+    example: Callable[[int, tuple[int, int]], dict[str, Tensor]]
+
+
+class Case(NamedTuple):
+    """Inputs of one graph, and what torch gives for them."""
+
+    folder: str
+    inputs: Mapping[str, Tensor]
+    expected: tuple[Tensor, ...]
 
 
 class _UNet(nn.Module):
+    """added_cond_kwargs, a dict to diffusers, as plain inputs. Their order is that of `network_inputs`."""
+
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        return self.unet(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
+        added = {} if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        options = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
+        return self.unet(sample, timestep, encoder_hidden_states, **options)[0]
 
 
 class _TextEncoder(nn.Module):
-    def __init__(self, encoder: Any) -> None:
+    """outputs: the names of what it gives; "hidden_states.0" is the first layer's input."""
+
+    def __init__(self, encoder: Any, outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.encoder = encoder
+        self.outputs = outputs
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.encoder(input_ids)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.encoder(input_ids, output_hidden_states=True)
+        hidden = {f"hidden_states.{i}": value for i, value in enumerate(output.hidden_states)}
+        return tuple(hidden[name] if name in hidden else output[name] for name in self.outputs)
 
 
 class _VaeDecoder(nn.Module):
@@ -80,59 +101,56 @@ def need_onnx() -> None:
         raise UsageError("--format onnx needs: pip install 'lcmdistill[onnx]'")
 
 
-def parts_of(pipeline: Any) -> list[Part]:
-    """U-Net, text encoder and VAE decoder of a diffusers pipeline, in fp32 on the CPU."""
-    models = [m.float().eval() for m in (pipeline.unet, pipeline.text_encoder, pipeline.vae)]
-    return [make(model) for make, model in zip((_unet, _text_encoder, _vae_decoder), models, strict=True)]
+def parts_of(pipeline: Any, guidance_scale: float) -> list[Part]:
+    """U-Net, text encoders and VAE decoder of a diffusers pipeline, in fp32 on the CPU. guidance_scale: of the examples."""
+    is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+    encoders = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
+    return [
+        _unet(pipeline.unet.float().eval(), guidance_scale),
+        *(_text_encoder(getattr(pipeline, name).float().eval(), name, all_layers=is_xl) for name in encoders),
+        _vae_decoder(pipeline.vae.float().eval()),
+    ]
 
 
-def _unet(unet: Any) -> Part:
-    takes_omega, config = unet.config.time_cond_proj_dim is not None, unet.config
-    image = {0: "batch", 2: "height", 3: "width"}
+def _unet(unet: Any, guidance_scale: float) -> Part:
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return network_inputs(unet, guidance_scale, batch=batch, size=size)
+
+    axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in example(1, _sizes(unet)[0])}
     # The time is (1,) in ONNX pipelines and (B,) in ours: its axis is opened after the trace, see _open_timestep.
-    axes = {"sample": image, "timestep": {}, "encoder_hidden_states": {0: "batch", 1: "sequence"}}
-    axes |= {"timestep_cond": {0: "batch"}} if takes_omega else {}
-
-    def example(batch: int, height: int, width: int) -> dict[str, Tensor]:
-        rng = torch.Generator().manual_seed(batch)
-        inputs = {
-            "sample": torch.randn(batch, config.in_channels, height, width, generator=rng),
-            "timestep": torch.tensor([499]),
-            "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, generator=rng),
-        }
-        if takes_omega:
-            w = torch.rand(batch, generator=rng) * 8.0
-            inputs["timestep_cond"] = omega_embedding(w, config.time_cond_proj_dim)
-        return inputs
-
-    return Part("unet", _UNet(unet), config, axes, ("out_sample",), example)
+    axes |= {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": {}}
+    axes["encoder_hidden_states"][1] = "sequence"
+    return Part("unet", _UNet(unet), unet.config, axes, ("out_sample",), example)
 
 
-def _text_encoder(encoder: Any) -> Part:
+def _text_encoder(encoder: Any, folder: str, *, all_layers: bool) -> Part:
+    """all_layers: give the layers' inputs too, which SDXL's pipelines take their embeddings from."""
     config = encoder.config
 
-    def example(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
         rng = torch.Generator().manual_seed(batch)
         # int32, as ONNX pipelines give them.
         shape = (batch, config.max_position_embeddings)
         return {"input_ids": torch.randint(config.vocab_size, shape, generator=rng, dtype=torch.int32)}
 
-    axes, outputs = {"input_ids": {0: "batch"}}, ("last_hidden_state", "pooler_output")
-    return Part("text_encoder", _TextEncoder(encoder), config, axes, outputs, example)
+    projects = hasattr(encoder, "text_projection")
+    outputs = ("text_embeds", "last_hidden_state") if projects else ("last_hidden_state", "pooler_output")
+    outputs += tuple(f"hidden_states.{i}" for i in range(config.num_hidden_layers) if all_layers)
+    return Part(folder, _TextEncoder(encoder, outputs), config, {"input_ids": {0: "batch"}}, outputs, example)
 
 
 def _vae_decoder(vae: Any) -> Part:
-    def example(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
         rng = torch.Generator().manual_seed(batch)
-        return {"latent_sample": torch.randn(batch, vae.config.latent_channels, height, width, generator=rng)}
+        return {"latent_sample": torch.randn(batch, vae.config.latent_channels, *size, generator=rng)}
 
     axes = {"latent_sample": {0: "batch", 2: "height", 3: "width"}}
     return Part("vae_decoder", _VaeDecoder(vae), vae.config, axes, ("sample",), example)
 
 
-def _sizes(pipeline: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sizes(unet: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """Two small sizes of latents that the U-Net can halve at each of its levels; the first is not square."""
-    side = 2 ** len(pipeline.unet.config.block_out_channels)
+    side = smallest_side(unet)
     return (side, 2 * side), (side, side)
 
 
@@ -145,8 +163,8 @@ def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
     quantize: "int8" for int8 weights in every matrix product, quantized activations with them. A U-Net must have its LoRA
     fused. The encoder of the VAE and a safety checker are left out.
     """
-    size = _sizes(pipeline)[0]
-    for part in parts_of(pipeline):
+    size = _sizes(pipeline.unet)[0]
+    for part in parts_of(pipeline, 1.0):
         (folder / part.folder).mkdir()
         with _quietly(), tempfile.TemporaryDirectory(dir=folder) as passing:
             _trace(part, size, (Path(passing) if quantize else folder / part.folder) / "model.onnx")
@@ -155,7 +173,9 @@ def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
         config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
         text = json.dumps(config, indent=2, sort_keys=True, default=list)
         (folder / part.folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).save_pretrained(folder / name)
     add_vocabularies(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_index(pipeline), indent=2) + "\n", encoding="utf-8")
@@ -165,14 +185,11 @@ def _index(pipeline: Any) -> dict[str, Any]:
     """model_index.json: optimum's class for this model; the parts are named for diffusers' OnnxStableDiffusionPipeline."""
     import diffusers
 
-    takes_omega = pipeline.unet.config.time_cond_proj_dim is not None
     graph, absent = ["diffusers", "OnnxRuntimeModel"], [None, None]
-    return {
-        "_class_name": "ORTLatentConsistencyModelPipeline" if takes_omega else "ORTStableDiffusionPipeline",
+    index = {
+        "_class_name": onnx_class(pipeline),
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": absent,
-        "requires_safety_checker": False,
-        "safety_checker": absent,
         "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
         "text_encoder": graph,
         "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
@@ -180,15 +197,27 @@ def _index(pipeline: Any) -> dict[str, Any]:
         "vae_decoder": graph,
         "vae_encoder": absent,
     }
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        return index | {"requires_safety_checker": False, "safety_checker": absent}
+    zeros = pipeline.config.force_zeros_for_empty_prompt
+    second = {"text_encoder_2": graph, "tokenizer_2": ["transformers", type(pipeline.tokenizer_2).__name__]}
+    return index | second | {"force_zeros_for_empty_prompt": zeros}
+
+
+def onnx_class(pipeline: Any) -> str:
+    """optimum's pipeline class for a diffusers pipeline, by which its card tells how it is loaded."""
+    return f"ORT{type(pipeline).__name__}"
 
 
 @torch.no_grad()
 def _trace(part: Part, size: tuple[int, int], path: Path) -> None:
     """Trace with a batch of 2: an axis of length 1 would be taken for a constant. Weights over 2 GB go to a file beside."""
-    inputs = part.example(2, *size)
+    inputs = part.example(2, size)
+    if "timestep" in inputs:
+        inputs["timestep"] = inputs["timestep"][:1]
     program = torch.onnx.export(
         part.module,
-        tuple(inputs.values()),
+        kwargs=inputs,
         dynamo=True,
         opset_version=OPSET,
         input_names=list(inputs),
@@ -243,31 +272,32 @@ def _quietly() -> Iterator[None]:
 
 
 @torch.no_grad()
-def verify_onnx(folder: Path, reference: Any, quantize: str | None) -> float:
-    """The largest difference of each graph in onnxruntime from torch, at three batch sizes and two sizes of latents.
+def cases_of(pipeline: Any, guidance_scale: float) -> list[Case]:
+    """What every part of a pipeline gives in torch, at three batch sizes and two sizes of latents, in fp32."""
+    cases = []
+    for part in parts_of(pipeline, guidance_scale):
+        for batch in BATCHES:
+            for size in _sizes(pipeline.unet):
+                inputs = part.example(batch, size)
+                output = part.module(**inputs)
+                cases.append(Case(part.folder, inputs, (output,) if isinstance(output, Tensor) else output))
+    return cases
 
-    As a part of the reference's largest value. reference: the pipeline that it was made of, in fp32; its LoRA, if any, on
-    and not fused. Raises RunError above BOUNDS[quantize].
+
+def verify_onnx(folder: Path, cases: Sequence[Case], quantize: str | None, what: object) -> str:
+    """Run each graph in onnxruntime; a sentence with the largest difference from torch, as a part of the largest value.
+
+    cases: of the pipeline that it was made of, its LoRA, if any, on and not fused. Raises RunError above BOUNDS[quantize].
     """
     import onnxruntime
 
-    worst = 0.0
-    for part in parts_of(reference):
-        session = onnxruntime.InferenceSession(folder / part.folder / "model.onnx", providers=["CPUExecutionProvider"])
-        for batch in BATCHES:
-            for size in _sizes(reference):
-                off = _difference(session, part, part.example(batch, *size))
-                if not off <= BOUNDS[quantize]:  # a NaN is above any bound
-                    raise RunError(
-                        f"{part.folder}/model.onnx does not give torch's output: off by {off:.2g} at batch {batch} and "
-                        f"{size[0]}x{size[1]} latents, allowed is {BOUNDS[quantize]:g}"
-                    )
-                worst = max(worst, off)
-    return worst
-
-
-def _difference(session: Any, part: Part, inputs: Mapping[str, Tensor]) -> float:
-    got = session.run(list(part.outputs), {name: value.numpy() for name, value in inputs.items()})
-    expected = part.module(*inputs.values())
-    pairs = zip(got, [expected] if isinstance(expected, Tensor) else expected, strict=True)
-    return max(float((torch.from_numpy(a) - b).abs().max() / b.abs().max()) for a, b in pairs)
+    got: dict[str, list[Tensor]] = {}
+    expected: dict[str, list[Tensor]] = {}
+    for part, group in itertools.groupby(cases, key=lambda case: case.folder):
+        session = onnxruntime.InferenceSession(folder / part / "model.onnx", providers=["CPUExecutionProvider"])
+        for case in group:
+            names = [output.name for output in session.get_outputs()]
+            outputs = session.run(names, {name: value.numpy() for name, value in case.inputs.items()})
+            got.setdefault(part, []).extend(torch.from_numpy(output) for output in outputs)
+            expected.setdefault(part, []).extend(case.expected)
+    return compared(got, expected, BOUNDS[quantize], what)

@@ -102,14 +102,20 @@ def student_pipeline(teacher: Teacher, network: Any, resolution: int | None = No
 def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
     """Write a pipeline folder and its model card, whole or not at all; the weights keep the dtype they have."""
     with written_aside(folder) as aside:
-        # The checkpoint in memory came from a folder of its own; diffusers would warn that it is saved elsewhere.
-        logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
-        pipeline.save_pretrained(aside, safe_serialization=True)
-        for path in aside.glob("text_encoder*/model.safetensors"):
+        write_pipeline(pipeline, aside, card)
+
+
+def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
+    """Fill an existing folder with a pipeline and its model card; the weights keep the dtype they have."""
+    # The checkpoint in memory came from a folder of its own; diffusers would warn that it is saved elsewhere.
+    logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("text_encoder*/model.safetensors"):
+        _loaded_in_fp32_by_default(path.with_name("config.json"))
+        if "CLIPText" in path.with_name("config.json").read_text(encoding="utf-8"):
             _readable_by_transformers_4(path)
-            _loaded_in_fp32_by_default(path.with_name("config.json"))
-        add_vocabularies(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+    add_vocabularies(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def add_vocabularies(folder: Path) -> None:

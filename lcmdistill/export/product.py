@@ -1,24 +1,17 @@
-"""What a run made, written and loaded again, and how an export of it is compared with it.
+"""What a run made, written and loaded again."""
 
-Shapes: B batch, C h w latents, L D embeddings.
-"""
-
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lcmdistill.checkpoint import checkpoints, load_checkpoint
+from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint
 from lcmdistill.config import flatten
-from lcmdistill.consistency import omega_embedding
-from lcmdistill.errors import RunError, UsageError
+from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, header, rank_of, write_kohya
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
-from lcmdistill.export.single_file import BOUNDS
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.modelcard import model_card
 from lcmdistill.rundir import has_product, recorded, teacher_of
@@ -71,7 +64,8 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     if config.student.kind == "lora":
         lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
         path = folder / "lora" / f"{folder.name}.safetensors"
-        write_kohya(lora, path, header(lora, flatten(config), folder.name, teacher.pipeline))
+        with file_written_aside(path) as aside:
+            write_kohya(lora, aside, header(lora, flatten(config), folder.name, teacher.pipeline))
         return path
     pipeline = student_pipeline(teacher, student.for_drawing(), config.data.resolution).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
@@ -92,37 +86,3 @@ def load_product(run: Path) -> Product:
         raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
     groups, _ = load_checkpoint(saved[-1])
     return Product(run, found, from_checkpoint(groups["target"] or groups["student"], float(found["student.alpha"])))
-
-
-@torch.no_grad()
-def unet_step(unet: Any, guidance_scale: float) -> Tensor:
-    """A U-Net's output on fixed inputs, (2, C, h, w) fp32, computed in fp32."""
-    generator = torch.Generator().manual_seed(0)
-    side, config = 2 ** len(unet.config.block_out_channels), unet.config
-    z = torch.randn(2, config.in_channels, side, side, generator=generator)
-    c = torch.randn(2, 77, config.cross_attention_dim, generator=generator)
-    w = omega_embedding(torch.full((2,), guidance_scale - 1.0)) if config.time_cond_proj_dim is not None else None
-    return unet.float().eval()(z, torch.tensor([999, 259]), c, timestep_cond=w, return_dict=False)[0]
-
-
-def compared(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> str:
-    """A sentence with the largest difference, as a part of the largest value. Raises RunError above the dtype's bound."""
-    difference = float((got - expected).abs().max() / expected.abs().max())
-    bound = BOUNDS[dtype]
-    if not difference <= bound:
-        raise RunError(
-            f"{what} does not give the trained model's output: off by {difference:.2g}, allowed is {bound:g}"
-        )
-    return f"{what}: reloaded, largest difference {difference:.2g} of the largest value (allowed {bound:g})"
-
-
-@contextlib.contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """An export that fails its own check does not stay behind."""
-    import shutil
-
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
