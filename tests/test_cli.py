@@ -125,19 +125,43 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("arguments", "said"),
     [
-        (["distill", "--no-such-option"], "--no-such-option"),
-        (["distill", "--batch-size", "x"], "--batch-size"),
-        (["distill", "--objective", "dmd"], "dmd"),
-        (["no-such-command"], "no-such-command"),
+        (["distill", "--no-such-option"], "no such option: --no-such-option"),
+        (["distill", "--batch-size", "x"], "'--batch-size': it should be a valid integer.* got 'x'"),
+        (["distill", "--objective", "dmd"], "'--objective': 'dmd' is not one of 'lcm'"),
+        (["sample", "--steps", "0"], "'--steps': it should be greater than or equal to 1, got '0'"),
+        (["no-such-command"], "no such command 'no-such-command'"),
+        (["export"], "missing argument 'run'"),
+        (["export", "run", "--output", "x"], "missing option '--format'; choose from: pipeline, fused, kohya"),
+        (["distill", "--seed"], "option '--seed' requires an argument"),
     ],
 )
-def test_what_the_parser_refuses_names_it(command: Command, arguments: list[str], word: str) -> None:
-    code, _, error = command(*arguments)
+def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, arguments: list[str], said: str) -> None:
+    code, told, error = command(*arguments)
+    assert (code, told) == (2, "")
+    assert re.search(said, sentence(error))
+    assert re.search(r"; see .*lcmdistill.* --help$", sentence(error))
+
+
+def test_a_bare_command_shows_the_help(command: Command) -> None:
+    code, _, told = command()
     assert code == 2
-    assert word in error
-    assert "Traceback" not in error
+    assert all(name in told for name in ("Usage:", "distill-lora", "export"))
+
+
+def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for the launcher to end them; if it does not, the error is one that they alone have met."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    arguments = ["distill", "--data", "no-such-data"]
+    monkeypatch.setenv("RANK", "0")
+    first = sentence(command(*arguments)[2])
+    assert (first.startswith("--data no-such-data does not exist"), waited) == (True, [])
+    monkeypatch.setenv("RANK", "3")
+    code, _, error = command(*arguments)
+    assert (code, sentence(error)) == (2, f"process 3: {first}")
+    assert waited[0] >= 1
 
 
 # -- failures: exit code 1 -------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import time
 import warnings
+from typing import Any
 
 import typer
 
@@ -11,6 +13,9 @@ from lcmdistill.cli.evaluating import evaluate, report
 from lcmdistill.cli.exporting import export
 from lcmdistill.cli.training import distill, distill_lora
 from lcmdistill.errors import explain
+
+# The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
+PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,12 +44,38 @@ def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
     try:
-        app()
-    except SystemExit:
-        raise
+        code = app(standalone_mode=False)  # what an Exit says; None if a command came to its end
+        if code == 130:  # which is how Typer passes Ctrl-C on
+            raise KeyboardInterrupt
     except BaseException as error:
         if "--debug" in sys.argv[1:]:
             raise
-        sentence, code = explain(error)
+        code = _show(error) if isinstance(error, PARSER_ERROR) else _tell(*explain(error))
+    sys.exit(code)
+
+
+def _show(error: Any) -> int:
+    """What the parser refuses, in one sentence; its several lines of help are for a command without arguments alone."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    said = " ".join(error.format_message().split()).rstrip(".")
+    said = said.replace(". Choose", "; choose").replace("Value error, ", "").replace(": Input should", ": it should")
+    cause = error.__cause__
+    given = cause.errors()[0]["input"] if hasattr(cause, "errors") else None
+    got = f", got {given!r}" if given is not None and repr(given) not in said else ""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "lcmdistill"
+    return _tell(f"{said[0].lower()}{said[1:]}{got}; see {command} --help", error.exit_code)
+
+
+def _tell(sentence: str, code: int) -> int:
+    """Say what went wrong, once: of several processes that all met it, the first one says it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # Where the first process fails too, the launcher ends this one meanwhile; an error of this one's own is told.
+        time.sleep(5)
+        sentence = f"process {rank}: {sentence}"
+    if not rank or code < 128:
         print(f"Error: {sentence}" if code < 128 else sentence, file=sys.stderr)  # a signal is no error
-        sys.exit(code)
+    return code
