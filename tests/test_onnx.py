@@ -10,21 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from finished_runs import finished_run
 
 from lcmdistill import cli, export
-from lcmdistill.checkpoint import save_checkpoint
-from lcmdistill.config import resolve, to_toml
 from lcmdistill.consistency import omega_embedding
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export import onnx_files
-from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.export.product import load_product
 from lcmdistill.export.verify import network_output
-from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
-from lcmdistill.settings import Format, StudentConfig
-from lcmdistill.student import full_student
-from lcmdistill.teachers import load_teacher
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -33,36 +26,14 @@ needs_onnx = pytest.mark.skipif(
 OPTIONS: dict[str, Any] = {"dtype": "fp16", "guidance_scale": None, "verify": True}
 
 
-def settings(teacher: Path, kind: str) -> str:
-    flags = {"teacher.model": str(teacher), "student.kind": kind, "run.validation_guidance_scale": 1.0}
-    flags |= {"student.rank": 4, "student.alpha": 3.0} if kind == "lora" else {}
-    return to_toml(resolve({}, flags))
-
-
 @pytest.fixture(scope="module")
 def full_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a finished run leaves of a full student whose omega input does something."""
-    run, teacher = tmp_path_factory.mktemp("full") / "run", load_teacher(str(small_teacher))
-    student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
-    student.time_embedding.cond_proj.weight.mul_(4.0)
-    save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
-    (run / "config.toml").write_text(settings(small_teacher, "full"))
-    (run / "README.md").write_text("# a card\n\n## Use\n\nsomehow\n\n## Configuration\n")
-    return run
+    return finished_run(small_teacher, "full", tmp_path_factory.mktemp("full") / "run")
 
 
 @pytest.fixture(scope="module")
 def lora_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a finished run leaves of a LoRA that is far from zero, with alpha != rank."""
-    run, unet = tmp_path_factory.mktemp("lora") / "run", load_teacher(str(small_teacher)).network
-    add_lora(unet, ONLINE, StudentConfig(rank=4, alpha=3.0), seed=0)
-    adapter = adapter_parameters(unet, ONLINE)
-    fill(torch.nn.ParameterDict({key.replace(".", "/"): value for key, value in adapter.items()}), 5)
-    (run / "lora").mkdir(parents=True)
-    (run / "lora" / "run.safetensors").touch()
-    save_checkpoint(run / "checkpoints", 1, {"student": {}, "target": adapter}, {})
-    (run / "config.toml").write_text(settings(small_teacher, "lora"))
-    return run
+    return finished_run(small_teacher, "lora", tmp_path_factory.mktemp("lora") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +58,6 @@ def session(folder: Path, part: str) -> Any:
 
 def names(values: list[Any]) -> list[str]:
     return [value.name for value in values]
-
-
-def test_the_formats_are_those_of_the_dict() -> None:
-    assert [str(name) for name in Format] == list(export.EXPORTERS)
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""What a finished run leaves, without the training."""
+
+from pathlib import Path
+from typing import Any
+
+from conftest import fill
+from torch import nn
+
+from lcmdistill.checkpoint import save_checkpoint
+from lcmdistill.config import resolve, to_toml
+from lcmdistill.export.pipeline import save_pipeline, student_pipeline
+from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
+from lcmdistill.modelcard import write_run_card
+from lcmdistill.settings import StudentConfig
+from lcmdistill.student import full_student
+from lcmdistill.teachers import load_teacher
+
+
+def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
+    """The folder of a run: a full student whose omega input does something, or a LoRA far from zero, alpha != rank."""
+    teacher = load_teacher(str(teacher_folder))
+    flags: dict[str, Any] = {"teacher.model": str(teacher_folder), "student.kind": kind, "data.resolution": 32}
+    if kind == "full":
+        student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
+        student.time_embedding.cond_proj.weight.mul_(4.0)
+        save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
+        flags["run.validation_guidance_scale"] = 4.0
+    else:
+        shape = StudentConfig(kind="lora", rank=4, alpha=3.0)
+        add_lora(teacher.network, ONLINE, shape, seed=0)
+        adapter = adapter_parameters(teacher.network, ONLINE)
+        fill(nn.ParameterDict({key.replace(".", "/"): value for key, value in adapter.items()}), 5)
+        (run / "lora").mkdir(parents=True)
+        (run / "lora" / f"{run.name}.safetensors").touch()
+        save_checkpoint(run / "checkpoints", 1, {"student": {}, "target": adapter}, {})
+        flags |= {"student.rank": 4, "student.alpha": 3.0, "run.validation_guidance_scale": 1.0}
+    config = resolve({}, flags)
+    (run / "config.toml").write_text(to_toml(config))
+    write_run_card(config, run, teacher)
+    return run

@@ -1,0 +1,78 @@
+"""Every format of every family: written by the command, reloaded as its consumer does, and refused where it cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+from finished_runs import finished_run
+from safetensors import safe_open
+from small_models import BUILDERS
+
+from lcmdistill import export as exporting
+from lcmdistill.export.verify import network_inputs, network_output
+from lcmdistill.settings import Format
+
+FORMATS = {"full": ("pipeline", "single-file", "onnx"), "lora": tuple(f for f in Format if f != "pipeline")}
+CASES = [
+    pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if name == "onnx" else [])
+    for kind, names in FORMATS.items()
+    for name in names
+]
+each_family = pytest.mark.parametrize("family", list(BUILDERS))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(family, kind) -> the folder of a finished run."""
+    folder, found = tmp_path_factory.mktemp("formats"), {}
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(1)
+        for family, build in BUILDERS.items():
+            teacher = build(folder / family / "teacher")
+            for kind in FORMATS:
+                found[family, kind] = finished_run(teacher, kind, folder / family / kind)
+    return found
+
+
+def test_the_names_are_the_exporters() -> None:
+    assert [str(name) for name in Format] == list(exporting.EXPORTERS)
+
+
+@each_family
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_every_export_gives_the_trained_output(
+    family: str, kind: str, name: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
+) -> None:
+    output = tmp_path / ("out.safetensors" if name in ("kohya", "single-file") else "out")
+    words = ["export", runs[family, kind], "--format", name, "--output", output, "--dtype", "fp32"]
+    code, told, error = command(*words)
+    assert (code, error) == (0, "")
+    assert "reloaded, largest difference" in told
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [output.name]
+
+
+@each_family
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_a_single_file_tells_what_it_is(
+    family: str, kind: str, runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "my model.safetensors"
+    words = ["export", runs[family, kind], "--format", "single-file", "--output", path, "--no-verify"]
+    assert command(*words)[0] == 0
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == "my model"
+    assert ("guidance 4 (omega 3) is built in" in header["modelspec.usage_hint"]) == (kind == "full")
+
+
+@each_family
+def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, str], Path]) -> None:
+    """Every input that exports are compared on changes the output: one that did not would not be checked."""
+    unet = exporting.load_product(runs[family, "full"]).pipeline().unet
+    inputs = network_inputs(unet, 4.0)
+    expected = network_output(unet, inputs)
+    assert {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} <= set(inputs)
+    assert ("time_ids" in inputs) == (family == "sdxl")
+    for name, value in inputs.items():
+        assert (network_output(unet, {**inputs, name: value.flip(0) * 0.5}) - expected).abs().max() > 1e-4, name
