@@ -38,6 +38,9 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(str(error)) from error
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
+    if config.student.kind == "lora" and not hasattr(teacher.network, "add_adapter"):
+        kind = type(teacher.network).__name__
+        raise UsageError(f"a LoRA on a {kind} is not supported yet: no file format holds it; use lcmdistill distill")
     low, high = (getattr(config.objective, key, None) for key in ("w_min", "w_max"))
     has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and low != high:

@@ -14,6 +14,7 @@ from lcmdistill.modelcard import write_run_card
 from lcmdistill.settings import StudentConfig
 from lcmdistill.student import full_student
 from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import takes_omega
 
 
 def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
@@ -22,7 +23,8 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     flags: dict[str, Any] = {"teacher.model": str(teacher_folder), "student.kind": kind, "data.resolution": 32}
     if kind == "full":
         student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
-        student.time_embedding.cond_proj.weight.mul_(4.0)
+        if takes_omega(student):
+            student.time_embedding.cond_proj.weight.mul_(4.0)
         save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
         flags["run.validation_guidance_scale"] = 4.0
     else:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import Command
 from finished_runs import finished_run
+from pixel_models import build_pixel
 from safetensors import safe_open
-from small_models import BUILDERS
+from small_models import BUILDERS, FAMILY_BUILDERS
 
 from lcmdistill import export as exporting
 from lcmdistill.export.verify import network_inputs, network_output
@@ -50,6 +51,21 @@ def test_every_export_gives_the_trained_output(
     assert (code, error) == (0, "")
     assert "reloaded, largest difference" in told
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [output.name]
+
+
+@pytest.mark.parametrize("family", ["inpainting", "pixart", "pixel"])
+def test_what_is_a_pipeline_and_no_file(family: str, command: Command, tmp_path: Path) -> None:
+    build = build_pixel if family == "pixel" else FAMILY_BUILDERS[family]
+    run = finished_run(build(tmp_path / "models" / "teacher"), "full", tmp_path / "run")
+    words = ["export", run, "--format", "pipeline", "--output", tmp_path / "out", "--dtype", "fp32"]
+    code, told, error = command(*words)
+    assert (code, error) == (0, "")
+    assert "reloaded, largest difference" in told
+    if family != "inpainting":
+        for name, output in (("single-file", "x.safetensors"), ("onnx", "x"), ("kohya", "x.safetensors")):
+            code, _, error = command("export", run, "--format", name, "--output", tmp_path / output)
+            assert (code, error.count("\n")) == (2, 1)
+            assert not (tmp_path / output).exists()
 
 
 @each_family

@@ -18,6 +18,7 @@ from lcmdistill.export.verify import BOUNDS, compared, network_outputs, pipeline
 from lcmdistill.modelcard import card_for
 from lcmdistill.teachers import resolve_alias
 from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.drawing import network_of
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def peft(product: Product, request: Request) -> str:
 def single_file(product: Product, request: Request) -> str:
     """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoders in one file; LoRA fused, omega baked."""
     path, made = _file(request.output), product.pipeline()
+    _need_text_unet(made, "single-file")
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
     bakes = takes_omega(made.unet)
@@ -164,6 +166,7 @@ def onnx(product: Product, request: Request) -> str:
     """U-Net, text encoders and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
     need_onnx()
     made = product.pipeline()
+    _need_text_unet(made, "onnx")
     cases = cases_of(made, request.guidance_scale) if request.verify else []
     _merge_adapter(product, made)
     with written_aside(request.output) as aside:
@@ -173,6 +176,14 @@ def onnx(product: Product, request: Request) -> str:
             return f"{request.output}: not verified"
         del made
         return verify_onnx(aside, cases, request.quantize, request.output)
+
+
+def _need_text_unet(made: Any, name: str) -> None:
+    """Raise UsageError for a student whose format has no place for it."""
+    if type(network_of(made)).__name__ != "UNet2DConditionModel":
+        raise UsageError(
+            f"--format {name} is for U-Nets that take prompts, not for {type(made).__name__}; use pipeline"
+        )
 
 
 def _file(output: Path) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcmdistill.consistency import omega_embedding
 from lcmdistill.errors import RunError
 from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.drawing import network_of
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """of the largest difference that passes, as a part of the reference's largest magnitude; half precisions round the weights
@@ -20,7 +21,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Outputs = Mapping[str, Sequence[Tensor]]
 "part of a pipeline -> what it gives on fixed inputs"
-ADDED = ("text_embeds", "time_ids")
+ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 "the inputs that diffusers' networks take inside `added_cond_kwargs`"
 
 
@@ -30,20 +31,28 @@ def network_inputs(
     """Fixed inputs of a denoising network under the names of its own arguments, those of ADDED among them.
 
     The one place that knows what a network takes. sample: (B, C, h, w), timestep: (B,), encoder_hidden_states: (B, L, D);
-    timestep_cond: (B, W) if it takes omega; text_embeds: (B, P) and time_ids: (B, 6) of SDXL. guidance_scale: diffusers'
-    convention, omega + 1; size: of the latents, by default the smallest square that it halves at each of its levels.
+    timestep_cond: (B, W) if it takes omega; text_embeds: (B, P) and time_ids: (B, 6) of SDXL; resolution: (B, 2) and
+    aspect_ratio: (B, 1) of PixArt; class_labels: (B,). guidance_scale: diffusers' convention, omega + 1; size: of the latents,
+    by default the smallest square that it halves at each of its levels.
     """
     config, rng = network.config, torch.Generator().manual_seed(batch)
     height, width = size or (smallest_side(network),) * 2
     inputs = {
         "sample": torch.randn(batch, config.in_channels, height, width, generator=rng),
         "timestep": torch.tensor([999, 259, 19])[torch.arange(batch) % 3],
-        "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, generator=rng),
     }
+    embeds = config.get("caption_channels") or config.get("cross_attention_dim")
+    if embeds:  # in pixel space there is no prompt
+        inputs["encoder_hidden_states"] = torch.randn(batch, 77, embeds, generator=rng)
     if config.get("addition_embed_type") == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["text_embeds"] = torch.randn(batch, pooled, generator=rng)
         inputs["time_ids"] = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
+    if getattr(network, "use_additional_conditions", False):
+        inputs["resolution"] = torch.tensor([[1024.0, 1024.0]]).repeat(batch, 1)
+        inputs["aspect_ratio"] = torch.ones(batch, 1)
+    if config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.arange(batch) % config.num_class_embeds
     if takes_omega(network):
         w = torch.full((batch,), guidance_scale - 1.0)
         inputs["timestep_cond"] = omega_embedding(w, config.time_cond_proj_dim)
@@ -51,17 +60,20 @@ def network_inputs(
 
 
 def smallest_side(network: Any) -> int:
-    """The side of the smallest latents, in pixels of theirs, that leaves the innermost level more than one."""
-    return 2 ** len(network.config.block_out_channels)
+    """The side of the smallest latents, in pixels of theirs, that leaves a U-Net's innermost level more than one."""
+    return 2 ** len(network.config.get("block_out_channels", (0, 0)))
 
 
 @torch.no_grad()
 def network_output(network: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """What a network gives on `network_inputs`, (B, C, h, w)."""
-    added = {name: value for name, value in inputs.items() if name in ADDED}
+    added: dict[str, Any] = {name: value for name, value in inputs.items() if name in ADDED}
     plain = {name: value for name, value in inputs.items() if name not in ADDED}
-    network = network.float().eval()
-    return network(**plain, added_cond_kwargs=added, return_dict=False)[0]
+    if type(network).__name__.startswith("PixArt"):  # which asks for the dict's keys even where it uses none
+        added = {"resolution": None, "aspect_ratio": None, **added}
+        plain["hidden_states"] = plain.pop("sample")
+    told = {"added_cond_kwargs": added} if added else {}
+    return network.float().eval()(**plain, **told, return_dict=False)[0]
 
 
 def network_outputs(network: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
@@ -71,7 +83,9 @@ def network_outputs(network: Any, guidance_scale: float) -> dict[str, list[Tenso
 
 def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
     """Outputs of a pipeline's network, its VAE both ways and its text encoders."""
-    outputs = network_outputs(pipeline.unet, guidance_scale) | {"VAE": _vae_both_ways(pipeline.vae)}
+    outputs = network_outputs(network_of(pipeline), guidance_scale)
+    if "vae" in pipeline.components:
+        outputs["VAE"] = _vae_both_ways(pipeline.vae)
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder") and part is not None:
             outputs[name] = _text_encoding(part)
