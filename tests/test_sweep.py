@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcmdistill.config import resolve
 from lcmdistill.errors import UsageError
 from lcmdistill.evaluate import program, sweep
 from lcmdistill.evaluate.program import Wish, evaluate
 from lcmdistill.evaluate.results import Results, read_results
+from lcmdistill.train import distill
 
 WISH: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_images": 5, "device": "cpu"}
 
@@ -141,6 +143,51 @@ def noise_weights(run: Path, size: float) -> None:
         if value.numel() > 1:
             tensors[name] = value + size * value.std() * torch.randn(value.shape, generator=generator)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
+    """What is measured of the tiny teacher's untrained student, which is the teacher, and of one with noise in its weights.
+
+    At guidance scale 1, where nothing is left to be learnt but to jump.
+    """
+    place, found = tmp_path_factory.mktemp("ranked"), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LCMDISTILL_CACHE", str(place / "cache"))
+        settings: dict[str, Any] = {
+            "teacher.model": "tiny",
+            "run.output": str(place / "equal"),
+            "run.validate_every": 0,
+        }
+        settings |= {"optim.learning_rate": 0.0, "optim.max_train_steps": 1, "optim.batch_size": 1, "data.count": 16}
+        distill(resolve({}, {**settings, "run.device": "cpu"}))
+        shutil.copytree(place / "equal", place / "broken")
+        noise_weights(place / "broken", 0.4)
+        for name in ("equal", "broken"):
+            evaluate([place / name], Wish(steps=(4,), guidance_scales=(1.0,), num_images=4, device="cpu"))
+            results = read_results(place / name)
+            assert results is not None
+            found.append(results)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("measure", ["rmse", "ssim", "sharpness", "saturation", "diversity", "kid"])
+def test_an_untrained_student_is_ranked_above_a_broken_one(ranked: tuple[Results, Results], measure: str):
+    equal, broken = (results.number(measure, "student", 4) for results in ranked)
+    assert equal is not None
+    assert broken is not None
+    better = ranked[0].about["measures"][measure]["better"]
+    if better == "one":
+        assert abs(equal - 1) < 0.5 * abs(broken - 1)
+    else:
+        assert equal < 0.7 * broken if better == "lower" else equal > 1.3 * broken
+
+
+def test_an_untrained_student_is_more_consistent_than_a_broken_one(ranked: tuple[Results, Results]):
+    equal, broken = (sum(y for _, y, _ in results.consistency) for results in ranked)
+    assert equal < 0.5 * broken
+    for x, of_student, of_teacher in ranked[0].consistency:  # at guidance 1 it is the teacher, but for c_skip near 0
+        assert of_student == pytest.approx(of_teacher, rel=0.02, abs=2e-4) or x < 0.05
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------

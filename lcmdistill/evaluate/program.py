@@ -20,6 +20,7 @@ from lcmdistill.evaluate.drawing import start_noise, student_latents
 from lcmdistill.evaluate.features import MobileNetV2Features, ScriptedFeatures, features_of, has_mobilenet
 from lcmdistill.evaluate.metrics import FREE, Measure, check_count, kid_measure
 from lcmdistill.evaluate.results import write_sweep
+from lcmdistill.evaluate.selfconsistency import curve
 from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, digest, sweep_run
 from lcmdistill.evaluate.weights import FID_IMAGES, clip_measure, fid_measure, lpips_measure
 from lcmdistill.rundir import has_product, recorded, teacher_of
@@ -198,6 +199,7 @@ def _evaluate_one(
                 last[0] = cell.name
 
         sweep_run(folder, cache, sweep, who, measures, about, tell)
+        curve(folder, cache, sweep, who)
     more = {
         "is_baked": each.is_baked,
         "held_out": not teacher.in_pixels,

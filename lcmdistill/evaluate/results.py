@@ -22,6 +22,8 @@ class Results:
     folder: Path
     about: Mapping[str, Any]
     cells: Mapping[str, Mapping[str, Any]]
+    consistency: tuple[tuple[float, float, float], ...] = ()
+    "noisiness, the student's error, the teacher's"
 
     @property
     def steps(self) -> list[int]:
@@ -86,4 +88,6 @@ def read_results(run: Path) -> Results | None:
         path = folder / "cells" / name / "numbers.json"
         if path.is_file():
             cells[name] = json.loads(path.read_text(encoding="utf-8"))
-    return Results(folder, about, cells)
+    path = folder / "consistency.json"
+    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
+    return Results(folder, about, cells, tuple(map(tuple, points)))

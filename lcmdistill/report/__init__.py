@@ -16,7 +16,7 @@ from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
 from lcmdistill.report.charts import Chart, short, to_svg
-from lcmdistill.report.curves import good, quality_charts, training_charts
+from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
@@ -225,8 +225,9 @@ def _quality(results: Results) -> dict[str, Any]:
         f"same start noise (seed {results.about['seed']}), guidance scale {results.guidance_scale:g}. None of these numbers "
         "compares with a published one unless its row says so."
     )
+    charts = [*quality_charts(results), *consistency_charts(results)]
     meanings = [{**about, "good": good(about["better"])} for about in measures.values()]
-    return {"about": about, "charts": quality_charts(results), "table": table(results), "meanings": meanings}
+    return {"about": about, "charts": charts, "table": table(results), "meanings": meanings}
 
 
 def table(results: Results) -> dict[str, Any]:

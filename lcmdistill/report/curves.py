@@ -47,6 +47,22 @@ def quality_charts(results: Results) -> list[Chart]:
     return found
 
 
+def consistency_charts(results: Results) -> list[Chart]:
+    """How far the student's clean images lie from each other between neighbouring times of a trajectory; none or one."""
+    student = Series("student", tuple((x, y) for x, y, _ in results.consistency))
+    teacher = Series("teacher's x0", tuple((x, y) for x, _, y in results.consistency), 1)
+    chart = Chart(
+        "Consistency error",
+        "from clean (0) to all noise (1)",
+        "RMS |f(z_t, t) - f(z_s, s)|",
+        (student, teacher),
+        about="Between neighbouring times of the teacher's own trajectories; a perfect consistency model is at 0.",
+        from_zero=True,
+        markers=False,
+    )
+    return [] if chart.is_empty else [chart]
+
+
 def _against_steps(results: Results, measure: str, sampler: Any, name: str, look: int) -> Series:
     values = [(float(n), results.number(measure, sampler, n)) for n in results.steps]
     return Series(name, tuple((n, v) for n, v in values if v is not None), look)
