@@ -3,7 +3,7 @@
 import dataclasses
 import errno
 import json
-import os
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,16 +116,27 @@ def mark_finished(folder: Path, step: int) -> None:
     write_text(folder / _MARK, step_name(step))
 
 
+def check_place(path: Path) -> None:
+    """Raise UsageError unless a file or folder can be made there; found out by trying, as rights alone do not tell."""
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"--output {path} cannot be made: {above} is a file; choose another place")
+    try:
+        with tempfile.TemporaryDirectory(dir=above, prefix=".lcmdistill-"):
+            pass
+    except OSError as error:
+        why = "no permission" if isinstance(error, PermissionError) else error.strerror
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"--output {path} cannot be written: {why} in {above}; choose another place") from error
+
+
 def check_run(config: RunConfig) -> None:
     """Raise UsageError unless the folder is new, empty, or a run of the same configuration that can be resumed."""
     folder = Path(config.run.output or "")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir():
-        raise UsageError(f"--output {folder} cannot be made: {above} is a file; choose another folder")
-    if not os.access(above, os.W_OK):
-        raise UsageError(f"--output {folder} cannot be written: no permission in {above}; choose another folder")
+    check_place(folder)
     if not recorded(folder) and folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
     before = begun(folder)

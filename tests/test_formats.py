@@ -1,5 +1,9 @@
 """Every format of every family: written by the command, reloaded as its consumer does, and refused where it cannot be."""
 
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +96,52 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
     assert ("time_ids" in inputs) == (family == "sdxl")
     for name, value in inputs.items():
         assert (network_output(unet, {**inputs, name: value.flip(0) * 0.5}) - expected).abs().max() > 1e-4, name
+
+
+# -- refused, or stopped on the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("full", ["--format", "kohya", "--output", "x.safetensors"], "--format kohya is for LoRA runs"),
+        ("lora", ["--format", "pipeline", "--output", "x"], "use --format fused for a full pipeline"),
+        ("lora", ["--format", "kohya", "--output", "x"], "must end in .safetensors"),
+        ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "cannot be written: .* in /proc"),
+        ("lora", ["--format", "peft", "--output", "taken"], "taken exists; name a new one"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_at_once(
+    kind: str, words: list[str], said: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    code, told, error = command("export", runs["sd1", kind], *words)
+    assert (code, told, error.count("\n")) == (2, "", 1)
+    assert re.search(said, error)
+    assert {path.name for path in tmp_path.iterdir()} <= {"taken", "cache"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("name", ["fused", "kohya"])
+def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
+    name: str, number: signal.Signals, runs: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """Stopped by a signal once everything is written and before it is compared."""
+    output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
+    function = "network_outputs" if name == "kohya" else "compared"
+    code = f"""
+import os, sys
+from lcmdistill import cli, export
+export.{function} = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
+sys.argv = ["lcmdistill", "export", {str(runs["sd1", "lora"])!r}, "--format", {name!r}, "--output", {str(output)!r}]
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert left <= {"cache"}
+    if number == signal.SIGINT:
+        assert ended.returncode == 130, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
+    else:
+        assert ended.returncode == -signal.SIGKILL

@@ -621,7 +621,7 @@ def test_impossible_settings_are_refused_and_leave_no_folder(
 
 def test_an_output_below_a_file_is_refused(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"p\.txt is a file; choose another folder"):
+    with pytest.raises(UsageError, match=r"p\.txt is a file; choose another place"):
         run("p.txt/x")
 
 

@@ -16,6 +16,7 @@ from lcmdistill.export.product import Product, load_product
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
 from lcmdistill.export.verify import BOUNDS, compared, network_outputs, pipeline_outputs
 from lcmdistill.modelcard import card_for
+from lcmdistill.rundir import check_place
 from lcmdistill.teachers import resolve_alias
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import network_of
@@ -223,6 +224,7 @@ def export(
     product = load_product(run)
     if output.exists():
         raise UsageError(f"--output {output} exists; name a new one")
+    check_place(output)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     request = Request(
         output=output,
