@@ -16,7 +16,7 @@ import torch
 from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
 from lcmdistill.config import resolve
 from lcmdistill.ema import ema_update
-from lcmdistill.objectives import guided_denoiser
+from lcmdistill.objectives.shared import teacher_denoiser
 from lcmdistill.student import Door, full_student, raw_network, target_of
 from lcmdistill.teachers import load_teacher
 
@@ -48,7 +48,7 @@ def main() -> None:
 
     def teacher_part() -> None:
         with torch.no_grad():
-            guided_denoiser(models.teacher, batch.cond, models.null, w)(latents, t)
+            teacher_denoiser(models, batch.cond, w)(latents, t)
 
     def target_part() -> None:
         with torch.no_grad():

@@ -25,6 +25,7 @@ from lcmdistill.data.sources import open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import pick_device
 from lcmdistill.evaluate import drawing, features, metrics
+from lcmdistill.methods import omega_range
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.sample import find_model, grid, load_student
 from lcmdistill.settings import DataConfig
@@ -46,13 +47,14 @@ def main() -> None:
     args = parser.parse_args()
     config = recorded(args.run)
     found = find_model(str(args.run))
-    middle = (config["objective.w_min"] + config["objective.w_max"]) / 2 + 1
+    omegas = omega_range(config)
+    middle = omegas.middle if omegas else config["run.validation_guidance_scale"]
     # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
-    guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras else args.guidance_scale or middle)
+    guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras and omegas else args.guidance_scale or middle)
     device = pick_device("auto")
     teacher = load_teacher(**teacher_of(config))
     teacher.pipeline.to(device)
-    student = load_student(found.path, device, found.loras, options=found.options)
+    student = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     picture(args.run, config, teacher, student, guidance)
     if args.metrics:
         held_out = args.prompts or Path(ALIASES[config["teacher.model"]]) / "prompts-heldout.txt"

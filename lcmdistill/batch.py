@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcmdistill.distances import Distance
 from lcmdistill.prediction import X0Eps, network_input, to_x0_eps
 from lcmdistill.schedule import NoiseSchedule
 
@@ -80,13 +81,23 @@ RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt alone, B = 1."""
+    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt alone, B = 1.
+
+    perceptual: LPIPS, where its weights are given; has_dropout: whether any of the networks has dropout that acts.
+    """
 
     schedule: NoiseSchedule
     teacher: Network
     student: Network
     target: Network
     null: Conditioning
+    perceptual: Distance | None = None
+    has_dropout: bool = False
+
+    def seed_dropout(self, rng: "Rng") -> None:
+        """Let what dropout draws from here on be the rng's own; nothing happens where there is none."""
+        if self.has_dropout:
+            seed_dropout(rng)
 
 
 def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: str) -> Network:

@@ -15,8 +15,10 @@ from lcmdistill.errors import UsageError
 from lcmdistill.presets import PRESETS
 from lcmdistill.settings import (
     ALIAS_DEFAULTS,
+    FREE_GUIDANCE_DEFAULTS,
     LORA_ALIAS_DEFAULTS,
     LORA_DEFAULTS,
+    OBJECTIVE_DEFAULTS,
     SECTIONS,
     ObjectiveName,
     RunConfig,
@@ -69,11 +71,18 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | Non
     defaults = ALIAS_DEFAULTS.get(model, {})
     if is_lora:
         defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
+    defaults = {**defaults, **_of_run(Path(model)), **OBJECTIVE_DEFAULTS.get(name, {})}
+    if chosen.get("objective.guidance") == "free":
+        defaults |= FREE_GUIDANCE_DEFAULTS
     defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}
     values = {**{k: v for k, v in defaults.items() if v is not None and _known(k, sections)}, **chosen}
     built = {section: _build(section, cls, values) for section, cls in sections.items()}
     unknown = [key for key in values if not _known(key, sections)]
     if unknown:
+        section, _, key = unknown[0].partition(".")
+        if section == "objective" and any(key in {f.name for f in dataclasses.fields(o)} for o in OBJECTIVES.values()):
+            own = ", ".join(f.name for f in dataclasses.fields(OBJECTIVES[name]))
+            raise UsageError(f"objective.{key} is no setting of {name}, which has {own}")
         raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
     config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
     if config.run.output is None:
@@ -116,6 +125,17 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         changed = dataclasses.replace(getattr(config, section), **{key: value})
         config = dataclasses.replace(config, **{section: changed})
     return config
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """The defaults of a run that goes on from another's product: what the other was trained with."""
+    path = folder.expanduser() / "config.toml"
+    settings = read_toml(path) if path.is_file() else {}
+    of_alias = {
+        k: v for k, v in ALIAS_DEFAULTS.get(settings.get("teacher.model", ""), {}).items() if k != "data.sources"
+    }
+    kept = ("data.resolution", "objective.w_min", "objective.w_max")
+    return of_alias | {k: settings[k] for k in kept if k in settings}
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -242,6 +262,11 @@ def _check(config: RunConfig) -> None:
     for key in ("beta1", "beta2"):
         if not 0.0 <= (beta := getattr(config.optim, key)) < 1.0:
             raise UsageError(f"optim.{key} is {beta}; it must be at least 0 and below 1")
+    if getattr(config.objective, "guidance", None) == "free" and not config.data.caption_drop:
+        raise UsageError(
+            "objective.guidance is free and data.caption_drop 0; drop some captions, such as 0.1, so that the empty prompt, "
+            "from which guidance pulls away, is trained too"
+        )
     if not config.data.sources:
         raise UsageError("data.sources is empty; name a folder, shards, or teacher")
     if config.data.prompts is not None and "teacher" not in config.data.sources:

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcmdistill.config import to_toml
+from lcmdistill.config import flatten, to_toml
 from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.hub import check_login
 from lcmdistill.lora import ONLINE, add_lora
+from lcmdistill.methods import omega_range
+from lcmdistill.objectives import forwards
 from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door
@@ -26,8 +28,6 @@ from lcmdistill.teachers.base import Teacher, can_take_omega, needs_caption, tak
 from lcmdistill.tracking import check_tracker, say
 
 SURVEY_SECONDS = 20.0
-FORWARDS_PER_STEP = 6
-"student forward and backward 3, teacher with and without prompt 2, target 1"
 
 
 def guard(config: RunConfig, teacher: Teacher) -> None:
@@ -36,17 +36,18 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    _check_start(config, teacher)
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
     if config.student.kind == "lora" and not hasattr(teacher.network, "add_adapter"):
         kind = type(teacher.network).__name__
         raise UsageError(f"a LoRA on a {kind} is not supported yet: no file format holds it; use lcmdistill distill")
-    low, high = (getattr(config.objective, key, None) for key in ("w_min", "w_max"))
+    omegas = omega_range(flatten(config))
     has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
-    if not has_input and low != high:
+    if not has_input and omegas and omegas.low != omegas.high:
         raise UsageError(
-            f"omega is drawn from {low:g} to {high:g}, and a {type(teacher.network).__name__} has no input for it; set "
-            "objective.w_min and objective.w_max to one value"
+            f"omega is drawn from {omegas.low:g} to {omegas.high:g}, and a {type(teacher.network).__name__} has no input for "
+            "it; set objective.w_min and objective.w_max to one value"
         )
     resolution, patch = config.data.resolution, teacher.network.config.get("patch_size", 1)
     multiple = math.lcm(teacher.vae_factor * patch, 8)
@@ -65,6 +66,31 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(f"data.resolution is {resolution}; the teacher draws pixels at {own}: pass --resolution {own}")
     if config.student.kind == "lora":
         raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
+    if config.objective_name == "tcd":
+        raise UsageError("--objective tcd has no sampler in pixel space; use cd, ct, ict or lcm")
+
+
+def _check_start(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError unless what the method starts from is a teacher, or for fine-tuning an LCM."""
+    sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
+    is_lcm = sampled_by == "LCMScheduler" or (takes_omega(teacher.network) and sampled_by != "TCDScheduler")
+    if config.objective_name == "lcf":
+        if not is_lcm:
+            raise UsageError(
+                f"--objective lcf fine-tunes an LCM, and {model} is none: it has neither an omega input nor an LCMScheduler; "
+                "name a run of lcmdistill, or an LCM's pipeline"
+            )
+        if "teacher" in config.data.sources:
+            raise UsageError("--objective lcf learns from images of your own; name them with --data")
+    elif is_lcm or sampled_by == "TCDScheduler":
+        raise UsageError(
+            f"{model} draws in few steps already and has no ODE of its own to distil; name its teacher, or fine-tune an LCM "
+            "with --objective lcf"
+        )
+    if getattr(config.objective, "distance", "") == "lpips" and not teacher.in_pixels:
+        raise UsageError(
+            "objective.distance is lpips, which compares images, and this teacher works on latents; try huber"
+        )
 
 
 def check_early(config: RunConfig) -> None:
@@ -100,7 +126,7 @@ def dry_run(config: RunConfig) -> None:
     folder = Path(config.run.output or "")
     state = "a run to resume" if begun(folder) else "new"
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
-    config = settle(config, 1, teacher.usual, one_a_prompt=not teacher.in_pixels)
+    config = settle(config, 1, teacher)
     check_run(config)
     guard(config, teacher)
     say(to_toml(config))
@@ -186,4 +212,6 @@ def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dty
         module(z, t, c.values, None)
         began = time.perf_counter()
         float(module(z, t, c.values, None).sum())
-    return (time.perf_counter() - began) * FORWARDS_PER_STEP * config.optim.accumulate
+    asked = forwards(config.objective, teacher.schedule)
+    whole = 3 * asked["student"] + asked["teacher"] + asked["target"]  # a backward pass takes twice a forward's time
+    return (time.perf_counter() - began) * whole * config.optim.accumulate

@@ -13,13 +13,17 @@ from lcmdistill.checkpoint import checkpoints, step_name, step_of, write_text
 from lcmdistill.config import flatten, has_key, to_toml, with_values
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
+from lcmdistill.methods import FREE_GUIDANCE, omega_range
 from lcmdistill.settings import RunConfig, TeacherConfig
+from lcmdistill.student import guidance_of
+from lcmdistill.teachers.base import Teacher
 
 _MARK, _DATA = ".finished", ".data.json"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 FREE_TO_DIFFER = {
     "optim.max_train_steps",
+    "objective.curriculum_steps",
     "data.count",
     "data.cache_dir",
     "run.output",
@@ -47,26 +51,32 @@ TEACHERS_OWN = {
 }
 
 
-def settle(config: RunConfig, world: int, usual: Mapping[str, Any], *, one_a_prompt: bool = True) -> RunConfig:
-    """Fill in what depends on the rest: the teacher's own settings, how many samples to prepare, the guidance to draw with.
+def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
+    """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
+    the guidance to draw with.
 
-    usual: `Teacher.usual`; one_a_prompt: whether a teacher without data draws each prompt once at most. A run that is
-    resumed keeps the number of samples it was started with, however long it is now to be.
+    A run that is resumed keeps the samples and the curriculum that it was started with, however long it is now to be.
     """
-    config = with_values(config, {k: v for k, v in usual.items() if has_key(config, k) and k not in config.chosen})
+    config = with_values(
+        config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
+    )
     config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
     optim, before = config.optim, begun(Path(config.run.output or ""))
     count = config.data.count or before.get("data.count")
     if count is None:
         needed = optim.max_train_steps * optim.batch_size * optim.accumulate * world
-        count = usable_count(config.data, needed, one_a_prompt=one_a_prompt)
+        count = usable_count(config.data, needed, one_a_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale
-    if guidance is None and config.student.kind == "lora":
-        guidance = 1.0  # an adapter has its guidance baked in, and no input for another
-    elif guidance is None:
-        guidance = min(7.5, (config.objective.w_min + config.objective.w_max) / 2 + 1)
+    if guidance is None:
+        where, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(flatten(config))
+        guidance = {"baked": 1.0, "free": FREE_GUIDANCE, "input": min(7.5, omegas.middle) if omegas else 1.0}[where]
+    objective = config.objective
+    if getattr(objective, "curriculum_steps", 0) is None:
+        whole = before.get("objective.curriculum_steps", optim.max_train_steps)
+        objective = dataclasses.replace(objective, curriculum_steps=whole)
     return dataclasses.replace(
         config,
+        objective=objective,
         data=dataclasses.replace(config.data, count=count),
         run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
     )
@@ -145,8 +155,7 @@ def check_run(config: RunConfig) -> None:
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
     unsettled = TEACHERS_OWN - config.chosen
     keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
-    if config.data.count is not None and config.data.count != before.get("data.count"):
-        keys.append("data.count")
+    keys += [k for k in ("data.count", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
         keys.append("optim.max_train_steps")
     if keys:

@@ -13,9 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora
-from lcmdistill.export.pipeline import call_options, lcm_scheduler
+from lcmdistill.export.pipeline import call_options, vp_scheduler
+from lcmdistill.methods import METHODS
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
+from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import inpaints, network_of
 
 
@@ -40,6 +42,7 @@ class Found:
     resolution: int | None = None
     teacher: str | None = None
     loras: tuple[str, ...] = ()
+    scheduler: str = "LCMScheduler"
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +67,8 @@ def find_model(model: str | None) -> Found:
             raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
         options = teacher_of(config)
         teacher = options.pop("model")
-        return Found(teacher, guidance, side, teacher, tuple(files), options)
+        scheduler = METHODS[config["objective.name"]].scheduler
+        return Found(teacher, guidance, side, teacher, tuple(files), scheduler, options)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
     return Found(str(run / "pipeline"), guidance, side, config["teacher.model"])
@@ -76,17 +80,18 @@ def load_student(
     loras: Sequence[str] = (),
     scales: Sequence[float] = (),
     options: Mapping[str, Any] | None = None,
+    scheduler: str = "LCMScheduler",
 ) -> Any:
     """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
 
-    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets an LCMScheduler. scales:
-    their weights, 1 where there are fewer; options: as in Found. Raises UsageError on a file that is no LoRA for this
-    model.
+    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets the scheduler. scales:
+    their weights, 1 where there are fewer; options, scheduler: as in Found. Raises UsageError on a file that is no LoRA for
+    this model.
     """
     pipeline = load_pipeline(model, **(options or {}))
     pipeline.set_progress_bar_config(disable=True)
     if loras:
-        pipeline.scheduler = lcm_scheduler(pipeline.scheduler.config)
+        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler)
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)
@@ -121,14 +126,18 @@ def draw(
     guidance_scale: float,
     resolution: int | None = None,
     shown: tuple[Image.Image, Image.Image] | None = None,
+    eta: float | None = None,
+    negative_prompt: str | None = None,
     batch_size: int = 4,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Drawing]:
     """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch.
 
-    shown: image and mask for an inpainting model, which else draws from the prompt alone. Raises UsageError on more steps than
-    the scheduler has, a resolution that diffusers does not draw, or an image for a model that takes none.
+    shown: image and mask for an inpainting model, which else draws from the prompt alone; eta: gamma of a TCDScheduler, None
+    is ETA. Raises UsageError on more steps than the scheduler has, a resolution that diffusers does not draw, an image for a
+    model that takes none, and an eta or a negative prompt that would have no effect.
     """
+    _check_effects(pipeline, guidance_scale, eta, negative_prompt)
     known = pipeline.scheduler.config
     most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
     if steps > most:
@@ -144,14 +153,34 @@ def draw(
     drawings: list[Drawing] = []
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
-        images = pipeline(
-            **call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution, shown=shown),
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in theirs],
-        ).images
+        told = call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution, shown=shown)
+        told |= {} if eta is None else {"eta": eta}
+        told |= {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(some)}
+        generators = [torch.Generator().manual_seed(seed) for seed in theirs]
+        images = pipeline(**told, num_inference_steps=steps, generator=generators).images
         drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]
         on_progress(len(drawings))
     return drawings
+
+
+def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, negative_prompt: str | None) -> None:
+    if eta is not None and type(pipeline.scheduler).__name__ != "TCDScheduler":
+        raise UsageError(
+            f"--eta is for a TCDScheduler, and this model has {type(pipeline.scheduler).__name__}; leave it out"
+        )
+    if eta is not None and not 0.0 <= eta <= 1.0:
+        raise UsageError(f"--eta is {eta}; it must be from 0, no fresh noise, to 1")
+    if negative_prompt is None:
+        return
+    if takes_omega(network_of(pipeline)):
+        raise UsageError(
+            "--negative-prompt has no effect on this student, whose guidance is an input of the network; train one with "
+            "--guidance free to keep it"
+        )
+    if guidance_scale <= 1:
+        raise UsageError(
+            f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; give a --guidance-scale above 1"
+        )
 
 
 def write_drawings(

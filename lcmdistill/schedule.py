@@ -45,7 +45,7 @@ class NoiseSchedule(Protocol):
         ...
 
     def grid(self, points: int) -> Tensor:
-        """N times from the first to the last, rising, (N,); of T points it is every time step. N from 2 to T."""
+        """N times from the first to the last, rising, (N,); of T points it is every time step. N from 2."""
         ...
 
     def time_of(self, half_log_snr: Tensor) -> Tensor:
@@ -85,8 +85,12 @@ class VPSchedule:
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def grid(self, points: int) -> Tensor:
-        """Evenly spaced whole time steps, (N,) int64; N = T / k + 1 lie k apart, give or take one."""
-        return torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64).round().long()
+        """Evenly spaced time steps, (N,): whole ones, int64, which for N = T / k + 1 lie k apart, give or take one.
+
+        More points than there are steps lie between them, fp32.
+        """
+        times = torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64)
+        return times.round().long() if points <= self.num_steps else times.float()
 
     def time_of(self, half_log_snr: Tensor) -> Tensor:
         # lambda = log(alpha / sigma) makes abar the logistic function of 2 lambda.

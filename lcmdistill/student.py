@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
 from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.objectives import Omega
 from lcmdistill.settings import StudentConfig
 from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega
 
@@ -49,6 +50,15 @@ class WithAdapter(nn.Module):
         return self.door(z, t, c, w)
 
 
+def guidance_of(teacher: Teacher, config: StudentConfig, omega: Omega) -> Literal["input", "baked", "free"]:
+    """Where a student's guidance is: in an omega input, in its weights, or still in CFG at sampling, of which pixel space has
+    none."""
+    if omega == "none" and not teacher.in_pixels:
+        return "free"
+    gets_one = config.kind == "full" and omega == "input" and can_take_omega(teacher.network)
+    return "input" if gets_one or takes_omega(teacher.network) else "baked"
+
+
 @dataclass(frozen=True)
 class Student:
     """What is trained, and the two frozen networks that it is trained against.
@@ -74,22 +84,39 @@ class Student:
 
 
 def make_student(
-    teacher: Teacher, config: StudentConfig, *, dtype: torch.dtype, seed: int, checkpointing: bool
+    teacher: Teacher,
+    config: StudentConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    omega: Omega = "input",
+    same_dropout: bool = False,
 ) -> Student:
     """The student that the configuration asks for, on the teacher's device; the teacher's own weights go to `dtype`.
 
-    checkpointing: recompute the student's activations in the backward pass.
+    checkpointing: recompute the student's activations in the backward pass; omega, same_dropout: as an Objective says.
     """
-    make = _lora if config.kind == "lora" else _full
-    return make(teacher, config, dtype, seed, checkpointing)
+    if config.kind == "lora":
+        return _lora(teacher, config, dtype, seed, checkpointing, same_dropout)
+    return _full(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
 
 
-def _full(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
-    network = full_student(teacher.network, config.omega_init, seed).to(teacher.network.device)
+def _full(
+    teacher: Teacher,
+    config: StudentConfig,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    omega: Omega,
+    same_dropout: bool,
+) -> Student:
+    add_omega = config.omega_init if omega == "input" else None
+    network = full_student(teacher.network, add_omega, seed).to(teacher.network.device)
     if checkpointing:
         network.enable_gradient_checkpointing()
     ema = config.target == "ema"
-    target = target_of(network) if ema else network
+    target = target_of(network).train(same_dropout) if ema else network
     online = Door(network, teacher.call, dtype)
     return Student(
         online=online,
@@ -101,7 +128,9 @@ def _full(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int
     )
 
 
-def _lora(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool) -> Student:
+def _lora(
+    teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool, same_dropout: bool
+) -> Student:
     network = teacher.network.to(dtype).train()
     if checkpointing:
         # The backward pass recomputes with the adapter chosen last, which is the student's in every objective.
@@ -115,7 +144,7 @@ def _lora(teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int
     return Student(
         online=WithAdapter(door, ONLINE, dropout=True),
         teacher=WithAdapter(door, None),
-        target=WithAdapter(door, drawing),
+        target=WithAdapter(door, drawing, dropout=same_dropout),
         trainable=adapter_parameters(network, ONLINE),
         averaged=adapter_parameters(network, TARGET) if ema else {},
         network=network,
@@ -132,13 +161,13 @@ def raw_network(module: nn.Module) -> RawNetwork:
     return network
 
 
-def full_student(teacher_network: Any, omega_init: str, seed: int) -> Any:
+def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any:
     """A trainable copy of the teacher's network: a U-Net with `time_cond_proj_dim` set, one of its own if it has any.
 
-    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation. A network whose class
-    has no omega input stays without.
+    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation; None adds no omega
+    input. A network whose class has none stays without.
     """
-    if takes_omega(teacher_network) or not can_take_omega(teacher_network):
+    if omega_init is None or takes_omega(teacher_network) or not can_take_omega(teacher_network):
         return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
     with torch.device("meta"):
         network = type(teacher_network).from_config({**teacher_network.config, "time_cond_proj_dim": OMEGA_DIM})

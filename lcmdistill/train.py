@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng, seed_dropout, x0_eps_network
+from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
 from lcmdistill.best import advice, keep_best
 from lcmdistill.checkpoint import (
     checkpoints,
@@ -34,6 +34,7 @@ from lcmdistill.export.product import write_product
 from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import write_run_card
 from lcmdistill.objectives import Objective
+from lcmdistill.objectives.shared import place_of
 from lcmdistill.preflight import guard
 from lcmdistill.processes import Accelerator, agreed, make_accelerator, over_processes
 from lcmdistill.publish import publish_run
@@ -112,7 +113,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
-    config = settle(config, world, teacher.usual, one_a_prompt=not teacher.in_pixels)
+    config = settle(config, world, teacher)
     if loud:
         check_run(config)
     guard(config, teacher)
@@ -172,21 +173,21 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             first = (micro * accelerator.num_processes + accelerator.process_index) * optim.batch_size
             rng = Rng(run.config.run.seed, run.step, range(first, first + optim.batch_size), device)
             batch = _batch(run, order.indices(run.step, rng.places), rng)
-            if run.config.student.dropout:
-                seed_dropout(rng)
+            run.models.seed_dropout(rng)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
                 each = objective.loss(run.models, batch, rng)
                 loss = each.mean() / optim.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
-            run.by_noise += _binned(each.detach(), objective.noisiness(run.models.schedule, rng))
+            t, _ = objective.pair(run.models.schedule, rng)
+            run.by_noise += _binned(each.detach(), place_of(run.models.schedule, t))
         # An infinite limit clips nothing and still measures.
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
         run.optimizer.step()
         run.optimizer.zero_grad()
         if averaged:
-            ema_update(averaged, parameters, objective.ema_decay)
+            ema_update(averaged, parameters, objective.mu(run.step))
         run.step += 1
         yield total, torch.as_tensor(norm)
 
@@ -344,6 +345,8 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         dtype=dtype,
         seed=config.run.seed,
         checkpointing=config.run.gradient_checkpointing,
+        omega=config.objective.omega,
+        same_dropout=config.objective.same_dropout,
     )
     optim = config.optim
     optimizer = torch.optim.AdamW(
@@ -365,7 +368,8 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         x0_eps_network(raw_network(module), schedule, teacher.prediction_type)
         for module in (student.teacher, online, student.target)
     ]
-    models = Models(schedule, *networks, null=null)
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in student.online.modules())
+    models = Models(schedule, *networks, null=null, has_dropout=drops)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer, by_noise=by_noise)
 

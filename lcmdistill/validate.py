@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
+from lcmdistill.config import flatten
 from lcmdistill.data.cache import cache_root
 from lcmdistill.data.sources import read_prompts
 from lcmdistill.evaluate.drawing import TEACHER_STEPS, Tell, student_latents, teacher_latents
 from lcmdistill.evaluate.metrics import FREE
 from lcmdistill.evaluate.sweep import Pixels, as_image, digest, drawn, numbers_of
 from lcmdistill.export.pipeline import student_pipeline
+from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.sample import grid
 from lcmdistill.settings import RunConfig
+from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pixel import class_names
 from lcmdistill.tracking import Metrics, read_metrics
@@ -53,9 +56,12 @@ class Validation:
         To be called while the teacher's network is its own: a LoRA's adapters come later. dtype: of its arithmetic.
         """
         config, teacher = self._config, self._teacher
+        if config.objective_name == "lcf":
+            return  # what it starts from is a student itself
         scale = config.run.validation_guidance_scale or 1.0
-        if config.student.kind == "lora":
-            scale = (config.objective.w_min + config.objective.w_max) / 2 + 1
+        if guidance_of(teacher, config.student, config.objective.omega) == "baked" and not teacher.in_pixels:
+            omegas = omega_range(flatten(config))
+            scale = omegas.middle if omegas else 1.0
         about = [teacher.fingerprint(with_network=True), self._prompts, config.run.seed, config.data.resolution, scale]
         place = cache_root(config.data) / "evaluation" / f"validation-{digest([*about, str(dtype)])}.safetensors"
 
@@ -68,7 +74,8 @@ class Validation:
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
         """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device."""
         teacher, device = self._teacher, network.device
-        pipeline = student_pipeline(teacher, network, self._config.data.resolution)
+        scheduler = METHODS[self._config.objective_name].scheduler
+        pipeline = student_pipeline(teacher, network, self._config.data.resolution, scheduler=scheduler)
         parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         resting = [part for part in parts if part.device != device]
         for part in resting:
@@ -85,12 +92,15 @@ class Validation:
         picture.save(self._folder / "samples" / f"step-{step:06d}.png")
         if metrics is not None:
             metrics.image(step, "validation", picture)
-            metrics.log(step, numbers)
+            if numbers:
+                metrics.log(step, numbers)
         return numbers
 
     def is_missing(self, step: int) -> bool:
         """Whether the validation of a step is still to be done: a run may have been stopped between saving and drawing."""
-        done = any(line["step"] == step and "val/rmse_1" in line for line in read_metrics(self._folder))
+        done = self._reference is None or any(
+            line["step"] == step and "val/rmse_1" in line for line in read_metrics(self._folder)
+        )
         return not (done and (self._folder / "samples" / f"step-{step:06d}.png").is_file())
 
     def _latents(self, pipeline: Any, steps: int) -> Tensor:

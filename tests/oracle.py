@@ -55,21 +55,31 @@ def prompt_mean(c: Conditioning) -> Tensor:
     return c["prompt_embeds"].mean((1, 2)).view(-1, 1, 1, 1)
 
 
-def oracle_models(schedule: NoiseSchedule, null: Conditioning, std: float = 0.5, omega: bool = True) -> Models:
+def oracle_models(
+    schedule: NoiseSchedule,
+    null: Conditioning,
+    std: float = 0.5,
+    omega: bool = True,
+    end: Tensor | None = None,
+) -> Models:
     """The exact teacher, and a student and a target whose c_skip z + c_out x0 is the exact consistency function.
 
-    omega: False makes them the consistency function of the unguided teacher.
+    omega: False makes them the consistency function of the unguided teacher. end: times (B,); with them it is
+    alpha_end x0 + sigma_end eps that is exact, the way from t to end.
     """
 
     def teacher(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
         return Gaussian(prompt_mean(c), std).denoise(schedule, z, t)
 
     def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-        assert w is not None
         mean = prompt_mean(c)
-        if omega:
+        if omega and w is not None:
             mean = mean + w.view(-1, 1, 1, 1) * (mean - prompt_mean(null))
-        f = Gaussian(mean, std).flow(schedule, z, t, schedule.grid(2)[:1].expand_as(t))
+        gaussian = Gaussian(mean, std)
+        if end is not None:
+            eps = gaussian.denoise(schedule, z, t).eps
+            return X0Eps((gaussian.flow(schedule, z, t, end) - schedule.sigma(end) * eps) / schedule.alpha(end), eps)
+        f = gaussian.flow(schedule, z, t, schedule.grid(2)[:1].expand_as(t))
         c_skip, c_out = schedule.boundary(t)
         x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=1e-6), f)  # at the first time f is z
         return X0Eps(x0, torch.full_like(x0, torch.nan))  # f is made of x0 alone

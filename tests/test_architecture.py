@@ -16,6 +16,7 @@ LAYERS = {
     2: {
         "settings",
         "presets",
+        "methods",
         "teachers",
         "student",
         "lora",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lcmdistill import checkpoint, cli, errors, preflight, train
 from lcmdistill.config import read_toml, resolve
 from lcmdistill.rundir import settle
+from lcmdistill.teachers import load_teacher
 
 ROOT = Path(__file__).parent.parent
 
@@ -348,7 +349,7 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     toml = told[told.index("[teacher]") : told.index("output: out")]
     (tmp_path / "printed.toml").write_text(toml)
     printed = resolve(read_toml(tmp_path / "printed.toml"), {})
-    assert printed == settle(printed, 1, {})
+    assert printed == settle(printed, 1, load_teacher(printed.teacher.model))
     assert command(*options)[0] == 0
     assert (tmp_path / "out" / "config.toml").read_text().strip() == toml.strip()
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tomli_w
 
 from lcmdistill import cli
 from lcmdistill.cli.options import SETTINGS
 from lcmdistill.config import flatten, parse_assignment, read_toml, resolve, to_toml
 from lcmdistill.errors import UsageError
+from lcmdistill.methods import METHODS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.settings import ALIAS_DEFAULTS, ObjectiveName, RunConfig, SolverName
 from lcmdistill.solvers import SOLVERS
@@ -19,12 +21,12 @@ from lcmdistill.solvers import SOLVERS
 KEYS = """
 data.cache_dir data.caption_drop data.count data.crop data.draw_steps data.flip data.guidance_scale data.max_watermark
 data.min_size data.prompts data.resolution data.sources
-objective.distance objective.ema_decay objective.name objective.skip objective.solver objective.times objective.w_max
-objective.w_min
+objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
+objective.w_max objective.w_min
 optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
 optim.max_grad_norm optim.max_train_steps optim.warmup_steps optim.weight_decay
-run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output run.precision
-run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
+run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output
+run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.omega_init student.rank student.target
 student.target_modules
 teacher.allow_pickle teacher.model teacher.revision teacher.variant
@@ -46,13 +48,42 @@ def test_the_names_are_those_of_the_dicts() -> None:
     assert [str(name) for name in ObjectiveName] == list(OBJECTIVES)
     assert [str(name) for name in SolverName] == list(SOLVERS)
 
+    assert list(METHODS) == list(OBJECTIVES)
+
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_takes_every_solver(objective: str, solver: str) -> None:
-    config = resolve({}, {"objective.name": objective, "objective.solver": solver})
-    assert isinstance(config.objective, OBJECTIVES[objective])
+def test_every_objective_with_a_solver_takes_every_solver(objective: str, solver: str) -> None:
+    flags = {"objective.name": objective, "objective.solver": solver}
+    if objective in ("lcf", "ct", "ict"):
+        with pytest.raises(UsageError, match=rf"objective\.solver is no setting of {objective}, which has "):
+            resolve({}, flags)
+        return
+    config = resolve({}, flags)
+    assert type(config.objective) is OBJECTIVES[objective]
     config.objective.check(1000)
+
+
+def test_without_guidance_some_captions_are_dropped() -> None:
+    key = "data.caption_drop"
+    assert value(resolve({}, {}), key) == 0
+    assert value(resolve({}, {"objective.name": "cd"}), key) == 0.1
+    free = {"objective.name": "tcd", "objective.guidance": "free"}
+    assert value(resolve({}, free), key) == 0.1
+    assert value(resolve(free, {key: 0.3}), key) == 0.3
+    with pytest.raises(UsageError, match="drop some captions"):
+        resolve(free, {key: 0})
+
+
+def test_a_run_that_goes_on_from_another_starts_from_its_settings(tmp_path: Path) -> None:
+    tree = {"teacher": {"model": "tiny"}, "data": {"resolution": 32}, "objective": {"name": "lcm", "w_max": 4.0}}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
+    config = resolve({}, {"teacher.model": str(tmp_path), "objective.name": "lcf"})
+    found = [
+        value(config, key) for key in ("data.resolution", "objective.w_min", "objective.w_max", "optim.batch_size")
+    ]
+    assert found == [32, 1.0, 4.0, 32]
+    assert value(config, "data.sources") == ("teacher",)
 
 
 def test_defaults_give_way_to_the_teacher_s_then_the_file_then_the_flags() -> None:

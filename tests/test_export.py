@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from lcmdistill.checkpoint import checkpoints
 from lcmdistill.config import resolve
 from lcmdistill.consistency import OMEGA_DIM
-from lcmdistill.export.pipeline import add_vocabularies, lcm_scheduler, save_pipeline, student_pipeline
+from lcmdistill.export.pipeline import add_vocabularies, save_pipeline, student_pipeline, vp_scheduler
 from lcmdistill.teachers import load_teacher
 from lcmdistill.train import distill
 
@@ -155,7 +155,7 @@ def test_a_scheduler_is_built_on_any_betas(changes: dict[str, Any]) -> None:
     teacher: Any = DDIMScheduler(
         **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, **changes}
     )
-    scheduler = lcm_scheduler(teacher.config)
+    scheduler = vp_scheduler(teacher.config, "LCMScheduler")
     torch.testing.assert_close(scheduler.alphas_cumprod, teacher.alphas_cumprod)
     scheduler.set_timesteps(4)
     assert len(scheduler.timesteps) == 4

@@ -191,7 +191,7 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
     config = resolve({}, {"teacher.model": str(model), "data.sources": (str(folder),), **own})
     check_early(config)
     teacher = load_teacher(str(model))
-    config = settle(config, 1, teacher.usual)
+    config = settle(config, 1, teacher)
     assert (config.data.resolution, config.data.guidance_scale) == (8, 1.0)
     dataset = LatentDataset([prepare(str(folder), config.data, teacher, 0)], [None])
     mean, _, cond = dataset.read([0, 2])

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,15 @@ def test_a_preset_is_told_as_a_difference(command: Command, small_teacher: Path,
 
 
 def test_a_teacher_s_resolution_is_its_own_where_nobody_chose(small_teacher: Path) -> None:
-    usual = load_teacher(str(small_teacher)).usual
-    assert usual["data.resolution"] == 16  # 8 latent pixels, a factor of 2
+    teacher = load_teacher(str(small_teacher))
+    assert teacher.usual["data.resolution"] == 16  # 8 latent pixels, a factor of 2
     bare, told = (resolve({}, {"teacher.model": str(small_teacher), **more}) for more in ({}, {"data.resolution": 512}))
-    assert settle(bare, 1, usual).data.resolution == 16
-    assert settle(told, 1, usual).data.resolution == 512
-    assert settle(resolve({"data.resolution": 512}, {}), 1, usual).data.resolution == 512
-    assert settle(resolve({}, {"teacher.model": "tiny"}), 1, usual).data.resolution == 64
+    assert settle(bare, 1, teacher).data.resolution == 16
+    assert settle(told, 1, teacher).data.resolution == 512
+    assert settle(resolve({"data.resolution": 512}, {}), 1, teacher).data.resolution == 512
+    assert settle(resolve({}, {"teacher.model": "tiny"}), 1, teacher).data.resolution == 64
     # nor does a key that the objective does not have come in
-    assert settle(bare, 1, {"objective.unheard_of": 1}).objective == bare.objective
+    assert settle(bare, 1, replace(teacher, published={"objective.unheard_of": 1})).objective == bare.objective
 
 
 def test_a_run_at_the_teacher_s_own_resolution_resumes(
@@ -154,14 +155,14 @@ def test_values_are_put_in_by_their_names() -> None:
 
 def test_sdxl_starts_at_its_own_omega(tmp_path: Path) -> None:
     """The public SDXL script draws omega from 3, whatever the checkpoint is called; an adapter's is fixed."""
-    usual = load_teacher(str(build_sdxl(tmp_path / "model"))).usual
-    assert usual == {"objective.w_min": 3.0, "data.resolution": 64}  # 16 latent pixels, a factor of 4
+    teacher = load_teacher(str(build_sdxl(tmp_path / "model")))
+    assert teacher.usual == {"objective.w_min": 3.0, "data.resolution": 64}  # 16 latent pixels, a factor of 4
     for preset in (None, "diffusers"):
-        config = settle(resolve({}, {"teacher.model": "owner/name"}, preset), 1, usual)
+        config = settle(resolve({}, {"teacher.model": "owner/name"}, preset), 1, teacher)
         assert (config.objective.w_min, config.objective.w_max) == (3.0, 15.0)
-    assert settle(resolve({}, {"student.kind": "lora"}), 1, usual).objective.w_min == 7.5
-    assert settle(resolve({}, {"student.kind": "lora"}, "diffusers"), 1, usual).objective.w_min == 3.0
-    assert settle(resolve({}, {}, "paper"), 1, usual).objective.w_min == 2.0
+    assert settle(resolve({}, {"student.kind": "lora"}), 1, teacher).objective.w_min == 7.5
+    assert settle(resolve({}, {"student.kind": "lora"}, "diffusers"), 1, teacher).objective.w_min == 3.0
+    assert settle(resolve({}, {}, "paper"), 1, teacher).objective.w_min == 2.0
 
 
 # -- the examples -----------------------------------------------------------------------------------------------------

@@ -289,6 +289,7 @@ def test_the_loss_by_noise_is_told_by_thirds_of_the_training():
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_how_to_use_it_names_the_files_that_are_there(kind: str):
     config = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 7.5}
+    config |= {"objective.name": "lcm", "objective.w_min": 5.0, "objective.w_max": 15.0}
     cards = {use["name"]: use for use in uses(Path("runs/x"), config, 2)}
     assert list(cards) == ["diffusers", "ComfyUI", "A1111", "Command line"]
     assert "num_inference_steps=2" in cards["diffusers"]["code"]

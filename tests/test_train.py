@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcmdistill import checkpoint, cli, objectives, train
+from lcmdistill import checkpoint, cli, train
 from lcmdistill.batch import Batch, Models, Rng
 from lcmdistill.best import load_best
 from lcmdistill.checkpoint import checkpoints
@@ -30,7 +30,8 @@ from lcmdistill.config import resolve
 from lcmdistill.errors import Interrupted, RunError, UsageError
 from lcmdistill.export import product
 from lcmdistill.interrupt import Stop
-from lcmdistill.objectives import LatentConsistency
+from lcmdistill.objectives import lcm
+from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.processes import agreed
 from lcmdistill.settings import OptimConfig
 from lcmdistill.teachers import load_teacher
@@ -189,16 +190,16 @@ def test_a_run_uses_and_tells_its_learning_rates(run: Runner) -> None:
 def test_the_loss_is_told_by_how_noisy_its_samples_were(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told adds up to the loss, and stands where the objective has really looked."""
     times: list[Tensor] = []
-    draw = objectives.draw_times
+    draw = lcm.draw_times
 
     def noting(*args: Any) -> Any:
         times.append(draw(*args)[0])
         return draw(*args)
 
-    monkeypatch.setattr(objectives, "draw_times", noting)
+    monkeypatch.setattr(lcm, "draw_times", noting)
     folder = run(run__log_every=2, optim__max_train_steps=3, optim__batch_size=8, optim__accumulate=2)
     first, last = metrics(folder)
-    drawn = [torch.cat(times[i : i + 8 : 2]) for i in (0, 8)]  # of loss, and again of noisiness
+    drawn = [torch.cat(times[i : i + 8 : 2]) for i in (0, 8)]  # of loss, and again of where it was
     assert torch.equal(drawn[0], torch.cat(times[1:8:2]))
     for line, t in ((first, drawn[0]), (last, drawn[1])):
         assert len(line["loss_by_noise"]) == 10

@@ -36,6 +36,13 @@ def sample(
             callback=finite,
         ),
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw; for students of --guidance free, and of cd and ct.")
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="gamma of TCD: the share of fresh noise in a step, 0 to 1.  [default: 0.3, of TCD students]"),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
     ] = 0,
@@ -66,7 +73,7 @@ def sample(
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
-    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, found.options)
+    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, found.options, found.scheduler)
     own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
     guidance = guidance_scale if guidance_scale is not None else own
     texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
@@ -80,6 +87,8 @@ def sample(
             guidance_scale=guidance,
             resolution=resolution or found.resolution,
             shown=shown,
+            eta=eta,
+            negative_prompt=negative_prompt,
             batch_size=batch_size,
             on_progress=bar.update,
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -69,6 +69,10 @@ LORA: dict[str, Any] = {
 HOW: dict[str, Any] = {
     "objective": _option(ObjectiveName | None, "The method.  [default: lcm]"),
     "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim]"),
+    "guidance": _option(
+        Literal["baked", "free"] | None,
+        "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act.  [default: baked]",
+    ),
     "skip": _option(int | None, "k: teacher time steps between the two points compared.  [default: 20]"),
     "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
     "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
@@ -105,6 +109,7 @@ SETTINGS = {
     "resolution": "data.resolution",
     "objective": "objective.name",
     "solver": "objective.solver",
+    "guidance": "objective.guidance",
     "skip": "objective.skip",
     "max_train_steps": "optim.max_train_steps",
     "batch_size": "optim.batch_size",

@@ -1,6 +1,7 @@
 """`lcmdistill evaluate`: who is measured, on which prompts, at which steps and guidance, by which measures."""
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from lcmdistill.evaluate.results import write_sweep
 from lcmdistill.evaluate.selfconsistency import curve
 from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, digest, sweep_run
 from lcmdistill.evaluate.weights import FID_IMAGES, clip_measure, fid_measure, lpips_measure
+from lcmdistill.methods import omega_range
 from lcmdistill.rundir import has_product, recorded, teacher_of
 from lcmdistill.sample import Found, find_model, load_student
 from lcmdistill.settings import DataConfig
@@ -72,13 +74,21 @@ class Subject:
     def is_baked(self) -> bool:
         """Whether its guidance is in its weights: a LoRA's, and a network's without an input for it."""
         index = self.run / "pipeline" / "model_index.json"
-        return bool(self.found.loras) or "LatentConsistency" not in index.read_text(encoding="utf-8")
+        if not self.found.loras and "ConsistencyModelPipeline" in index.read_text(encoding="utf-8").split('"'):
+            return True
+        return omega_range(self.config) is not None and not self._has_input
+
+    @property
+    def _has_input(self) -> bool:
+        unet = self.run / "pipeline" / "unet" / "config.json"
+        return unet.is_file() and json.loads(unet.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
 
     @property
     def guidance_scale(self) -> float:
         """The one it is judged at first."""
+        omegas = omega_range(self.config)
         if self.is_baked:
-            return (self.config.get("objective.w_min", 0.0) + self.config.get("objective.w_max", 0.0)) / 2 + 1
+            return omegas.middle if omegas else 1.0
         return float(self.found.guidance_scale or 1.0)
 
     def files(self) -> list[Path]:
@@ -93,6 +103,10 @@ def subject(run: Path) -> Subject:
     config = recorded(run)
     if not config:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
+    if config["objective.name"] == "lcf":
+        raise UsageError(
+            f"{run} was fine-tuned without a teacher, and there is nothing to measure it against; sample it"
+        )
     if not has_product(run):
         raise UsageError(f"the run {run} has not finished; run its command again first")
     return Subject(run, config, find_model(str(run)))
@@ -127,7 +141,8 @@ def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[f
     own = each.guidance_scale
     if len(subjects) > 1:
         return (next((s.guidance_scale for s in subjects if s.is_baked), subjects[0].guidance_scale),)
-    ends = (each.config["objective.w_min"] + 1, each.config["objective.w_max"] + 1)
+    omegas = omega_range(each.config)
+    ends = (omegas.low + 1, omegas.high + 1) if omegas else ()
     return (own, *(scale for scale in ends if scale != own))
 
 
@@ -173,7 +188,8 @@ def _evaluate_one(
         seed=wish.seed,
         samplers=("teacher",) if teacher.in_pixels else ("teacher", "trailing"),
     )
-    pipeline = load_student(each.found.path, device, each.found.loras, options=each.found.options)
+    found = each.found
+    pipeline = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     measures, about = chosen_measures(each, wish, len(prompts))
     who = Contestants(
         teacher=teacher,

@@ -15,6 +15,7 @@ from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
 from lcmdistill.export.verify import BOUNDS, compared, network_outputs, pipeline_outputs
+from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for
 from lcmdistill.rundir import check_place
 from lcmdistill.teachers import resolve_alias
@@ -77,11 +78,13 @@ def export_card(run: Path, name: str, place: str, file: str = "") -> str:
 def _export_card(product: Product, name: str, place: str, file: str = "") -> str:
     path = product.run / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    has_omega = product.lora is None and name in ("pipeline", "onnx")
-    guidance = product.guidance_scale if has_omega else None
+    free = omega_range(product.recorded) is None
+    has_omega = product.lora is None and name in ("pipeline", "onnx") and not free
     loaded_as = "pipeline" if name == "fused" else name
-    model = resolve_alias(str(product.recorded["teacher.model"]))
-    return card_for(card, loaded_as, place, file, model, guidance)
+    model, method = resolve_alias(str(product.recorded["teacher.model"])), product.method
+    guidance = product.guidance_scale if has_omega or free else 1.0
+    about = {"method": method, "guidance": guidance, "takes_omega": has_omega}
+    return card_for(card, loaded_as, place, file, model, **about)
 
 
 def _lora_of(product: Product, name: str) -> Lora:
@@ -155,7 +158,7 @@ def single_file(product: Product, request: Request) -> str:
             guidance_scale=request.guidance_scale if bakes else None,
             metadata={"modelspec.title": path.stem},
         )
-        use = "put it among the checkpoints of A1111 or ComfyUI: LCM sampler, 4 steps, CFG 1"
+        use = f"put it among the checkpoints of A1111 or ComfyUI: {product.method.sampler} sampler, 4 steps, CFG 1"
         if not request.verify:
             return f"{path}: not verified; {use}"
         del made

@@ -17,6 +17,7 @@ from torch import Tensor
 from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import ARCHITECTURES, layout_of
 from lcmdistill.lora import LoraLayer
+from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.teachers import public_name
 
 Lora = Mapping[str, LoraLayer]
@@ -75,9 +76,11 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = ARCHITECTURES.get((layout, prediction_type), ARCHITECTURES[layout, "epsilon"])
     version = BASE_VERSIONS[layout] + ("_v" if layout != "sdxl" and prediction_type == "v_prediction" else "")
-    low, high = recorded["objective.w_min"], recorded["objective.w_max"]
-    omega = f"omega {low:g}" if low == high else f"omega {low:g} to {high:g}"
-    scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
+    method, omegas = METHODS[recorded["objective.name"]], omega_range(recorded)
+    omega = (
+        f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "its guidance left free"
+    )
+    cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts act"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -86,9 +89,9 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.description": f"LCM-LoRA distilled from {base} with {omega} (guidance scale {scale}, which is omega + 1)",
-        "modelspec.usage_hint": "LCM sampler, 4 steps (2 to 8), CFG 1 (up to 2), LoRA weight 1",
-        "modelspec.tags": "lcm,lcm-lora,lcmdistill",
+        "modelspec.description": f"{method.lora} {method.how} {base} with {omega}",
+        "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1",
+        "modelspec.tags": f"{method.sampler.lower()},{method.lora.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
@@ -102,7 +105,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "ss_learning_rate": str(recorded["optim.learning_rate"]),
         "ss_seed": str(recorded["run.seed"]),
         "ss_mixed_precision": str(recorded["run.precision"]),
-        "ss_training_comment": f"LCM-LoRA, k = {recorded['objective.skip']}, {omega}",
+        "ss_training_comment": f"{method.lora}, k = {recorded.get('objective.skip', 1)}, {omegas.omega if omegas else omega}",
     }
 
 

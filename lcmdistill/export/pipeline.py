@@ -20,22 +20,25 @@ STEPS = 4
 "the steps that a pipeline is set for unless it is told otherwise"
 
 
-def lcm_scheduler(config: dict[str, Any]) -> Any:
-    """An LCMScheduler on the teacher's own betas and prediction type; config: the teacher's scheduler config."""
-    from diffusers import LCMScheduler
+def vp_scheduler(config: dict[str, Any], name: str) -> Any:
+    """A student's scheduler, LCMScheduler or TCDScheduler, on the teacher's own betas and prediction type.
+
+    config: the teacher's scheduler config.
+    """
+    import diffusers
 
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     values = {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if key in config}
-    return LCMScheduler(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+    return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
-def student_scheduler(teacher: Teacher) -> Any:
-    """What a student draws with: Consistency Models' scheduler on Karras's schedule, an LCMScheduler on a VP one."""
+def student_scheduler(teacher: Teacher, name: str) -> Any:
+    """What a student draws with: Consistency Models' scheduler on Karras's schedule, that of a name on a VP one."""
     from diffusers import CMStochasticIterativeScheduler
 
     schedule = teacher.schedule
     if not isinstance(schedule, KarrasSchedule):
-        return lcm_scheduler(teacher.pipeline.scheduler.config)
+        return vp_scheduler(teacher.pipeline.scheduler.config, name)
     return CMStochasticIterativeScheduler(
         num_train_timesteps=schedule.num_steps,
         sigma_min=schedule.sigma_min,
@@ -73,26 +76,28 @@ def call_options(
     return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
 
 
-def student_pipeline(teacher: Teacher, network: Any, resolution: int | None = None) -> Any:
+def student_pipeline(
+    teacher: Teacher, network: Any, resolution: int | None = None, *, scheduler: str = "LCMScheduler"
+) -> Any:
     """The student with everything around it, on its `student_scheduler`, in the class of the teacher's pipeline.
 
-    A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class cannot run any other. A
-    ConsistencyModelPipeline in pixel space. A student without an omega input is to be used at guidance scale 1. The teacher's
-    safety checker goes along where it ships one, as its licence asks. resolution: what the pipeline is to draw at unless told
-    otherwise; by default the teacher's own.
+    A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class can run no other, and
+    passes no eta on to a TCDScheduler. A ConsistencyModelPipeline in pixel space. A student with its guidance in its weights
+    is to be used at guidance scale 1. The teacher's safety checker goes along where it ships one, as its licence asks.
+    resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
     """
     from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
     if resolution is not None and teacher.network_name == "unet":  # to a transformer the size means more than a default
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     kind, source = type(teacher.pipeline), teacher.pipeline
-    if kind is StableDiffusionPipeline and takes_omega(network):
+    if kind is StableDiffusionPipeline and takes_omega(network) and scheduler == "LCMScheduler":
         kind = LatentConsistencyModelPipeline
     if teacher.in_pixels:
         kind = ConsistencyModelPipeline
     # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, teacher.network_name: network}
-    options |= {"scheduler": student_scheduler(teacher)}
+    options |= {"scheduler": student_scheduler(teacher, scheduler)}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
     pipeline.set_progress_bar_config(disable=True)

@@ -13,6 +13,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, header, rank_of, write_kohya
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.methods import METHODS, Method
 from lcmdistill.modelcard import model_card
 from lcmdistill.rundir import has_product, recorded, teacher_of
 from lcmdistill.settings import RunConfig, StudentConfig
@@ -30,6 +31,11 @@ class Product:
     lora: Lora | None
 
     @property
+    def method(self) -> Method:
+        """What the run's objective is called, and what samples its student."""
+        return METHODS[self.recorded["objective.name"]]
+
+    @property
     def guidance_scale(self) -> float:
         """What the run recommends to draw with, in diffusers' convention."""
         return float(self.recorded["run.validation_guidance_scale"])
@@ -39,9 +45,11 @@ class Product:
         return load_teacher(**teacher_of(self.recorded))
 
     def base_pipeline(self) -> Any:
-        """The teacher on an LCMScheduler: what a LoRA is loaded into."""
+        """The teacher on the student's scheduler: what a LoRA is loaded into."""
         teacher = self.teacher()
-        return student_pipeline(teacher, teacher.network, self.recorded["data.resolution"])
+        return student_pipeline(
+            teacher, teacher.network, self.recorded["data.resolution"], scheduler=self.method.scheduler
+        )
 
     def pipeline(self) -> Any:
         """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
@@ -67,7 +75,8 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
         with file_written_aside(path) as aside:
             write_kohya(lora, aside, header(lora, flatten(config), folder.name, teacher.pipeline))
         return path
-    pipeline = student_pipeline(teacher, student.for_drawing(), config.data.resolution).to("cpu")
+    scheduler = METHODS[config.objective_name].scheduler
+    pipeline = student_pipeline(teacher, student.for_drawing(), config.data.resolution, scheduler=scheduler).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
     return folder / "pipeline"
 

@@ -15,6 +15,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
+from lcmdistill.methods import METHODS, omega_range, told_of
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
@@ -119,24 +120,24 @@ def drawn(*groups: list[Chart]) -> list[dict[str, Any]]:
 
 def what_it_is(config: Mapping[str, Any]) -> str:
     """One sentence: what was distilled from what."""
-    kind = "A LoRA" if config.get("student.kind") == "lora" else "A full student"
+    kind, method = (
+        "A LoRA" if config.get("student.kind") == "lora" else "A full student",
+        METHODS[config["objective.name"]],
+    )
     size = config["optim.batch_size"] * config["optim.accumulate"]
     return (
-        f"{kind}, distilled from the teacher {public_name(config['teacher.model'])} by {config['objective.name'].upper()} in "
+        f"{kind}, {method.how} the teacher {public_name(config['teacher.model'])} by {config['objective.name'].upper()} in "
         f"{config['optim.max_train_steps']} steps of {size} samples at {config['data.resolution']} px."
     )
 
 
 def made_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings that a reader asks for first."""
-    low, high = config.get("objective.w_min"), config.get("objective.w_max")
+    omegas = omega_range(config)
     found = [
         ("Teacher", public_name(config["teacher.model"])),
         ("Student", _student(config)),
-        (
-            "Objective",
-            f"{config['objective.name']}, solver {config.get('objective.solver')}, k = {config.get('objective.skip')}",
-        ),
+        ("Objective", f"{config['objective.name']}, {told_of(config)}"),
         ("Data", ", ".join(config["data.sources"])),
         ("Optimiser", f"AdamW, learning rate {short(config['optim.learning_rate'])}, {config['optim.lr_schedule']}"),
         (
@@ -145,9 +146,8 @@ def made_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Seed", str(config["run.seed"])),
     ]
-    if low is not None and high is not None:
-        scale = f"{low + 1:g}" if low == high else f"{low + 1:g} to {high + 1:g}"
-        found.insert(3, ("Guidance", f"guidance scale {scale} in diffusers' convention (omega is one less)"))
+    if omegas is not None:
+        found.insert(3, ("Guidance", f"guidance scale {omegas.scale} in diffusers' convention (omega is one less)"))
     return found
 
 

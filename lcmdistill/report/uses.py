@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.teachers import resolve_alias
-
-_UI_SAMPLER = "sampler LCM, {steps} steps, CFG 1"
 
 
 def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any]]:
     """A card each: name, lines of text, and code where there is some. steps: how many are recommended."""
-    sampler = _UI_SAMPLER.format(steps=steps)
+    method, free = METHODS[config["objective.name"]], omega_range(config) is None
+    guidance = config["run.validation_guidance_scale"]
+    sampler = f"sampler {method.sampler}, {steps} steps, CFG {guidance if free else 1:g}"
+    acts = "Guidance and negative prompts act when it draws, at twice the cost."
     command = {
         "name": "Command line",
         "lines": ["PNGs with their settings inside, and a grid."],
@@ -22,9 +24,16 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
         return [
             {
                 "name": "diffusers",
-                "lines": ["Put the LoRA on the checkpoint that it was trained on; its guidance is in its weights."],
+                "lines": [
+                    "Put the LoRA on the checkpoint that it was trained on"
+                    + (f". {acts}" if free else "; its guidance is in its weights.")
+                ],
                 "code": _DIFFUSERS_LORA.format(
-                    model=resolve_alias(config["teacher.model"]), run=run, file=file, steps=steps
+                    model=resolve_alias(config["teacher.model"]),
+                    run=run,
+                    file=file,
+                    scheduler=method.scheduler,
+                    call=method.call(steps, guidance if free else 1),
                 ),
             },
             {
@@ -49,8 +58,12 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
     return [
         {
             "name": "diffusers",
-            "lines": ["Guidance is an input of the network and costs nothing; negative prompts have no effect."],
-            "code": _DIFFUSERS_FULL.format(run=run, steps=steps, guidance=config["run.validation_guidance_scale"]),
+            "lines": [
+                acts
+                if free
+                else "Guidance is an input of the network and costs nothing; negative prompts have no effect."
+            ],
+            "code": _DIFFUSERS_FULL.format(run=run, call=method.call(steps, guidance)),
         },
         {
             "name": "ComfyUI",
@@ -72,15 +85,11 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
 _DIFFUSERS_FULL = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{run}/pipeline")
-image = pipeline(
-    "a prompt", num_inference_steps={steps}, guidance_scale={guidance:g}
-).images[0]"""
+image = {call}.images[0]"""
 
-_DIFFUSERS_LORA = """from diffusers import DiffusionPipeline, LCMScheduler
+_DIFFUSERS_LORA = """from diffusers import DiffusionPipeline, {scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("{model}")
-pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
 pipeline.load_lora_weights("{run}/lora", weight_name="{file}")
-image = pipeline(
-    "a prompt", num_inference_steps={steps}, guidance_scale=1
-).images[0]"""
+image = {call}.images[0]"""

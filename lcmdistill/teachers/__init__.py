@@ -20,6 +20,7 @@ from lcmdistill.teachers.sdxl import stable_diffusion_xl
 # The pipeline class that model_index.json names -> the family's constructor.
 FAMILIES: dict[str, Callable[[Any], Teacher]] = {
     "StableDiffusionPipeline": stable_diffusion,
+    "LatentConsistencyModelPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "DDPMPipeline": pixel_space,
     "DDIMPipeline": pixel_space,
@@ -65,6 +66,8 @@ def load_pipeline(
     disable_weight_bar()
     name = resolve_alias(model)
     local = Path(name).expanduser()
+    if (local / "pipeline" / "model_index.json").is_file():
+        local = local / "pipeline"  # of a run's folder
     if local.is_dir():
         _check_folder(local, allow_pickle)
         name = str(local)
@@ -107,6 +110,10 @@ def load_teacher(
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
     index = folder / "model_index.json"
+    if (folder / "lora").is_dir() and (folder / "config.toml").is_file():
+        raise UsageError(
+            f"{folder} is a LoRA's run; write it with its base first: lcmdistill export {folder} --format fused --output PATH"
+        )
     if not index.is_file():
         raise UsageError(f"{folder} holds no model_index.json; a diffusers pipeline folder has one at its top")
     try:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcmdistill.methods import ETA
+
 
 def network_of(pipeline: Any) -> Any:
     """The denoising network of a pipeline: its U-Net or its transformer."""
@@ -30,18 +32,19 @@ def inpaints(pipeline: Any) -> bool:
 def also_told(
     pipeline: Any, count: int, height: int, width: int, shown: tuple[Any, Any] | None = None
 ) -> dict[str, Any]:
-    """What a pipeline's class needs to be told besides prompts and sizes, for `count` images of H x W pixels.
+    """What a pipeline's class or scheduler needs to be told besides prompts and sizes, for `count` images of H x W pixels.
 
     shown: image and mask, white where it is to be painted, for a pipeline that inpaints; without them everything is masked
     and the prompt alone decides.
     """
+    told: dict[str, Any] = {"eta": ETA} if type(pipeline.scheduler).__name__ == "TCDScheduler" else {}
     if type(pipeline).__name__.startswith("PixArt"):
         # Sizes are taken as they are, and prompts as they are encoded for training.
-        return {"use_resolution_binning": False, "clean_caption": False}
+        return told | {"use_resolution_binning": False, "clean_caption": False}
     if not inpaints(pipeline):
-        return {}
+        return told
     image, mask = shown or (torch.zeros(3, height, width), torch.ones(1, height, width))
-    return {"image": [image] * count, "mask_image": [mask] * count, "strength": 1.0}
+    return told | {"image": [image] * count, "mask_image": [mask] * count, "strength": 1.0}
 
 
 @torch.no_grad()

@@ -1,0 +1,118 @@
+"""Consistency Training, and its improved settings."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.consistency import consistency_function
+from lcmdistill.objectives.shared import check_decay, check_lpips, distance_of
+from lcmdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyTraining:
+    """Consistency Training (Song et al. 2023, arXiv:2303.01469, Algorithm 3): no teacher, a grid that grows finer.
+
+    z_t and z_s have the same noise. The student starts at the teacher's weights, and asks it nothing. Both networks of a
+    pair have the same dropout mask.
+    """
+
+    growth: Literal["sqrt", "doubling"] = "sqrt"
+    "how the grid's points grow: from s0 to s1 + 1 as in Song et al. 2023, app. C, or from s0 + 1 by doubling (iCT)"
+    s0: int = 2
+    "how fine the first grid is"
+    s1: int = 150
+    "the most intervals of the last grid"
+    curriculum_steps: int | None = None
+    "K, the optimiser steps over which the grid grows; by default the whole run"
+    mu0: float = 0.9
+    "mu on the first grid, from which mu(N) follows; 0 makes the target the live student"
+    times: Literal["uniform", "lognormal"] = "uniform"
+    "where on the grid t is drawn: anywhere alike, or from a discretised lognormal of sigma (iCT)"
+    p_mean: float = -1.1
+    "the lognormal's mean of ln sigma"
+    p_std: float = 2.0
+    "the lognormal's standard deviation of ln sigma"
+    weighting: Literal["uniform", "inverse"] = "uniform"
+    "of a pair's loss: 1, or 1 / (sigma_t - sigma_s) (iCT)"
+    distance: Literal["huber", "norm-huber", "l1", "l2", "lpips"] = "l2"
+    "l2, l1 or LPIPS (Song et al. 2023), pseudo-Huber, or iCT's pseudo-Huber of the whole difference's norm"
+    lpips_weights: str | None = None
+    "file of LPIPS's network, torchvision's alexnet-owt-7be5be79.pth; for teachers of images, not of latents"
+    same_dropout: ClassVar[bool] = True
+    omega: ClassVar[Literal["none"]] = "none"
+
+    def scales(self, step: int) -> int:
+        """N(k), the points of the grid at a step (Song et al. 2023, app. C; Song & Dhariwal 2023, sec. 3.4)."""
+        whole = self.curriculum_steps or 1
+        if self.growth == "doubling":
+            each = max(1, int(whole / (math.log2(self.s1 // self.s0) + 1)))
+            return min(self.s0 * 2 ** min(step // each, 64), self.s1) + 1
+        k = min(step, whole) / whole
+        return math.ceil(math.sqrt(k * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2) - 1) + 1
+
+    def mu(self, step: int) -> float:
+        """exp(s0 ln mu0 / N(k)), N the intervals: as slow as mu0 was on the first grid (Song et al. 2023, app. C)."""
+        return self.mu0 ** (self.s0 / (self.scales(step) - 1))
+
+    def check(self, num_steps: int) -> None:
+        if not 1 <= self.s0 <= self.s1:
+            raise ValueError(f"objective.s0 is {self.s0} and objective.s1 {self.s1}; they must be 1 <= s0 <= s1")
+        if self.curriculum_steps is not None and self.curriculum_steps < 1:
+            raise ValueError(f"objective.curriculum_steps (K) is {self.curriculum_steps}; it must be at least 1")
+        if self.p_std <= 0:
+            raise ValueError(f"objective.p_std is {self.p_std}; it must be above 0")
+        check_decay("mu0", self.mu0)
+        check_lpips(self.distance, self.lpips_weights)
+
+    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+        grid = schedule.grid(self.scales(rng.step)).to(rng.device)
+        n = self._draw(schedule, grid, rng)
+        return grid[n + 1], grid[n]
+
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        schedule, x, c = models.schedule, batch.latents, batch.cond
+        t, s = self.pair(schedule, rng)
+        noise = rng.normal("noise", x.shape[1:])
+        z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
+        with torch.no_grad():
+            models.seed_dropout(rng)
+            target = consistency_function(schedule, z_s, models.target(z_s, s, c, None).x0, s)
+        models.seed_dropout(rng)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, None).x0, t)
+        return self._weight(schedule, t, s) * distance_of(self.distance, models)(prediction, target)
+
+    def _draw(self, schedule: NoiseSchedule, grid: Tensor, rng: Rng) -> Tensor:
+        if self.times == "uniform":
+            return rng.integers("times", len(grid) - 1)
+        # p(n) ~ erf((ln sigma_n+1 - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_n - P_mean) / ...): iCT, sec. 3.5
+        mass = torch.erf((_sigma(schedule, grid).log() - self.p_mean) / (math.sqrt(2.0) * self.p_std)).diff()
+        share = mass.cumsum(0) / mass.sum()
+        return torch.searchsorted(share, rng.uniform("times"), right=True).clamp(max=len(mass) - 1)
+
+    def _weight(self, schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
+        if self.weighting == "uniform":
+            return torch.ones_like(t, dtype=torch.float32)
+        return 1.0 / (_sigma(schedule, t) - _sigma(schedule, s)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImprovedConsistencyTraining(ConsistencyTraining):
+    """Consistency Training with the settings of iCT (Song & Dhariwal 2023, arXiv:2310.14189, Table 1)."""
+
+    growth: Literal["sqrt", "doubling"] = "doubling"
+    s0: int = 10
+    s1: int = 1280
+    mu0: float = 0.0
+    times: Literal["uniform", "lognormal"] = "lognormal"
+    weighting: Literal["uniform", "inverse"] = "inverse"
+    distance: Literal["huber", "norm-huber", "l1", "l2", "lpips"] = "norm-huber"
+
+
+def _sigma(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The noise that data of alpha = 1 would have, sigma / alpha, (B,); finite at zero-terminal SNR too."""
+    return (schedule.sigma(t) / schedule.alpha(t).clamp(min=1e-4)).view(-1)

@@ -1,0 +1,59 @@
+"""Latent Consistency Fine-tuning."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.consistency import consistency_function
+from lcmdistill.distances import DISTANCES
+from lcmdistill.objectives.shared import check_decay, check_omega, check_skip, draw_omega, draw_times
+from lcmdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistencyFineTuning:
+    """Fine-tuning of an LCM on one's own images, without a teacher (Luo et al. 2023, sec. 4.4).
+
+    The model that is named as the teacher is an LCM, and where the student starts. There is no step of a solver: z_t and
+    z_s have the same noise. omega is drawn and told to a network that takes it, and changes nothing else.
+    """
+
+    skip: int = 20
+    "k, the skipping step: how many time steps lie between z_t and z_s; 1 to T"
+    times: Literal["grid", "all"] = "grid"
+    "where t is drawn: the DDIM grid of T / k points or every step"
+    w_min: float = 5.0
+    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    w_max: float = 15.0
+    "the largest omega"
+    distance: Literal["huber", "l1", "l2"] = "huber"
+    "pseudo-Huber, l2 or l1"
+    ema_decay: float = 0.95
+    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    same_dropout: ClassVar[bool] = False
+    omega: ClassVar[Literal["teacher"]] = "teacher"
+
+    def mu(self, step: int) -> float:
+        return self.ema_decay
+
+    def check(self, num_steps: int) -> None:
+        check_skip(self.skip, self.times, num_steps)
+        check_omega(self.w_min, self.w_max)
+        check_decay("ema_decay", self.ema_decay)
+
+    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+        return draw_times(schedule, self.skip, self.times, rng)
+
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        schedule, x, c = models.schedule, batch.latents, batch.cond
+        t, s = self.pair(schedule, rng)
+        w = draw_omega("baked", self.w_min, self.w_max, rng)
+        noise = rng.normal("noise", x.shape[1:])
+        z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
+        with torch.no_grad():
+            target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
+        return DISTANCES[self.distance](prediction, target)

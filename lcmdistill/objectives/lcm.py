@@ -1,0 +1,73 @@
+"""Latent Consistency Distillation."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.consistency import consistency_function
+from lcmdistill.distances import DISTANCES
+from lcmdistill.objectives.shared import (
+    check_decay,
+    check_omega,
+    check_skip,
+    check_solver,
+    draw_omega,
+    draw_times,
+    teacher_denoiser,
+)
+from lcmdistill.schedule import NoiseSchedule
+from lcmdistill.solvers import SOLVERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistency:
+    """Latent Consistency Distillation (Luo et al. 2023, arXiv:2310.04378, Algorithm 1)."""
+
+    skip: int = 20
+    "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
+    times: Literal["grid", "all"] = "grid"
+    "where t is drawn: the DDIM grid of T / k points (public scripts) or every step (paper)"
+    guidance: Literal["baked", "free"] = "baked"
+    "baked: the teacher is guided by omega; free: it is not, and CFG and negative prompts still act on the student"
+    w_min: float = 5.0
+    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    w_max: float = 15.0
+    "the largest omega"
+    solver: str = "ddim"
+    "the PF-ODE solver of the teacher's step"
+    distance: Literal["huber", "l1", "l2"] = "huber"
+    "pseudo-Huber (public scripts), l2 (paper) or l1"
+    ema_decay: float = 0.95
+    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    same_dropout: ClassVar[bool] = False
+
+    @property
+    def omega(self) -> Literal["input", "none"]:
+        return "none" if self.guidance == "free" else "input"
+
+    def mu(self, step: int) -> float:
+        return self.ema_decay
+
+    def check(self, num_steps: int) -> None:
+        check_skip(self.skip, self.times, num_steps)
+        check_omega(self.w_min, self.w_max)
+        check_decay("ema_decay", self.ema_decay)
+        check_solver(self.solver)
+
+    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+        return draw_times(schedule, self.skip, self.times, rng)
+
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        schedule, x, c = models.schedule, batch.latents, batch.cond
+        t, s = self.pair(schedule, rng)
+        w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
+        z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
+        with torch.no_grad():
+            psi = teacher_denoiser(models, c, w)
+            z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
+            target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
+        return DISTANCES[self.distance](prediction, target)

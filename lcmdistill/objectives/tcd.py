@@ -1,0 +1,79 @@
+"""Trajectory Consistency Distillation."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.distances import DISTANCES
+from lcmdistill.objectives.shared import (
+    check_decay,
+    check_omega,
+    check_skip,
+    check_solver,
+    draw_omega,
+    draw_times,
+    draw_up_to,
+    teacher_denoiser,
+)
+from lcmdistill.schedule import NoiseSchedule
+from lcmdistill.solvers import SOLVERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConsistency:
+    """Trajectory Consistency Distillation (Zheng et al. 2024, arXiv:2402.19159).
+
+    The student learns the way from t to any s' <= s, and not to the first time alone. Its map is the first-order
+    exponential integrator with its own prediction, alpha_s' x0 + sigma_s' eps (their TCF(1)): the identity at s' = t
+    by itself, so that there are no boundary scalings.
+    """
+
+    skip: int = 20
+    "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
+    times: Literal["grid", "all"] = "grid"
+    "where t is drawn: the DDIM grid of T / k points or every step"
+    guidance: Literal["baked", "free"] = "baked"
+    "baked: the teacher is guided by omega; free: it is not, and CFG and negative prompts still act on the student"
+    w_min: float = 2.0
+    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    w_max: float = 14.0
+    "the largest omega"
+    solver: str = "ddim"
+    "the PF-ODE solver of the teacher's step"
+    distance: Literal["huber", "l1", "l2"] = "huber"
+    "pseudo-Huber, l2 or l1"
+    ema_decay: float = 0.95
+    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    same_dropout: ClassVar[bool] = False
+
+    @property
+    def omega(self) -> Literal["input", "none"]:
+        return "none" if self.guidance == "free" else "input"
+
+    def mu(self, step: int) -> float:
+        return self.ema_decay
+
+    def check(self, num_steps: int) -> None:
+        check_skip(self.skip, self.times, num_steps)
+        check_omega(self.w_min, self.w_max)
+        check_decay("ema_decay", self.ema_decay)
+        check_solver(self.solver)
+
+    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+        return draw_times(schedule, self.skip, self.times, rng)
+
+    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        schedule, x, c = models.schedule, batch.latents, batch.cond
+        t, s = self.pair(schedule, rng)
+        end = draw_up_to(schedule, s, rng)  # s'
+        w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
+        z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
+        with torch.no_grad():
+            psi = teacher_denoiser(models, c, w)
+            z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
+            target = schedule.diffuse(*models.target(z_s, s, c, w), end)
+        prediction = schedule.diffuse(*models.student(z_t, t, c, w), end)
+        return DISTANCES[self.distance](prediction, target)
