@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lcmdistill.config import resolve
 from lcmdistill.data.sources import open_source
 from lcmdistill.teachers import load_teacher
+from lcmdistill.train import distill
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 
@@ -73,3 +75,43 @@ def test_a_teacher_is_trained_resumed_and_read(example: Any, package: Path, tmp_
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     teacher = load_teacher(str(tmp_path / "a" / "teacher"))
     assert teacher.own_prompts == example.data.LABELS
+
+
+def test_a_run_is_measured_beside_its_teacher(
+    example: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On MobileNet's place a mean and a deviation: what is measured is that every sampler is drawn and told."""
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    import evaluate  # pyright: ignore[reportMissingImports]
+
+    class Features(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            pixels = images.float().flatten(1)
+            return torch.stack([pixels.mean(1), pixels.std(1)], 1)
+
+    work, teacher = tmp_path / "work", tmp_path / "work" / "teacher"
+    example.data.load(work, package=package)
+    example.train_teacher.write_pipeline(example.train_teacher.build(), teacher)
+    for name, objective in (("cd", "cd"), ("ct", "ct")):
+        own = {"teacher.model": str(teacher), "objective.name": objective, "run.output": str(work / name)}
+        own |= {"optim.batch_size": 2, "optim.accumulate": 1, "optim.max_train_steps": 1, "run.validate_every": 0}
+        distill(resolve({}, {**own, "data.draw_steps": 2}))
+    monkeypatch.setattr(evaluate, "MobileNetV2Features", Features)
+    monkeypatch.setattr(evaluate, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(evaluate, "BLOCK", 10)
+    arguments = ["evaluate.py", "--teacher", teacher, "--work", work, "--output", work / "results", "--count", 20]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--runs", str(work / "cd"), str(work / "ct")])
+    evaluate.main()
+    found = json.loads((work / "results" / "results.json").read_text())["samplers"]
+    evaluations = {name: each["evaluations"] for name, each in found.items()}
+    assert evaluations == {
+        "teacher, 3 Heun steps": 5,
+        "cd, 1 step": 1,
+        "cd, 2 steps": 2,
+        "ct, 1 step": 1,
+        "ct, 2 steps": 2,
+        "training images": 0,
+    }
+    assert found["training images"]["kid"] < found["cd, 1 step"]["kid"]  # random weights draw noise
+    assert (work / "results" / "picture.png").is_file()
+    assert len((work / "results" / "results.md").read_text().splitlines()) == 2 + len(found)

