@@ -40,6 +40,16 @@ _GUIDANCE = {
 }
 
 
+_PIXEL_USE = """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
+image = pipeline(num_inference_steps=2{label}).images[0]
+```
+
+or `lcmdistill sample {folder} --steps 2{prompt}`. {classes}"""
+
+
 # How a file or folder on the hub is used, by the format that it was exported in.
 _LOADED = """from diffusers import DiffusionPipeline, {scheduler}
 
@@ -103,10 +113,11 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
     model, objective = resolve_alias(config.teacher.model), config.objective
     is_lora = config.student.kind == "lora"
     is_hub_id = model.count("/") == 1 and not Path(model).exists()
-    tags = ["text-to-image", "stable-diffusion", *METHODS[config.objective_name].tags, "lcmdistill"]
+    about = ["image-generation"] if teacher.in_pixels else ["text-to-image", "stable-diffusion"]
+    tags = [*about, *METHODS[config.objective_name].tags, "lcmdistill"]
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="unconditional-image-generation" if teacher.in_pixels else "text-to-image",
         base_model=model if is_hub_id else None,
         base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
         tags=[*tags, "lora"] if is_lora else tags,
@@ -121,6 +132,8 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
         call=_image(method, guidance),
     )
     use += _GUIDANCE[guidance_of(teacher, config.student, objective.omega)]
+    if teacher.in_pixels:
+        use = _pixel_use(folder, teacher)
     settings = flatten(config)
     omegas = omega_range(settings)
     kind = method.lora if is_lora else method.full
@@ -135,7 +148,7 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
 {article} {kind}{size} ({method.paper}), {method.how} `{public_name(config.teacher.model)}` with lcmdistill. The licence is the
 teacher's; see its own model card.
 
-- {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "guidance is left free"}
+- {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "trained without guidance"}
 - {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
 {f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
@@ -149,6 +162,14 @@ teacher's; see its own model card.
 {to_toml(config).strip()}
 ```
 """
+
+
+def _pixel_use(folder: Path, teacher: Teacher) -> str:
+    names = teacher.own_prompts
+    if not names:
+        return _PIXEL_USE.format(folder=folder, label="", prompt="", classes="It takes no prompt.")
+    classes = f"Its classes, from 0: {', '.join(names)}."
+    return _PIXEL_USE.format(folder=folder, label=", class_labels=0", prompt=f' --prompt "{names[0]}"', classes=classes)
 
 
 def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> None:

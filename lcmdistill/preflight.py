@@ -37,6 +37,8 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     _check_start(config, teacher)
+    if config.student.kind == "lora" and config.student.start == "scratch":
+        raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
     if config.student.kind == "lora" and not hasattr(teacher.network, "add_adapter"):
@@ -66,8 +68,13 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(f"data.resolution is {resolution}; the teacher draws pixels at {own}: pass --resolution {own}")
     if config.student.kind == "lora":
         raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
-    if config.objective_name == "tcd":
-        raise UsageError("--objective tcd has no sampler in pixel space; use cd, ct, ict or lcm")
+    if config.objective_name in ("tcd", "lcm", "lcf"):
+        raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
+    weights = getattr(config.objective, "lpips_weights", None)
+    if weights and not Path(weights).expanduser().is_file():
+        raise UsageError(
+            f"objective.lpips_weights: there is no file {weights}; give torchvision's alexnet-owt-7be5be79.pth"
+        )
 
 
 def _check_start(config: RunConfig, teacher: Teacher) -> None:

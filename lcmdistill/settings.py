@@ -102,6 +102,8 @@ class StudentConfig:
 
     omega_init: Literal["zero", "random"] = "zero"
     "first weights of a full student's omega projection: zero starts exactly at the teacher, random is the scripts' way"
+    start: Literal["teacher", "scratch"] = "teacher"
+    "first weights of a full student: the teacher's, or fresh ones, as Consistency Training was published with"
     kind: Literal["full", "lora"] = "full"
     "a network of its own, or an adapter on the teacher's; the command says which"
     target: TargetKind = TargetKind.ema

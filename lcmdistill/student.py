@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
 from lcmdistill.consistency import OMEGA_DIM
+from lcmdistill.errors import UsageError
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.objectives import Omega
 from lcmdistill.settings import StudentConfig
@@ -113,6 +114,8 @@ def _full(
 ) -> Student:
     add_omega = config.omega_init if omega == "input" else None
     network = full_student(teacher.network, add_omega, seed).to(teacher.network.device)
+    if config.start == "scratch":
+        fresh_weights(network, seed)
     if checkpointing:
         network.enable_gradient_checkpointing()
     ema = config.target == "ema"
@@ -185,3 +188,28 @@ def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any
 def target_of(student_network: Any) -> Any:
     """The target network: a frozen copy of the student."""
     return copy.deepcopy(student_network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fresh_weights(network: nn.Module, seed: int) -> None:
+    """Give every layer torch's own default initialisation, each tensor drawn from the seed and its name.
+
+    Raises UsageError for a layer whose default is not known here.
+    """
+    for name, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            for key, value in own.items():
+                value.fill_(1.0 if key == "weight" else 0.0)
+            continue
+        if own and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            raise UsageError(f"student.start is scratch, and {name} is a {type(module).__name__}; start at the teacher")
+        for key, value in own.items():
+            generator = torch.Generator().manual_seed(derive_seed(seed, "scratch", name, key))
+            draws = torch.empty(value.shape)
+            if isinstance(module, nn.Embedding):
+                draws.normal_(generator=generator)
+            else:
+                draws.uniform_(-1.0, 1.0, generator=generator)
+                draws *= own["weight"][0].numel() ** -0.5
+            value.copy_(draws)

@@ -30,6 +30,7 @@ from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left
 from lcmdistill.device import compute_dtype
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.evaluate.weights import perceptual_distance
 from lcmdistill.export.product import write_product
 from lcmdistill.interrupt import Stop, gently_stoppable
 from lcmdistill.modelcard import write_run_card
@@ -369,7 +370,7 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         for module in (student.teacher, online, student.target)
     ]
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in student.online.modules())
-    models = Models(schedule, *networks, null=null, has_dropout=drops)
+    models = Models(schedule, *networks, null, perceptual_distance(config.objective, device), has_dropout=drops)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer, by_noise=by_noise)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.evaluate.features import ScriptedFeatures
 from lcmdistill.evaluate.metrics import Shown
-from lcmdistill.evaluate.weights import clip_measure, fid_measure, lpips_measure
+from lcmdistill.evaluate.weights import clip_measure, fid_measure, lpips_measure, perceptual_distance
+from lcmdistill.objectives import OBJECTIVES
 
 
 def shown(count: int = 3, side: int = 64) -> Shown:
@@ -165,3 +166,21 @@ def test_a_long_prompt_is_cut_to_what_clip_reads(clip_folder: Path):
 def test_what_is_no_clip_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match="holds no CLIP model"):
         clip_measure(str(tmp_path))
+
+
+def test_lpips_trains_on_pixels_of_one_channel(alexnet: nn.Sequential, tmp_path: Path):
+    path = tmp_path / "alexnet.pth"
+    torch.save({f"features.{key}": value for key, value in alexnet.state_dict().items()}, path)
+    distance = perceptual_distance(OBJECTIVES["cd"](distance="lpips", lpips_weights=str(path)), torch.device("cpu"))
+    assert distance is not None
+    a, b = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    found = distance(a.requires_grad_(), b)
+    found.sum().backward()
+    assert found.shape == (2,)
+    assert a.grad is not None
+    assert a.grad.abs().max() > 0
+    enlarged = [nn.functional.interpolate((x.detach() + 1) / 2, size=224, mode="bilinear") for x in (a, b)]
+    pixels, reference = (x.expand(-1, 3, -1, -1) for x in enlarged)
+    expected = lpips_measure(path).kept(shown()._replace(pixels=pixels, reference_pixels=reference)).view(-1)
+    torch.testing.assert_close(found.detach(), expected)
+    assert perceptual_distance(OBJECTIVES["cd"](), torch.device("cpu")) is None

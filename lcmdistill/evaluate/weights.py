@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcmdistill.distances import Distance
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.evaluate.metrics import Measure, Shown, eight_bit, mean
 
@@ -120,7 +121,7 @@ class Lpips(nn.Module):
     The backbone is torchvision's file, the heads those that torchmetrics brings. Raises UsageError if the file is another.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, option: str = "--lpips") -> None:
         super().__init__()
         widths, kernels, strides = (64, 192, 384, 256, 256), (11, 5, 3, 3, 3), (4, 1, 1, 1, 1)
         layers: list[nn.Module] = []
@@ -133,7 +134,7 @@ class Lpips(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        self.load_state_dict({**_alexnet(path, self.features), **_heads()})
+        self.load_state_dict({**_alexnet(path, self.features, option), **_heads()})
         self.eval().requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -149,14 +150,14 @@ class Lpips(nn.Module):
         return torch.stack(found).sum(0)
 
 
-def _alexnet(path: Path, features: nn.Module) -> dict[str, Tensor]:
+def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         own = {key: value for key, value in state.items() if key.startswith("features.")}
         features.load_state_dict({key.removeprefix("features."): value for key, value in own.items()})
     except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"--lpips {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
+            f"{option} {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
         ) from error
     return own
 
@@ -167,6 +168,23 @@ def _heads() -> dict[str, Tensor]:
     path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
     state = torch.load(path, weights_only=True, map_location="cpu")
     return {f"heads.{i}.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}
+
+
+def perceptual_distance(objective: Any, device: torch.device) -> Distance | None:
+    """LPIPS as a distance between two batches of pixels in [-1, 1], (B, 1 or 3, H, W), as (B,); None without weights.
+
+    Small images are enlarged to 224, as Consistency Models did (Song et al. 2023, app. C). Raises UsageError as Lpips.
+    """
+    path = getattr(objective, "lpips_weights", None)
+    if path is None:
+        return None
+    network = Lpips(Path(path).expanduser(), "objective.lpips_weights").to(device)
+
+    def shown(pixels: Tensor) -> Tensor:
+        side, images = max(pixels.shape[-1], 224), (pixels.float().expand(-1, 3, -1, -1) + 1) / 2
+        return nn.functional.interpolate(images, size=(side, side), mode="bilinear")
+
+    return lambda a, b: network(shown(a), shown(b))
 
 
 def lpips_measure(path: Path) -> Measure:
