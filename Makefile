@@ -47,7 +47,10 @@ lint: setup ## ruff: rules and format
 type: setup ## pyright
 	.venv/bin/pyright
 
+fashion: setup ## Consistency Models on Fashion-MNIST: teacher, CD, CT, KID (hours)
+	$(PY) examples/fashion_mnist/run.py
+
 bench: setup ## seconds a training step of the bundled teacher, and where they go
 	$(PY) examples/bench.py
 
-.PHONY: help setup demo quality test test-slow lint type bench
+.PHONY: help setup demo quality test test-slow lint type bench fashion
