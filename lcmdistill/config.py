@@ -86,7 +86,10 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | Non
         raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
     config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
     if config.run.output is None:
-        output = Path("runs") / f"{Path(model).name or 'run'}-{name}{'-lora' if is_lora else ''}"
+        output = (
+            Path("runs")
+            / f"{Path(model).name.removesuffix('.safetensors') or 'run'}-{name}{'-lora' if is_lora else ''}"
+        )
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
     if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
         raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; give it as --data")

@@ -23,7 +23,7 @@ from lcmdistill.objectives import forwards
 from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door
-from lcmdistill.teachers import ALIASES, load_teacher
+from lcmdistill.teachers import ALIASES, load_teacher, recognised_as
 from lcmdistill.teachers.base import Teacher, can_take_omega, needs_caption, takes_omega
 from lcmdistill.tracking import check_tracker, say
 
@@ -101,13 +101,18 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
 
 
 def check_early(config: RunConfig) -> None:
-    """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all."""
+    """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all.
+
+    Says what a teacher of one file was recognised as.
+    """
     # Of several processes one may already have begun to fill the folder when another looks.
     if os.environ.get("RANK", "0") == "0":
         check_run(config)
         check_tracker(config.run.report_to)
         if config.run.push_to_hub:
             check_login(config.run.push_to_hub)
+        if told := recognised_as(config.teacher.model, config.teacher.prediction_type):
+            say(told)
     pick_device(config.run.device)
     check_cache(config.data)
     refuses = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
@@ -123,7 +128,7 @@ def _takes_prompts(model: str) -> bool:
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         return unet["_class_name"] != "UNet2DModel" or unet.get("num_class_embeds") is not None
     except (OSError, ValueError, LookupError, TypeError):
-        return Path(model).expanduser().is_dir()
+        return Path(model).expanduser().exists()
 
 
 def dry_run(config: RunConfig) -> None:

@@ -47,6 +47,14 @@ class Format(StrEnum):
     onnx = "onnx"
 
 
+class PredictionType(StrEnum):
+    """What a network can predict, spelled out so that --help needs no torch."""
+
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+    sample = "sample"
+
+
 class TargetKind(StrEnum):
     """What the student is compared with."""
 
@@ -87,11 +95,13 @@ class TeacherConfig:
     """[teacher]: the network to distil."""
 
     model: str = "sd15"
-    "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, or a local diffusers folder"
+    "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, a local diffusers folder, or a .safetensors checkpoint"
     revision: str | None = None
     "branch, tag or commit of a hub model"
     variant: str | None = None
     "weight files' variant, such as fp16"
+    prediction_type: PredictionType | None = None
+    "what the network predicts, where its files are wrong or do not say; by default what they say"
     allow_pickle: bool = False
     "also read .bin weights; a pickle can run any code, so only from an author you trust"
 

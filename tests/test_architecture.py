@@ -15,6 +15,7 @@ LAYERS = {
     1: {"batch", "objectives"},
     2: {
         "settings",
+        "recognise",
         "presets",
         "methods",
         "teachers",

@@ -29,7 +29,7 @@ run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.k
 run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.omega_init student.rank student.target
 student.target_modules
-teacher.allow_pickle teacher.model teacher.revision teacher.variant
+teacher.allow_pickle teacher.model teacher.prediction_type teacher.revision teacher.variant
 """
 
 
@@ -40,7 +40,7 @@ def value(config: RunConfig, dotted: str) -> Any:
 def test_the_option_list_is_frozen() -> None:
     optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.count": 1}
     optional |= {"data.max_watermark": 0.5, "data.cache_dir": "a", "run.validation_guidance_scale": 1.0}
-    optional |= {"run.push_to_hub": "a/b"}
+    optional |= {"run.push_to_hub": "a/b", "teacher.prediction_type": "epsilon"}
     assert sorted(flatten(resolve({}, optional))) == sorted(KEYS.split())
 
 

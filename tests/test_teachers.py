@@ -185,7 +185,7 @@ def test_a_hub_that_cannot_be_reached_ends_in_one_sentence(monkeypatch: pytest.M
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
-    for name, message in [("a.safetensors", "is a file"), ("a.ckpt", "is a pickle"), ("a.pt", "is a pickle")]:
+    for name, message in [("a.safetensors", "is no safetensors"), ("a.ckpt", "is a pickle"), ("a.pt", "is a pickle")]:
         (tmp_path / name).write_bytes(b"rubbish")
         with pytest.raises(UsageError, match=message):
             load_teacher(str(tmp_path / name))

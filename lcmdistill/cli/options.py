@@ -10,7 +10,7 @@ import typer
 
 from lcmdistill.errors import UsageError
 from lcmdistill.presets import PresetName
-from lcmdistill.settings import ObjectiveName, Precision, SolverName, TargetKind, Tracker
+from lcmdistill.settings import ObjectiveName, Precision, PredictionType, SolverName, TargetKind, Tracker
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -33,7 +33,9 @@ def _option(kind: Any, text: str, *names: str) -> Any:
 
 WHAT: dict[str, Any] = {
     "teacher": _option(
-        str | None, "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, or a local diffusers folder.  [default: sd15]"
+        str | None,
+        "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, a local diffusers folder, or a .safetensors checkpoint.  "
+        "[default: sd15]",
     ),
     "data": _option(
         list[str] | None,
@@ -86,6 +88,9 @@ HOW: dict[str, Any] = {
     "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
     "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
+    "prediction_type": _option(
+        PredictionType | None, "What the teacher predicts, where its files are wrong or do not say."
+    ),
     "variant": _option(str | None, "Variant of the teacher's weight files, such as fp16."),
     "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
     "push_to_hub": PushToHub,
@@ -104,6 +109,7 @@ SETTINGS = {
     "teacher": "teacher.model",
     "revision": "teacher.revision",
     "variant": "teacher.variant",
+    "prediction_type": "teacher.prediction_type",
     "data": "data.sources",
     "prompts": "data.prompts",
     "resolution": "data.resolution",

@@ -10,12 +10,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.recognise import read_header, recognise
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.inpaint import stable_diffusion_inpainting, stable_diffusion_xl_inpainting
 from lcmdistill.teachers.pixart import pixart_alpha
 from lcmdistill.teachers.pixel import pixel_space
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
+from lcmdistill.teachers.single_file import load_single_file
 
 # The pipeline class that model_index.json names -> the family's constructor.
 FAMILIES: dict[str, Callable[[Any], Teacher]] = {
@@ -50,10 +52,16 @@ def public_name(model: str) -> str:
 
 
 def load_pipeline(
-    model: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    prediction_type: str | None = None,
 ) -> Any:
-    """Any diffusers pipeline, in fp32, from an alias, a local diffusers folder or a hub id.
+    """Any diffusers pipeline, in fp32, from an alias, a local diffusers folder or single file, or a hub id.
 
+    prediction_type: what the network predicts, where its files are wrong or do not say.
     Raises UsageError if there is no such model or its weights are pickles, RunError if the hub cannot be reached.
     """
     import torch
@@ -73,13 +81,13 @@ def load_pipeline(
         name = str(local)
     elif local.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UsageError(
-            f"{model} is a pickle, which can run any code when it is opened; give a diffusers folder instead"
+            f"{model} is a pickle, which can run any code when it is opened; give a .safetensors file or a diffusers folder"
         )
-    elif local.exists():
-        raise UsageError(f"{model} is a file; give a diffusers folder, a hub id, or one of {', '.join(ALIASES)}")
+    elif local.is_file():
+        return load_single_file(local, prediction_type)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(
-            f"there is no model {model!r}; give an existing diffusers folder, a hub id such as owner/name, "
+            f"there is no model {model!r}; give an existing diffusers folder or .safetensors file, a hub id like owner/name, "
             f"or one of {', '.join(ALIASES)}"
         )
     try:
@@ -93,19 +101,28 @@ def load_pipeline(
     except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
+    if prediction_type is not None:
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     return pipeline
 
 
-def load_teacher(
-    model: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
-) -> Teacher:
-    """The teacher of a distillation; its family is read from its files. Raises as `load_pipeline`, and UsageError on
-    a pipeline class that is not in FAMILIES."""
-    pipeline = load_pipeline(model, revision=revision, variant=variant, allow_pickle=allow_pickle)
+def load_teacher(model: str, **options: Any) -> Teacher:
+    """The teacher of a distillation; its family is read from its files. options and errors: those of `load_pipeline`, and
+    UsageError on a pipeline class that is not in FAMILIES."""
+    pipeline = load_pipeline(model, **options)
     kind = type(pipeline).__name__
     if kind not in FAMILIES:
         raise UsageError(f"{model} is a {kind}, which cannot be distilled yet; supported are {', '.join(FAMILIES)}")
     return FAMILIES[kind](pipeline)
+
+
+def recognised_as(model: str, prediction_type: str | None) -> str:
+    """In words, how a single file was recognised; "" of a model that is none. Raises UsageError on one that is unknown."""
+    file = Path(resolve_alias(model)).expanduser()
+    if not file.is_file() or file.suffix != ".safetensors":
+        return ""
+    told = f"; taken for {prediction_type}, as --prediction-type says" if prediction_type else ""
+    return f"{model} is {recognise(file, read_header(file)).why}{told}"
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:

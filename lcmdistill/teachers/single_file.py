@@ -1,0 +1,95 @@
+"""Single-file checkpoints, as A1111, ComfyUI and Civitai share them, read without a network: the configs ship with the package.
+
+diffusers reads the weights; what the file itself does not hold is put beside it in a passing folder: the configs of its
+layout, CLIP's vocabulary, and what the keys say of prediction type, schedule and input channels.
+"""
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.errors import UsageError
+from lcmdistill.recognise import Recognised, read_header, recognise
+
+CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
+
+
+def load_single_file(path: Path, prediction_type: str | None = None, configs: Path | None = None) -> Any:
+    """The diffusers pipeline that a checkpoint holds, in fp32, with no safety checker.
+
+    prediction_type: in place of what the file says; configs: a diffusers folder in place of the layout's. Raises UsageError on
+    a file that is no Stable Diffusion checkpoint, or lacks weights.
+    """
+    import diffusers
+    import torch
+
+    found = recognise(path, read_header(path))
+    kind = "StableDiffusionXL" if found.layout == "sdxl" else "StableDiffusion"
+    pipeline_class: Any = getattr(diffusers, f"{kind}{'Inpaint' * found.inpaints}Pipeline")
+    absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    if found.layout != "sdxl":
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    with _config_folder(found, prediction_type, configs or CONFIGS / found.layout) as folder:
+        try:
+            pipeline = pipeline_class.from_single_file(
+                str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **absent
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise UsageError(
+                f"{path} looks like {found.why} and cannot be read as one: {str(error).strip().splitlines()[0]}"
+            ) from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            lost = [name for name, value in part.named_parameters() if value.is_meta]
+            if lost:
+                raise UsageError(f"{path} lacks {len(lost)} weights of its {type(part).__name__}, such as {lost[0]}")
+    return pipeline
+
+
+@contextmanager
+def _config_folder(found: Recognised, prediction_type: str | None, configs: Path) -> Iterator[Path]:
+    """A passing diffusers folder without weights, as the file needs it."""
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(passing) / "configs"
+        shutil.copytree(configs, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+        prediction = prediction_type or found.prediction_type
+        scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": found.zero_snr}
+        _change(folder / "scheduler" / "scheduler_config.json", **scheduler)
+        _change(folder / "unet" / "config.json", in_channels=9 if found.inpaints else 4, time_cond_proj_dim=None)
+        if configs == CONFIGS / "sd2" and prediction == "epsilon":
+            _change(folder / "unet" / "config.json", sample_size=64)  # the bases of 512 px
+        for tokenizer in folder.glob("tokenizer*"):
+            if not {"tokenizer.json", "vocab.json"} & {path.name for path in tokenizer.iterdir()}:
+                write_vocabulary(tokenizer)
+        yield folder
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def write_vocabulary(folder: Path) -> None:
+    """CLIP's merges.txt, and the vocab.json that follows from it."""
+    text = gzip.decompress((CONFIGS / "merges.txt.gz").read_bytes()).decode("utf-8")
+    (folder / "merges.txt").write_text(text, encoding="utf-8")
+    vocabulary = clip_vocabulary(text.splitlines()[1:])
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8"
+    )
+
+
+def clip_vocabulary(merges: Sequence[str]) -> list[str]:
+    """CLIP's tokens in the order of their numbers: bytes, bytes that end a word, merges, and the two marks.
+
+    A byte stands as a letter that can be seen; those that are none take the letters from 256 on (Radford et al. 2019).
+    """
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in seen] + [chr(256 + i) for i in range(256 - len(seen))]
+    joined = ["".join(merge.split(" ")) for merge in merges]
+    return [*letters, *(f"{letter}</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
