@@ -31,8 +31,9 @@ demo: setup ## distil the bundled teacher on the CPU, sample, and draw the compa
 	$(PY) examples/compare.py $(RUN)
 	@echo "look at $(RUN)/compare.png"
 
-quality: setup ## measure the demo's run on held-out prompts: RMSE to the teacher, KID (minutes)
-	$(PY) examples/compare.py $(RUN) --metrics
+quality: setup ## measure the demo's run, steps x guidance beside its teacher, and write its report (minutes)
+	.venv/bin/lcmdistill evaluate $(RUN)
+	@echo "look at $(RUN)/report.html"
 
 test: setup ## the tests (under 10 minutes on 2 cores)
 	$(PY) -m pytest -m "not slow"

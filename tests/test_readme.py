@@ -20,6 +20,7 @@ SMALL = "--resolution 16 --max-train-steps 1 --batch-size 1 --accumulate 1 --dev
 SMALLER = {
     "distill": SMALL,
     "distill-lora": f"{SMALL} --rank 4 --alpha 4",
+    "evaluate": "--num-images 2 --steps 1 --device cpu",
     "export": "",
     "sample": "--device cpu --resolution 16",
 }
@@ -37,7 +38,7 @@ def user_folder(tmp_path: Path, small_teacher: Path, image_folder: Path, monkeyp
 
 def test_the_readme_shows_the_commands_that_users_come_for():
     assert len(COMMANDS) >= 4
-    assert {command.split()[1] for command in COMMANDS} == {"distill", "distill-lora", "export", "sample"}
+    assert {command.split()[1] for command in COMMANDS} == {"distill", "distill-lora", "evaluate", "export", "sample"}
 
 
 def test_every_lcmdistill_command_runs(user_folder: Path):

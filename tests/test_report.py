@@ -16,6 +16,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.results import Results
 from lcmdistill.evaluate.verdict import seconds, verdict
 from lcmdistill.report import told, write_comparison, write_report
+from lcmdistill.report.card import add_to_card
 from lcmdistill.report.charts import Chart, Series, described, ticks, to_svg
 from lcmdistill.report.curves import loss_by_noise, training_charts
 from lcmdistill.report.uses import uses
@@ -157,7 +158,7 @@ def test_the_command_line_evaluates_and_reports(
     assert "side by side: comparison.html" in out
     check_page(tmp_path / "comparison.html")
     (tmp_path / "one" / "report.html").unlink()
-    assert command("report", "one")[:2] == (0, "look at one/report.html\n")
+    assert command("report", "one")[:2] == (0, "look at one/report.html, and the plots in one/README.md\n")
     assert (tmp_path / "one" / "report.html").is_file()
 
 
@@ -176,6 +177,27 @@ def test_wrong_usage_ends_in_one_sentence(command: Command, arguments: list[str]
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_model_card_tells_what_was_measured_with_plots(evaluated_run: Path, small_run: Path, tmp_path: Path):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    plain = (run / "README.md").read_text()
+    assert add_to_card(run)
+    card = (run / "README.md").read_text()
+    assert re.sub(r"\n## Measured\n.*?(?=\n## Use\n)", "", card, flags=re.DOTALL) == plain
+    assert told(run).splitlines()[0].split(": ", 1)[1] in card
+    for name in ("quality", "training"):
+        assert f"(samples/{name}.png)" in card
+        with Image.open(run / "samples" / f"{name}.png") as picture:
+            assert picture.width > 800
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
+    before = (run / "samples" / "quality.png").read_bytes()
+    assert add_to_card(run)
+    assert ((run / "README.md").read_text(), (run / "samples" / "quality.png").read_bytes()) == (card, before)
+    assert not add_to_card(small_run)
 
 
 # -- what the numbers mean -------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def evaluate(
     """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
     from lcmdistill.evaluate.program import Wish, evaluate
     from lcmdistill.report import told, write_comparison, write_report
+    from lcmdistill.report.card import add_to_card
     from lcmdistill.tracking import say
 
     wish = Wish(
@@ -70,6 +71,7 @@ def evaluate(
     evaluate(runs, wish)
     for run in runs:
         page = write_report(run)
+        add_to_card(run)
         say(told(run))
         say(f"look at {page}")
     if len(runs) > 1:
@@ -80,11 +82,14 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")],
     debug: Debug = False,
 ) -> None:
-    """Make RUN/report.html anew: training, validation, and what an evaluation found, on one page."""
+    """Make RUN/report.html anew: training, validation and what an evaluation found, on one page; and the card's plots."""
     from lcmdistill.report import write_report
+    from lcmdistill.report.card import add_to_card
     from lcmdistill.tracking import say
 
-    say(f"look at {write_report(run)}")
+    page = write_report(run)
+    told = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
+    say(f"look at {page}{told}")
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> tuple[float, ...]:

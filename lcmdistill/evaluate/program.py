@@ -247,7 +247,8 @@ def device_name(device: torch.device) -> str:
     """What an image's time was taken on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
 
 
 def fingerprint(files: Sequence[Path]) -> str:
