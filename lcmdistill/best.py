@@ -84,6 +84,6 @@ def advice(run: Path, metric: str) -> str | None:
     if not step or cost(metric, ended) <= cost(metric, value) * (1 + STILL):
         return None
     return (
-        f"the best validation was at step {step} ({metric} {value:.3g}, and {ended:.3g} at step {last}); to have its weights: "
-        f"lcmdistill export {run} --weights best"
+        f"the best validation was at step {step} ({metric} {value:.3g}, and {ended:.3g} at step {last}); its weights "
+        f"are kept in {run / 'checkpoints' / BEST}"
     )

@@ -70,8 +70,8 @@ def test_the_best_weights_outlive_pruning(tmp_path: Path):
 def test_at_the_end_an_earlier_best_is_offered(tmp_path: Path):
     worse = written(tmp_path / "worse", "ssim_4", 0.2, 0.75, 0.7)
     assert advice(worse, "ssim_4") == (
-        "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); to have its weights: "
-        f"lcmdistill export {worse} --weights best"
+        "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); its weights "
+        f"are kept in {worse}/checkpoints/best"
     )
     assert advice(written(tmp_path / "good", "ssim_4", 0.2, 0.7, 0.75), "ssim_4") is None
     assert advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") is None  # nothing was learnt

@@ -17,7 +17,7 @@ from lcmdistill.batch import Conditioning, Network, x0_eps_network
 from lcmdistill.checkpoint import write_text
 from lcmdistill.consistency import consistency_function
 from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, as_written, digest, drawn
-from lcmdistill.objectives import guided_denoiser
+from lcmdistill.objectives.shared import guided_denoiser
 from lcmdistill.solvers import ddim
 from lcmdistill.student import Door, raw_network
 from lcmdistill.teachers.base import Teacher
