@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, Network, x0_eps_network
+from lcmdistill.batch import Conditioning, Models, Network, x0_eps_network
 from lcmdistill.checkpoint import write_text
 from lcmdistill.consistency import consistency_function
 from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, as_written, digest, drawn
-from lcmdistill.objectives.shared import guided_denoiser
+from lcmdistill.objectives.shared import teacher_denoiser
 from lcmdistill.solvers import ddim
 from lcmdistill.student import Door, raw_network
 from lcmdistill.teachers.base import Teacher
@@ -68,7 +68,8 @@ def trajectory(teacher: Teacher, prompts: Sequence[str], noise: Tensor, scale: f
     c = conditioning(teacher, prompts, noise.shape[-1] * teacher.vae_factor)
     w = torch.full((len(noise),), scale - 1.0, device=device)
     null = teacher.encode_prompts([""]).to(device)
-    psi = guided_denoiser(network_for(teacher, teacher.network, dtype), c, null, w)
+    network = network_for(teacher, teacher.network, dtype)
+    psi = teacher_denoiser(Models(schedule, network, network, network, null=null), c, w)
     times = schedule.grid(POINTS).flip(0).to(device)
     z, found = schedule.sigma(times[:1]) * noise.to(device), []
     for t, s in pairwise([*times, times[-1]]):
