@@ -66,10 +66,10 @@ pipeline = DiffusionPipeline.from_pretrained("{place}")
     "peft": f"""from peft import PeftModel
 {_LOADED}pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{{place}}")
 {{call}}""",
-    "single-file": """from diffusers import {scheduler}, StableDiffusionPipeline
+    "single-file": """from diffusers import {scheduler}, {file_class}
 from huggingface_hub import hf_hub_download
 
-pipeline = StableDiffusionPipeline.from_single_file(hf_hub_download("{place}", "{file}"))
+pipeline = {file_class}.from_single_file(hf_hub_download("{place}", "{file}"))
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
 {call}""",
     "onnx": """from optimum.onnxruntime import {onnx_class}
@@ -88,20 +88,31 @@ def _image(method: Method, guidance: float) -> str:
 
 
 def card_for(
-    card: str, name: str, place: str, file: str, model: str, *, method: Method, guidance: float, takes_omega: bool
+    card: str,
+    name: str,
+    place: str,
+    file: str,
+    model: str,
+    *,
+    method: Method,
+    guidance: float,
+    takes_omega: bool,
+    is_xl: bool,
 ) -> str:
     """A run's card with its Use section rewritten for one export.
 
     name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
-    guidance: what to draw with; takes_omega: whether the exported network has an input for it.
+    guidance: what to draw with; takes_omega: whether the exported network has an input for it; is_xl: whether it is SDXL's.
     """
     before, found, rest = card.partition("\n## Use\n")
     after = rest[rest.find("\n## Configuration\n") :]
     if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
         return card
-    kind = "LatentConsistencyModel" if takes_omega and method.scheduler == "LCMScheduler" else "StableDiffusion"
+    base = "StableDiffusionXL" if is_xl else "StableDiffusion"
+    kind = "LatentConsistencyModel" if takes_omega and not is_xl and method.scheduler == "LCMScheduler" else base
     values = {"place": place, "file": file, "model": model, "guidance": guidance, "sampler": method.sampler}
     values |= {"scheduler": method.scheduler, "call": _image(method, guidance), "onnx_class": f"ORT{kind}Pipeline"}
+    values["file_class"] = f"{base}Pipeline"
     code = _IN_PYTHON[name].format(**values)
     return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
 

@@ -7,7 +7,8 @@ from conftest import fill
 from torch import nn
 
 from lcmdistill.checkpoint import save_checkpoint
-from lcmdistill.config import resolve, to_toml
+from lcmdistill.config import flatten, resolve, to_toml
+from lcmdistill.export.lora_files import from_checkpoint, header, write_kohya
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
 from lcmdistill.modelcard import write_run_card
@@ -33,10 +34,13 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
         adapter = adapter_parameters(teacher.network, ONLINE)
         fill(nn.ParameterDict({key.replace(".", "/"): value for key, value in adapter.items()}), 5)
         (run / "lora").mkdir(parents=True)
-        (run / "lora" / f"{run.name}.safetensors").touch()
         save_checkpoint(run / "checkpoints", 1, {"student": {}, "target": adapter}, {})
         flags |= {"student.rank": 4, "student.alpha": 3.0, "run.validation_guidance_scale": 1.0}
     config = resolve({}, flags)
+    if kind == "lora":
+        lora = from_checkpoint(adapter, 3.0)
+        told = header(lora, flatten(config), run.name, teacher.pipeline)
+        write_kohya(lora, run / "lora" / f"{run.name}.safetensors", told)
     (run / "config.toml").write_text(to_toml(config))
     write_run_card(config, run, teacher)
     return run

@@ -87,6 +87,18 @@ def test_a_single_file_tells_what_it_is(
 
 
 @each_family
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_cards_name_the_class_that_opens_it(family: str, kind: str, runs: dict[tuple[str, str], Path]) -> None:
+    own = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    card = exporting.export_card(runs[family, kind], "single-file", "me/mine", "a.safetensors")
+    assert f"{own}.from_single_file" in card
+    lcm = kind == "full" and family != "sdxl"
+    assert f"ORT{'LatentConsistencyModelPipeline' if lcm else own}.from_pretrained" in exporting.export_card(
+        runs[family, kind], "onnx", "me/mine"
+    )
+
+
+@each_family
 def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, str], Path]) -> None:
     """Every input that exports are compared on changes the output: one that did not would not be checked."""
     unet = exporting.load_product(runs[family, "full"]).pipeline().unet

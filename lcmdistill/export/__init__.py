@@ -83,7 +83,7 @@ def _export_card(product: Product, name: str, place: str, file: str = "") -> str
     loaded_as = "pipeline" if name == "fused" else name
     model, method = resolve_alias(str(product.recorded["teacher.model"])), product.method
     guidance = product.guidance_scale if has_omega or free else 1.0
-    about = {"method": method, "guidance": guidance, "takes_omega": has_omega}
+    about = {"method": method, "guidance": guidance, "takes_omega": has_omega, "is_xl": product.is_xl}
     return card_for(card, loaded_as, place, file, model, **about)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint
 from lcmdistill.config import flatten
@@ -39,6 +40,15 @@ class Product:
     def guidance_scale(self) -> float:
         """What the run recommends to draw with, in diffusers' convention."""
         return float(self.recorded["run.validation_guidance_scale"])
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's, as far as the run's own files tell."""
+        if self.lora is None:
+            return (self.run / "pipeline" / "text_encoder_2").is_dir()
+        (path,) = (self.run / "lora").glob("*.safetensors")
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("ss_base_model_version", "").startswith("sdxl")
 
     def teacher(self) -> Teacher:
         """The teacher, loaded afresh."""
