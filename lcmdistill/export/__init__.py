@@ -14,7 +14,7 @@ from lcmdistill.export.onnx_files import cases_of, need_onnx, verify_onnx, write
 from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
-from lcmdistill.export.verify import BOUNDS, compared, network_outputs, pipeline_outputs
+from lcmdistill.export.verify import BOUNDS, Outputs, compared, network_outputs, pipeline_outputs
 from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for
 from lcmdistill.rundir import check_place
@@ -99,29 +99,30 @@ def kohya(product: Product, request: Request) -> str:
     """One .safetensors that ComfyUI, A1111 and diffusers read."""
     lora = _lora_of(product, "kohya")
     with file_written_aside(_file(request.output)) as aside:
-        trained = product.pipeline()
-        write_kohya(lora, aside, _header(product, lora, trained), request.dtype)
-        return _verified_lora(product, request, trained, aside.parent, aside.name)
+        told, expected = _trained(product, request, lora)
+        write_kohya(lora, aside, told, request.dtype)
+        return _verified_lora(product, request, expected, aside.parent, aside.name)
 
 
 def diffusers_lora(product: Product, request: Request) -> str:
     """A folder for diffusers' load_lora_weights, with the adapter's metadata."""
     lora = _lora_of(product, "diffusers-lora")
     with written_aside(request.output) as aside:
-        trained = product.pipeline()
-        write_diffusers_lora(lora, aside, _header(product, lora, trained))
-        return _verified_lora(product, request, trained, aside, None)
+        told, expected = _trained(product, request, lora)
+        write_diffusers_lora(lora, aside, told)
+        return _verified_lora(product, request, expected, aside, None)
 
 
-def _header(product: Product, lora: Lora, trained: Any) -> dict[str, str]:
-    return header(lora, product.recorded, product.run.name, trained)
+def _trained(product: Product, request: Request, lora: Lora) -> tuple[dict[str, str], Outputs]:
+    """A LoRA's header, and what it gives; the pipeline that tells both is gone before another is loaded."""
+    trained = product.pipeline()
+    told = header(lora, product.recorded, product.run.name, trained)
+    return told, network_outputs(trained.unet, request.guidance_scale) if request.verify else {}
 
 
-def _verified_lora(product: Product, request: Request, trained: Any, folder: Path, name: str | None) -> str:
+def _verified_lora(product: Product, request: Request, expected: Outputs, folder: Path, name: str | None) -> str:
     if not request.verify:
         return f"{request.output}: not verified"
-    expected = network_outputs(trained.unet, request.guidance_scale)
-    del trained
     fresh = product.base_pipeline()
     fresh.load_lora_weights(str(folder), weight_name=name)
     bound = BOUNDS[request.dtype if name else torch.float32]
