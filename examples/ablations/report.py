@@ -1,0 +1,215 @@
+"""The ablations' figures and README.md, from the numbers of their runs alone: the claims are checked here, not by hand."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from run import DECAYS, IMAGES, LONG, MANY, OMEGAS, SHORT, SKIPS, SOLVERS, STEPS
+
+from lcmdistill.checkpoint import write_text
+
+Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
+MEASURES = {"rmse": "latent RMSE to the teacher's 50 steps", "kid": "KID (MobileNetV2) to real images"}
+NAMES = {"ddim": "DDIM", "dpm-solver": "DPM-Solver", "dpm-solver++": "DPM-Solver++"}
+
+
+class Claim(NamedTuple):
+    """What a paper found, whether it shows in these numbers, and the numbers."""
+
+    paper: str
+    shows: bool
+    evidence: str
+
+
+def value(numbers: Numbers, run: str, measure: str, steps: int, omega: float = 4.0) -> float:
+    """A student's number; lower is better for both measures."""
+    return numbers[run][f"student-{steps:02d}-g{omega + 1:g}"][measure]
+
+
+def teacher_kid(numbers: Numbers, omega: float = 4.0) -> float:
+    """KID of the teacher at 50 steps."""
+    return numbers["lcm"][f"teacher-50-g{omega + 1:g}"]["kid"]
+
+
+def decay_run(mu: float) -> str:
+    """The run of a target's EMA rate."""
+    return "lcm" if mu == 0.95 else f"ema-{mu:g}"
+
+
+def claims(numbers: Numbers) -> dict[str, list[Claim]]:
+    """The papers' findings, by figure."""
+
+    def get(run: str, measure: str, steps: int, omega: float = 4.0) -> float:
+        return value(numbers, run, measure, steps, omega)
+
+    def listed(of: Callable[[Any], float], keys: Sequence[Any]) -> str:
+        return ", ".join(f"{key}: {of(key):.3f}" for key in keys)
+
+    rmse = {(k, s): get(f"k{k}-{s}", "rmse", 2) for k in SKIPS for s in SOLVERS}
+    slow = all(rmse[1, s] > max(rmse[k, s] for k in (5, 10, 20)) for s in SOLVERS)
+    better = [s for s in SOLVERS[1:] if rmse[50, s] < rmse[50, "ddim"]]
+    lag = [get("lcm", "kid", n) for n in STEPS]
+    kid_rise = [get("lcm", "kid", 4, w) for w in OMEGAS]
+    many = {run: [get(run, "rmse", n) for n in MANY] for run in ("lcm", "tcd")}
+    kids = {run: [get(run, "kid", n) for n in MANY] for run in ("lcm", "tcd")}
+    decays = {mu: get(decay_run(mu), "rmse", 2) for mu in DECAYS}
+    return {
+        "skip_solver": [
+            Claim(
+                "k = 1 converges slowly, k = 5 to 20 fast (Luo et al. 2023, sec. 5.2)",
+                slow,
+                "RMSE at 2 steps with DDIM by k: " + listed(lambda k: rmse[k, "ddim"], SKIPS),
+            ),
+            Claim(
+                "at k = 50 DPM-Solver and DPM-Solver++ beat DDIM, whose step is then too coarse (the same)",
+                len(better) == 2,
+                "RMSE at 2 steps with k = 50: " + listed(lambda s: rmse[50, s], SOLVERS),
+            ),
+        ],
+        "omega": [
+            Claim(
+                "a larger omega costs FID (Luo et al. 2023, sec. 5.2)",
+                all(a < b for a, b in pairwise(kid_rise)),
+                "KID at 4 steps by omega: " + ", ".join(f"{w}: {v:.3f}" for w, v in zip(OMEGAS, kid_rise, strict=True)),
+            ),
+            Claim(
+                "2 to 8 steps lie close together and 1 lags (the same)",
+                lag[0] - lag[1] > max(lag[1:]) - min(lag[1:]),
+                "KID at 1, 2, 4, 8 steps, omega 4: " + ", ".join(f"{v:.3f}" for v in lag),
+            ),
+        ],
+        "lcm_tcd": [
+            Claim(
+                "LCM's pictures get worse with more steps (Zheng et al. 2024, Fig. 1)",
+                kids["lcm"][-1] > min(kids["lcm"]) and many["lcm"][-1] > min(many["lcm"]),
+                f"LCM at {_by_steps(kids['lcm'])}: KID; {_by_steps(many['lcm'])}: RMSE",
+            ),
+            Claim(
+                "TCD's do not, and at 8 and 16 steps TCD is at least as good (the same)",
+                all(kids["tcd"][i] <= kids["lcm"][i] and many["tcd"][i] <= many["lcm"][i] for i in (3, 4)),
+                f"TCD at {_by_steps(kids['tcd'])}: KID; {_by_steps(many['tcd'])}: RMSE",
+            ),
+        ],
+        "ema": [
+            Claim(
+                "a target that lags behind the student steadies distillation (Song et al. 2023, mu = .95 and above)",
+                decays[0.0] > decays[0.95],
+                "RMSE at 2 steps by mu: " + listed(lambda mu: decays[mu], DECAYS),
+            ),
+            Claim(
+                "no lag at all, mu = 0, is best (Song & Dhariwal 2023, of training without a teacher)",
+                decays[0.0] == min(decays.values()),
+                "the same numbers",
+            ),
+        ],
+    }
+
+
+def _by_steps(values: Sequence[float]) -> str:
+    return ", ".join(f"{n}: {v:.3f}" for n, v in zip(MANY, values, strict=True))
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+Lines = Mapping[str, Sequence[float]]
+
+
+def draw(path: Path, xs: Sequence[float], panels: Mapping[str, Lines], label: str, flat: float | None = None) -> None:
+    """A PNG with a panel a measure and a line a name. flat: the teacher's KID, a dashed line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (measure, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for (name, values), mark in zip(lines.items(), "osD^v", strict=False):
+            axes.plot(range(len(xs)), values, marker=mark, label=name)
+        if measure == "kid" and flat is not None:
+            axes.axhline(flat, color="grey", linestyle="--", label="teacher, 50 steps")
+        axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        axes.set_xlabel(label)
+        axes.set_title(MEASURES[measure], fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def figures(numbers: Numbers, folder: Path) -> None:
+    """skip_solver.png, omega.png, lcm_tcd.png, ema.png."""
+    flat = teacher_kid(numbers)
+
+    def panels(of: Callable[[str, str], Lines]) -> dict[str, Lines]:
+        return {measure: of(measure, "") for measure in MEASURES}
+
+    def get(run: str, measure: str, steps: int, omega: float = 4.0) -> float:
+        return value(numbers, run, measure, steps, omega)
+
+    by_solver = panels(lambda m, _: {NAMES[s]: [get(f"k{k}-{s}", m, 2) for k in SKIPS] for s in SOLVERS})
+    draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; drawn in 2 steps", flat)
+    by_omega = panels(lambda m, _: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
+    draw(folder / "omega.png", STEPS, by_omega, "steps", flat)
+    by_method = panels(lambda m, _: {run.upper(): [get(run, m, n) for n in MANY] for run in ("lcm", "tcd")})
+    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", flat)
+    by_decay = panels(
+        lambda m, _: {f"{n} step{'s' * (n > 1)}": [get(decay_run(mu), m, n) for mu in DECAYS] for n in (1, 2, 4)}
+    )
+    draw(folder / "ema.png", DECAYS, by_decay, "mu of the target", flat)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "skip_solver": "The skipping step k and the solver",
+    "omega": "Omega and the number of steps",
+    "lcm_tcd": "LCM and TCD, from 1 to 16 steps",
+    "ema": "The target's EMA",
+}
+
+
+def table(numbers: Numbers) -> str:
+    """Every number, as markdown."""
+    rows = [f"| run | omega | {' | '.join(f'RMSE, KID at {n}' for n in MANY)} |", f"|---|---|{'---|' * len(MANY)}"]
+    for run, cells in numbers.items():
+        for omega in OMEGAS:
+            found = [cells.get(f"student-{n:02d}-g{omega + 1}") for n in MANY]
+            if any(found):
+                told = [f"{each['rmse']:.3f}, {each['kid']:.3f}" if each else "" for each in found]
+                rows.append(f"| {run} | {omega} | {' | '.join(told)} |")
+    for omega in OMEGAS:
+        rows.append(f"| teacher, 50 steps: KID {teacher_kid(numbers, omega):.3f} | {omega} |{' |' * len(MANY)}")
+    return "\n".join(rows)
+
+
+def write_report(numbers: Numbers, folder: Path) -> None:
+    """README.md and the figures beside it."""
+    figures(numbers, folder)
+    found = claims(numbers)
+    parts = [
+        "# The papers' ablations in small",
+        "",
+        "```sh\npython examples/ablations/run.py\n```",
+        "",
+        f"The bundled teacher, batches of 16 emoji, learning rate 1e-4, omega drawn from 1 to 9, pseudo-Huber, one seed. "
+        f"`lcm`, `tcd` and the EMA runs are {LONG} optimiser steps long, those of k and solver {SHORT}: {LONG * 16:,} and "
+        f"{SHORT * 16:,} samples, a thousandth of the papers'. {IMAGES} held-out captions, the same start noise for all; "
+        "lower is better. One seed and so few images tell large effects from none, and nothing finer. This page is written "
+        "by the command above, the verdicts too.",
+        "",
+    ]
+    for figure, head in HEADS.items():
+        parts += [
+            f"## {head}",
+            "",
+            f"![{head}]({figure}.png)",
+            "",
+            "| what the paper found | here | numbers |",
+            "|---|---|---|",
+        ]
+        parts += [
+            f"| {c.paper} | {'shows' if c.shows else '**does not show**'} | {c.evidence} |" for c in found[figure]
+        ]
+        parts.append("")
+    parts += ["## All numbers", "", table(numbers), ""]
+    write_text(folder / "README.md", "\n".join(parts))

