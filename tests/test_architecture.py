@@ -41,6 +41,7 @@ LAYERS = {
         "validate",
         "modelcard",
         "publish",
+        "info",
     },
     4: {"cli", "config", "errors", "__main__"},
 }

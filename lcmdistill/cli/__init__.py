@@ -11,6 +11,7 @@ import typer
 from lcmdistill.cli.drawing import sample
 from lcmdistill.cli.evaluating import evaluate, report
 from lcmdistill.cli.exporting import export
+from lcmdistill.cli.informing import info
 from lcmdistill.cli.training import distill, distill_lora
 from lcmdistill.errors import explain
 
@@ -30,6 +31,7 @@ app.command()(sample)
 app.command()(evaluate)
 app.command()(report)
 app.command()(export)
+app.command()(info)
 
 
 def _quiet_libraries() -> None:
