@@ -93,7 +93,8 @@ class Training:
         self.images, self.labels = torch.from_numpy(images)[:, None], torch.from_numpy(labels)
         self.folder, self.a = work / "teacher-checkpoints", a
         self.order = SampleOrder(len(images), 0, a.batch)
-        self.unet, self.average = build().to(memory_format=torch.channels_last), build().eval()
+        self.unet, self.average = build(), build().eval()
+        self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.weights = dict(self.unet.named_parameters())
         self.averaged = dict(self.average.named_parameters())
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)

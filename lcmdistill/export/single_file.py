@@ -157,7 +157,8 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing)
         pipeline.save_config(folder)
-        for name, part in pipeline.components.items():
+        parts: dict[str, Any] = pipeline.components
+        for name, part in parts.items():
             if part is None:
                 continue
             if not isinstance(part, nn.Module):

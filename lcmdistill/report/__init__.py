@@ -14,6 +14,7 @@ from lcmdistill.checkpoint import write_text
 from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.results import Results, read_results
+from lcmdistill.evaluate.sweep import Sampler
 from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
 from lcmdistill.methods import METHODS, omega_range, told_of
 from lcmdistill.report.charts import Chart, short, to_svg
@@ -178,7 +179,9 @@ def picture_of(results: Results, sampler: Any, steps: int, scale: float, place: 
 def _hero(results: Results, judged: Verdict) -> dict[str, Any]:
     """The student at each number of steps with its grade, and the teacher's full steps beside it."""
     scale = results.guidance_scale
-    heads = [{"text": f"{n} step{'s' * (n > 1)}", "grade": judged.grades[n]} for n in results.steps]
+    heads: list[dict[str, Any]] = [
+        {"text": f"{n} step{'s' * (n > 1)}", "grade": judged.grades[n]} for n in results.steps
+    ]
     heads.append({"text": f"teacher, {TEACHER_STEPS}", "grade": None})
     rows = []
     for place, prompt in list(enumerate(results.about["pictured_prompts"]))[:HERO_ROWS]:
@@ -250,10 +253,11 @@ def _number(value: float | None) -> str:
 def _times(results: Results) -> dict[str, Any] | None:
     full = results.seconds("teacher", TEACHER_STEPS)
     rows = []
-    for sampler, n in [
+    drawers: list[tuple[Sampler, int]] = [
         *(("student", n) for n in results.steps),
         *(("teacher", n) for n in (*results.steps, TEACHER_STEPS)),
-    ]:
+    ]
+    for sampler, n in drawers:
         value = results.seconds(sampler, n)
         if value is None:
             continue

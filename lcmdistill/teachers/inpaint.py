@@ -47,7 +47,7 @@ def masked(shown: Shown) -> Conditioning:
     Both fp16, as they are kept; diffusers' pipelines make them of an image and a mask in the same way.
     """
     pixels = shown.pixels()
-    mask = torch.stack([draw_mask(*pixels.shape[2:], seed) for seed in shown.seeds]).to(pixels.device)
+    mask = torch.stack([draw_mask(pixels.shape[2], pixels.shape[3], seed) for seed in shown.seeds]).to(pixels.device)
     latents = shown.encode(pixels * (1.0 - mask))
     small = torch.nn.functional.interpolate(mask, size=latents.shape[2:])
     return Conditioning({"mask": small.half(), "masked": latents.half()})
