@@ -15,8 +15,11 @@ from test_train import assert_same, losses
 
 from lcmdistill.config import resolve
 from lcmdistill.errors import UsageError
+from lcmdistill.evaluate.program import Wish, evaluate
+from lcmdistill.evaluate.results import read_results
 from lcmdistill.export import export
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives import forwards as evaluations
 from lcmdistill.prediction import to_x0_eps
 from lcmdistill.rundir import recorded
 from lcmdistill.sample import draw, find_model, load_student
@@ -310,3 +313,49 @@ def test_dropout_of_an_adapter_acts_on_both_sides_alike(run: Runner) -> None:
     with_dropout = losses(run("cd", "a", **lora))
     assert with_dropout != losses(run("cd", "b", **{**lora, "student__dropout": 0.0}))
     assert with_dropout == losses(run("cd", "c", **lora))
+
+
+# -- measured --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "scales"),
+    [("tcd", "full", (4.0, 3.0)), ("cd", "full", (2.0,)), ("lcm", "lora", (2.0,))],
+    ids=["omega is an input", "no guidance", "a LoRA of free guidance"],
+)
+def test_a_run_is_measured_at_the_guidance_that_acts(
+    run: Runner, objective: str, kind: str, scales: tuple[float, ...]
+) -> None:
+    own: dict[str, Any] = {"objective__w_min": 2.0, "objective__w_max": 3.0} if objective == "tcd" else {}
+    if kind == "lora":
+        own = {"student__kind": "lora", "student__rank": 4, "student__alpha": 4.0, "objective__guidance": "free"}
+    own |= {"run__validation_guidance_scale": 4.0} if objective == "tcd" else {}
+    folder = run(objective, optim__max_train_steps=1, **own)
+    evaluate([folder], Wish(steps=(1, 2), num_images=2, device="cpu"))
+    found = read_results(folder)
+    assert found is not None
+    assert tuple(found.about["guidance_scales"]) == scales
+    drawn = [found.number("rmse", "student", steps, scale) for steps in (1, 2) for scale in scales]
+    assert len({value for value in drawn if value is not None}) == len(drawn)
+
+
+def test_what_has_no_teacher_is_not_measured_against_one(run: Runner) -> None:
+    folder = run("lcf", optim__max_train_steps=1)
+    with pytest.raises(UsageError, match="was fine-tuned without a teacher"):
+        evaluate([folder], Wish(steps=(1,), num_images=2, device="cpu"))
+
+
+@pytest.mark.parametrize(("objective", "forwards"), [("lcf", 4), ("tcd", 6), ("ct", 4)])
+def test_a_dry_run_tells_the_method_s_settings(
+    command: Command, small_teacher: Path, small_run: Path, image_folder: Path, objective: str, forwards: int
+) -> None:
+    start = small_run if objective == "lcf" else small_teacher
+    code, said, error = command(
+        "distill", "--dry-run", "--objective", objective, "--teacher", start, "--data", image_folder, "--output", "out"
+    )
+    assert code == 0, error
+    assert f'name = "{objective}"' in said
+    assert "dry run: nothing was written" in said
+    teacher = load_teacher(str(start))
+    asked = evaluations(OBJECTIVES[objective](), teacher.schedule)
+    assert 3 * asked["student"] + asked["teacher"] + asked["target"] == forwards
