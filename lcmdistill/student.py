@@ -77,6 +77,11 @@ class Student:
     adapter: str | None = None
     "the adapter that `network` draws with, if it has any"
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether what is trained has dropout that acts."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.online.modules())
+
     def for_drawing(self) -> Any:
         """The network as it draws: in the target's state."""
         if self.adapter is not None:

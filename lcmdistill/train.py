@@ -369,9 +369,8 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         x0_eps_network(raw_network(module), schedule, teacher.prediction_type)
         for module in (student.teacher, online, student.target)
     )
-    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in student.online.modules())
     perceptual = perceptual_distance(config.objective, device)
-    models = Models(schedule, of_teacher, of_student, of_target, null, perceptual, has_dropout=drops)
+    models = Models(schedule, of_teacher, of_student, of_target, null, perceptual, has_dropout=student.has_dropout)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer, by_noise=by_noise)
 
