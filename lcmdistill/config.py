@@ -225,8 +225,17 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     raise UsageError(f"{key} is {value!r}; it must be {kind}")
 
 
+def _is_positive(text: str) -> bool:
+    try:
+        return 0.0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
 def _check(config: RunConfig) -> None:
     """Ranges that a type does not show."""
+    if (memory := config.run.memory) not in ("auto", "off") and not _is_positive(memory):
+        raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GB, such as 12")
     positive = {
         "data.resolution": config.data.resolution,
         "data.draw_steps": config.data.draw_steps,

@@ -1,5 +1,7 @@
 """Which device, and which dtype inside the networks."""
 
+import math
+
 import torch
 
 from lcmdistill.errors import UsageError
@@ -37,3 +39,24 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that a GPU has free; of other devices nothing is known, and it is infinite."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
+
+
+def peak_memory(device: torch.device, *, anew: bool = False) -> int | None:
+    """The most bytes of tensors that a GPU has held at once since it was last asked to begin anew; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    if anew:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def cap_memory(device: torch.device, limit: float) -> None:
+    """Let tensors of this process take `limit` bytes of a GPU and no more."""
+    if device.type == "cuda":
+        whole = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)

@@ -6,20 +6,19 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lcmdistill.config import flatten, to_toml
-from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
-from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.device import compute_dtype, free_memory, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.hub import check_login
-from lcmdistill.lora import ONLINE, add_lora
+from lcmdistill.memory import step_memory
 from lcmdistill.methods import omega_range
 from lcmdistill.objectives import forwards
+from lcmdistill.optimizer import check_optimizer
+from lcmdistill.plan import Plan, planned, tell
 from lcmdistill.rundir import begun, check_run, settle
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door
@@ -113,7 +112,7 @@ def check_early(config: RunConfig) -> None:
             check_login(config.run.push_to_hub)
         if told := recognised_as(config.teacher.model, config.teacher.prediction_type):
             say(told)
-    pick_device(config.run.device)
+    check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
     refuses = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     survey(config.data, config.run.seed, seconds=60.0, first_only=True, refuses=refuses)
@@ -141,6 +140,8 @@ def dry_run(config: RunConfig) -> None:
     config = settle(config, 1, teacher)
     check_run(config)
     guard(config, teacher)
+    plan = planned(config, teacher, device, free=free_memory(device))
+    config = plan.config if plan else config
     say(to_toml(config))
     say(f"output: {folder} ({state})")
     reports = survey(
@@ -154,67 +155,19 @@ def dry_run(config: RunConfig) -> None:
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
         say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}{cached}")
-    needed, kind = memory_needed(config, teacher, dtype), "U-Net" if teacher.network_name == "unet" else "transformer"
+    needed = plan.needed if plan else step_memory(config, teacher, dtype)
+    kind = "U-Net" if teacher.network_name == "unet" else "transformer"
     say(
         f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
-    weights, activations = needed.weights, needed.activations
-    total = (weights + activations) / 2**30
-    say(
-        f"memory, estimated: {total:.2f} GiB (weights, gradients, Adam and EMA {weights / 2**30:.2f}, activations of "
-        f"{config.optim.batch_size} samples {activations / 2**30:.2f})"
-    )
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-        verdict = "fits" if total < free else "does not fit: lower --batch-size, or --resolution"
-        say(f"the GPU has {free:.2f} GiB free: {verdict}")
+    tell(plan or Plan(config, (), needed))
     seconds = _step_seconds(config, teacher, device, dtype)
     whole = seconds * config.optim.max_train_steps / 3600
     say(
         f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
     )
     say("dry run: nothing was written")
-
-
-class Needed(NamedTuple):
-    """Parameters of the teacher and of what is trained; bytes of weights and their company, and of saved activations."""
-
-    base: int
-    trainable: int
-    weights: int
-    activations: int
-
-
-def memory_needed(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Needed:
-    """From the network's real shapes, on the meta device. Raises UsageError for a LoRA that the teacher cannot have."""
-    base = sum(p.numel() for p in teacher.network.parameters())
-    half, student = (2 if dtype != torch.float32 else 4), config.student
-    z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
-    with torch.device("meta"):
-        shape = dict(teacher.network.config)
-        if student.kind == "full" and can_take_omega(teacher.network) and not takes_omega(teacher.network):
-            shape["time_cond_proj_dim"] = OMEGA_DIM
-        network: Any = type(teacher.network).from_config(shape)
-        if student.kind == "lora":
-            add_lora(network, ONLINE, student, seed=0)
-        trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        # The frozen teacher in the compute dtype; student, gradient, two moments and perhaps an EMA target in fp32.
-        weights = base * half + trainable * (20 if student.target == "ema" else 16)
-        if config.run.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        saved: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            # Kept alive, so that no other storage can take its number.
-            saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            teacher.call(network.train(), z, t, c.values, None)
-    activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
-    return Needed(base, trainable, weights, activations * half // 4)
 
 
 def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:

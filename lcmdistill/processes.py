@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from lcmdistill.device import compute_dtype, pick_device
+from lcmdistill.device import compute_dtype, free_memory, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.interrupt import Stop
 from lcmdistill.settings import RunConfig
 
-__all__ = ["Accelerator", "agreed", "make_accelerator", "over_processes"]
+__all__ = ["Accelerator", "agreed", "least_free", "make_accelerator", "over_processes"]
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -29,7 +29,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # bf16 needs no loss scaling; autocast itself is the student's own business.
     mixed = "fp16" if dtype == torch.float16 and device.type == "cuda" else "no"
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient])
+    once: Any = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True
+    )  # gradients that lie in memory once, not twice
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient, once])
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(f"{accelerator.distributed_type.value} is not supported yet; use torchrun, or multi-GPU (DDP)")
     return accelerator
@@ -39,6 +42,12 @@ def over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
     """A tensor of every process, (processes, ...)."""
     gathered: Any = accelerator.gather(value[None])
     return gathered
+
+
+def least_free(accelerator: Accelerator) -> float:
+    """The bytes that every process's device has free: the same answer on all of them."""
+    free = torch.tensor(free_memory(accelerator.device), dtype=torch.float32, device=accelerator.device)
+    return float(over_processes(free, accelerator).min())
 
 
 def agreed(stop: Stop, accelerator: Accelerator) -> int:

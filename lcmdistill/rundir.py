@@ -18,7 +18,7 @@ from lcmdistill.settings import RunConfig, TeacherConfig
 from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 
-_MARK, _DATA = ".finished", ".data.json"
+_MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 FREE_TO_DIFFER = {
@@ -28,7 +28,9 @@ FREE_TO_DIFFER = {
     "data.cache_dir",
     "run.output",
     "run.device",
+    "run.memory",
     "run.gradient_checkpointing",
+    "student.offload_target",
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
@@ -50,18 +52,32 @@ TEACHERS_OWN = {
     "student.target_modules",
 }
 
+# Keys that `run.memory` may change, without a change of the global batch.
+PLANNED = (
+    "run.gradient_checkpointing",
+    "student.offload_target",
+    "optim.batch_size",
+    "optim.accumulate",
+    "optim.optimizer",
+)
+
 
 def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
     the guidance to draw with.
 
-    A run that is resumed keeps the samples and the curriculum that it was started with, however long it is now to be.
+    A run that is resumed keeps the samples, the curriculum and the plan for its memory that it was started with, however long
+    it is now to be.
     """
     config = with_values(
         config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
     )
     config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
-    optim, before = config.optim, begun(Path(config.run.output or ""))
+    before = begun(folder := Path(config.run.output or ""))
+    now, same_memory = flatten(config), config.run.memory == before.get("run.memory")
+    kept = [k for k, v in _asked(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")]
+    config = with_values(config, {key: before[key] for key in kept if key in before})
+    optim = config.optim
     count = config.data.count or before.get("data.count")
     if count is None:
         needed = optim.max_train_steps * optim.batch_size * optim.accumulate * world
@@ -97,6 +113,12 @@ def recorded(folder: Path) -> dict[str, Any]:
 def begun(folder: Path) -> dict[str, Any]:
     """`recorded`, of a run that has a checkpoint to go on from; empty for one that failed before its first."""
     return recorded(folder) if checkpoints(folder / "checkpoints") else {}
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    """What the command of a begun run had said where its memory's plan says otherwise."""
+    path = folder / _ASKED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and begun(folder) else {}
 
 
 def teacher_of(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +175,7 @@ def check_run(config: RunConfig) -> None:
     if not before:
         return
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
-    unsettled = TEACHERS_OWN - config.chosen
+    unsettled = TEACHERS_OWN - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
     keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
     keys += [k for k in ("data.count", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
@@ -167,11 +189,11 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def open_run(config: RunConfig, data: Mapping[str, str]) -> None:
+def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> None:
     """Make a run's folder and write the settled configuration there: the main process's business alone.
 
-    data: a fingerprint of each source, noted for the day the run is resumed. Raises UsageError if the run that is to be
-    resumed was begun with others.
+    data: a fingerprint of each source, noted for the day the run is resumed; asked: the configuration before its memory was
+    planned. Raises UsageError if the run that is to be resumed was begun with other data.
     """
     folder = Path(config.run.output or "")
     noted = folder / _DATA
@@ -192,3 +214,5 @@ def open_run(config: RunConfig, data: Mapping[str, str]) -> None:
         raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
     write_text(folder / "config.toml", to_toml(config))
     write_text(noted, json.dumps(data, indent=2) + "\n")
+    said, now = flatten(asked), flatten(config)
+    write_text(folder / _ASKED, json.dumps({k: said[k] for k in PLANNED if said[k] != now[k]}) + "\n")

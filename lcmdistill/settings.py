@@ -124,6 +124,8 @@ class StudentConfig:
     "alpha of a LoRA: its update is scaled by alpha / r"
     dropout: float = 0.0
     "dropout on a LoRA's inputs, 0 to 1"
+    offload_target: bool = False
+    "the EMA target's fp32 weights rest on the CPU, and the device computes with a copy in the precision of the networks"
     target_modules: tuple[str, ...] = LORA_MODULES
     "which of the teacher's layers get a LoRA, by the end of their names"
 
@@ -162,6 +164,8 @@ class DataConfig:
 class OptimConfig:
     """[optim]: AdamW and the size of a step."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    "AdamW, or bitsandbytes' with moments of eight bits, on CUDA"
     learning_rate: float = 1e-6
     "AdamW's learning rate after the warm-up"
     batch_size: int = 4
@@ -198,6 +202,8 @@ class RunSection:
     "arithmetic inside the networks; auto is bf16 or fp16 on a GPU that has it, fp32 on a CPU"
     device: str = "auto"
     "auto, cpu, cuda, cuda:1, mps, ..."
+    memory: str = "auto"
+    "GB that the run is to fit in: auto is what a GPU has free, and everything on a CPU; off plans nothing"
     gradient_checkpointing: bool = False
     "recompute activations in the backward pass: less memory, about a third more time"
     log_every: int = 10

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
 from lcmdistill.consistency import OMEGA_DIM
+from lcmdistill.ema import ema_update
 from lcmdistill.errors import UsageError
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.objectives import Omega
@@ -65,7 +66,8 @@ class Student:
     """What is trained, and the two frozen networks that it is trained against.
 
     online, teacher, target: modules of (z, t, c, w), as Door; trainable, averaged: the student's parameters and the
-    target's, under the same names (none where the target is the live student); network: what draws and is exported.
+    target's, under the same names (none where the target is the live student); network: what draws and is exported; copies:
+    where `averaged` rests on the CPU, what the target computes with on the device.
     """
 
     online: nn.Module
@@ -76,6 +78,25 @@ class Student:
     network: Any
     adapter: str | None = None
     "the adapter that `network` draws with, if it has any"
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def follow(self, mu: float) -> None:
+        """Let the target follow the student: `ema_update`, if it is an average at all."""
+        if self.averaged and not self.copies:
+            ema_update(self.averaged.values(), self.trainable.values(), mu)
+        for name, copied in self.copies.items():
+            online, average = self.trainable[name], self.averaged[name]
+            here = average.to(online.device)  # one at a time, by the arithmetic of a target that was never moved
+            ema_update([here], [online], mu)
+            average.copy_(here)
+            copied.copy_(here)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the copies equal to what they are copies of."""
+        for name, copied in self.copies.items():
+            copied.copy_(self.averaged[name])
 
     @property
     def has_dropout(self) -> bool:
@@ -87,6 +108,17 @@ class Student:
         if self.adapter is not None:
             choose_adapter(self.network, self.adapter)
         return self.network
+
+    def for_export(self) -> Any:
+        """The network in the target's state, in all of its precision."""
+        network = self.for_drawing()
+        if not self.copies:
+            return network
+        device = network.device
+        whole = copy.deepcopy(network.to("cpu")).float()
+        network.to(device)
+        whole.load_state_dict(self.averaged)
+        return whole
 
 
 def make_student(
@@ -125,14 +157,20 @@ def _full(
         network.enable_gradient_checkpointing()
     ema = config.target == "ema"
     target = target_of(network).train(same_dropout) if ema else network
+    averaged, copies = dict(target.named_parameters()) if ema else {}, {}
+    if ema and config.offload_target:
+        pinned = network.device.type == "cuda"
+        averaged = {name: torch.empty_like(v, device="cpu", pin_memory=pinned).copy_(v) for name, v in averaged.items()}
+        copies = dict(target.to(dtype).named_parameters())
     online = Door(network, teacher.call, dtype)
     return Student(
         online=online,
         teacher=Door(teacher.network.to(dtype), teacher.call, dtype),
         target=Door(target, teacher.call, dtype) if ema else online,
         trainable=dict(network.named_parameters()),
-        averaged=dict(target.named_parameters()) if ema else {},
+        averaged=averaged,
         network=target,
+        copies=copies,
     )
 
 

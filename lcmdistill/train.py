@@ -26,22 +26,25 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left_out, mark_whole, prepare
+from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left_out
 from lcmdistill.device import compute_dtype
-from lcmdistill.ema import ema_update
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.evaluate.weights import perceptual_distance
 from lcmdistill.export.product import write_product
 from lcmdistill.interrupt import Stop, gently_stoppable
+from lcmdistill.memory import Breakdown
 from lcmdistill.modelcard import write_run_card
 from lcmdistill.objectives import Objective
 from lcmdistill.objectives.shared import place_of
+from lcmdistill.optimizer import learning_rate_at, make_optimizer
+from lcmdistill.plan import MemoryCheck, planned, tell
 from lcmdistill.preflight import guard
-from lcmdistill.processes import Accelerator, agreed, make_accelerator, over_processes
+from lcmdistill.preparing import prepare_all
+from lcmdistill.processes import Accelerator, agreed, least_free, make_accelerator, over_processes
 from lcmdistill.publish import publish_run
 from lcmdistill.report import write_report
 from lcmdistill.rundir import check_run, finished, mark_finished, open_run, settle
-from lcmdistill.settings import OptimConfig, RunConfig
+from lcmdistill.settings import RunConfig
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
@@ -72,6 +75,8 @@ class Run:
     "the losses since the last line of metrics"
     by_noise: Tensor = field(default_factory=lambda: torch.zeros(2, NOISE_BINS))
     "this process's samples since then, from clean to noise: sums of their losses, and how many there were"
+    needed: Breakdown | None = None
+    "the memory that a step was estimated to take"
 
     @property
     def global_batch(self) -> int:
@@ -96,7 +101,8 @@ def distill(config: RunConfig) -> Path:
     return folder
 
 
-def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
+def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
+    config = asked
     loud = accelerator.is_main_process
     world = accelerator.num_processes
     if finished(config):
@@ -118,14 +124,19 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud:
         check_run(config)
     guard(config, teacher)
+    plan = planned(config, teacher, accelerator.device, free=least_free(accelerator), world=world)
+    if plan is not None:
+        config = plan.config
+        if loud:
+            tell(plan)
     stop.check("stopped before anything was begun; the same command begins anew, or goes on where it was")
     accelerator.wait_for_everyone()
     if loud:
         # Not before: what is refused leaves no folder behind.
         data, seed = config.data, config.run.seed
-        open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources})
+        open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources}, asked)
     teacher.pipeline.to(accelerator.device)
-    folders = _prepare(config, teacher, accelerator, stop)
+    folders = prepare_all(config, teacher, accelerator, stop)
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
@@ -138,6 +149,7 @@ def _distill(config: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         dtype = compute_dtype(config.run.precision, accelerator.device)
         validation.see_teacher(dtype, lambda images: stop.check(at_teacher))
     run = _build(config, folder, accelerator, teacher, dataset)
+    run.needed = plan and plan.needed
     if done:
         _restore(run, done[-1])
         if loud:
@@ -165,7 +177,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
     optim = run.config.optim
     accelerator, device = run.accelerator, run.accelerator.device
     order = SampleOrder(len(run.dataset), run.config.run.seed, run.global_batch)
-    parameters, averaged = list(run.student.trainable.values()), list(run.student.averaged.values())
+    parameters = list(run.student.trainable.values())
     while run.step < optim.max_train_steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, optim)
@@ -187,8 +199,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        if averaged:
-            ema_update(averaged, parameters, objective.mu(run.step))
+        run.student.follow(objective.mu(run.step))
         run.step += 1
         yield total, torch.as_tensor(norm)
 
@@ -210,15 +221,6 @@ def _binned(losses: Tensor, noisiness: Tensor) -> Tensor:
     return torch.stack([(member * losses[:, None]).sum(0), member.sum(0).to(losses.dtype)])
 
 
-def learning_rate_at(step: int, optim: OptimConfig) -> float:
-    """The learning rate of a step, a function of its number: linear warm-up, then constant, cosine or linear to 0."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, optim.max_train_steps - optim.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return optim.learning_rate * factor[optim.lr_schedule]
-
-
 def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, stop: Stop) -> None:
     """Go through the steps; log, check, validate and save at their times."""
     config, accelerator = run.config.run, run.accelerator
@@ -228,7 +230,9 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
         _validate(run, validation, metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
+        memory = MemoryCheck(run.needed if validation is not None else None, accelerator.device)
         for loss, norm in train_steps(run, run.config.objective):
+            memory.after_step()
             run.unlogged.append(loss)
             count += 1
             bar.update(run.step)
@@ -320,6 +324,7 @@ def _restore(run: Run, path: Path) -> None:
         )
     _copy_into(run.student.trainable, groups["student"])
     _copy_into(run.student.averaged, groups["target"])
+    run.student.refresh()
     restore_optimizer(run.optimizer, groups["optimizer"])
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -349,15 +354,7 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
         omega=config.objective.omega,
         same_dropout=config.objective.same_dropout,
     )
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        list(student.trainable.values()),
-        lr=optim.learning_rate,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.adam_eps,
-        weight_decay=optim.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimizer = make_optimizer(config.optim, student.trainable.values(), device)
     online, optimizer = accelerator.prepare(student.online, optimizer)
     null = teacher.encode_prompts([""]).to(device)
     # From here on text encoder and VAE are needed for validation only.
@@ -373,28 +370,3 @@ def _build(config: RunConfig, folder: Path, accelerator: Accelerator, teacher: T
     models = Models(schedule, of_teacher, of_student, of_target, null, perceptual, has_dropout=student.has_dropout)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     return Run(config, folder, accelerator, teacher, dataset, student, online, models, optimizer, by_noise=by_noise)
-
-
-def _prepare(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
-    world, rank, folders = accelerator.num_processes, accelerator.process_index, []
-    dtype = compute_dtype(config.run.precision, accelerator.device)
-    for spec in config.data.sources:
-        with progress(f"preparing {spec}", config.data.count, enabled=rank == 0) as bar:
-            last = [time.monotonic()]
-
-            def tell(done: int, bar=bar, last=last, spec=spec) -> None:
-                stop.check("stopped while preparing the data; what is prepared is kept, and the same command goes on")
-                bar.update(done)
-                if rank == 0 and not bar.visible and time.monotonic() - last[0] > 10:
-                    say(f"preparing {spec}: {done} samples")
-                    last[0] = time.monotonic()
-
-            seed = config.run.seed
-            folders.append(
-                prepare(spec, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=tell)
-            )
-    accelerator.wait_for_everyone()
-    if rank == 0:
-        for folder in folders:
-            mark_whole(folder, config.data.count)
-    return folders

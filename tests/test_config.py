@@ -24,10 +24,11 @@ data.min_size data.prompts data.resolution data.sources
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
 objective.w_max objective.w_min
 optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
-optim.max_grad_norm optim.max_train_steps optim.warmup_steps optim.weight_decay
-run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.output
-run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale run.validation_prompts
-student.alpha student.dropout student.kind student.omega_init student.rank student.target
+optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps optim.weight_decay
+run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.memory
+run.output run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale
+run.validation_prompts
+student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.target
 student.target_modules
 teacher.allow_pickle teacher.model teacher.prediction_type teacher.revision teacher.variant
 """
@@ -160,6 +161,9 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("data.min_size=-1", "data.min_size is -1; it must be at least 0"),
         ("data.sources=[1, 2]", "data.sources is [1, 2]; it must be a list of strings"),
         ("data.sources=[]", "data.sources is empty"),
+        ("run.memory=lots", "run.memory is 'lots'; it must be auto, off, or a number of GB"),
+        ("run.memory=0", "run.memory is '0'; it must be auto"),
+        ("optim.optimizer=sgd", "optim.optimizer is 'sgd'; choose from adamw, adamw8bit"),
         ("run.precision=fp8", "run.precision is 'fp8'; choose from auto, fp32, bf16, fp16"),
         ("run.report_to=paper", "run.report_to is 'paper'; choose from none, tensorboard, wandb"),
         ("run.seed=-1", "run.seed is -1; it must be at least 0"),

@@ -86,6 +86,11 @@ HOW: dict[str, Any] = {
     ),
     "seed": _option(int | None, "The one seed of every random draw.  [default: 0]"),
     "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
+    "memory": _option(
+        str | None,
+        "GB to stay under, by recomputing activations, smaller micro-batches and the like: a number, auto (what a GPU has "
+        "free), or off.  [default: auto]",
+    ),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
     "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
     "prediction_type": _option(
@@ -124,6 +129,7 @@ SETTINGS = {
     "output": "run.output",
     "seed": "run.seed",
     "precision": "run.precision",
+    "memory": "run.memory",
     "device": "run.device",
     "report_to": "run.report_to",
     "push_to_hub": "run.push_to_hub",

@@ -86,7 +86,7 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
             write_kohya(lora, aside, header(lora, flatten(config), folder.name, teacher.pipeline))
         return path
     scheduler = METHODS[config.objective_name].scheduler
-    pipeline = student_pipeline(teacher, student.for_drawing(), config.data.resolution, scheduler=scheduler).to("cpu")
+    pipeline = student_pipeline(teacher, student.for_export(), config.data.resolution, scheduler=scheduler).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
     return folder / "pipeline"
 

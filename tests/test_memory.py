@@ -1,0 +1,449 @@
+"""Memory: the estimate against a real step's storages, the plan that is made of it, and what the plan changes in a run."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, Command
+from safetensors.torch import load_file
+from test_train import assert_same, losses
+from torch import Tensor, nn
+
+from lcmdistill import plan, train
+from lcmdistill.checkpoint import checkpoints, load_checkpoint, optimizer_tensors, restore_optimizer
+from lcmdistill.config import flatten, read_toml, resolve
+from lcmdistill.errors import UsageError
+from lcmdistill.memory import GIB, Breakdown, Live, optimizer_bytes, step_memory, usable
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.optimizer import check_optimizer, make_optimizer
+from lcmdistill.plan import MemoryCheck, Plan, candidates, choose, estimator, planned
+from lcmdistill.processes import make_accelerator
+from lcmdistill.settings import OptimConfig, RunConfig
+from lcmdistill.student import Student
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+
+Runner = Callable[..., Path]
+CPU = torch.device("cpu")
+
+
+def configured(small_teacher: Path, **changes: Any) -> RunConfig:
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    own = {"teacher.model": str(small_teacher), "run.device": "cpu", "data.resolution": 32, "student.rank": 8}
+    return resolve({}, {**SMALL, **own, **changed})
+
+
+# -- the estimate against what is really there ------------------------------------------------------------------------
+
+
+class Latents:
+    """A data set of one sample, of a teacher's own shapes."""
+
+    def __init__(self, teacher: Teacher, resolution: int) -> None:
+        self._z, _, self._c = teacher.example(1, resolution, "cpu")
+
+    def __len__(self) -> int:
+        return 64
+
+    def read(self, indices: list[int]) -> Any:
+        z = self._z.expand(len(indices), -1, -1, -1)
+        return z, torch.zeros_like(z), self._c.expand(len(indices))
+
+
+def held(student: Student) -> list[Tensor]:
+    modules = nn.ModuleList([student.online, student.teacher, student.target])
+    return [*modules.parameters(), *modules.buffers()]
+
+
+def real_step(config: RunConfig, teacher: Teacher, tmp_path: Path, norms_in_fp32: bool = False) -> tuple[Any, int]:
+    """A run, and the most bytes of storages that its second step had at once, the optimiser's aside."""
+    data: Any = Latents(teacher, config.data.resolution)
+    run = train._build(config, tmp_path, make_accelerator(config), teacher, data)
+    if norms_in_fp32:
+        for module in nn.ModuleList([run.student.online, run.student.teacher, run.student.target]).modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.float().register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+    live = Live()
+    live.hold(held(run.student))
+    with live:
+        steps = train.train_steps(run, config.objective)
+        next(steps)
+        live.peak = 0
+        next(steps)
+    moments = [v for values in run.optimizer.state_dict()["state"].values() for v in values.values()]
+    return run, live.peak - sum(v.untyped_storage().nbytes() for v in moments)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_estimate_is_what_a_real_step_holds(
+    kind: str, checkpointing: bool, accumulate: int, small_teacher: Path, tmp_path: Path
+) -> None:
+    own = {"student__kind": kind, "optim__accumulate": accumulate}
+    config = configured(small_teacher, run__gradient_checkpointing=checkpointing, **own)
+    teacher = load_teacher(str(small_teacher))
+    needed = step_memory(config, teacher, torch.float32)
+    run, peak = real_step(config, teacher, tmp_path)
+    assert needed.total - needed.optimizer == pytest.approx(peak, rel=0.02)
+    trained = list(run.student.trainable.values())
+    assert needed.trainable == sum(p.numel() for p in trained)
+    assert needed.student == needed.gradients == sum(p.untyped_storage().nbytes() for p in trained)
+    assert needed.optimizer == sum(
+        v.untyped_storage().nbytes()
+        for values in run.optimizer.state_dict()["state"].values()
+        for name, v in values.items()
+        if name != "step"
+    )
+    everything = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(run.student)}
+    assert needed.frozen + needed.student + needed.target == pytest.approx(sum(everything.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_in_half_precision_it_is_the_step_under_autocast_with_cuda_s_norms(
+    kind: str, small_teacher: Path, tmp_path: Path
+) -> None:
+    config = configured(small_teacher, student__kind=kind, run__precision="bf16")
+    teacher = load_teacher(str(small_teacher))
+    needed = step_memory(config, teacher, torch.bfloat16)
+    _, peak = real_step(config, teacher, tmp_path, norms_in_fp32=True)
+    assert needed.total - needed.optimizer == pytest.approx(peak, rel=0.05)
+
+
+def test_the_activations_are_what_autograd_saves(small_teacher: Path) -> None:
+    """Counted in another way: by the hooks on saved tensors, of one real forward of the student."""
+    config = configured(small_teacher, data__resolution=64, student__target="live")
+    teacher = load_teacher(str(small_teacher))
+    needed = step_memory(config, teacher, torch.float32)
+    network = teacher.network.requires_grad_(True)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    z, t, c = teacher.example(config.optim.batch_size, 64, "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        teacher.call(network, z, t, c.values, None)
+    size = sum(v.untyped_storage().nbytes() for place, v in saved.items() if place not in weights)
+    assert needed.activations + needed.gradients == pytest.approx(size, rel=0.1)
+
+
+def test_the_estimate_follows_what_is_asked(small_teacher: Path) -> None:
+    teacher = load_teacher(str(small_teacher))
+
+    def of(dtype: torch.dtype = torch.float32, **changes: Any) -> Breakdown:
+        return step_memory(configured(small_teacher, **changes), teacher, dtype)
+
+    plain = of()
+    assert of(run__gradient_checkpointing=True).activations < 0.7 * plain.activations
+    assert of(optim__batch_size=8).activations == pytest.approx(2 * plain.activations, rel=0.1)
+    assert of(optim__accumulate=3).total >= plain.total
+    assert of(student__target="live").target == 0
+    assert of(torch.bfloat16).frozen == pytest.approx(plain.frozen / 2, rel=0.1)
+    assert of(torch.bfloat16).activations < plain.activations
+    away = of(torch.bfloat16, student__offload_target=True)
+    assert away.target == plain.target // 2
+    eight = of(optim__optimizer="adamw8bit").optimizer
+    assert eight == pytest.approx(plain.optimizer / 4, rel=0.03)
+    assert optimizer_bytes("adamw8bit", 256) == 2 * (256 + 4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_can_be_estimated(objective: str, small_teacher: Path) -> None:
+    config = configured(small_teacher, objective__name=objective)
+    assert step_memory(config, load_teacher(str(small_teacher)), torch.bfloat16).activations > 0
+
+
+def test_storages_are_counted_as_long_as_they_live() -> None:
+    live = Live()
+    weight = torch.zeros(100)
+    assert live.hold([weight, weight[:5]]) == 400
+    with live:
+        one = torch.zeros(50)
+        assert live.now == 600
+        view = one.view(5, 10)
+        del one
+        assert live.now == 600
+        del view
+        assert live.now == 400
+    assert live.peak == 600
+
+
+# -- the plan, which is a pure function -------------------------------------------------------------------------------
+
+
+def by_formula(config: RunConfig) -> Breakdown:
+    """Something that behaves as `step_memory` does, of a network of one GiB in half precision."""
+    half = GIB // 2
+    activations = config.optim.batch_size * (GIB if config.run.gradient_checkpointing else 4 * GIB)
+    sizes = {"frozen": GIB, "student": 2 * GIB, "gradients": 2 * GIB, "activations": activations}
+    target = GIB if config.student.offload_target else 2 * GIB
+    return Breakdown(
+        base=half, trainable=half, target=target, optimizer=optimizer_bytes(config.optim.optimizer, half), **sizes
+    )
+
+
+def whole(config: RunConfig) -> int:
+    return config.optim.batch_size * config.optim.accumulate
+
+
+# As asked it is 27 GiB: 11 of weights and their company, 16 of activations.
+@pytest.mark.parametrize(
+    ("room", "eight_bits", "expected"),
+    [
+        (30, True, {}),
+        (24, True, {"optim.batch_size": 3, "optim.accumulate": 4}),
+        (16, True, {"run.gradient_checkpointing": True}),
+        (13, True, {"run.gradient_checkpointing": True, "optim.batch_size": 2, "optim.accumulate": 6}),
+        (12, True, {"run.gradient_checkpointing": True, "optim.batch_size": 1, "optim.accumulate": 12}),
+        (
+            11,
+            True,
+            {
+                "run.gradient_checkpointing": True,
+                "student.offload_target": True,
+                "optim.batch_size": 1,
+                "optim.accumulate": 12,
+            },
+        ),
+        (
+            9.1,
+            True,
+            {"run.gradient_checkpointing": True, "optim.optimizer": "adamw8bit"}
+            | {"optim.batch_size": 1, "optim.accumulate": 12},
+        ),
+    ],
+)
+def test_the_cheapest_settings_that_fit_are_picked(room: float, eight_bits: bool, expected: dict[str, Any]) -> None:
+    config = resolve({}, {})
+    picked = choose(config, by_formula, room * GIB, eight_bits=eight_bits)
+    changed = {k: v for k, v in flatten(picked.config).items() if v != flatten(config)[k]}
+    assert changed == expected
+    assert picked.fits
+    assert picked.needed == by_formula(picked.config)
+    assert whole(picked.config) == whole(config)
+    assert len(picked.changes) == len(expected) - ("optim.accumulate" in expected)
+    assert all(": " in change for change in picked.changes)
+
+
+@pytest.mark.parametrize("room", [8, 12, 16, 24])
+def test_a_plan_stays_under_its_limit_or_says_the_least_there_is(room: float) -> None:
+    picked = choose(resolve({}, {}), by_formula, room * GIB, eight_bits=False)
+    assert picked.fits == (picked.needed.total <= room * GIB) == (room > 8)
+    assert picked.needed.total == pytest.approx(11 * GIB) or room > 8
+
+
+def test_what_is_set_already_is_no_measure() -> None:
+    asked = {"run.gradient_checkpointing": True, "student.target": "live", "optim.batch_size": 1}
+    assert list(candidates(resolve({}, asked), eight_bits=False)) == [{}]
+    lora = resolve({}, {"student.kind": "lora", "student.target": "ema", "optim.batch_size": 1})
+    assert list(candidates(lora, eight_bits=False)) == [{}, {"run.gradient_checkpointing": True}]
+
+
+def test_room_is_left_for_what_is_not_tensors() -> None:
+    assert usable(12 * GIB, whole_card=True) < usable(12 * GIB, whole_card=False) < 12 * GIB
+
+
+def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
+    small_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, asked = load_teacher(str(small_teacher)), configured(small_teacher, optim__accumulate=2)
+    calls = []
+
+    def counted(*args: Any, **options: Any) -> Breakdown:
+        calls.append(args)
+        return step_memory(*args, **options)
+
+    monkeypatch.setattr(plan, "step_memory", counted)
+    needed = estimator(asked, teacher, torch.bfloat16, 1)
+    for values in candidates(asked, eight_bits=True):
+        config = plan.with_values(asked, values)
+        assert needed(config).total >= 0.999 * step_memory(config, teacher, torch.bfloat16).total
+    assert len(calls) <= 6
+
+
+def test_auto_goes_by_what_a_gpu_has_free_and_leaves_a_cpu_alone(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, gpu = load_teacher(str(small_teacher)), torch.device("cuda")
+    config = configured(small_teacher, run__output=str(tmp_path / "run"), run__precision="bf16")
+    assert planned(config, teacher, CPU, free=1.0) is None
+    assert planned(replace(config, run=replace(config.run, memory="off")), teacher, gpu, free=1.0) is None
+    asked = step_memory(config, teacher, torch.bfloat16).total
+    ample, scarce = (planned(config, teacher, gpu, free=free) for free in (1.2 * asked, 0.7 * asked))
+    assert ample is not None
+    assert (ample.config, ample.fits) == (config, True)
+    assert scarce is not None
+    assert scarce.fits
+    assert scarce.changes
+    none = planned(config, teacher, gpu, free=1.0)
+    assert none is not None
+    assert not none.fits
+
+
+# -- a run under a plan -----------------------------------------------------------------------------------------------
+
+TIGHT = 0.6 + 1.1 * 0.0073
+"GB of a card of which seven and a half MiB are left for tensors, half of what this run takes as it is"
+
+
+@pytest.fixture
+def run(tmp_path: Path, small_teacher: Path, image_folder: Path) -> Runner:
+    def run(name: str = "run", **changes: Any) -> Path:
+        own = {"run__output": str(tmp_path / name), "data__sources": (str(image_folder),), "run__memory": str(TIGHT)}
+        return train.distill(configured(small_teacher, **{**own, **changes}))
+
+    return run
+
+
+def test_a_run_is_planned_says_so_and_learns_the_same(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    free, capped = run("free", run__memory="off"), run("capped")
+    told = capsys.readouterr().out
+    assert "memory, estimated: 0.01 GiB at the peak of a step (" in told
+    said = read_toml(capped / "config.toml")
+    assert said["optim.batch_size"] * said["optim.accumulate"] == 4
+    assert said["optim.batch_size"] < 4
+    assert "  optim.batch_size = " in told
+    assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
+
+
+def test_a_planned_run_resumes_bit_for_bit_by_the_same_command(run: Runner) -> None:
+    whole_run = run("whole")
+    run("parts", optim__max_train_steps=2)
+    assert_same(whole_run, run("parts"))
+
+
+def test_a_run_can_be_planned_anew_and_goes_on(run: Runner) -> None:
+    folder = run(optim__max_train_steps=2)
+    first = read_toml(folder / "config.toml")
+    run(run__memory="off")
+    second = read_toml(folder / "config.toml")
+    assert (first["optim.batch_size"], second["optim.batch_size"]) == (first["optim.batch_size"], 4)
+    assert checkpoints(folder / "checkpoints")[-1].name == "step-00000004"
+
+
+def test_another_global_batch_is_refused_as_ever(run: Runner) -> None:
+    run(optim__max_train_steps=2)
+    with pytest.raises(UsageError, match=r"holds a run with optim\.batch_size"):
+        run(optim__batch_size=8)
+
+
+def test_what_fits_in_nothing_is_refused_in_a_sentence(run: Runner, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--memory 0\.6 leaves 0\.00 GiB .* the least that this run needs is .*adapter"
+    ):
+        run(run__memory="0.6")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_the_planned_settings(
+    command: Command, small_teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    sets = [f"--set={key}={value}" for key, value in {**SMALL, "data.resolution": 32}.items()]
+    options = ["distill", "--teacher", small_teacher, "--data", image_folder, *sets, "--output", "out"]
+    code, told, error = command(*options, "--memory", TIGHT, "--dry-run")
+    assert (code, error) == (0, "")
+    assert "0.01 GiB for it" in told
+    assert "batch_size = 4\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+# -- the EMA on the CPU -----------------------------------------------------------------------------------------------
+
+
+def test_an_offloaded_target_is_the_same_target(run: Runner) -> None:
+    here = run("here", run__memory="off")
+    away = run("away", run__memory="off", student__offload_target=True)
+    assert_same(here, away)
+
+
+def test_an_offloaded_target_resumes_bit_for_bit_be_it_offloaded_or_not(run: Runner) -> None:
+    own = {"run__memory": "off", "run__precision": "bf16"}
+    whole_run = run("whole", **own, student__offload_target=True)
+    run("parts", **own, student__offload_target=True, optim__max_train_steps=2)
+    assert_same(whole_run, run("parts", **own, student__offload_target=True))
+    run("moved", **own, optim__max_train_steps=2)
+    moved = run("moved", **own, student__offload_target=True)
+    assert losses(moved) == pytest.approx(losses(whole_run), rel=0.05)
+
+
+def test_what_is_exported_is_the_average_in_full_precision(run: Runner) -> None:
+    folder = run(run__memory="off", run__precision="bf16", student__offload_target=True)
+    average = load_checkpoint(checkpoints(folder / "checkpoints")[-1])[0]["target"]
+    drawn = load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {k: v.dtype for k, v in drawn.items()} == dict.fromkeys(average, torch.float32)
+    assert all(torch.equal(drawn[name], value) for name, value in average.items())
+
+
+# -- AdamW in eight bits ----------------------------------------------------------------------------------------------
+
+
+def test_eight_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    eight = OptimConfig(optimizer="adamw8bit")
+    code, told, error = command("distill", "--teacher", "tiny", "--set", "optim.optimizer=adamw8bit", "--device", "cpu")
+    assert (code, told) == (2, "")
+    assert error.startswith("Error: optim.optimizer adamw8bit runs on CUDA only, and the device is cpu; use adamw")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"adamw8bit needs: pip install 'lcmdistill\[8bit\]'"):
+        check_optimizer(eight, torch.device("cuda"))
+    check_optimizer(OptimConfig(), torch.device("cuda"))
+
+
+def test_bitsandbytes_state_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is a plain number, which a file of tensors does not hold."""
+
+    class AdamW8bit(torch.optim.Optimizer):
+        def __init__(self, parameters: Any, **options: Any) -> None:
+            super().__init__(parameters, options)
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    if not state:
+                        state.update(step=0, state1=torch.zeros(3, dtype=torch.uint8), absmax1=torch.zeros(1))
+                    state["step"] += 1
+                    state["state1"] += 1
+
+    library, optim = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    optim.AdamW8bit = AdamW8bit  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    config, weight = OptimConfig(optimizer="adamw8bit", learning_rate=0.5), nn.Parameter(torch.zeros(3))
+    one, other = (make_optimizer(config, [weight], torch.device("cuda")) for _ in range(2))
+    assert (type(one), one.defaults["lr"]) == (AdamW8bit, 0.5)
+    for _ in range(3):
+        one.step()
+    saved = optimizer_tensors(one)
+    assert all(isinstance(value, Tensor) for value in saved.values())
+    restore_optimizer(other, saved)
+    state = other.state[weight]
+    assert (state["step"], type(state["step"])) == (3, int)
+    assert (state["state1"].tolist(), state["state1"].dtype) == ([3, 3, 3], torch.uint8)
+
+
+# -- what was measured, beside what was estimated ---------------------------------------------------------------------
+
+
+def test_on_a_gpu_both_are_said_after_the_second_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "peak_memory", lambda device, anew=False: None if anew else 4 * GIB)
+    needed = by_formula(resolve({}, {"optim.batch_size": 1}))  # 15 GiB
+    check = MemoryCheck(needed, torch.device("cuda"))
+    check.after_step()
+    assert capsys.readouterr().out == ""
+    check.after_step()
+    check.after_step()
+    assert capsys.readouterr().out == "memory: 4.00 GiB at the peak of a step, estimated were 15.00 (+275%)\n"
+    MemoryCheck(None, CPU).after_step()
+    assert Plan(resolve({}, {}), (), needed).fits
+    assert json.dumps(str(needed)).count("activations") == 1
