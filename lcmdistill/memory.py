@@ -178,11 +178,13 @@ def _as_under_autocast(network: nn.Module, dtype: torch.dtype) -> None:
         finally:
             module._parameters.update(kept)
 
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.forward = partial(cast, module, module.forward, dtype)
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.forward = partial(cast, module, module.forward, torch.float32)
+    modules: list[Any] = list(network.modules())
+    for module in modules:
+        is_product, is_norm = (
+            isinstance(module, kind) for kind in (nn.Linear | nn.Conv2d, nn.GroupNorm | nn.LayerNorm)
+        )
+        if is_product or is_norm:
+            module.forward = partial(cast, module, module.forward, dtype if is_product else torch.float32)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     for name in ("run", "report"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import report
-    import run
+    import report  # pyright: ignore[reportMissingImports]
+    import run  # pyright: ignore[reportMissingImports]
 
     yield run, report
     for name in ("run", "report"):
@@ -36,7 +36,8 @@ def numbers(run: Any, **changed: float) -> dict[str, Any]:
                 value = {1: 1.0, 2: 0.5, 4: 0.45, 8: 0.4, 16: 0.39}[n] + 0.01 * scale
                 value += 0.2 * (n == 16) * (name == "lcm") - 0.01 * (name == "tcd")
                 value += 0.3 * name.startswith("k1-") + 0.2 * (name == "k50-ddim") + 0.1 * (name == "ema-0")
-                value = changed.get(f"{name.replace('-', '_')}_{n}", value)
+                key = f"{name.replace('-', '_')}_{n}"
+                value = {key: value, **changed}[key]
                 cells[f"student-{n:02d}-g{scale:g}"] = {"rmse": value, "kid": value / 2}
         found[name] = cells
     return found

@@ -28,7 +28,8 @@ optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps opt
 run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.memory
 run.output run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale
 run.validation_prompts
-student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.target
+student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.start
+student.target
 student.target_modules
 teacher.allow_pickle teacher.model teacher.prediction_type teacher.revision teacher.variant
 """

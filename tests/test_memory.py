@@ -36,7 +36,10 @@ CPU = torch.device("cpu")
 def configured(small_teacher: Path, **changes: Any) -> RunConfig:
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     own = {"teacher.model": str(small_teacher), "run.device": "cpu", "data.resolution": 32, "student.rank": 8}
-    return resolve({}, {**SMALL, **own, **changed})
+    own = {**SMALL, **own, **changed}
+    method = {f"objective.{name}" for name in OBJECTIVES[own.get("objective.name", "lcm")].__dataclass_fields__}
+    known = {k: v for k, v in own.items() if not k.startswith("objective.") or k in method | {"objective.name"}}
+    return resolve({}, known)
 
 
 # -- the estimate against what is really there ------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_plain_diffusers_draws_the_trained_consistency_function(
     """The run's pipeline against Song et al. 2023, Alg. 1, written on f as it is trained."""
     model = build_pixel(tmp_path / "t", labels)
     run, teacher = finished_run(tmp_path / "run", model), load_teacher(str(model))
-    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    pipeline: Any = DiffusionPipeline.from_pretrained(run / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert any(
         not torch.equal(a, b) for a, b in zip(pipeline.unet.parameters(), teacher.network.parameters(), strict=True)

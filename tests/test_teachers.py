@@ -263,10 +263,10 @@ def test_another_pipeline_is_refused_by_its_class(tmp_path: Path, small_teacher:
         small_teacher,
         tmp_path / "teacher",
         "model_index.json",
-        lambda index: {**index, "_class_name": "LatentConsistencyModelPipeline"},
+        lambda index: {**index, "_class_name": "StableDiffusionImg2ImgPipeline"},
     )
     with pytest.raises(
-        UsageError, match="is a LatentConsistencyModelPipeline, which cannot be distilled yet"
+        UsageError, match="is a StableDiffusionImg2ImgPipeline, which cannot be distilled yet"
     ) as caught:
         load_teacher(str(folder))
     assert all(family in str(caught.value) for family in FAMILIES)

@@ -270,6 +270,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
         run__validation_prompts=("grinning face", "red heart"),
     )
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".asked.json",
         ".data.json",
         ".finished",
         "README.md",

@@ -53,7 +53,7 @@ def main() -> None:
         if "--debug" in sys.argv[1:]:
             raise
         code = _show(error) if isinstance(error, PARSER_ERROR) else _tell(*explain(error))
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _show(error: Any) -> int:

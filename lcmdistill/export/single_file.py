@@ -161,12 +161,9 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
         for name, part in parts.items():
             if part is None:
                 continue
-            if not isinstance(part, nn.Module):
-                part.save_pretrained(folder / name)
-            elif hasattr(part, "save_config"):
-                part.save_config(folder / name)
-            else:
-                part.config.save_pretrained(folder / name)
+            is_module = isinstance(part, nn.Module)
+            save = part.save_pretrained if not is_module else getattr(part, "save_config", None)
+            (save or part.config.save_pretrained)(folder / name)
         # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
         config = folder / "unet" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
