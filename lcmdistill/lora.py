@@ -5,7 +5,7 @@ Shapes: r rank, I inputs and O outputs of a layer.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,10 @@ def add_lora(network: Any, name: str, config: StudentConfig, seed: int) -> None:
     The adapter is fp32 whatever the base is. Raises UsageError if no layer has one of the names, or the rank is above a
     layer's width.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
     _check_layers(network, config.rank, config.target_modules)
     # peft scales by any number, though it declares a whole one.
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
-        inject_adapter_in_model(LoraConfig(**settings, target_modules=list(config.target_modules)), network, name)
-    choose_adapter(network, name)
+    _inject(network, name, target_modules=list(config.target_modules), **settings)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
     for _, layer in lora_layers(network):
         for part in (layer.lora_A[name], layer.lora_B[name]):
@@ -53,6 +48,46 @@ def add_lora(network: Any, name: str, config: StudentConfig, seed: int) -> None:
             down.data.copy_(fresh)
     for parameter_name, parameter in network.named_parameters():
         parameter.requires_grad_(f".{name}." in parameter_name)
+
+
+def _inject(network: Any, name: str, **settings: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
+        inject_adapter_in_model(LoraConfig(**settings), network, name)
+    choose_adapter(network, name)
+
+
+@torch.no_grad()
+def put_lora(network: Any, lora: Mapping[str, LoraLayer], name: str) -> None:
+    """Add an adapter that there is already, {a layer's path: its update}; only these layers get one."""
+    ranks = {path: layer.down.shape[0] for path, layer in lora.items()}
+    alphas = {path: layer.alpha for path, layer in lora.items()}
+    _inject(network, name, target_modules=list(lora), rank_pattern=ranks, alpha_pattern=alphas)
+    for key, parameter in adapter_parameters(network, name).items():
+        path, _, part = key.rpartition(".")
+        parameter.copy_(lora[path].down if part == "lora_A" else lora[path].up)
+
+
+def choose_adapters(network: Any, names: Sequence[str], scales: Sequence[float]) -> None:
+    """Let several adapters act at once, each at its weight."""
+    for _, layer in lora_layers(network):
+        on_it = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in layer.lora_A]
+        layer.set_adapter([name for name, _ in on_it])
+        for name, scale in on_it:
+            layer.set_scale(name, scale)
+
+
+def merge_lora(network: Any) -> None:
+    """Add the adapter that acts to the network's own weights, and take peft's layers away."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    for _, layer in lora_layers(network):
+        layer.merge()
+    recurse_remove_peft_layers(network)
+    if hasattr(network, "peft_config"):
+        del network.peft_config
 
 
 def _check_layers(network: Any, rank: int, modules: tuple[str, ...]) -> None:
@@ -89,6 +124,8 @@ def adapter_parameters(network: Any, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters, by the path of their layer: "mid_block....to_q.lora_A"."""
     found: dict[str, nn.Parameter] = {}
     for path, layer in lora_layers(network):
+        if name not in layer.lora_A:
+            continue
         found[f"{path}.lora_A"] = layer.lora_A[name].weight
         found[f"{path}.lora_B"] = layer.lora_B[name].weight
     return found

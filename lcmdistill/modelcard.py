@@ -33,6 +33,18 @@ pipeline.load_lora_weights("{folder}/lora", weight_name="{folder.name}.safetenso
 
 or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
 
+_PEFT_USE = """```python
+from diffusers import DiffusionPipeline, {scheduler}
+from peft import PeftModel
+
+pipeline = DiffusionPipeline.from_pretrained("{model}")
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
+pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "{folder}/lora")
+{call}
+```
+
+or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
+
 _GUIDANCE = {
     "input": "Guidance is an input of the network: images cost one forward a\nstep, and negative prompts have no effect.",
     "baked": "The guidance that it was trained with is in its weights: draw at\nguidance scale 1, up to 2 at most.",
@@ -134,7 +146,8 @@ def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str |
         tags=[*tags, "lora"] if is_lora else tags,
     )
     method, guidance = METHODS[config.objective_name], config.run.validation_guidance_scale or 1.0
-    use = (_LORA_USE if is_lora else _FULL_USE).format(
+    adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
+    use = (adapter if is_lora else _FULL_USE).format(
         folder=folder,
         model=model,
         guidance=guidance,

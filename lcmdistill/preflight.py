@@ -40,9 +40,6 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
-    if config.student.kind == "lora" and not hasattr(teacher.network, "add_adapter"):
-        kind = type(teacher.network).__name__
-        raise UsageError(f"a LoRA on a {kind} is not supported yet: no file format holds it; use lcmdistill distill")
     omegas = omega_range(flatten(config))
     has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and omegas and omegas.low != omegas.high:

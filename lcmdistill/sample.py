@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora
 from lcmdistill.export.pipeline import call_options, vp_scheduler
+from lcmdistill.lora import choose_adapters
 from lcmdistill.methods import METHODS
 from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
@@ -95,7 +96,11 @@ def load_student(
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)
-        pipeline.set_adapters(names, [*scales, *[1.0] * (len(loras) - len(scales))])
+        weights = [*scales, *[1.0] * (len(loras) - len(scales))]
+        if hasattr(pipeline, "set_adapters"):
+            pipeline.set_adapters(names, weights)
+        else:
+            choose_adapters(network_of(pipeline), names, weights)
     pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and type(part).__name__.startswith("T5"):

@@ -34,14 +34,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         return {name: build(tmp_path_factory.mktemp(name) / "model") for name, build in FAMILY_BUILDERS.items()}
 
 
+# What applies besides the pipeline; the formats of the other families have a test of their own, test_formats.
+EXPORTS = {
+    ("inpainting", "full"): ("pipeline", "single-file"),
+    ("inpainting", "lora"): ("kohya", "peft"),
+    ("pixart", "full"): ("pipeline",),
+    ("pixart", "lora"): ("peft", "fused"),
+}
+
+
 # SDXL's inpainting is SDXL and inpainting, both of which are run.
 @pytest.mark.parametrize("family", [name for name in FAMILY_BUILDERS if name != "sdxl-inpainting"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_from_the_preflight_to_its_images(
     family: str, kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:
-    if (family, kind) == ("pixart", "lora"):
-        pytest.skip("a transformer's LoRA has no file format yet")
     name = "distill-lora" if kind == "lora" else "distill"
     own = {**SMALL, "data.resolution": 32, "optim.batch_size": 2, "optim.max_train_steps": 2, "run.checkpoint_every": 1}
     own |= {"run.validate_every": 2, "run.validation_prompts": '["a cat"]', "student.rank": 2, "student.alpha": 1.0}
@@ -62,6 +69,16 @@ def test_a_run_from_the_preflight_to_its_images(
         "sample", tmp_path / "run", "--steps", 2, "--prompt", "a cat", "--output", tmp_path / "s"
     )
     assert code == 0, error
+    for form in EXPORTS.get((family, kind), ()):
+        path = tmp_path / ("x.safetensors" if form in ("kohya", "single-file") else form)
+        code, told, error = command("export", tmp_path / "run", "--format", form, "--output", path, "--dtype", "fp32")
+        assert code == 0, error
+        assert "reloaded, largest difference" in told
+    if (family, kind) == ("pixart", "lora"):
+        code, _, error = command(
+            "export", tmp_path / "run", "--format", "kohya", "--output", tmp_path / "k.safetensors"
+        )
+        assert (code, "use --format peft" in error) == (2, True)
 
 
 # -- asked as the pipeline asks ----------------------------------------------------------------------------------------

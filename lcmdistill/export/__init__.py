@@ -15,6 +15,7 @@ from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
 from lcmdistill.export.verify import BOUNDS, Outputs, compared, network_outputs, pipeline_outputs
+from lcmdistill.lora import merge_lora
 from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for
 from lcmdistill.rundir import check_place
@@ -48,10 +49,9 @@ def fused(product: Product, request: Request) -> str:
 
 
 def _merge_adapter(product: Product, made: Any) -> None:
-    """Merge a LoRA, if the student is one, into the U-Net of its pipeline."""
+    """Merge a LoRA, if the student is one, into the network of its pipeline."""
     if product.lora is not None:
-        made.unet.fuse_lora()
-        made.unet.unload_lora()
+        merge_lora(network_of(made))
 
 
 def _pipeline_folder(product: Product, request: Request) -> str:
@@ -116,6 +116,10 @@ def diffusers_lora(product: Product, request: Request) -> str:
 def _trained(product: Product, request: Request, lora: Lora) -> tuple[dict[str, str], Outputs]:
     """A LoRA's header, and what it gives; the pipeline that tells both is gone before another is loaded."""
     trained = product.pipeline()
+    if not hasattr(trained, "load_lora_weights"):
+        raise UsageError(
+            f"a {type(trained).__name__} loads no such file; use --format peft, or fused for a full pipeline"
+        )
     told = header(lora, product.recorded, product.run.name, trained)
     return told, network_outputs(trained.unet, request.guidance_scale) if request.verify else {}
 
@@ -138,8 +142,8 @@ def peft(product: Product, request: Request) -> str:
             return f"{request.output}: not verified"
         from peft import PeftModel
 
-        expected = network_outputs(product.pipeline().unet, request.guidance_scale)
-        fresh = PeftModel.from_pretrained(product.base_pipeline().unet, str(aside))
+        expected = network_outputs(network_of(product.pipeline()), request.guidance_scale)
+        fresh = PeftModel.from_pretrained(network_of(product.base_pipeline()), str(aside)).get_base_model()
         got = network_outputs(fresh, request.guidance_scale)
         return compared(got, expected, BOUNDS[torch.float32], request.output)
 

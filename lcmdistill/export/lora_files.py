@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import ARCHITECTURES, layout_of
-from lcmdistill.lora import LoraLayer
+from lcmdistill.lora import LoraLayer, put_lora
 from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.teachers import public_name
+from lcmdistill.teachers.drawing import network_of
 
 Lora = Mapping[str, LoraLayer]
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -153,7 +154,13 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
     if adapter.is_file():
         # diffusers takes no alpha beside peft's keys; as kohya keys the same weights keep it.
         weights = kohya_tensors(_from_peft(weights, json.loads(adapter.read_text(encoding="utf-8"))), torch.float32)
-    _check_fit(pipeline.unet, weights, lora)
+    network = network_of(pipeline)
+    _check_fit(network, weights, lora)
+    if not hasattr(pipeline, "load_lora_weights"):
+        if not adapter.is_file():
+            raise UsageError(f"--lora {lora} is no peft folder, the only kind that a {type(network).__name__} takes")
+        put_lora(network, _from_peft(_tensors_of(files[0]), json.loads(adapter.read_text(encoding="utf-8"))), name)
+        return
     source: Any = weights if adapter.is_file() else str(files[0].parent)
     options = {} if adapter.is_file() else {"weight_name": files[0].name}
     try:

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
-from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint
+from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint, written_aside
 from lcmdistill.config import flatten
 from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import Lora, alpha_of, from_checkpoint, header, rank_of, write_kohya
+from lcmdistill.export.lora_files import Lora, from_checkpoint, header, write_kohya, write_peft
 from lcmdistill.export.pipeline import save_pipeline, student_pipeline
-from lcmdistill.lora import ONLINE, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.lora import ONLINE, put_lora
 from lcmdistill.methods import METHODS, Method
 from lcmdistill.modelcard import model_card
 from lcmdistill.rundir import has_product, recorded, teacher_of
-from lcmdistill.settings import RunConfig, StudentConfig
+from lcmdistill.settings import RunConfig
 from lcmdistill.student import Student
-from lcmdistill.teachers import load_pipeline, load_teacher
+from lcmdistill.teachers import load_pipeline, load_teacher, resolve_alias
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.drawing import network_of
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,7 @@ class Product:
         if self.lora is None:
             return load_pipeline(str(self.run / "pipeline"))
         pipeline = self.base_pipeline()
-        modules = tuple(self.recorded["student.target_modules"])
-        shape = StudentConfig(rank=rank_of(self.lora), alpha=alpha_of(self.lora), target_modules=modules)
-        add_lora(pipeline.unet, ONLINE, shape, seed=0)
-        with torch.no_grad():
-            for name, parameter in adapter_parameters(pipeline.unet, ONLINE).items():
-                path, _, part = name.rpartition(".")
-                parameter.copy_(self.lora[path].down if part == "lora_A" else self.lora[path].up)
-        choose_adapter(pipeline.unet, ONLINE)
+        put_lora(network_of(pipeline), self.lora, ONLINE)
         return pipeline
 
 
@@ -81,6 +74,10 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
     if config.student.kind == "lora":
         lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
+        if teacher.network_name != "unet":  # peft's folder is what a transformer's readers know
+            with written_aside(folder / "lora") as aside:
+                write_peft(lora, aside, resolve_alias(config.teacher.model))
+            return folder / "lora"
         path = folder / "lora" / f"{folder.name}.safetensors"
         with file_written_aside(path) as aside:
             write_kohya(lora, aside, header(lora, flatten(config), folder.name, teacher.pipeline))
