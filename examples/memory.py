@@ -1,0 +1,167 @@
+"""What full-size teachers need, and what `--memory` picks for them: from their shapes alone, no weights and no GPU.
+
+    python examples/memory.py               # the table
+    python examples/memory.py sd15-lora     # one of its rows
+    python examples/memory.py --measure     # on a GPU: estimated beside measured, with random weights
+
+Memory does not depend on what the weights are. All is in bf16 with a global batch of 12, as asked 4 x 3.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from lcmdistill.batch import Conditioning
+from lcmdistill.config import resolve
+from lcmdistill.device import peak_memory
+from lcmdistill.errors import UsageError
+from lcmdistill.memory import GIB, usable
+from lcmdistill.plan import Plan, choose, estimator, planned
+from lcmdistill.processes import make_accelerator
+from lcmdistill.rundir import settle
+from lcmdistill.schedule import vp_schedule
+from lcmdistill.settings import RunConfig
+from lcmdistill.teachers.base import Teacher, nothing_else
+from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
+from lcmdistill.teachers.sd import call_unet
+from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
+from lcmdistill.train import _build, train_steps
+
+LIMITS = (8, 12, 16, 24)
+ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-full")
+GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
+CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
+
+
+def full_size(name: str, device: str = "meta") -> Teacher:
+    """A teacher of sd15, sd21, sdxl or pixart in its published size, without weights, or with random ones on a device."""
+    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "pixart": "sdxl"}[name]
+    library: Any = diffusers
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    with torch.device(device):
+        if name == "pixart":  # whose class has the published size, and SDXL's VAE has the same shapes as its own
+            network = library.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)
+        else:
+            network = library.UNet2DConditionModel.from_config(
+                json.loads((folder / "unet" / "config.json").read_text())
+            )
+        vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
+    network.eval().requires_grad_(False)
+
+    def encode_prompts(prompts: Any) -> Conditioning:
+        n = len(prompts)
+        if name == "pixart":
+            mask = torch.ones(n, 120, dtype=torch.int64)
+            return Conditioning({"prompt_embeds": torch.zeros(n, 120, 4096), "attention_mask": mask})
+        told = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
+        return Conditioning(told | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
+
+    call: Any = {"sdxl": call_unet_xl, "pixart": call_pixart}.get(name, call_unet)
+    condition: Any = {"sdxl": time_ids, "pixart": sizes_kept}.get(name, nothing_else)
+    return Teacher(
+        pipeline=SimpleNamespace(components={"vae": vae, "pixart" if name == "pixart" else "unet": network}),
+        network=network,
+        vae=vae,
+        schedule=vp_schedule(scheduler),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        call=call,
+        encode_prompts=encode_prompts,
+        condition=condition,
+        published=PUBLISHED if name == "pixart" else {},
+    )
+
+
+def configured(row: str, teacher: Teacher, **more: Any) -> RunConfig:
+    """The defaults of a row, such as sd15-lora."""
+    kind = row.partition("-")[2]
+    return settle(resolve({}, {"student.kind": kind, "run.precision": "bf16", **more}), 1, teacher)
+
+
+def cell(plan: Plan) -> str:
+    """A plan in few words."""
+    if not plan.fits:
+        return f"no: {plan.needed.total / GIB:.1f} at least"
+    run, optim = plan.config.run, plan.config.optim
+    picked = ["recomputed"] * run.gradient_checkpointing + ["EMA on the CPU"] * plan.config.student.offload_target
+    return f"{plan.needed.total / GIB:.1f}: {', '.join([f'{optim.batch_size} x {optim.accumulate}', *picked])}"
+
+
+def table(rows: list[str]) -> None:
+    """Print what each limit leads to, as markdown. The numbers are GiB at the peak of a step."""
+    print(f"| run | trains | as asked, 4 x 3 | {' | '.join(f'{limit} GB' for limit in LIMITS)} |")
+    print("|---|---|---|" + "---|" * len(LIMITS))
+    for row in rows:
+        teacher = full_size(row.partition("-")[0])
+        config = configured(row, teacher)
+        needed = estimator(config, teacher, torch.bfloat16, 1)
+        asked = needed(config)
+        plans = [choose(config, needed, usable(n * GIB, whole_card=True), eight_bits=False) for n in LIMITS]
+        cells = [f"{asked.trainable:,}", f"{asked.total / GIB:.1f}", *map(cell, plans)]
+        print(f"| {row}, {config.data.resolution} px | {' | '.join(cells)} |", flush=True)
+
+
+class Latents:
+    """A data set of one sample, of a teacher's own shapes."""
+
+    def __init__(self, teacher: Teacher, resolution: int) -> None:
+        self._z, _, self._c = teacher.example(1, resolution, "cpu")
+
+    def __len__(self) -> int:
+        return 64
+
+    def read(self, indices: list[int]) -> Any:
+        """(mean, std, conditioning), as a LatentDataset's."""
+        z = self._z.expand(len(indices), -1, -1, -1)
+        return z, torch.zeros_like(z), self._c.expand(len(indices))
+
+
+def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan | None, int | None]:
+    """The plan of a run, and the most bytes that a GPU held while it took some steps. The teacher is not to be used again."""
+    accelerator = make_accelerator(config)
+    plan = planned(config, teacher, accelerator.device, free=0.0)
+    config = plan.config if plan else config
+    data: Any = Latents(teacher, config.data.resolution)
+    run = _build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
+    peak_memory(accelerator.device, anew=True)
+    for _, _ in zip(range(steps), train_steps(run, config.objective), strict=False):
+        pass
+    return plan, peak_memory(accelerator.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help=f"of the table: {', '.join(ROWS)}")
+    parser.add_argument("--measure", action="store_true", help="run some steps on the GPU that is here")
+    arguments = parser.parse_args()
+    if not arguments.measure:
+        return table(arguments.rows or list(ROWS))
+    if not torch.cuda.is_available():
+        raise SystemExit("--measure needs a CUDA GPU, and torch sees none here")
+    print(f"{torch.cuda.get_device_name()}\n\n| run | limit | estimated GiB | measured GiB | |\n|---|---|---|---|---|")
+    for row in arguments.rows or list(GOALS):
+        limit = GOALS.get(row, 24)
+        teacher = full_size(row.partition("-")[0], "cuda")
+        config = configured(row, teacher, **{"run.memory": str(limit), "run.device": "cuda"})
+        try:
+            plan, took = measure(config, teacher)
+        except UsageError as error:
+            print(f"| {row} | {limit} GB | {error} | | |")
+            continue
+        assert plan is not None
+        assert took is not None
+        estimated = plan.needed.total
+        off = f"{estimated / took - 1:+.0%}, {'under' if took < limit * GIB else 'OVER'} the limit"
+        print(f"| {row} | {limit} GB | {cell(plan)} | {took / GIB:.2f} | {off} |", flush=True)
+        del teacher
+        torch.cuda.empty_cache()
+    return None
+
+
+if __name__ == "__main__":
+    main()
