@@ -296,10 +296,10 @@ def test_a_curriculum_is_as_long_as_the_run_and_keeps_its_length(
 
 
 def test_the_curriculum_moves_the_target_s_rate(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcmdistill import train
+    from lcmdistill import student
 
     rates: list[float] = []
-    monkeypatch.setattr(train, "ema_update", lambda target, online, mu: rates.append(mu))
+    monkeypatch.setattr(student, "ema_update", lambda target, online, mu: rates.append(mu))
     run("ct", objective__s1=5)
     objective = OBJECTIVES["ct"](s1=5, curriculum_steps=4)
     assert rates == [objective.mu(step) for step in range(4)]
