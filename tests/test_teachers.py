@@ -46,7 +46,7 @@ def test_the_prediction_type_is_the_scheduler_s(tmp_path: Path, prediction_type:
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     "squaredcos": {"beta_schedule": "squaredcos_cap_v2"},
-    "zero-snr": {"rescale_betas_zero_snr": True},
+    "zero-snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
     "trained": {"trained_betas": [0.001 * (i + 1) for i in range(100)], "num_train_timesteps": 100},
 }
 

@@ -30,7 +30,7 @@ from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_p
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers.base import Shown, Teacher, needs_caption
+from lcmdistill.teachers.base import Shown, Teacher, ends_in_noise, needs_caption
 
 CHUNK = 128
 GIVE_UP_AFTER = 1024
@@ -142,7 +142,7 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
         own = teacher.own_prompts if config.prompts is None else ()
         prompts = "\n".join(own or read_prompts(config.prompts))
         about |= {"prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(), "seed": seed}
-        about |= {"guidance_scale": config.guidance_scale, "draw_steps": config.draw_steps}
+        about |= {"guidance_scale": config.guidance_scale, "draw_steps": config.draw_steps, **draw_spacing(teacher)}
     else:
         about |= {"source": spec, "files": _listing(spec), "min_size": config.min_size}
         about |= {"crop": config.crop, "flip": config.flip, "max_watermark": config.max_watermark}
@@ -312,7 +312,16 @@ def _drawn(
         guidance_scale=config.guidance_scale,
         scheduler="DPMSolverMultistepScheduler",
         dtype=dtype,
+        **draw_spacing(teacher),
     )
+
+
+def draw_spacing(teacher: Teacher) -> dict[str, str]:
+    """What the scheduler that draws is told otherwise than the teacher's own: to start where its noise does.
+
+    A zero-terminal-SNR teacher that is started earlier takes noise for what it never saw as such (Lin et al. 2023, sec. 3.3).
+    """
+    return {"timestep_spacing": "trailing"} if not teacher.in_pixels and ends_in_noise(teacher.schedule) else {}
 
 
 class LatentDataset:

@@ -202,6 +202,11 @@ class Teacher:
         return digest.hexdigest()
 
 
+def ends_in_noise(schedule: NoiseSchedule) -> bool:
+    """Whether nothing of the image is left at the last time step: zero-terminal SNR."""
+    return float(schedule.alpha(torch.tensor([schedule.num_steps - 1]))) == 0.0
+
+
 def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     """The schedule and the prediction type of the network that belongs to a diffusers scheduler's config.
 
@@ -211,9 +216,15 @@ def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     if prediction_type not in PREDICTION_TYPES:
         raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
     try:
-        return vp_schedule(config), prediction_type
+        schedule = vp_schedule(config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if prediction_type == "epsilon" and ends_in_noise(schedule):
+        raise UsageError(
+            "the teacher's schedule ends at alpha = 0 (zero-terminal SNR), where students begin to draw and an epsilon "
+            "prediction tells nothing of the image; if it really predicts v, pass --prediction-type v_prediction"
+        )
+    return schedule, prediction_type
 
 
 def vp_teacher(
