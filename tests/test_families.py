@@ -17,6 +17,7 @@ from lcmdistill.batch import Batch, Conditioning, Models, Rng, x0_eps_network
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.transforms import transform
 from lcmdistill.objectives import LatentConsistency
+from lcmdistill.recognise import read_header
 from lcmdistill.settings import DataConfig, StudentConfig
 from lcmdistill.student import make_student, raw_network
 from lcmdistill.teachers import load_teacher
@@ -74,6 +75,9 @@ def test_a_run_from_the_preflight_to_its_images(
         code, told, error = command("export", tmp_path / "run", "--format", form, "--output", path, "--dtype", "fp32")
         assert code == 0, error
         assert "reloaded, largest difference" in told
+        if path.suffix and family == "inpainting":
+            architecture = read_header(path).metadata["modelspec.architecture"]
+            assert architecture == "stable-diffusion-v1-inpainting" + "/lora" * (kind == "lora")
     if (family, kind) == ("pixart", "lora"):
         code, _, error = command(
             "export", tmp_path / "run", "--format", "kohya", "--output", tmp_path / "k.safetensors"
@@ -283,3 +287,35 @@ def test_a_frame_says_where_in_the_resized_image_the_crop_lies(size: tuple[int, 
     whole = ImageOps.mirror(whole) if flip else whole
     cropped = np.asarray(whole.crop((left, top, left + 20, top + 20)), dtype=np.float32)
     assert np.abs(cropped / 127.5 - 1 - pixels.permute(1, 2, 0).numpy()).max() < 0.04
+
+
+def test_an_inpainting_model_paints_into_an_image(folders: dict[str, Path], tmp_path: Path, command: Command) -> None:
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
+    Image.new("L", (16, 16), 0).save(tmp_path / "mask.png")
+    base = [
+        "sample",
+        folders["inpainting"],
+        "--steps",
+        1,
+        "--resolution",
+        16,
+        "--prompt",
+        "a cat",
+        "--guidance-scale",
+        1,
+    ]
+    drawn = {}
+    for name in ("red", "blue", None):
+        own = ["--image", f"{name}.png", "--mask", "mask.png"] if name else []
+        code, _, error = command(*base, *own, "--output", f"out-{name}")
+        assert (code, error) == (0, "")
+        drawn[name] = np.asarray(Image.open(tmp_path / f"out-{name}" / "000-a-cat.png"), dtype=float)
+    assert len({picture.tobytes() for picture in drawn.values()}) == 3  # it sees the image, and whether there is one
+    for words, said in (
+        ([*base, "--image", "red.png"], "--image and --mask go together"),
+        ([*base, "--image", "red.png", "--mask", "none.png"], "cannot be read"),
+        (["sample", folders["sd1"], "--image", "red.png", "--mask", "mask.png"], "are for inpainting models"),
+    ):
+        code, _, error = command(*words)
+        assert (code, said in error, error.count("\n")) == (2, True, 1)

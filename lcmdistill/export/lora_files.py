@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.errors import UsageError
-from lcmdistill.export.single_file import ARCHITECTURES, layout_of
+from lcmdistill.export.single_file import architecture_of, layout_of
 from lcmdistill.lora import LoraLayer, put_lora
 from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.teachers import public_name
@@ -75,7 +75,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
     """
     base, side = public_name(str(recorded["teacher.model"])), recorded["data.resolution"]
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
-    architecture = ARCHITECTURES.get((layout, prediction_type), ARCHITECTURES[layout, "epsilon"])
+    architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     version = BASE_VERSIONS[layout] + ("_v" if layout != "sdxl" and prediction_type == "v_prediction" else "")
     method, omegas = METHODS[recorded["objective.name"]], omega_range(recorded)
     omega = (

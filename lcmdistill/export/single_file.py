@@ -22,6 +22,7 @@ from lcmdistill.export.original_layout import (
     original_vae,
 )
 from lcmdistill.export.pipeline import STEPS
+from lcmdistill.teachers.drawing import inpaints
 
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
@@ -31,6 +32,8 @@ ARCHITECTURES = {
     ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base",
     ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base",
 }
+INPAINTING = {"sd1": "stable-diffusion-v1-inpainting", "sd2": "stable-diffusion-v2-inpainting"}
+"ModelSpec has a name of its own for these alone"
 
 
 def layout_of(pipeline: Any) -> str:
@@ -94,13 +97,20 @@ def unet_for_file(unet: Any, guidance_scale: float | None) -> Any:
     return unet
 
 
+def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
+    """ModelSpec's name of a pipeline's architecture, None for a prediction type that it has none for."""
+    layout = layout_of(pipeline)
+    known = ARCHITECTURES.get((layout, prediction_type))
+    return INPAINTING.get(layout, known) if known and inpaints(pipeline) else known
+
+
 def header_of(pipeline: Any, guidance_scale: float | None) -> dict[str, str]:
     """The safetensors header: what the file is and how it is to be sampled (ModelSpec 1.0.1).
 
     Raises UsageError on a prediction type that the programs do not know.
     """
     prediction, unet = pipeline.scheduler.config.get("prediction_type", "epsilon"), pipeline.unet
-    architecture = ARCHITECTURES.get((layout_of(pipeline), prediction))
+    architecture = architecture_of(pipeline, prediction)
     if architecture is None:
         raise UsageError(f"a single file's readers know epsilon and v-prediction; this model predicts {prediction!r}")
     baked = (
