@@ -20,11 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
-from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.distances import DISTANCES
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door, Student, make_student, raw_network
-from lcmdistill.teachers.base import Teacher, can_take_omega, takes_omega
+from lcmdistill.teachers.base import Teacher, can_take_omega, takes_omega, with_omega_input
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB
@@ -139,10 +138,10 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
 
 def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student:
     """The student without data, and all that it is trained against, computing as under autocast to `dtype`."""
-    shape = dict(teacher.network.config)
+    shape: Mapping[str, Any] = teacher.network.config
     adds_omega = config.student.kind == "full" and config.objective.omega == "input"
     if adds_omega and can_take_omega(teacher.network) and not takes_omega(teacher.network):
-        shape["time_cond_proj_dim"] = OMEGA_DIM
+        shape = with_omega_input(teacher.network)
     with torch.device("meta"):
         network = type(teacher.network).from_config(shape).eval().requires_grad_(False)
         student = make_student(

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
-from lcmdistill.consistency import OMEGA_DIM
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import UsageError
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.objectives import Omega
 from lcmdistill.settings import StudentConfig
-from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega
+from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega, with_omega_input
 
 
 class Door(nn.Module):
@@ -216,7 +215,7 @@ def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any
     if omega_init is None or takes_omega(teacher_network) or not can_take_omega(teacher_network):
         return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
     with torch.device("meta"):
-        network = type(teacher_network).from_config({**teacher_network.config, "time_cond_proj_dim": OMEGA_DIM})
+        network = type(teacher_network).from_config(with_omega_input(teacher_network))
     weights = {name: value.detach().float().clone() for name, value in teacher_network.state_dict().items()}
     key = "time_embedding.cond_proj.weight"
     projection = torch.zeros(network.get_parameter(key).shape)

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_teachers import edited
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning
+from lcmdistill.config import resolve
 from lcmdistill.consistency import OMEGA_DIM
+from lcmdistill.memory import step_memory
 from lcmdistill.settings import StudentConfig
 from lcmdistill.student import Door, Student, full_student, make_student, raw_network, target_of
 from lcmdistill.teachers import load_teacher
@@ -32,6 +35,25 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     z, c = torch.randn(batch, 4, 8, 8, generator=generator), torch.randn(batch, 77, 16, generator=generator)
     return z, torch.tensor([5, 500, 999])[:batch], {"prompt_embeds": c}
+
+
+def test_a_teacher_whose_config_file_is_older_than_the_omega_input_gets_one(
+    small_teacher: Path, tmp_path: Path
+) -> None:
+    """Stable Diffusion 1.5's own file does not have the key, and diffusers drops what it finds noted as absent."""
+
+    def without(config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "time_cond_proj_dim"}
+
+    old = load_teacher(str(edited(small_teacher, tmp_path / "old", "unet/config.json", without)))
+    student = full_student(old.network, "zero", 0)
+    assert student.config["time_cond_proj_dim"] == OMEGA_DIM
+    z, t, c = inputs()
+    w = torch.full((3,), 7.0)
+    assert torch.equal(old.call(student, z, t, c, w), old.call(old.network, z, t, c, None))
+    config = resolve({}, {"data.resolution": 16, "teacher.model": str(small_teacher)})
+    trainable = sum(p.numel() for p in student.parameters())
+    assert step_memory(config, old, torch.float32).trainable == trainable
 
 
 def student_of(teacher: Teacher, dtype: torch.dtype = torch.float32, **options: Any) -> Student:

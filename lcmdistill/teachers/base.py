@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning
-from lcmdistill.consistency import omega_embedding
+from lcmdistill.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.errors import UsageError
 from lcmdistill.prediction import PREDICTION_TYPES
 from lcmdistill.schedule import NoiseSchedule, vp_schedule
@@ -263,6 +263,15 @@ def takes_omega(network: Any) -> bool:
 def can_take_omega(network: Any) -> bool:
     """Whether the class of a network has an omega input, which a full student of it is then given."""
     return "time_cond_proj_dim" in network.config
+
+
+def with_omega_input(network: Any) -> dict[str, Any]:
+    """A network's config with an omega input added, to be made anew by `from_config`.
+
+    diffusers notes which keys a config file did not have, as that of Stable Diffusion 1.5 has few, and drops them again.
+    """
+    told = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    return {**told, "time_cond_proj_dim": OMEGA_DIM}
 
 
 def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
