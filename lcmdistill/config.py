@@ -153,13 +153,19 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 def to_toml(config: RunConfig) -> str:
     """The resolved configuration as TOML that `--config` reads back to the same tree."""
+    return toml_of(flatten(config))
+
+
+def toml_of(settings: Mapping[str, Any]) -> str:
+    """Settings, {"section.key": value}, as TOML."""
     import tomli_w
 
     tree: dict[str, dict[str, Any]] = {}
-    for dotted, value in flatten(config).items():
+    for dotted, value in settings.items():
         section, _, key = dotted.partition(".")
         tree.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
-    return tomli_w.dumps({section: tree[section] for section in ("teacher", "student", "objective", *tree)})
+    first = [section for section in ("teacher", "student", "objective") if section in tree]
+    return tomli_w.dumps({section: tree[section] for section in (*first, *tree)})
 
 
 def _known(dotted: str, sections: Mapping[str, type]) -> bool:

@@ -197,11 +197,10 @@ def _weights(folder: Path) -> str:
 
 
 def _licence(folder: Path) -> str:
-    card = folder / "README.md"
-    if card.is_file():
-        front = card.read_text(encoding="utf-8", errors="replace").partition("---\n")[2].partition("\n---")[0]
-        if found := re.search(r"^license: *(.+)$", front, re.MULTILINE):
-            return found[1].strip()
+    from lcmdistill.teachers.public import licence_name, licence_of
+
+    if told := licence_name(licence_of(str(folder))):
+        return told
     files = [path.name for path in sorted(folder.iterdir()) if path.name.lower().startswith("licen")]
     return f"see {', '.join(files)}" if files else "its files do not say"
 

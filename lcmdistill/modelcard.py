@@ -1,14 +1,19 @@
 """The model card of a run: what it was distilled from and with, and how its files are used."""
 
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from lcmdistill.checkpoint import write_text
-from lcmdistill.config import flatten, to_toml
+from lcmdistill.config import flatten, toml_of
 from lcmdistill.methods import METHODS, Method, omega_range, told_of
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import guidance_of
-from lcmdistill.teachers import public_name, resolve_alias
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.public import in_python, is_local, licence_name, licence_of, public_name, without_folders
 
 _FULL_USE = """```python
 from diffusers import DiffusionPipeline
@@ -23,23 +28,15 @@ _LORA_USE = """ComfyUI and A1111: put `lora/{folder.name}.safetensors` among the
 CFG {guidance:g}. diffusers:
 
 ```python
-from diffusers import DiffusionPipeline, {scheduler}
-
-pipeline = DiffusionPipeline.from_pretrained("{model}")
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-pipeline.load_lora_weights("{folder}/lora", weight_name="{folder.name}.safetensors")
+{loaded}pipeline.load_lora_weights("{folder}/lora", weight_name="{folder.name}.safetensors")
 {call}
 ```
 
 or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
 
 _PEFT_USE = """```python
-from diffusers import DiffusionPipeline, {scheduler}
 from peft import PeftModel
-
-pipeline = DiffusionPipeline.from_pretrained("{model}")
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "{folder}/lora")
+{loaded}pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "{folder}/lora")
 {call}
 ```
 
@@ -63,21 +60,16 @@ or `lcmdistill sample {folder} --steps 2{prompt}`. {classes}"""
 
 
 # How a file or folder on the hub is used, by the format that it was exported in.
-_LOADED = """from diffusers import DiffusionPipeline, {scheduler}
-
-pipeline = DiffusionPipeline.from_pretrained("{model}")
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-"""
 _IN_PYTHON = {
     "pipeline": """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{place}")
 {call}""",
-    "kohya": f'{_LOADED}pipeline.load_lora_weights("{{place}}", weight_name="{{file}}")\n{{call}}',
-    "diffusers-lora": f'{_LOADED}pipeline.load_lora_weights("{{place}}")\n{{call}}',
-    "peft": f"""from peft import PeftModel
-{_LOADED}pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "{{place}}")
-{{call}}""",
+    "kohya": '{loaded}pipeline.load_lora_weights("{place}", weight_name="{file}")\n{call}',
+    "diffusers-lora": '{loaded}pipeline.load_lora_weights("{place}")\n{call}',
+    "peft": """from peft import PeftModel
+{loaded}pipeline.{network} = PeftModel.from_pretrained(pipeline.{network}, "{place}")
+{call}""",
     "single-file": """from diffusers import {scheduler}, {file_class}
 from huggingface_hub import hf_hub_download
 
@@ -110,11 +102,13 @@ def card_for(
     guidance: float,
     takes_omega: bool,
     is_xl: bool,
+    network: str = "unet",
 ) -> str:
     """A run's card with its Use section rewritten for one export.
 
     name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
-    guidance: what to draw with; takes_omega: whether the exported network has an input for it; is_xl: whether it is SDXL's.
+    guidance: what to draw with; takes_omega: whether the exported network has an input for it; is_xl: whether it is SDXL's;
+    network: what its pipeline calls it.
     """
     before, found, rest = card.partition("\n## Use\n")
     after = rest[rest.find("\n## Configuration\n") :]
@@ -122,55 +116,76 @@ def card_for(
         return card
     base = "StableDiffusionXL" if is_xl else "StableDiffusion"
     kind = "LatentConsistencyModel" if takes_omega and not is_xl and method.scheduler == "LCMScheduler" else base
-    values = {"place": place, "file": file, "model": model, "guidance": guidance, "sampler": method.sampler}
+    values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": network}
     values |= {"scheduler": method.scheduler, "call": _image(method, guidance), "onnx_class": f"ORT{kind}Pipeline"}
-    values["file_class"] = f"{base}Pipeline"
+    values |= {"file_class": f"{base}Pipeline", "loaded": in_python(model, f"{base}Pipeline", method.scheduler)}
     code = _IN_PYTHON[name].format(**values)
     return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
 
 
-def model_card(config: RunConfig, folder: Path, teacher: Teacher, picture: str | None = None) -> str:
-    """Markdown with the hub's metadata on top. Guidance is told in both conventions. picture: a validation grid."""
+def model_card(
+    config: RunConfig,
+    folder: Path,
+    teacher: Teacher,
+    picture: str | None = None,
+    samples: Mapping[str, str] | None = None,
+) -> str:
+    """Markdown with the hub's metadata on top. Guidance is told in both conventions, and of this machine's folders none.
+
+    picture: a validation grid; samples: {a file beside the card: its prompt}, shown by the hub.
+    """
     from huggingface_hub import ModelCardData
 
-    model, objective = resolve_alias(config.teacher.model), config.objective
-    is_lora = config.student.kind == "lora"
-    is_hub_id = model.count("/") == 1 and not Path(model).exists()
+    method, objective = METHODS[config.objective_name], config.objective
+    name, is_lora, licence = (
+        public_name(config.teacher.model),
+        config.student.kind == "lora",
+        licence_of(config.teacher.model),
+    )
+    is_hub_id = not is_local(name)
     about = ["image-generation"] if teacher.in_pixels else ["text-to-image", "stable-diffusion"]
-    tags = [*about, *METHODS[config.objective_name].tags, "lcmdistill"]
+    tags = [*about, *method.tags, "lcmdistill"]
+    shown = [{"text": prompt, "output": {"url": file}} for file, prompt in (samples or {}).items()]
     data = ModelCardData(
-        library_name="diffusers",
+        library_name="diffusers" if teacher.network_name == "unet" or not is_lora else "peft",
         pipeline_tag="unconditional-image-generation" if teacher.in_pixels else "text-to-image",
-        base_model=model if is_hub_id else None,
+        base_model=name if is_hub_id else None,
         base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
         tags=[*tags, "lora"] if is_lora else tags,
+        ignore_metadata_errors=True,
+        **licence,
+        **({"widget": shown} if shown else {}),
     )
-    method, guidance = METHODS[config.objective_name], config.run.validation_guidance_scale or 1.0
+    guidance = config.run.validation_guidance_scale or 1.0
     adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
     use = (adapter if is_lora else _FULL_USE).format(
         folder=folder,
-        model=model,
         guidance=guidance,
-        scheduler=method.scheduler,
         sampler=method.sampler,
         call=_image(method, guidance),
+        loaded=in_python(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
     )
     use += _GUIDANCE[guidance_of(teacher, config.student, objective.omega)]
     if teacher.in_pixels:
         use = _pixel_use(folder, teacher)
-    settings = flatten(config)
+    settings = without_folders(flatten(config))
     omegas = omega_range(settings)
     kind = method.lora if is_lora else method.full
     article = "An" if kind.startswith(("LCM", "LoRA")) else "A"
     size = f" of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else ""
+    called = licence_name(licence)
+    terms = (
+        f"The licence is the\nteacher's: {called}."
+        if called
+        else "The licence is the\nteacher's; see its own model card."
+    )
     return f"""---
 {data.to_yaml()}
 ---
 
-# {folder.name}: {config.teacher.model} in 1 to 8 steps
+# {folder.name}: {name} in 1 to 8 steps
 
-{article} {kind}{size} ({method.paper}), {method.how} `{public_name(config.teacher.model)}` with lcmdistill. The licence is the
-teacher's; see its own model card.
+{article} {kind}{size} ({method.paper}), {method.how} `{name}` with lcmdistill. {terms}
 
 - {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "trained without guidance"}
 - {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
@@ -183,7 +198,7 @@ teacher's; see its own model card.
 ## Configuration
 
 ```toml
-{to_toml(config).strip()}
+{toml_of(settings).strip()}
 ```
 """
 
@@ -197,7 +212,34 @@ def _pixel_use(folder: Path, teacher: Teacher) -> str:
 
 
 def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> None:
-    """The run's own README.md: the card, with the newest validation grid."""
+    """The run's own README.md: the card, with the newest validation's pictures; and a LoRA's beside its file."""
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"samples/{grids[-1].name}" if grids else None
-    write_text(folder / "README.md", model_card(config, folder, teacher, picture))
+    samples = {} if teacher.in_pixels else _samples(sorted((folder / "samples").glob("sample-*.png")))
+    card = model_card(config, folder, teacher, picture, samples)
+    write_text(folder / "README.md", card)
+    if config.student.kind == "lora":
+        put_card(card, folder, folder / "lora")
+
+
+def _samples(files: Sequence[Path]) -> dict[str, str]:
+    """{place beside the card: prompt} of pictures that carry their prompt."""
+    found = {}
+    for path in files:
+        with Image.open(path) as image:
+            found[f"samples/{path.name}"] = str(image.info.get("prompt", ""))
+    return found
+
+
+def pictures_of(card: str, run: Path) -> dict[str, Path]:
+    """{place beside the card: file} of what a card shows from its run's folder."""
+    shown = re.findall(r"(?:!\[[^\]]*\]\(|url: )(samples/[^)/\s]+)", card)
+    return {place: run / place for place in shown if (run / place).is_file()}
+
+
+def put_card(card: str, run: Path, folder: Path) -> None:
+    """Write a run's card into another folder, its pictures with it."""
+    for place, path in pictures_of(card, run).items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / place)
+    write_text(folder / "README.md", card)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import load_lora
+from lcmdistill.export.lora_files import load_lora, scheduler_of
 from lcmdistill.export.pipeline import call_options, vp_scheduler
 from lcmdistill.lora import choose_adapters
 from lcmdistill.methods import METHODS
@@ -20,6 +20,7 @@ from lcmdistill.rundir import recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import inpaints, network_of
+from lcmdistill.tracking import say
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Found:
     resolution: int | None = None
     teacher: str | None = None
     loras: tuple[str, ...] = ()
-    scheduler: str = "LCMScheduler"
+    scheduler: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,18 +82,19 @@ def load_student(
     loras: Sequence[str] = (),
     scales: Sequence[float] = (),
     options: Mapping[str, Any] | None = None,
-    scheduler: str = "LCMScheduler",
+    scheduler: str | None = None,
 ) -> Any:
     """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
 
-    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets the scheduler. scales:
-    their weights, 1 where there are fewer; options, scheduler: as in Found. Raises UsageError on a file that is no LoRA for
-    this model.
+    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets the scheduler, by default the
+    `chosen_scheduler`. scales: their weights, 1 where there are fewer; options, scheduler: as in Found. Raises UsageError on a
+    file that is no LoRA for this model.
     """
     pipeline = load_pipeline(model, **(options or {}))
     pipeline.set_progress_bar_config(disable=True)
     if loras:
-        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler)
+        own = type(pipeline.scheduler).__name__
+        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler or chosen_scheduler(loras, own))
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)
@@ -108,6 +110,19 @@ def load_student(
                 if name.endswith(".wo"):  # where T5 overflows in half precision, as its own loader knows
                     module.float()
     return pipeline
+
+
+def chosen_scheduler(loras: Sequence[str], own: str) -> str:
+    """The scheduler to draw with: what the first LoRA that names one names, which others may contradict and are told of; else
+    the model's own if it is a student's; else LCMScheduler."""
+    named = [(lora, name) for lora in loras if (name := scheduler_of(lora)) is not None]
+    if not named:
+        return own if own in ("LCMScheduler", "TCDScheduler") else "LCMScheduler"
+    (first, chosen), *others = named
+    for lora, name in others:
+        if name != chosen:
+            say(f"{lora} is for a {name}, and {first} for a {chosen}: drawn with {chosen}, as the first one asks")
+    return chosen
 
 
 def read_shown(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:

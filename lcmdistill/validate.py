@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
@@ -23,6 +24,8 @@ from lcmdistill.teachers.pixel import class_names
 from lcmdistill.tracking import Metrics, read_metrics
 
 STEPS = (1, 2, 4, 8)
+SHOWN = 4
+"the steps of the newest pictures that the model card shows one by one"
 PROMPTS = (
     "portrait of an old fisherman, soft window light",
     "a red bicycle leaning on a white wall",
@@ -34,7 +37,10 @@ UNTOLD = ("image 1", "image 2", "image 3", "image 4")
 
 
 class Validation:
-    """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher."""
+    """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher.
+
+    The newest pictures of SHOWN steps lie beside it one by one, sample-0.png and on, their prompts inside.
+    """
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
@@ -90,6 +96,10 @@ class Validation:
         rows = [list(row) for row in zip(*columns, strict=True)]
         picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
         picture.save(self._folder / "samples" / f"step-{step:06d}.png")
+        for i, (prompt, image) in enumerate(zip(self._prompts, columns[STEPS.index(SHOWN)], strict=True)):
+            info = PngInfo()
+            info.add_itxt("prompt", prompt)
+            image.save(self._folder / "samples" / f"sample-{i}.png", pnginfo=info)
         if metrics is not None:
             metrics.image(step, "validation", picture)
             if numbers:

@@ -1,6 +1,7 @@
 """The LoRA student: the teacher bit for bit with the adapter off, the published sizes, and files that keep the update."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import Command
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_models import BUILDERS, opened
@@ -15,19 +18,21 @@ from typer.testing import CliRunner
 
 from lcmdistill import export as exporting
 from lcmdistill.batch import Rng
+from lcmdistill.checkpoint import checkpoints, load_checkpoint
 from lcmdistill.cli import app
 from lcmdistill.config import flatten, resolve
 from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import header, load_lora
+from lcmdistill.export.lora_files import SCHEDULER_KEY, header, load_lora
 from lcmdistill.export.product import load_product
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
 from lcmdistill.modelcard import model_card
-from lcmdistill.sample import find_model
+from lcmdistill.sample import chosen_scheduler, find_model, load_student
 from lcmdistill.settings import StudentConfig
 from lcmdistill.student import make_student
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.sd import call_unet
+from lcmdistill.validate import PROMPTS
 
 SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -200,42 +205,72 @@ def test_a_run_leaves_a_kohya_file_and_a_card(lora_run: Path):
     assert header["ss_network_alpha"] == "3"
     assert "omega 7.5" in header["modelspec.description"]
     assert "guidance scale 8.5" in header["modelspec.description"]
-    assert "load_lora_weights" in (lora_run / "README.md").read_text()
-    assert list((lora_run / "samples").glob("*.png"))
+    assert header["lcmdistill.scheduler"] == "LCMScheduler"
+    card = (lora_run / "README.md").read_text()
+    assert "load_lora_weights" in card
+    assert (lora_run / "lora" / "README.md").read_text() == card
+    shown = yaml.safe_load(card.split("---\n")[1])["widget"]
+    assert [each["text"] for each in shown] == list(PROMPTS)
+    places = [each["output"]["url"] for each in shown]
+    assert [place for place in places if not (lora_run / "lora" / place).is_file()] == []
+    (grid,) = re.findall(r"\]\((samples/step-\S+)\)", card)
+    assert (lora_run / "lora" / grid).is_file()
 
 
 def python_of(card: str) -> str:
     return card.partition("```python\n")[2].partition("```")[0]
 
 
-def test_the_code_on_a_card_runs(lora_run: Path):
+def test_the_code_on_a_card_runs(lora_run: Path, small_teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(small_teacher.parent)  # a teacher that lies on this machine is called by its name
     found: dict[str, Any] = {}
     exec(python_of((lora_run / "README.md").read_text()), found)
     assert found["image"].size == (16, 16)
 
 
 @pytest.mark.parametrize(
-    ("alias", "stands_for"), [("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("tiny", "assets/tiny")]
+    ("alias", "stands_for", "licence"),
+    [
+        ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"),
+        ("tiny", "tiny", "apache-2.0"),
+        ("small", "small", None),
+        ("/opt/models/my model.safetensors", "my model.safetensors", None),
+    ],
 )
-def test_other_programs_are_told_what_an_alias_stands_for(lora_run: Path, tmp_path: Path, alias: str, stands_for: str):
+def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
+    lora_run: Path, tmp_path: Path, small_teacher: Path, alias: str, stands_for: str, licence: str | None
+):
+    alias = str(small_teacher) if alias == "small" else alias
     product = load_product(lora_run)
     assert product.lora is not None
-    config = resolve({}, {"teacher.model": alias, "student.kind": "lora", "run.validation_guidance_scale": 1.0})
+    own = {"teacher.model": alias, "student.kind": "lora", "run.validation_guidance_scale": 1.0}
+    own |= {
+        "data.sources": ("/home/me/pictures", "https://me:secret@host/a.tar?key=secret"),
+        "run.output": "/home/me/runs/x",
+    }
+    config = resolve({}, {**own, "run.push_to_hub": "me/mine"})
     told = header(product.lora, flatten(config), "it", product.base_pipeline())
-    # A file that travels names the bundled teacher, not the folder that it was installed in.
-    name = "tiny" if alias == "tiny" else stands_for
-    assert told["ss_sd_model_name"] == name
-    card = model_card(config, lora_run, product.teacher())
-    assert f"distilled from `{name}`" in card
-    assert f'{stands_for}")' in python_of(card)
-    assert f'"{alias}"' not in python_of(card)
+    assert (told["ss_sd_model_name"], told["modelspec.author"]) == (stands_for, "me")
+    assert told.get("modelspec.license") == licence
+    card = model_card(config, Path("x"), product.teacher())
+    assert f"distilled from `{stands_for}`" in card
+    opened = {"tiny": '"lcmdistill") / "assets" / "tiny"'}.get(alias, f'"{stands_for}"')
+    assert opened in python_of(card)
+    assert (".from_single_file(" in python_of(card)) == stands_for.endswith(".safetensors")
     assert ("base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card) == (alias == "sd15")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front.get("license") == licence
+    assert (f"The licence is the\nteacher's: {licence}." in card) == (licence is not None)
+    for text in (card, json.dumps(told)):
+        assert "/home/me" not in text
+        assert "secret" not in text
+        assert str(small_teacher.parent) not in text
+        assert "/opt" not in text
     recorded = {**product.recorded, "teacher.model": alias}
     request = exporting.Request(tmp_path / "peft", torch.float32, 1.0, verify=False)
     exporting.peft(replace(product, recorded=recorded), request)
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
-        stands_for
-    )
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == stands_for
 
 
 @pytest.mark.parametrize(
@@ -343,3 +378,78 @@ def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
     for name in (ONLINE, None, TARGET, ONLINE):
         choose_adapter(student.network, name)
     assert all(torch.equal(before[k], v) for k, v in adapter_parameters(student.network, TARGET).items())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "own", "chosen", "said"),
+    [
+        ("TCDScheduler", None, "DDIMScheduler", "TCDScheduler", False),
+        (None, "TCDScheduler", "DDIMScheduler", "TCDScheduler", False),
+        (None, None, "DDIMScheduler", "LCMScheduler", False),
+        (None, None, "TCDScheduler", "TCDScheduler", False),
+        ("LCMScheduler", "TCDScheduler", "DDIMScheduler", "LCMScheduler", True),
+    ],
+)
+@pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft"])
+def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
+    first: str | None,
+    second: str | None,
+    own: str,
+    chosen: str,
+    said: bool,
+    name: str,
+    lora_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    from safetensors.torch import save_file
+
+    loras = []
+    for i, scheduler in enumerate((first, second)):
+        place = tmp_path / f"{i}"
+        output = place / "out.safetensors" if name == "kohya" else place
+        exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=False)
+        (file,) = place.glob("*.safetensors")
+        with safe_open(file, framework="pt") as opened_file:
+            told = dict(opened_file.metadata())
+        assert told.pop(SCHEDULER_KEY) == "LCMScheduler"
+        save_file(load_file(file), file, metadata={**told, **({SCHEDULER_KEY: scheduler} if scheduler else {})})
+        loras.append(str(output))
+    assert chosen_scheduler(loras, own) == chosen
+    told = capsys.readouterr().out
+    assert ("is for a TCDScheduler, and" in told) == said
+    if own == "DDIMScheduler" and not said:
+        pipeline = load_student(load_product(lora_run).recorded["teacher.model"], torch.device("cpu"), loras)
+        assert type(pipeline.scheduler).__name__ == chosen
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_best_validation_s_weights_are_exported_where_they_are_asked_for(
+    kind: str, lora_run: Path, small_run: Path, tmp_path: Path, command: Command
+):
+    from lcmdistill.best import keep_best
+
+    run = tmp_path / "run"
+    shutil.copytree(lora_run if kind == "lora" else small_run, run)
+    shutil.rmtree(run / "checkpoints" / "best", ignore_errors=True)
+    name, output = ("fused", tmp_path / "last") if kind == "lora" else ("pipeline", tmp_path / "last")
+    words = ["export", run, "--format", name, "--dtype", "fp32"]
+    code, _, error = command(*words, "--weights", "best", "--output", tmp_path / "none")
+    assert (code, "has kept no best validation" in error) == (2, True)
+
+    last = load_product(run)
+    groups, _ = load_checkpoint(checkpoints(run / "checkpoints")[-1])
+    better = {key: value + 0.05 for key, value in groups["target"].items()}
+    (run / "metrics.jsonl").write_text('{"step": 1, "val/ssim_4": 0.9}\n')
+    keep_best(run, "ssim_4", 1, better)
+    for weights in ("last", "best"):
+        output = tmp_path / weights
+        code, told, error = command(*words, "--weights", weights, "--output", output)
+        assert (code, error) == (0, "")
+        assert "largest difference" in told
+    files = [tmp_path / weights / "unet/diffusion_pytorch_model.safetensors" for weights in ("last", "best")]
+    of_last, of_best = map(load_file, files)
+    assert any(not torch.equal(of_last[key], of_best[key]) for key in of_last)
+    if kind == "full":
+        assert all(torch.equal(of_best[key], value) for key, value in better.items())
+        assert all(torch.equal(of_last[key], value) for key, value in last.pipeline().unet.state_dict().items())

@@ -18,9 +18,11 @@ from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.program import Wish, evaluate
 from lcmdistill.evaluate.results import read_results
 from lcmdistill.export import export
+from lcmdistill.methods import METHODS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives import forwards as evaluations
 from lcmdistill.prediction import to_x0_eps
+from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
 from lcmdistill.sample import draw, find_model, load_student
 from lcmdistill.schedule import vp_schedule
@@ -103,7 +105,7 @@ def test_the_loss_curve_is_the_golden_one(run: Runner, objective: str) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_is_validated_and_its_card_says_what_it_is_and_how_it_is_used(run: Runner, objective: str) -> None:
     folder = run(objective, optim__max_train_steps=1, run__validate_every=1, run__validation_prompts=("red heart",))
-    assert len(list((folder / "samples").iterdir())) == 2
+    assert len(list((folder / "samples").glob("step-*.png"))) == 2
     # an LCM that is fine-tuned has no teacher to be measured against
     lines = (folder / "metrics.jsonl").read_text()
     assert ('"val/rmse_4"' in lines) == (objective != "lcf")
@@ -165,6 +167,9 @@ def test_a_tcd_lora_is_drawn_by_its_scheduler(tcd_lora: Path, command: Command, 
         header = file.metadata()
     assert header["modelspec.description"].startswith("TCD-LoRA distilled from")
     assert header["modelspec.usage_hint"].startswith("TCD sampler")
+    assert header["lcmdistill.scheduler"] == "TCDScheduler"
+    alone = load_student(str(found.teacher), torch.device("cpu"), found.loras)  # as --model BASE --lora FILE
+    assert type(alone.scheduler).__name__ == "TCDScheduler"
     code, said, _ = command("sample", tcd_lora, "--prompt", "red heart", "--eta", "0.5", "--output", "out")
     assert code == 0, said
     assert "guidance scale 1" in said
@@ -175,6 +180,29 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     export(tcd_lora, "fused", tmp_path / "fused", **options)
     assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["scheduler"][1] == "TCDScheduler"
     assert ", eta=0.3)" in (tmp_path / "fused" / "README.md").read_text()
+    said = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
+    assert "TCD sampler, 4 steps, CFG 1" in said
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["modelspec.usage_hint"].startswith("TCD sampler")
+    assert header["lcmdistill.recommended_sampler"] == "TCD"
+    assert "lcm" not in header["modelspec.tags"]
+    assert header["modelspec.description"].startswith("TCD student distilled from small")
+
+
+@pytest.mark.parametrize("objective", list(METHODS))
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_users_are_told_names_the_method_s_own_sampler(objective: str, kind: str) -> None:
+    config = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 2.0}
+    cards = {use["name"]: use for use in uses(Path("runs/x"), config | {"objective.name": objective}, 4)}
+    if objective == "tcd":
+        assert "sampler TCD with eta 0.3" in cards["A1111"]["lines"][1]
+        assert "ComfyUI-TCD" in cards["ComfyUI"]["lines"][1]
+    else:
+        assert "sampler LCM" in cards["A1111"]["lines"][1]
+        assert "TCD" not in str(cards)
+    if kind == "lora":
+        assert METHODS[objective].scheduler in cards["diffusers"]["code"]
 
 
 def test_eta_is_passed_on_and_zero_adds_no_noise(run: Runner) -> None:

@@ -25,6 +25,9 @@ def export(
         Literal["int8"] | None,
         typer.Option(help="onnx: int8 for the weights of matrix products and what they are multiplied with."),
     ] = None,
+    weights: Annotated[
+        Literal["last", "best"], typer.Option(help="Those of the run's end, or of its best validation.")
+    ] = "last",
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
     ] = True,
@@ -38,7 +41,12 @@ def export(
 
     if push_to_hub:
         hub.check_login(push_to_hub)
-    options: dict[str, Any] = {"dtype": dtype, "guidance_scale": guidance_scale, "quantize": quantize}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "guidance_scale": guidance_scale,
+        "quantize": quantize,
+        "weights": weights,
+    }
     say(exporting.export(run, format_, output, **options, verify=verify))
     if push_to_hub:
         publish.publish_export(run, format_, output, push_to_hub)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,15 +13,15 @@ from lcmdistill.export.lora_files import Lora, header, write_diffusers_lora, wri
 from lcmdistill.export.onnx_files import cases_of, need_onnx, verify_onnx, write_onnx
 from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
-from lcmdistill.export.single_file import configs_of, read_back, write_single_file
+from lcmdistill.export.single_file import configs_of, file_header, read_back, write_single_file
 from lcmdistill.export.verify import BOUNDS, Outputs, compared, network_outputs, pipeline_outputs
 from lcmdistill.lora import merge_lora
 from lcmdistill.methods import omega_range
-from lcmdistill.modelcard import card_for
+from lcmdistill.modelcard import card_for, put_card
 from lcmdistill.rundir import check_place
-from lcmdistill.teachers import resolve_alias
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import network_of
+from lcmdistill.teachers.public import public_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Request:
 
 
 def pipeline(product: Product, request: Request) -> str:
-    """A diffusers pipeline folder, really cast, with an LCMScheduler."""
+    """A diffusers pipeline folder, really cast, with the student's scheduler."""
     if product.lora is not None:
         raise UsageError("a LoRA run has no U-Net of its own; use --format fused for a full pipeline, or kohya")
     return _pipeline_folder(product, request)
@@ -59,7 +59,8 @@ def _pipeline_folder(product: Product, request: Request) -> str:
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
     with written_aside(request.output) as aside:
-        write_pipeline(made.to(dtype=request.dtype), aside, _export_card(product, "pipeline", str(request.output)))
+        write_pipeline(made.to(dtype=request.dtype), aside, "")
+        _put_card(product, "pipeline", request.output, aside)
         if not request.verify:
             return f"{request.output}: not verified"
         from diffusers import DiffusionPipeline
@@ -68,6 +69,10 @@ def _pipeline_folder(product: Product, request: Request) -> str:
         again = DiffusionPipeline.from_pretrained(aside, torch_dtype=request.dtype)
         got = pipeline_outputs(again, request.guidance_scale)
         return compared(got, expected, BOUNDS[request.dtype], request.output)
+
+
+def _put_card(product: Product, name: str, output: Path, folder: Path) -> None:
+    put_card(_export_card(product, name, str(output)), product.run, folder)
 
 
 def export_card(run: Path, name: str, place: str, file: str = "") -> str:
@@ -81,10 +86,10 @@ def _export_card(product: Product, name: str, place: str, file: str = "") -> str
     free = omega_range(product.recorded) is None
     has_omega = product.lora is None and name in ("pipeline", "onnx") and not free
     loaded_as = "pipeline" if name == "fused" else name
-    model, method = resolve_alias(str(product.recorded["teacher.model"])), product.method
+    model, method = str(product.recorded["teacher.model"]), product.method
     guidance = product.guidance_scale if has_omega or free else 1.0
     about = {"method": method, "guidance": guidance, "takes_omega": has_omega, "is_xl": product.is_xl}
-    return card_for(card, loaded_as, place, file, model, **about)
+    return card_for(card, loaded_as, place, file, model, **about, network=product.network_name)
 
 
 def _lora_of(product: Product, name: str) -> Lora:
@@ -137,7 +142,7 @@ def peft(product: Product, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
     with written_aside(request.output) as aside:
-        write_peft(lora, aside, resolve_alias(str(product.recorded["teacher.model"])))
+        write_peft(lora, aside, public_name(str(product.recorded["teacher.model"])), product.method.scheduler)
         if not request.verify:
             return f"{request.output}: not verified"
         from peft import PeftModel
@@ -154,16 +159,21 @@ def single_file(product: Product, request: Request) -> str:
     _need_text_unet(made, "single-file")
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
-    bakes = takes_omega(made.unet)
+    bakes, free = takes_omega(made.unet), omega_range(product.recorded) is None
+    cfg = product.guidance_scale if free else 1.0
     with file_written_aside(path) as aside, configs_of(made) as configs:
         write_single_file(
             made,
             aside,
             dtype=request.dtype,
             guidance_scale=request.guidance_scale if bakes else None,
-            metadata={"modelspec.title": path.stem},
+            metadata=file_header(product.recorded, path.stem),
+            method=product.method,
+            cfg=cfg,
         )
-        use = f"put it among the checkpoints of A1111 or ComfyUI: {product.method.sampler} sampler, 4 steps, CFG 1"
+        use = (
+            f"put it among the checkpoints of A1111 or ComfyUI: {product.method.sampler} sampler, 4 steps, CFG {cfg:g}"
+        )
         if not request.verify:
             return f"{path}: not verified; {use}"
         del made
@@ -180,7 +190,7 @@ def onnx(product: Product, request: Request) -> str:
     _merge_adapter(product, made)
     with written_aside(request.output) as aside:
         write_onnx(made, aside, request.quantize)
-        (aside / "README.md").write_text(_export_card(product, "onnx", str(request.output)), encoding="utf-8")
+        _put_card(product, "onnx", request.output, aside)
         if not request.verify:
             return f"{request.output}: not verified"
         del made
@@ -221,15 +231,16 @@ def export(
     guidance_scale: float | None,
     verify: bool,
     quantize: str | None = None,
+    weights: Literal["last", "best"] = "last",
 ) -> str:
     """Write a run's product and compare it with the run; returns a sentence that says how far off it is.
 
-    dtype: fp16, bf16 or fp32; quantize: None or int8. Raises UsageError for a format that the run cannot be, RunError if
-    the reloaded file gives other values.
+    dtype: fp16, bf16 or fp32; quantize: None or int8; weights: of the run's end, or of its best validation. Raises
+    UsageError for a format that the run cannot be, RunError if the reloaded file gives other values.
     """
     if quantize is not None and name != "onnx":
         raise UsageError(f"--quantize {quantize} is for --format onnx; leave it out, or choose --dtype for {name}")
-    product = load_product(run)
+    product = load_product(run, weights)
     if output.exists():
         raise UsageError(f"--output {output} exists; name a new one")
     check_place(output)

@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.errors import UsageError
-from lcmdistill.export.single_file import architecture_of, layout_of
+from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.lora import LoraLayer, put_lora
 from lcmdistill.methods import METHODS, omega_range
-from lcmdistill.teachers import public_name
 from lcmdistill.teachers.drawing import network_of
+from lcmdistill.teachers.public import public_name
 
 Lora = Mapping[str, LoraLayer]
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 "original layout -> sd-scripts' name of the base, by whose beginning A1111 and its kin know what a LoRA is for"
+
+
+SCHEDULER_KEY = "lcmdistill.scheduler"
+"where a file's header names the class of diffusers that draws with it"
 
 
 def rank_of(lora: Lora) -> int:
@@ -87,13 +91,14 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
+        **file_header(recorded, title),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{method.lora} {method.how} {base} with {omega}",
         "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1",
         "modelspec.tags": f"{method.sampler.lower()},{method.lora.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        SCHEDULER_KEY: method.scheduler,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
@@ -122,11 +127,12 @@ def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) 
     save_file(peft_tensors(lora, "unet"), folder / "pytorch_lora_weights.safetensors", metadata=described)
 
 
-def write_peft(lora: Lora, folder: Path, base_model: str) -> None:
-    """A peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`."""
+def write_peft(lora: Lora, folder: Path, base_model: str, scheduler: str) -> None:
+    """A peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`. scheduler: what draws with it."""
     config = {**adapter_config(lora), "base_model_name_or_path": base_model, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    told = {"format": "pt", SCHEDULER_KEY: scheduler}
+    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata=told)
 
 
 def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
@@ -141,16 +147,9 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
 
     Raises UsageError if the file is not there, holds no LoRA, or has layers that the model has not.
     """
-    path = Path(lora).expanduser()
-    if not path.exists():
-        raise UsageError(f"--lora {lora} does not exist; give a .safetensors file, or a diffusers or peft folder")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if len(files) != 1 or files[0].suffix != ".safetensors":
-        raise UsageError(
-            f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
-        )
-    weights = _tensors_of(files[0])
-    adapter = files[0].with_name("adapter_config.json")
+    file = _file_of(lora)
+    weights = _tensors_of(file)
+    adapter = file.with_name("adapter_config.json")
     if adapter.is_file():
         # diffusers takes no alpha beside peft's keys; as kohya keys the same weights keep it.
         weights = kohya_tensors(_from_peft(weights, json.loads(adapter.read_text(encoding="utf-8"))), torch.float32)
@@ -159,14 +158,35 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
     if not hasattr(pipeline, "load_lora_weights"):
         if not adapter.is_file():
             raise UsageError(f"--lora {lora} is no peft folder, the only kind that a {type(network).__name__} takes")
-        put_lora(network, _from_peft(_tensors_of(files[0]), json.loads(adapter.read_text(encoding="utf-8"))), name)
+        put_lora(network, _from_peft(_tensors_of(file), json.loads(adapter.read_text(encoding="utf-8"))), name)
         return
-    source: Any = weights if adapter.is_file() else str(files[0].parent)
-    options = {} if adapter.is_file() else {"weight_name": files[0].name}
+    source: Any = weights if adapter.is_file() else str(file.parent)
+    options = {} if adapter.is_file() else {"weight_name": file.name}
     try:
         pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+
+
+def scheduler_of(lora: str) -> str | None:
+    """The scheduler that a LoRA's header names; None of one that lcmdistill did not train."""
+    try:
+        with safe_open(_file_of(lora), framework="pt") as file:
+            return (file.metadata() or {}).get(SCHEDULER_KEY)
+    except SafetensorError as error:
+        raise UsageError(f"--lora {lora} is no safetensors file: {error}") from error
+
+
+def _file_of(lora: str) -> Path:
+    path = Path(lora).expanduser()
+    if not path.exists():
+        raise UsageError(f"--lora {lora} does not exist; give a .safetensors file, or a diffusers or peft folder")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        raise UsageError(
+            f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
+        )
+    return files[0]
 
 
 def _from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:

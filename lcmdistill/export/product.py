@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import safe_open
+from torch import Tensor
 
+from lcmdistill.best import load_best
 from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint, written_aside
 from lcmdistill.config import flatten
 from lcmdistill.errors import UsageError
@@ -18,23 +20,33 @@ from lcmdistill.modelcard import model_card
 from lcmdistill.rundir import has_product, recorded, teacher_of
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Student
-from lcmdistill.teachers import load_pipeline, load_teacher, resolve_alias
+from lcmdistill.teachers import load_pipeline, load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.drawing import network_of
+from lcmdistill.teachers.public import public_name
 
 
 @dataclass(frozen=True)
 class Product:
-    """A finished run. recorded: its settings, {"section.key": value}; lora: its adapter, None for a full student."""
+    """A finished run. recorded: its settings, {"section.key": value}; lora: its adapter, None for a full student.
+
+    weights: of a full student, those that are to take the place of its last ones.
+    """
 
     run: Path
     recorded: Mapping[str, Any]
     lora: Lora | None
+    weights: Mapping[str, Tensor] | None = None
 
     @property
     def method(self) -> Method:
         """What the run's objective is called, and what samples its student."""
         return METHODS[self.recorded["objective.name"]]
+
+    @property
+    def network_name(self) -> str:
+        """What the teacher's pipeline calls the network: "unet", or "transformer", whose adapters are peft's alone."""
+        return "transformer" if (self.run / "lora" / "adapter_config.json").is_file() else "unet"
 
     @property
     def guidance_scale(self) -> float:
@@ -64,7 +76,10 @@ class Product:
     def pipeline(self) -> Any:
         """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
         if self.lora is None:
-            return load_pipeline(str(self.run / "pipeline"))
+            pipeline = load_pipeline(str(self.run / "pipeline"))
+            if self.weights is not None:
+                network_of(pipeline).load_state_dict(self.weights)
+            return pipeline
         pipeline = self.base_pipeline()
         put_lora(network_of(pipeline), self.lora, ONLINE)
         return pipeline
@@ -75,8 +90,9 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     if config.student.kind == "lora":
         lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
         if teacher.network_name != "unet":  # peft's folder is what a transformer's readers know
+            scheduler = METHODS[config.objective_name].scheduler
             with written_aside(folder / "lora") as aside:
-                write_peft(lora, aside, resolve_alias(config.teacher.model))
+                write_peft(lora, aside, public_name(config.teacher.model), scheduler)
             return folder / "lora"
         path = folder / "lora" / f"{folder.name}.safetensors"
         with file_written_aside(path) as aside:
@@ -88,17 +104,32 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     return folder / "pipeline"
 
 
-def load_product(run: Path) -> Product:
-    """A finished run's product. Raises UsageError if the folder is no run, or the run has not finished."""
+def load_product(run: Path, weights: Literal["last", "best"] = "last") -> Product:
+    """A finished run's product. weights: those of its end, or of its best validation.
+
+    Raises UsageError if the folder is no run, the run has not finished, or it has kept no best.
+    """
     found = recorded(run)
     if not found:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
     if found.get("student.kind", "full") == "full":
         if not has_product(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-        return Product(run, found, None)
+        return Product(run, found, None, _best(run) if weights == "best" else None)
     saved = checkpoints(run / "checkpoints")
     if not saved or not has_product(run):
         raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
+    alpha = float(found["student.alpha"])
+    if weights == "best":
+        return Product(run, found, from_checkpoint(_best(run), alpha))
     groups, _ = load_checkpoint(saved[-1])
-    return Product(run, found, from_checkpoint(groups["target"] or groups["student"], float(found["student.alpha"])))
+    return Product(run, found, from_checkpoint(groups["target"] or groups["student"], alpha))
+
+
+def _best(run: Path) -> dict[str, Tensor]:
+    kept = load_best(run)
+    if kept is None:
+        raise UsageError(
+            f"--weights best: {run} has kept no best validation (run.validate_every and run.best_metric); export the last"
+        )
+    return kept[1]

@@ -22,7 +22,9 @@ from lcmdistill.export.original_layout import (
     original_vae,
 )
 from lcmdistill.export.pipeline import STEPS
+from lcmdistill.methods import METHODS, Method
 from lcmdistill.teachers.drawing import inpaints
+from lcmdistill.teachers.public import licence_name, licence_of, public_name
 
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
@@ -73,16 +75,19 @@ def write_single_file(
     dtype: torch.dtype,
     guidance_scale: float | None = None,
     metadata: Mapping[str, str] | None = None,
+    method: Method = METHODS["lcm"],
+    cfg: float = 1.0,
 ) -> None:
     """Write `path` (.safetensors).
 
     guidance_scale: diffusers' convention, omega + 1; baked into a U-Net with an omega input, which needs it, and not
-    allowed otherwise. metadata: header strings, which win over the ones made here. Raises UsageError on what cannot be
+    allowed otherwise. metadata: header strings, which win over the ones made here. method, cfg: how it was distilled, and
+    the CFG scale to draw with. Raises UsageError on what cannot be
     written, RunError on a weight that has no place in the layout or is not finite in `dtype`.
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"a single file is read by its ending; name it {path.stem}.safetensors instead of {path.name}")
-    header = {**header_of(pipeline, guidance_scale), "modelspec.title": path.stem, **(metadata or {})}
+    header = {**header_of(pipeline, guidance_scale, method, cfg), "modelspec.title": path.stem, **(metadata or {})}
     tensors = original_tensors(pipeline, unet_for_file(pipeline.unet, guidance_scale))
     tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()} | _markers(pipeline.scheduler.config)
     save_file(tensors, path, metadata=header)
@@ -104,7 +109,18 @@ def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
     return INPAINTING.get(layout, known) if known and inpaints(pipeline) else known
 
 
-def header_of(pipeline: Any, guidance_scale: float | None) -> dict[str, str]:
+def file_header(recorded: Mapping[str, Any], title: str) -> dict[str, str]:
+    """What a run's settings, {"section.key": value}, tell of a file: its title, licence, author, and what it was made from."""
+    model, repo = str(recorded["teacher.model"]), recorded.get("run.push_to_hub")
+    base, licence, method = public_name(model), licence_name(licence_of(model)), METHODS[recorded["objective.name"]]
+    told = {"modelspec.title": title, "modelspec.description": f"{method.full} {method.how} {base}"}
+    told |= {"modelspec.license": licence} if licence else {}
+    return told | ({"modelspec.author": str(repo).partition("/")[0]} if repo else {})
+
+
+def header_of(
+    pipeline: Any, guidance_scale: float | None, method: Method = METHODS["lcm"], cfg: float = 1.0
+) -> dict[str, str]:
     """The safetensors header: what the file is and how it is to be sampled (ModelSpec 1.0.1).
 
     Raises UsageError on a prediction type that the programs do not know.
@@ -123,11 +139,11 @@ def header_of(pipeline: Any, guidance_scale: float | None) -> dict[str, str]:
         "modelspec.implementation": "sgm",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
-        "modelspec.tags": "lcm, latent-consistency-model",
-        "modelspec.usage_hint": f"LCM sampler, {STEPS} steps (2 to 8), CFG scale 1{baked}",
-        "lcmdistill.recommended_sampler": "LCM",
+        "modelspec.tags": ", ".join(method.tags),
+        "modelspec.usage_hint": f"{method.sampler} sampler, {STEPS} steps (2 to 8), CFG scale {cfg:g}{baked}",
+        "lcmdistill.recommended_sampler": method.sampler,
         "lcmdistill.recommended_steps": str(STEPS),
-        "lcmdistill.recommended_cfg_scale": "1",
+        "lcmdistill.recommended_cfg_scale": f"{cfg:g}",
         "lcmdistill.vae_scaling_factor": f"{pipeline.vae.config.scaling_factor:g}",
     }
     size = unet.config.sample_size
@@ -167,17 +183,20 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing)
         pipeline.save_config(folder)
-        parts: dict[str, Any] = pipeline.components
-        for name, part in parts.items():
-            if part is None:
-                continue
-            is_module = isinstance(part, nn.Module)
-            save = part.save_pretrained if not is_module else getattr(part, "save_config", None)
-            (save or part.config.save_pretrained)(folder / name)
+        for name in pipeline.components:
+            _save_config(getattr(pipeline, name), folder / name)
         # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
         config = folder / "unet" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
+        del pipeline  # so that who lets go of it has its memory back
         yield folder
+
+
+def _save_config(part: Any, folder: Path) -> None:
+    """A part's config, or a part without weights as a whole."""
+    if part is not None:
+        save = part.save_pretrained if not isinstance(part, nn.Module) else getattr(part, "save_config", None)
+        (save or part.config.save_pretrained)(folder)
 
 
 def read_back(path: Path, configs: Path) -> Any:

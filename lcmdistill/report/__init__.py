@@ -11,6 +11,7 @@ from typing import Any
 
 from lcmdistill.best import advice, concern, history
 from lcmdistill.checkpoint import write_text
+from lcmdistill.config import toml_of
 from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.results import Results, read_results
@@ -22,7 +23,7 @@ from lcmdistill.report.curves import consistency_charts, good, quality_charts, t
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
-from lcmdistill.teachers import public_name
+from lcmdistill.teachers.public import public_name, without_folders
 from lcmdistill.tracking import read_metrics
 
 HERO_ROWS = 3
@@ -77,7 +78,6 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     charts = training_charts(lines)
     quality = {} if results is None else _quality(results)
     cards = drawn(quality.get("charts", []), charts)
-    settings = run / "config.toml"
     values: dict[str, Any] = {
         "name": run.name,
         "folder": str(run),
@@ -94,7 +94,7 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "grids": validation_grids(run / "samples", 0),
         "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
         "made": made_of(config),
-        "settings": settings.read_text(encoding="utf-8").strip(),
+        "settings": toml_of(without_folders(config)).strip(),
     }
     titles = {"matrix": ("steps", "Steps and guidance"), "quality": ("quality", "How good"), "times": ("time", "Time")}
     titles |= {"training": ("training", "Training"), "grids": ("validation", "Validation")}

@@ -4,15 +4,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.methods import METHODS, omega_range
-from lcmdistill.teachers import resolve_alias
+from lcmdistill.methods import ETA, METHODS, omega_range
+from lcmdistill.recognise import read_header
+from lcmdistill.teachers.public import in_python
+
+
+def _class_of(lora: Path) -> str:
+    """The class of the pipeline that a LoRA's file is for, by its header."""
+    if not lora.is_file():
+        return "StableDiffusionPipeline"
+    is_xl = read_header(lora).metadata.get("ss_base_model_version", "").startswith("sdxl")
+    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
 
 
 def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any]]:
     """A card each: name, lines of text, and code where there is some. steps: how many are recommended."""
     method, free = METHODS[config["objective.name"]], omega_range(config) is None
     guidance = config["run.validation_guidance_scale"]
-    sampler = f"sampler {method.sampler}, {steps} steps, CFG {guidance if free else 1:g}"
+    settings = f"{steps} steps, CFG {guidance if free else 1:g}"
+    sampler, comfy = (
+        f"sampler {method.sampler}, {settings}",
+        f"ModelSamplingDiscrete set to lcm; KSampler: sampler LCM, {settings}",
+    )
+    if method.sampler == "TCD":  # which with eta 1 is the LCM sampler
+        sampler = f"sampler TCD with eta {ETA:g}, or LCM where there is no TCD, {settings}"
+        comfy += f". For TCD's own sampler with eta {ETA:g} add the custom nodes ComfyUI-TCD"
     acts = "Guidance and negative prompts act when it draws, at twice the cost."
     command = {
         "name": "Command line",
@@ -29,10 +45,9 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
                     + (f". {acts}" if free else "; its guidance is in its weights.")
                 ],
                 "code": _DIFFUSERS_LORA.format(
-                    model=resolve_alias(config["teacher.model"]),
+                    loaded=in_python(config["teacher.model"], _class_of(run / "lora" / file), method.scheduler),
                     run=run,
                     file=file,
-                    scheduler=method.scheduler,
                     call=method.call(steps, guidance if free else 1),
                 ),
             },
@@ -40,7 +55,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
                 "name": "ComfyUI",
                 "lines": [
                     f"Copy lora/{file} to models/loras.",
-                    f"Load checkpoint, Load LoRA at strength 1, ModelSamplingDiscrete set to lcm; KSampler: {sampler}.",
+                    f"Load checkpoint, Load LoRA at strength 1, {comfy}.",
                 ],
                 "code": None,
             },
@@ -69,7 +84,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
             "name": "ComfyUI",
             "lines": [
                 "Write a single file, with the guidance baked in, and copy it to models/checkpoints:",
-                f"Load checkpoint, then ModelSamplingDiscrete set to lcm; KSampler: {sampler}.",
+                f"Load checkpoint, then {comfy}.",
             ],
             "code": export,
         },
@@ -87,9 +102,5 @@ _DIFFUSERS_FULL = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{run}/pipeline")
 image = {call}.images[0]"""
 
-_DIFFUSERS_LORA = """from diffusers import DiffusionPipeline, {scheduler}
-
-pipeline = DiffusionPipeline.from_pretrained("{model}")
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-pipeline.load_lora_weights("{run}/lora", weight_name="{file}")
+_DIFFUSERS_LORA = """{loaded}pipeline.load_lora_weights("{run}/lora", weight_name="{file}")
 image = {call}.images[0]"""

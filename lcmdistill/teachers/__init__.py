@@ -46,11 +46,6 @@ def resolve_alias(model: str) -> str:
     return ALIASES.get(model, model)
 
 
-def public_name(model: str) -> str:
-    """The name that others know a model by: an alias's hub id, and the bundled teacher's name rather than its folder."""
-    return "tiny" if model == "tiny" else resolve_alias(model)
-
-
 def load_pipeline(
     model: str,
     *,
