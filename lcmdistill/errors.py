@@ -27,6 +27,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The sentence and the exit code for any exception that reaches the command line."""
     if isinstance(error, UsageError | RunError | Interrupted):
         return str(error), error.exit_code
+    if isinstance(error, SystemExit):  # of `ends_on_sigterm`
+        return "stopped; what was saved before is intact", int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved before is intact", 130
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):

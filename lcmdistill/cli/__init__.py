@@ -14,6 +14,7 @@ from lcmdistill.cli.exporting import export
 from lcmdistill.cli.informing import info
 from lcmdistill.cli.training import distill, distill_lora
 from lcmdistill.errors import explain
+from lcmdistill.interrupt import ends_on_sigterm
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -46,7 +47,8 @@ def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
     try:
-        code = app(standalone_mode=False)  # what an Exit says; None if a command came to its end
+        with ends_on_sigterm():
+            code = app(standalone_mode=False)  # what an Exit says; None if a command came to its end
         if code == 130:  # which is how Typer passes Ctrl-C on
             raise KeyboardInterrupt
     except BaseException as error:

@@ -4,7 +4,7 @@ A LoRA here is a mapping from a layer's path in the U-Net to its LoraLayer.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -143,25 +143,25 @@ def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Lo
 
 
 def load_lora(pipeline: Any, lora: str, name: str) -> None:
-    """Put a LoRA of any of the three kinds on a pipeline, as adapter `name`.
+    """Put a LoRA of any of the three kinds on a pipeline, as adapter `name`, and its text encoders' layers on those.
 
     Raises UsageError if the file is not there, holds no LoRA, or has layers that the model has not.
     """
     file = _file_of(lora)
     weights = _tensors_of(file)
     adapter = file.with_name("adapter_config.json")
-    if adapter.is_file():
-        # diffusers takes no alpha beside peft's keys; as kohya keys the same weights keep it.
-        weights = kohya_tensors(_from_peft(weights, json.loads(adapter.read_text(encoding="utf-8"))), torch.float32)
+    of_peft = from_peft(weights, _json_of(adapter), lora) if adapter.is_file() else None
+    weights = weights if of_peft is None else kohya_tensors(of_peft, torch.float32)
     network = network_of(pipeline)
-    _check_fit(network, weights, lora)
+    _check_fit(pipeline, network, weights, lora)
     if not hasattr(pipeline, "load_lora_weights"):
-        if not adapter.is_file():
+        if of_peft is None:
             raise UsageError(f"--lora {lora} is no peft folder, the only kind that a {type(network).__name__} takes")
-        put_lora(network, _from_peft(_tensors_of(file), json.loads(adapter.read_text(encoding="utf-8"))), name)
+        put_lora(network, of_peft, name)
         return
-    source: Any = weights if adapter.is_file() else str(file.parent)
-    options = {} if adapter.is_file() else {"weight_name": file.name}
+    is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
+    source: Any = _even(weights) if is_kohya else str(file.parent)
+    options = {} if is_kohya else {"weight_name": file.name}
     try:
         pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
@@ -189,14 +189,50 @@ def _file_of(lora: str) -> Path:
     return files[0]
 
 
-def _from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
+def _even(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """kohya's tensors with each layer's alpha in its weights, and zeros up to one rank.
+
+    diffusers knows neither alphas nor ranks that differ from layer to layer, and takes none beside peft's keys.
+    """
+    stems = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
+    most = max(len(weights[f"{stem}.lora_down.weight"]) for stem in stems)
+    made = {key: value for key, value in weights.items() if key.removesuffix(".alpha") not in stems}
+    for stem in stems:
+        down, up = (weights[f"{stem}.lora_{part}.weight"].float() for part in ("down", "up"))
+        rank = len(down)
+        up = up * (float(weights.get(f"{stem}.alpha", rank)) / rank)
+        made[f"{stem}.lora_down.weight"] = torch.cat([down, down.new_zeros(most - rank, *down.shape[1:])])
+        made[f"{stem}.lora_up.weight"] = torch.cat([up, up.new_zeros(len(up), most - rank, *up.shape[2:])], 1)
+    return made
+
+
+def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], lora: str) -> dict[str, LoraLayer]:
+    """A peft adapter's tensors and config as a Lora; ranks, alphas and rsLoRA's other scale as peft reads them.
+
+    Raises UsageError if it holds more than plain low-rank updates, which would be lost.
+    """
+    from peft.utils.other import get_pattern_key
+
     plain = {key.removeprefix("base_model.model.").removesuffix(".weight"): value for key, value in weights.items()}
     paths = [key.removesuffix(".lora_A") for key in plain if key.endswith(".lora_A")]
-    alphas = config.get("alpha_pattern") or {}
-    return {
-        path: LoraLayer(plain[f"{path}.lora_A"], plain[f"{path}.lora_B"], float(alphas.get(path, config["lora_alpha"])))
-        for path in paths
-    }
+    others = [key for key in plain if key.removesuffix(".lora_A").removesuffix(".lora_B") not in paths]
+    if config.get("peft_type", "LORA") != "LORA" or others:
+        what = f"such as {others[0]}" if others else f"{config['peft_type']} and no LoRA"
+        raise UsageError(f"--lora {lora} holds more than plain LoRA layers, {what}; export it with them merged")
+    patterns = config.get("alpha_pattern") or {}
+    layers = {}
+    for path in paths:
+        alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
+        down = plain[f"{path}.lora_A"]
+        # peft scales by alpha / sqrt(r) there (Kalajdzievski 2023), everybody else by alpha / r.
+        layers[path] = LoraLayer(
+            down, plain[f"{path}.lora_B"], alpha * len(down) ** (0.5 * bool(config.get("use_rslora")))
+        )
+    return layers
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
@@ -206,23 +242,27 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"--lora {path} is no safetensors file: {error}") from error
 
 
-def _check_fit(unet: Any, weights: Mapping[str, Tensor], lora: str) -> None:
-    """Every U-Net layer that a LoRA names must be in the model, with the same width of input and output."""
-    modules = {path.replace(".", "_"): module for path, module in unet.named_modules() if hasattr(module, "weight")}
-    modules |= {path.removesuffix("_base_layer"): module for path, module in modules.items()}
-    absent, other = [], []
+def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora: str) -> None:
+    """Every layer that a LoRA names must be in the model, with the same width of input and output."""
+    widths = {
+        place: _widths(network if place == "unet" else getattr(pipeline, place, None))
+        for place in {place for _, place in _PREFIXES}
+    }
+    absent, other, known = [], [], False
     for key, value in weights.items():
-        for prefix, suffix, axis in _PATTERNS:
-            if key.startswith(prefix) and key.endswith(suffix):
-                path = key.removeprefix(prefix).removesuffix(suffix).replace(".", "_")
-                # The original layout's names (input_blocks and so on) are the loader's own business.
-                if path.startswith(("input_blocks", "middle_block", "output_blocks")):
-                    continue
-                if path not in modules:
-                    absent.append(key)
-                elif value.shape[axis] != modules[path].weight.shape[axis]:
-                    other.append(key)
-    if not any(key.startswith(prefix) for key in weights for prefix, _, _ in _PATTERNS):
+        prefix, place = next(((p, place) for p, place in _PREFIXES if key.startswith(p)), ("", ""))
+        suffix, axis = next(((s, axis) for s, axis in _SUFFIXES if key.endswith(s)), ("", 0))
+        if not prefix or not suffix:
+            continue
+        known, path = True, _flat(key.removeprefix(prefix).removesuffix(suffix))
+        # The original layout's names (input_blocks and so on) are the loader's own business.
+        if path.startswith(("input_blocks", "middle_block", "output_blocks")):
+            continue
+        if path not in widths[place]:
+            absent.append(key)
+        elif value.shape[axis] != widths[place][path][axis]:
+            other.append(key)
+    if not known:
         raise UsageError(f"--lora {lora} holds no LoRA that is known here (kohya, diffusers or peft keys)")
     if absent or other:
         first = (absent or other)[0]
@@ -232,9 +272,24 @@ def _check_fit(unet: Any, weights: Mapping[str, Tensor], lora: str) -> None:
         )
 
 
-_PATTERNS = (
-    ("lora_unet_", ".lora_down.weight", 1),
-    ("lora_unet_", ".lora_up.weight", 0),
-    ("unet.", ".lora_A.weight", 1),
-    ("unet.", ".lora_B.weight", 0),
+def _widths(part: Any) -> dict[str, Sequence[int]]:
+    """{a layer's path with _: its weight's shape} of a network or text encoder, adapters on it or not; {} of None."""
+    named = [] if part is None else part.named_modules()
+    return {_flat(path.removesuffix(".base_layer")): m.weight.shape for path, m in named if hasattr(m, "weight")}
+
+
+def _flat(path: str) -> str:
+    """A path as kohya writes it, without the `text_model` that some versions of transformers leave out."""
+    return path.replace(".", "_").removeprefix("text_model_")
+
+
+_PREFIXES = (
+    ("lora_unet_", "unet"),
+    ("lora_te_", "text_encoder"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("unet.", "unet"),
+    ("text_encoder.", "text_encoder"),
+    ("text_encoder_2.", "text_encoder_2"),
 )
+_SUFFIXES = ((".lora_down.weight", 1), (".lora_up.weight", 0), (".lora_A.weight", 1), (".lora_B.weight", 0))
