@@ -256,9 +256,12 @@ def _check(config: RunConfig) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UsageError(f"{key} is {value}; it must be at least 1")
+    if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
+        raise UsageError(f"teacher.drop is {unknown[0]!r}; what can be left out is safety_checker")
     if config.data.count is not None and config.data.count < 1:
         raise UsageError(f"data.count is {config.data.count}; it must be at least 1")
     not_negative = {
+        "teacher.clip_skip": config.teacher.clip_skip or 0,
         "data.min_size": config.data.min_size,
         "optim.learning_rate": config.optim.learning_rate,
         "optim.warmup_steps": config.optim.warmup_steps,

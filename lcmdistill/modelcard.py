@@ -87,8 +87,9 @@ _ELSEWHERE = {
 }
 
 
-def _image(method: Method, guidance: float) -> str:
-    return f"image = {method.call(4, guidance)}.images[0]"
+def _image(method: Method, guidance: float, clip_skip: int = 0) -> str:
+    call = method.call(4, guidance)
+    return f"image = {call.removesuffix(')') + f', clip_skip={clip_skip})' if clip_skip else call}.images[0]"
 
 
 def card_for(
@@ -157,12 +158,13 @@ def model_card(
         **({"widget": shown} if shown else {}),
     )
     guidance = config.run.validation_guidance_scale or 1.0
+    is_xl = "text_encoder_2" in teacher.pipeline.components  # whose files cannot say what to skip
     adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
     use = (adapter if is_lora else _FULL_USE).format(
         folder=folder,
         guidance=guidance,
         sampler=method.sampler,
-        call=_image(method, guidance),
+        call=_image(method, guidance, (config.teacher.clip_skip or 0) if is_xl else 0),
         loaded=in_python(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
     )
     use += _GUIDANCE[guidance_of(teacher, config.student, objective.omega)]
@@ -190,7 +192,7 @@ def model_card(
 - {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "trained without guidance"}
 - {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
-{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
+{_pieces(config, built_in=not is_xl and not is_lora)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
 
 {use}
@@ -201,6 +203,21 @@ def model_card(
 {toml_of(settings).strip()}
 ```
 """
+
+
+def _pieces(config: RunConfig, *, built_in: bool) -> str:
+    """What was changed of the teacher's parts, a line each. built_in: whether the files do without CLIP's last layers."""
+    skip, vae = config.teacher.clip_skip, config.teacher.vae
+    how = "the text encoder's files are made so" if built_in else "draw with as many"
+    told = (
+        f"- {skip} of CLIP's last layers skipped (`clip_skip={skip}`, A1111's clip skip {skip + 1}): {how}\n"
+        if skip
+        else ""
+    )
+    told += f"- the VAE is `{public_name(vae)}`, in place of the teacher's\n" if vae else ""
+    return told + (
+        "- without the teacher's safety checker\n" if "safety_checker" in (config.teacher.drop or ()) else ""
+    )
 
 
 def _pixel_use(folder: Path, teacher: Teacher) -> str:

@@ -14,7 +14,7 @@ from lcmdistill.config import flatten, has_key, to_toml, with_values
 from lcmdistill.data.cache import usable_count
 from lcmdistill.errors import UsageError
 from lcmdistill.methods import FREE_GUIDANCE, omega_range
-from lcmdistill.settings import RunConfig, TeacherConfig
+from lcmdistill.settings import SECTIONS, RunConfig, TeacherConfig
 from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 
@@ -122,7 +122,7 @@ def _asked(folder: Path) -> dict[str, Any]:
 
 
 def teacher_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `load_teacher` is to be told for a recorded run's teacher: model, revision, variant, allow_pickle."""
+    """What `load_teacher` is to be told for a recorded run's teacher: model, revision, its VAE and the like."""
     keys = [field.name for field in dataclasses.fields(TeacherConfig)]
     return {key: settings[f"teacher.{key}"] for key in keys if f"teacher.{key}" in settings}
 
@@ -176,6 +176,7 @@ def check_run(config: RunConfig) -> None:
         return
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
     unsettled = TEACHERS_OWN - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
+    before = {**_usual(), **before}  # a run that is older than a setting had its default
     keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
     keys += [k for k in ("data.count", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
@@ -187,6 +188,14 @@ def check_run(config: RunConfig) -> None:
             f"{folder} holds a run with {first} = {before.get(first)!r}, and this command says {now.get(first)!r}{more}; "
             "repeat the first command to resume it, or name another --output"
         )
+
+
+def _usual() -> dict[str, Any]:
+    """The defaults of the settings that every run has, as a file would say them."""
+    every = {
+        f"{name}.{field.name}": field.default for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in every.items() if v is not None}
 
 
 def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> None:

@@ -36,7 +36,8 @@ class Drawing:
 class Found:
     """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run.
 
-    options: what `load_pipeline` is to be told besides the path: a LoRA's teacher may have a revision or a variant.
+    options: what `load_pipeline` is to be told besides the path: a LoRA's teacher may have a revision or a variant, and
+    clip_skip and the VAE's arithmetic are the run's.
     """
 
     path: str
@@ -73,7 +74,8 @@ def find_model(model: str | None) -> Found:
         return Found(teacher, guidance, side, teacher, tuple(files), scheduler, options)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-    return Found(str(run / "pipeline"), guidance, side, config["teacher.model"])
+    options = {k: v for k, v in teacher_of(config).items() if k in ("vae_dtype", "vae_tiling", "clip_skip")}
+    return Found(str(run / "pipeline"), guidance, side, config["teacher.model"], options=options)
 
 
 def load_student(
@@ -104,6 +106,8 @@ def load_student(
         else:
             choose_adapters(network_of(pipeline), names, weights)
     pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    if "vae" in pipeline.components:
+        pipeline.vae.float()  # it computes in what it was told, and fp32 else: that of SDXL overflows in fp16
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and type(part).__name__.startswith("T5"):
             for name, module in part.named_modules():
@@ -173,9 +177,15 @@ def draw(
     drawings: list[Drawing] = []
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
-        told = call_options(pipeline, some, guidance_scale=guidance_scale, resolution=resolution, shown=shown)
+        told = call_options(
+            pipeline,
+            some,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            shown=shown,
+            negative_prompt=negative_prompt,
+        )
         told |= {} if eta is None else {"eta": eta}
-        told |= {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(some)}
         generators = [torch.Generator().manual_seed(seed) for seed in theirs]
         images = pipeline(**told, num_inference_steps=steps, generator=generators).images
         drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]

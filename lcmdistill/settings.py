@@ -102,6 +102,16 @@ class TeacherConfig:
     "weight files' variant, such as fp16"
     prediction_type: PredictionType | None = None
     "what the network predicts, where its files are wrong or do not say; by default what they say"
+    vae: str | None = None
+    "a VAE in place of its own: a diffusers folder, a hub id, or a .safetensors file"
+    vae_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    "arithmetic inside the VAE; in fp16 SDXL's own overflows"
+    vae_tiling: bool = False
+    "the VAE works image by image, in tiles of 512 px: less memory, and edges of tiles that may just be seen"
+    clip_skip: int | None = None
+    "CLIP's last layers that have no part in what a prompt says, in diffusers' count: 1 is A1111's clip skip 2"
+    drop: tuple[str, ...] | None = None
+    "parts that the student's pipeline goes without: safety_checker, which a teacher's licence may ask to keep"
     allow_pickle: bool = False
     "also read .bin weights; a pickle can run any code, so only from an author you trust"
 

@@ -135,7 +135,7 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         # Not before: what is refused leaves no folder behind.
         data, seed = config.data, config.run.seed
         open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources}, asked)
-    teacher.pipeline.to(accelerator.device)
+    teacher.to(accelerator.device)
     folders = prepare_all(config, teacher, accelerator, stop)
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
     if loud:

@@ -82,8 +82,8 @@ class Validation:
         teacher, device = self._teacher, network.device
         scheduler = METHODS[self._config.objective_name].scheduler
         pipeline = student_pipeline(teacher, network, self._config.data.resolution, scheduler=scheduler)
-        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        resting = [part for part in parts if part.device != device]
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        resting = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
         for part in resting:
             part.to(device)
         columns, numbers = [], {}

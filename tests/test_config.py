@@ -31,7 +31,8 @@ run.validation_prompts
 student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.start
 student.target
 student.target_modules
-teacher.allow_pickle teacher.model teacher.prediction_type teacher.revision teacher.variant
+teacher.allow_pickle teacher.clip_skip teacher.drop teacher.model teacher.prediction_type teacher.revision teacher.vae
+teacher.vae_dtype teacher.vae_tiling teacher.variant
 """
 
 
@@ -42,7 +43,13 @@ def value(config: RunConfig, dotted: str) -> Any:
 def test_the_option_list_is_frozen() -> None:
     optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.count": 1}
     optional |= {"data.max_watermark": 0.5, "data.cache_dir": "a", "run.validation_guidance_scale": 1.0}
-    optional |= {"run.push_to_hub": "a/b", "teacher.prediction_type": "epsilon"}
+    optional |= {
+        "run.push_to_hub": "a/b",
+        "teacher.prediction_type": "epsilon",
+        "teacher.vae": "a",
+        "teacher.clip_skip": 1,
+        "teacher.drop": ("safety_checker",),
+    }
     assert sorted(flatten(resolve({}, optional))) == sorted(KEYS.split())
 
 

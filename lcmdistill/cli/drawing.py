@@ -43,6 +43,13 @@ def sample(
         float | None,
         typer.Option(help="gamma of TCD: the share of fresh noise in a step, 0 to 1.  [default: 0.3, of TCD students]"),
     ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2.  [default: the run's own]",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
     ] = 0,
@@ -60,6 +67,7 @@ def sample(
     from lcmdistill.data.sources import read_prompts
     from lcmdistill.device import pick_device
     from lcmdistill.export.pipeline import is_pixel_pipeline
+    from lcmdistill.teachers.prompts import count_cut, token_limit
     from lcmdistill.tracking import progress, say
     from lcmdistill.validate import default_prompts
 
@@ -73,10 +81,13 @@ def sample(
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
-    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, found.options, found.scheduler)
+    options = {**found.options, **({} if clip_skip is None else {"clip_skip": clip_skip})}
+    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, options, found.scheduler)
     own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
     guidance = guidance_scale if guidance_scale is not None else own
     texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
+    if cut := count_cut(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
+        say(f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there")
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
         drawings = sampling.draw(

@@ -96,6 +96,14 @@ HOW: dict[str, Any] = {
     "prediction_type": _option(
         PredictionType | None, "What the teacher predicts, where its files are wrong or do not say."
     ),
+    "vae": _option(
+        str | None, "A VAE in place of the teacher's: a diffusers folder, a hub id, or a .safetensors file."
+    ),
+    "clip_skip": _option(int | None, "Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2."),
+    "drop": _option(
+        list[str] | None,
+        "safety_checker: leave it out of the run's pipeline, which else carries the teacher's, as its licence may ask.",
+    ),
     "variant": _option(str | None, "Variant of the teacher's weight files, such as fp16."),
     "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
     "push_to_hub": PushToHub,
@@ -115,6 +123,9 @@ SETTINGS = {
     "revision": "teacher.revision",
     "variant": "teacher.variant",
     "prediction_type": "teacher.prediction_type",
+    "vae": "teacher.vae",
+    "clip_skip": "teacher.clip_skip",
+    "drop": "teacher.drop",
     "data": "data.sources",
     "prompts": "data.prompts",
     "resolution": "data.resolution",

@@ -127,7 +127,7 @@ def evaluate(runs: Sequence[Path], wish: Wish) -> None:
         settings = teacher_of(each.config)
         if teacher is None or settings != before:
             teacher, before = load_teacher(**settings), settings
-            teacher.pipeline.to(device)
+            teacher.to(device)
         prompts = prompts or chosen_prompts(each, wish, teacher)
         _evaluate_one(each, wish, teacher, prompts, _guidance(each, subjects, wish), device)
 

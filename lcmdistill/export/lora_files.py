@@ -110,6 +110,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "ss_steps": str(recorded["optim.max_train_steps"]),
         "ss_learning_rate": str(recorded["optim.learning_rate"]),
         "ss_seed": str(recorded["run.seed"]),
+        **({"ss_clip_skip": str(skip + 1)} if (skip := recorded.get("teacher.clip_skip")) else {}),  # as A1111 counts
         "ss_mixed_precision": str(recorded["run.precision"]),
         "ss_training_comment": f"{method.lora}, k = {recorded.get('objective.skip', 1)}, {omegas.omega if omegas else omega}",
     }

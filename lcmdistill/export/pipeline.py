@@ -15,6 +15,7 @@ from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule
 from lcmdistill.teachers.base import Teacher, takes_omega
 from lcmdistill.teachers.drawing import also_told, own_size
 from lcmdistill.teachers.pixel import class_labels
+from lcmdistill.teachers.prompts import in_words
 
 STEPS = 4
 "the steps that a pipeline is set for unless it is told otherwise"
@@ -60,6 +61,7 @@ def call_options(
     guidance_scale: float | None,
     resolution: int | None,
     shown: tuple[Any, Any] | None = None,
+    negative_prompt: str | None = None,
 ) -> dict[str, Any]:
     """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
 
@@ -68,7 +70,8 @@ def call_options(
     """
     if not is_pixel_pipeline(pipeline):
         height, width = (resolution, resolution) if resolution else own_size(pipeline)
-        told = {"prompt": list(prompts), "guidance_scale": guidance_scale, "height": height, "width": width}
+        told = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        told |= in_words(pipeline, prompts, negative_prompt)
         return told | also_told(pipeline, len(prompts), height, width, shown)
     own = pipeline.unet.config.sample_size
     if resolution not in (None, own):
@@ -101,6 +104,8 @@ def student_pipeline(
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
     pipeline.set_progress_bar_config(disable=True)
+    if "_clip_skip" in source.config:
+        pipeline.register_to_config(_clip_skip=source.config["_clip_skip"])
     return pipeline
 
 
@@ -119,6 +124,10 @@ def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
         _loaded_in_fp32_by_default(path.with_name("config.json"))
         if "CLIPText" in path.with_name("config.json").read_text(encoding="utf-8"):
             _readable_by_transformers_4(path)
+    checker = folder / "safety_checker" / "model.safetensors"
+    if checker.is_file():
+        _loaded_in_fp32_by_default(checker.with_name("config.json"))
+        _readable_by_transformers_4(checker, "vision_model.", within="vision_model.")
     add_vocabularies(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -140,12 +149,13 @@ def _loaded_in_fp32_by_default(config: Path) -> None:
     config.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def _readable_by_transformers_4(path: Path) -> None:
-    """transformers >= 5.6 writes CLIP's text keys flat; version 4 wants `text_model.` and else takes random weights."""
+def _readable_by_transformers_4(path: Path, prefix: str = "text_model.", within: str = "") -> None:
+    """transformers >= 5.6 writes CLIP's keys flat; version 4 wants a prefix and else takes random weights.
+
+    within: what the keys of the CLIP begin with, where it is a part of another model, as of a safety checker.
+    """
     tensors = load_file(path)
-    if not any(key.startswith("text_model.") for key in tensors):
-        bare = {key: value for key, value in tensors.items() if not key.startswith("text_projection")}
-        rest = {key: value for key, value in tensors.items() if key.startswith("text_projection")}
-        save_file(
-            {**{f"text_model.{key}": value for key, value in bare.items()}, **rest}, path, metadata={"format": "pt"}
-        )
+    if not any(key.startswith(within + prefix) for key in tensors):
+        bare = {key for key in tensors if key.startswith(within) and not key.startswith("text_projection")}
+        named = {within + prefix + key.removeprefix(within) if key in bare else key: v for key, v in tensors.items()}
+        save_file(named, path, metadata={"format": "pt"})

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from lcmdistill.errors import RunError, UsageError
 from lcmdistill.recognise import read_header, recognise
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.inpaint import stable_diffusion_inpainting, stable_diffusion_xl_inpainting
+from lcmdistill.teachers.pieces import replace_vae, settle_vae, skip_last_layers
 from lcmdistill.teachers.pixart import pixart_alpha
 from lcmdistill.teachers.pixel import pixel_space
 from lcmdistill.teachers.sd import stable_diffusion
@@ -53,12 +54,35 @@ def load_pipeline(
     variant: str | None = None,
     allow_pickle: bool = False,
     prediction_type: str | None = None,
+    vae: str | None = None,
+    vae_dtype: str = "fp32",
+    vae_tiling: bool = False,
+    clip_skip: int | None = None,
+    drop: Sequence[str] | None = None,
 ) -> Any:
     """Any diffusers pipeline, in fp32, from an alias, a local diffusers folder or single file, or a hub id.
 
-    prediction_type: what the network predicts, where its files are wrong or do not say.
-    Raises UsageError if there is no such model or its weights are pickles, RunError if the hub cannot be reached.
+    prediction_type: what the network predicts, where its files are wrong or do not say; vae, vae_dtype, vae_tiling, clip_skip:
+    as in `pieces`; drop: parts to leave out. Raises UsageError if there is no such model or its weights are pickles, RunError
+    if the hub cannot be reached.
     """
+    pipeline = _opened(model, revision, variant, allow_pickle, prediction_type, drop or ())
+    if vae is not None:
+        replace_vae(pipeline, vae, allow_pickle=allow_pickle)
+    settle_vae(pipeline, vae_dtype, tiling=vae_tiling)
+    if clip_skip is not None:
+        skip_last_layers(pipeline, clip_skip)
+    return pipeline
+
+
+def _opened(
+    model: str,
+    revision: str | None,
+    variant: str | None,
+    allow_pickle: bool,
+    prediction_type: str | None,
+    drop: Sequence[str],
+) -> Any:
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -85,6 +109,9 @@ def load_pipeline(
             f"there is no model {model!r}; give an existing diffusers folder or .safetensors file, a hub id like owner/name, "
             f"or one of {', '.join(ALIASES)}"
         )
+    left_out: dict[str, Any] = dict.fromkeys(drop)
+    if "safety_checker" in drop:
+        left_out["requires_safety_checker"] = False
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             name,
@@ -92,12 +119,15 @@ def load_pipeline(
             variant=variant,
             use_safetensors=None if allow_pickle else True,
             torch_dtype=torch.float32,
+            **left_out,
         )
     except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    if local.is_dir() and (noted := json.loads((local / "model_index.json").read_text("utf-8")).get("_clip_skip")):
+        pipeline.register_to_config(_clip_skip=noted)  # of a student's pipeline; diffusers leaves it in the file
     return pipeline
 
 

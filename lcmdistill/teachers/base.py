@@ -118,6 +118,13 @@ class Teacher:
         prompt = self.own_prompts[0] if self.own_prompts else ""
         return z, t, self.encode_prompts([prompt]).to(device).expand(batch) | self.condition(shown).to(device)
 
+    def to(self, device: torch.device | str) -> None:
+        """Put all of it on a device but the safety checker, which looks at no latents."""
+        checker = self.pipeline.components.get("safety_checker")
+        self.pipeline.to(device)
+        if checker is not None:
+            checker.to("cpu")
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents' posterior, each (B, C, h, w) fp32.
@@ -127,7 +134,7 @@ class Teacher:
         config = self.vae.config
         posterior = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist
         shift = getattr(config, "shift_factor", None) or 0.0
-        return (posterior.mean - shift) * config.scaling_factor, posterior.std * config.scaling_factor
+        return (posterior.mean.float() - shift) * config.scaling_factor, posterior.std.float() * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -190,6 +197,8 @@ class Teacher:
             own.get("num_class_embeds"),
             own.get("_labels"),
         ]  # in pixel space no weights tell
+        told = self.pipeline.config
+        about += [told[key] for key in ("_vae", "_clip_skip") if told.get(key)]
         parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
         if with_network:
             about += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))

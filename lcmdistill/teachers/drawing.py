@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.methods import ETA
+from lcmdistill.teachers.prompts import in_words
 
 
 def network_of(pipeline: Any) -> Any:
@@ -68,7 +69,7 @@ def pipeline_latents(
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])
     with torch.autocast(network.device.type, dtype=dtype, enabled=dtype != torch.float32):
         out = pipeline(
-            prompt=list(prompts),
+            **in_words(pipeline, prompts),
             height=height,
             width=width,
             num_inference_steps=steps,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.errors import UsageError
 from lcmdistill.teachers.base import Shown, Teacher, omega_input, vp_teacher
+from lcmdistill.teachers.prompts import sdxl_embeddings
 from lcmdistill.teachers.sd import check_channels
 
 
@@ -30,15 +30,9 @@ def stable_diffusion_xl(pipeline: Any, more_channels: int = 0) -> Teacher:
         raise UsageError(
             "the teacher is an SDXL pipeline without a base U-Net or its first text encoder; give SDXL base"
         )
-    zero_null = pipeline.config.force_zeros_for_empty_prompt
 
-    @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Conditioning:
-        device = pipeline.text_encoder.device
-        embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, device, 1, False)
-        if zero_null:
-            told = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-            embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
+        embeds, pooled = sdxl_embeddings(pipeline, prompts)
         return Conditioning({"prompt_embeds": embeds.float(), "pooled": pooled.float()})
 
     teacher = vp_teacher(pipeline, pipeline.unet, call_unet_xl, encode_prompts, time_ids)
