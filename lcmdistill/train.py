@@ -140,7 +140,7 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     dataset = LatentDataset(folders, [config.data.count] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            say(f"data {spec}: {report}{left_out(spec, config.data, report, teacher.own_prompts)}")
+            say(f"data {spec}: {report}{left_out(spec, config.data, report, takes_prompts=not teacher.in_pixels)}")
     if not len(dataset):
         raise UsageError("the data hold nothing usable; run with --dry-run to see why")
     validation = Validation(config, teacher, folder) if loud else None

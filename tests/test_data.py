@@ -697,6 +697,9 @@ def test_what_a_count_leaves_out_is_said(tmp_path: Path, spec: str) -> None:
     assert said(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
     assert said("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
     assert {said(data, 3), said(data, None), said(spec, 100), said("teacher", 3000)} == {""}
+    config = DataConfig(sources=("teacher",), resolution=16, count=5)
+    report = survey(config, 0, seconds=60)[0]
+    assert cache.left_out("teacher", config, report, takes_prompts=False) == "", "there is nothing to take from"
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

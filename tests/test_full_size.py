@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MOST = 16.0
-"GiB that no command may pass: the fp32 pipeline is 4.0"
+MOST = 9.0
+"GiB that no command may pass: the largest measured was 7.3, of which the fp32 pipeline is 4.0"
 
 
 def peak(arguments: list[str], environment: dict[str, str]) -> tuple[str, float]:

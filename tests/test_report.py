@@ -13,12 +13,13 @@ import pytest
 from conftest import Command
 
 from lcmdistill.errors import UsageError
-from lcmdistill.evaluate.results import Results
+from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import seconds, verdict
 from lcmdistill.report import told, write_comparison, write_report
 from lcmdistill.report.card import add_to_card
 from lcmdistill.report.charts import Chart, Series, described, ticks, to_svg
 from lcmdistill.report.curves import loss_by_noise, training_charts
+from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.uses import uses
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -114,6 +115,69 @@ def test_a_run_that_was_not_evaluated_has_a_page_too(small_run: Path, tmp_path: 
     assert "Steps and guidance" not in page.text
     with pytest.raises(UsageError, match="has not been evaluated; run: lcmdistill evaluate"):
         told(run)
+
+
+def changed_sweep(run: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
+    path = run / "evaluation" / "sweep.json"
+    about = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    path.write_text(json.dumps({**about, **values}))
+
+
+def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    changed_sweep(run, drop=("held_out", "has_classes", "is_baked"), is_lora=True)
+    page = check_page(write_report(run))
+    assert "prompts that were held out of training" in page.text
+    assert "Its guidance is in its weights" in page.text
+    assert told(run) == told(evaluated_run).replace("small-lcm", "run")
+    assert add_to_card(run)
+    check_page(write_comparison([run, evaluated_run], tmp_path / "comparison.html"))
+
+
+@pytest.mark.parametrize(
+    ("has_classes", "said"),
+    [(True, "3 images in each cell, of 3 classes, all"), (False, "3 images in each cell, all from")],
+)
+def test_pictures_of_no_prompts_are_not_called_held_out(
+    evaluated_run: Path, tmp_path: Path, has_classes: bool, said: str
+):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    changed_sweep(run, held_out=False, has_classes=has_classes, is_baked=True)
+    page = check_page(write_report(run))
+    assert said in page.text
+    assert "held out" not in page.text
+    assert "guidance is in" not in page.text
+
+
+def test_guidance_that_does_little_is_said(evaluated_run: Path, tmp_path: Path):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    shades = {"student-02-g2": 100, "student-02-g4": 104, "teacher-50-g2": 100, "teacher-50-g4": 140}
+    shades |= {"student-01-g2": 100, "student-01-g4": 104}  # one of which the page looks at
+
+    def note(**others: int) -> str | None:
+        for name, shade in {**shades, **others}.items():
+            for path in (run / "evaluation" / "cells" / name).glob("*.webp"):
+                Image.new("RGB", (16, 16), (shade,) * 3).save(path, lossless=True)
+        results = read_results(run)
+        assert results is not None
+        return guidance_note(results, 2)
+
+    said = note()
+    assert said is not None
+    assert said.startswith(
+        "Between guidance 2 and 4 the student's pictures change by 1.6% of a pixel's range where the teacher's"
+    )
+    assert "by 15.7%" in said
+    assert said in check_page(write_report(run)).text.replace("\n", " ")
+    assert note(**{"student-02-g4": 120}) is None
+    few = note(**{"teacher-50-g4": 101})
+    assert few is not None
+    assert "the teacher's own pictures hardly differ, by 0.4%" in few
 
 
 def test_a_page_is_the_same_when_it_is_made_again(evaluated_run: Path):

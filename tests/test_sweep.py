@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from lcmdistill.config import resolve
 from lcmdistill.errors import UsageError
 from lcmdistill.evaluate import program, sweep
+from lcmdistill.evaluate.metrics import FREE, Shown
 from lcmdistill.evaluate.program import Wish, evaluate
 from lcmdistill.evaluate.results import Results, read_results
+from lcmdistill.evaluate.verdict import verdict
 from lcmdistill.train import distill
 
 WISH: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_images": 5, "device": "cpu"}
@@ -181,6 +183,88 @@ def test_an_untrained_student_is_ranked_above_a_broken_one(ranked: tuple[Results
         assert abs(equal - 1) < 0.5 * abs(broken - 1)
     else:
         assert equal < 0.7 * broken if better == "lower" else equal > 1.3 * broken
+
+
+def blurred(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.avg_pool2d(pixels, 5, 1, 2, count_include_pad=False)
+
+
+def washed_out(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.lerp(pixels.mean(1, keepdim=True), 0.6)
+
+
+def alike(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels[:1].expand_as(pixels)
+
+
+@pytest.fixture(scope="module")
+def spoilt(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    """What is measured of the untrained student if all that it draws is spoilt in one way."""
+    from lcmdistill.teachers import load_teacher
+
+    teacher, equal, draw, found = (
+        load_teacher("tiny"),
+        ranked[0].folder.parent,
+        sweep.student_latents,
+        {"equal": ranked[0]},
+    )
+    for spoil in (blurred, washed_out, alike):
+        run = tmp_path_factory.mktemp("spoilt") / spoil.__name__
+        shutil.copytree(equal, run)
+        for path in (*(run / "evaluation" / "cells").glob("student-*"), run / "evaluation" / "latents"):
+            shutil.rmtree(path)
+
+        def draws(*args: Any, spoil: Callable[[torch.Tensor], torch.Tensor] = spoil, **options: Any) -> torch.Tensor:
+            return teacher.encode_images(spoil(teacher.decode(draw(*args, **options))) * 2 - 1)[0]
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("LCMDISTILL_CACHE", str(equal.parent / "cache"))
+            patched.setattr(sweep, "student_latents", draws)
+            evaluate([run], Wish(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
+        results = read_results(run)
+        assert results is not None
+        found[spoil.__name__] = results
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"), [("blurred", "sharpness"), ("washed_out", "saturation"), ("alike", "diversity")]
+)
+def test_each_fault_is_found_by_its_own_measure(spoilt: dict[str, Results], name: str, measure: str):
+    """What is spoilt in one way is ranked below the untrained student by that way's measure, and below the other two."""
+    numbers = {each: results.number(measure, "student", 4) for each, results in spoilt.items()}
+    spoiled, others = numbers.pop(name), [value for value in numbers.values() if value is not None]
+    assert spoiled is not None
+    assert len(others) == 3
+    assert spoiled < 0.6 * min(others), numbers
+    words = {"blurred": "blurred", "washed_out": "washed out", "alike": "too much alike"}
+    said = " ".join(verdict(spoilt[name]).reasons)
+    assert f"{words[name]} ({measure} {spoiled:g} of the teacher's)" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [("blurred", "rmse"), ("washed_out", "rmse"), ("alike", "rmse"), ("blurred", "ssim"), ("alike", "ssim")],
+)
+def test_every_fault_is_further_from_the_teacher(spoilt: dict[str, Results], name: str, measure: str):
+    equal, worse = (spoilt[each].number(measure, "student", 4) for each in ("equal", name))
+    assert equal is not None
+    assert worse is not None
+    assert worse > 1.05 * equal if measure == "rmse" else worse < 0.95 * equal
+
+
+def test_grey_pictures_of_a_grey_teacher_are_not_called_washed_out():
+    grey = torch.full((2, 3, 8, 8), 0.5)
+    tint = grey + torch.tensor([0.01, 0.0, 0.0]).view(1, 3, 1, 1)
+    red = grey + torch.tensor([0.4, 0.0, 0.0]).view(1, 3, 1, 1)
+
+    def measured(own: torch.Tensor, reference: torch.Tensor) -> float:
+        return FREE["saturation"].value(FREE["saturation"].kept(Shown(own, own, reference, reference, ("a", "b"))))
+
+    assert measured(grey, tint) == measured(tint, grey) == 1.0
+    assert measured(grey, red) < 0.1
+    assert measured(red, grey) > 10
+    assert measured(red, red) == 1.0
 
 
 def test_an_untrained_student_is_more_consistent_than_a_broken_one(ranked: tuple[Results, Results]):

@@ -24,7 +24,7 @@ def evaluate(
     ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(min=2, help="Images in each cell; prompts go round.  [default: 16; of a small network 48]"),
+        typer.Option(min=2, help="Images in each cell; prompts go round.  [default: 16; of a small network 32]"),
     ] = None,
     real: Annotated[
         str | None,

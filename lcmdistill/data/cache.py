@@ -112,10 +112,10 @@ def _members(spec: str, config: DataConfig, seed: int, own_prompts: Sequence[str
     return itertools.islice(members, config.count)
 
 
-def left_out(spec: str, config: DataConfig, report: Report, own_prompts: Sequence[str] = ()) -> str:
+def left_out(spec: str, config: DataConfig, report: Report, *, takes_prompts: bool = True) -> str:
     """What to say, after a source's report, where `data.count` leaves members of it out."""
-    if kind_of(spec) == "teacher" and own_prompts and config.prompts is None:
-        return ""  # they go round
+    if kind_of(spec) == "teacher" and not takes_prompts and config.prompts is None:
+        return ""  # it draws its classes in turn, or whatever it draws
     total, looked = listed(spec, config.prompts), report.kept + sum(count for _, count in report.rejected)
     if config.count is None or (looked < config.count if total is None else total <= config.count):
         return ""

@@ -6,6 +6,7 @@ nothing. Shapes: N images, B of them at once, C h w latents, H W pixels, F featu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from lcmdistill.errors import UsageError
 
+GREY = 0.02
+"mean chroma below which pictures are grey, five of 255: what little there is is nobody's choice"
 KID_BLOCK = 1000
 "images that are compared with each other at once: the kernel matrix is as large as this squared"
 
@@ -62,10 +65,10 @@ def root_mean(kept: Tensor) -> float:
     return float(kept.mean().sqrt())
 
 
-def ratio(kept: Tensor) -> float:
-    """The images' mean by the reference's. kept: (N, 2)."""
-    own, reference = kept.mean(0)
-    return float(own / reference.clamp(min=1e-12))
+def ratio(kept: Tensor, least: float = 1e-12) -> float:
+    """The images' mean by the reference's, 1 where both are below what can be seen, `least`. kept: (N, 2)."""
+    own, reference = kept.mean(0).clamp(min=least)
+    return float(own / reference)
 
 
 def spread_ratio(kept: Tensor) -> float:
@@ -153,7 +156,7 @@ FREE: dict[str, Measure] = {
         "mean chroma of pixels",
         _TEACHER,
         _of_both(saturation),
-        ratio,
+        partial(ratio, least=GREY),
     ),
     "diversity": Measure(
         "Diversity",

@@ -35,6 +35,8 @@ from lcmdistill.validate import default_prompts
 
 SEED = 2026
 STEPS = (1, 2, 4, 8)
+IMAGES, IMAGES_OF_SMALL = 16, 32
+"in each cell where nobody says how many: minutes on a GPU for the large ones, minutes on two cores for the small ones"
 SMALL = 50_000_000
 "parameters below which a network is quick enough for more images"
 
@@ -153,7 +155,7 @@ def chosen_prompts(each: Subject, wish: Wish, teacher: Teacher) -> tuple[str, ..
     them, and one without prompts for nothing. Raises UsageError if none is left.
     """
     parameters = sum(p.numel() for p in teacher.network.parameters())
-    count = wish.num_images or (48 if parameters < SMALL else 16)
+    count = wish.num_images or (IMAGES_OF_SMALL if parameters < SMALL else IMAGES)
     if teacher.in_pixels and wish.prompts is None:
         names = default_prompts(None, teacher.network)
         return tuple(names[i % len(names)] for i in range(count))
@@ -219,6 +221,7 @@ def _evaluate_one(
     more = {
         "is_baked": each.is_baked,
         "held_out": not teacher.in_pixels,
+        "has_classes": bool(teacher.own_prompts),
         "batch_size": wish.batch_size,
         "device": device_name(device),
     }

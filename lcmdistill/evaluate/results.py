@@ -83,6 +83,8 @@ def read_results(run: Path) -> Results | None:
     if not (folder / "sweep.json").is_file():
         return None
     about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    # What earlier versions did not write down: theirs were all of prompts, and a LoRA alone had its guidance in its weights.
+    about = {"is_baked": about.get("is_lora", False), "held_out": True, **about}
     cells = {}
     for name in about["cells"]:
         path = folder / "cells" / name / "numbers.json"

@@ -25,7 +25,9 @@ from lcmdistill.evaluate.metrics import Measure, Shown
 from lcmdistill.teachers.base import Teacher
 
 FORMAT = 1
-"of what is written; a cell of another is done again"
+"of what is drawn; a cell of another is drawn again"
+MEASURED = 2
+"of what the measures give of it; a cell of another is measured again"
 PICTURES = 6
 "images of a cell that are kept to be looked at"
 _PICTURE_SIDE = 256
@@ -218,7 +220,7 @@ def sweep_run(
         return Pixels(who.teacher, latents, who.batch_size, []), seconds
 
     for cell in sweep.cells():
-        key = digest([who.about(cell, sweep), about_measures, sorted(measures)])
+        key = digest([who.about(cell, sweep), about_measures, sorted(measures), MEASURED])
         home, scale = folder / "cells" / cell.name, cell.guidance_scale
         if _key_of(home) == key:
             continue

@@ -20,6 +20,7 @@ from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
 from lcmdistill.methods import METHODS, omega_range, told_of
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
+from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
@@ -85,7 +86,7 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": judged,
         "warnings": _warnings(run, config),
         "hero": _hero(results, judged) if results and judged else None,
-        "matrix": matrix(results) if results else None,
+        "matrix": matrix(results, judged, omega_range(config) is None) if results and judged else None,
         "quality": {**quality, "charts": cards[: len(quality["charts"])]} if results else None,
         "times": _times(results) if results else None,
         "training": {"about": _training_about(config, lines), "charts": cards[len(quality.get("charts", [])) :]}
@@ -191,8 +192,8 @@ def _hero(results: Results, judged: Verdict) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def matrix(results: Results) -> dict[str, Any]:
-    """For each pictured prompt: rows of guidance scales, columns of steps, and the teacher's rows."""
+def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
+    """For each pictured prompt: rows of guidance scales, columns of steps, the teacher's rows. is_free: whether CFG acts."""
     heads = [f"{n} step{'s' * (n > 1)}" for n in results.steps] + [f"teacher, {TEACHER_STEPS} steps"]
     groups = []
     for place, prompt in enumerate(results.about["pictured_prompts"]):
@@ -207,26 +208,35 @@ def matrix(results: Results) -> dict[str, Any]:
             if any(pictures):
                 rows.append({"name": f"{SAMPLERS[sampler]}, guidance {scale:g}", "pictures": [*pictures, None]})
         groups.append({"prompt": prompt, "rows": rows})
-    baked = (
-        "Its guidance is in its weights, so there is one row of it."
-        if results.about["is_baked"]
-        else ("Guidance is an input of the student and costs nothing.")
-    )
+    where = "Guidance is an input of the student and costs nothing."
+    where = "Guidance acts when it draws, at twice the cost." if is_free else where
+    if results.about["is_baked"]:
+        where = "Its guidance is in its weights, so there is one row of it." if results.about["held_out"] else ""
+    trails = any(cell["sampler"] == "trailing" for cell in results.cells.values())
+    placed = ": as its own scheduler places them, and from full noise, where the student starts" if trails else ""
     about = (
         f"Columns are steps, rows guidance scales; in the last column the teacher at its full {TEACHER_STEPS} steps with the "
-        f"same guidance. {baked} Below them the teacher itself with as few steps: as its own scheduler places them, and "
-        "from full noise, where the student starts."
+        f"same guidance. {where} Below them the teacher itself with as few steps{placed}."
     )
-    return {"heads": heads, "groups": groups, "about": about}
+    return {
+        "heads": heads,
+        "groups": groups,
+        "about": about,
+        "note": guidance_note(results, judged.enough or results.steps[-1]),
+    }
 
 
 def _quality(results: Results) -> dict[str, Any]:
     measures = results.about["measures"]
-    whence = "prompts that were held out of training" if results.about["held_out"] else "of what the network knows"
+    count, whence = results.about["distinct_prompts"], ""
+    if results.about["held_out"]:
+        whence = f" of {count} prompts that were held out of training,"
+    elif results.about.get("has_classes"):
+        whence = f" of {count} classes,"
     about = (
-        f"{results.about['images']} images in each cell, of {results.about['distinct_prompts']} {whence}, all from the "
-        f"same start noise (seed {results.about['seed']}), guidance scale {results.guidance_scale:g}. None of these numbers "
-        "compares with a published one unless its row says so."
+        f"{results.about['images']} images in each cell,{whence} all from the same start noise (seed {results.about['seed']}), "
+        f"guidance scale {results.guidance_scale:g}. None of these numbers compares with a published one unless its row "
+        "says so."
     )
     charts = [*quality_charts(results), *consistency_charts(results)]
     meanings = [{**about, "good": good(about["better"])} for about in measures.values()]

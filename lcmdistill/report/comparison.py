@@ -48,8 +48,8 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
     return {
         "title": " and ".join(found) if len(found) == 2 else f"{len(found)} runs",
         "about": (
-            f"{first.about['images']} images in each cell, from the same held-out prompts and the same start noise (seed "
-            f"{first.about['seed']})."
+            f"{first.about['images']} images in each cell, from the same {'held-out ' * first.about['held_out']}prompts and "
+            f"the same start noise (seed {first.about['seed']})."
         ),
         "rows": rows,
         "groups": [_group(found, place) for place in range(len(first.about["pictured_prompts"]))],
