@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
+from lcmdistill.data.buckets import largest
 from lcmdistill.distances import DISTANCES
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Door, Student, make_student, raw_network
@@ -106,7 +107,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
 
     Raises UsageError for a LoRA that the teacher cannot have.
     """
-    z, _, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
+    z, _, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), "meta")
     null, schedule = teacher.encode_prompts([""]).to("meta"), teacher.schedule.to("meta")
     student = _student(config, teacher, dtype)
     modules = nn.ModuleList([student.online, student.teacher, student.target])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lcmdistill.config import flatten, to_toml
+from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, free_memory, pick_device
 from lcmdistill.errors import UsageError
@@ -38,6 +38,8 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
     _check_start(config, teacher)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
+    if config.data.buckets is not None:
+        _guard_buckets(config, teacher)
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
     omegas = omega_range(flatten(config))
@@ -47,14 +49,22 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
             f"omega is drawn from {omegas.low:g} to {omegas.high:g}, and a {type(teacher.network).__name__} has no input for "
             "it; set objective.w_min and objective.w_max to one value"
         )
-    resolution, patch = config.data.resolution, teacher.network.config.get("patch_size", 1)
-    multiple = math.lcm(teacher.vae_factor * patch, 8)
+    resolution, patch, multiple = config.data.resolution, teacher.network.config.get("patch_size", 1), teacher.multiple
     if not teacher.in_pixels and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
             f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
             f"{f', a patch takes {patch}' if patch > 1 else ''}, and diffusers draws in multiples of 8): try {near}"
         )
+
+
+def _guard_buckets(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for buckets that cannot be, or would have no effect."""
+    if teacher.in_pixels:
+        raise UsageError("data.buckets is for latent models; a teacher in pixel space draws one size: leave it out")
+    if set(config.data.sources) == {"teacher"}:
+        raise UsageError("data.buckets is for images of your own, and --data teacher draws squares: leave it out")
+    bucket_sizes(config.data, teacher.multiple)
 
 
 def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
@@ -147,6 +157,7 @@ def dry_run(config: RunConfig) -> None:
         seconds=SURVEY_SECONDS,
         refuses=teacher.refuses,
         own_prompts=teacher.own_prompts,
+        teacher=teacher,
     )
     for spec, report in zip(config.data.sources, reports, strict=True):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
@@ -169,7 +180,7 @@ def dry_run(config: RunConfig) -> None:
 
 def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
     module = Door(teacher.network.to(device, dtype), teacher.call, dtype)
-    z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, device)
+    z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
     with torch.no_grad():
         module(z, t, c.values, None)
         began = time.perf_counter()

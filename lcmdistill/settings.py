@@ -152,8 +152,10 @@ class DataConfig:
     "side of the training images in pixels, a multiple of the VAE's factor"
     count: int | None = None
     "most samples to prepare; by default what the run can use (files), or one a prompt (teacher)"
+    buckets: tuple[str, ...] | None = None
+    "sizes that images are cut to instead of one square, each to the nearest: auto, or HEIGHTxWIDTH in pixels"
     crop: Literal["center", "random"] = "center"
-    "which square of a resized image is kept"
+    "which part of a resized image is kept"
     flip: bool = False
     "mirror each image left to right with probability one half"
     caption_drop: float = 0.0

@@ -26,7 +26,8 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, left_out
+from lcmdistill.data.cache import LatentDataset, cache_folder, left_out
+from lcmdistill.data.order import SampleOrder
 from lcmdistill.device import compute_dtype
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.evaluate.weights import perceptual_distance
@@ -176,7 +177,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
     """The loop: accumulate, backward, clip, step, update the target, yield (mean loss, gradient norm), on the device."""
     optim = run.config.optim
     accelerator, device = run.accelerator, run.accelerator.device
-    order = SampleOrder(len(run.dataset), run.config.run.seed, run.global_batch)
+    order = SampleOrder(len(run.dataset), run.config.run.seed, run.global_batch, run.dataset.shapes)
     parameters = list(run.student.trainable.values())
     while run.step < optim.max_train_steps:
         for group in run.optimizer.param_groups:

@@ -19,8 +19,8 @@ from lcmdistill.solvers import SOLVERS
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
 KEYS = """
-data.cache_dir data.caption_drop data.count data.crop data.draw_steps data.flip data.guidance_scale data.max_watermark
-data.min_size data.prompts data.resolution data.sources
+data.buckets data.cache_dir data.caption_drop data.count data.crop data.draw_steps data.flip data.guidance_scale
+data.max_watermark data.min_size data.prompts data.resolution data.sources
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
 objective.w_max objective.w_min
 optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
@@ -47,6 +47,7 @@ def test_the_option_list_is_frozen() -> None:
         "run.push_to_hub": "a/b",
         "teacher.prediction_type": "epsilon",
         "teacher.vae": "a",
+        "data.buckets": ("auto",),
         "teacher.clip_skip": 1,
         "teacher.drop": ("safety_checker",),
     }

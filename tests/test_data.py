@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.data import cache
-from lcmdistill.data.cache import LatentDataset, SampleOrder, cache_folder, epoch_order, prepare, survey, usable_count
+from lcmdistill.data import cache, chunks
+from lcmdistill.data.cache import LatentDataset, cache_folder, prepare, survey, usable_count
+from lcmdistill.data.order import SampleOrder, epoch_order
 from lcmdistill.data.sources import SOURCES, Member, kind_of, open_source, read_prompts
 from lcmdistill.data.transforms import Rejected, Sample, judge
 from lcmdistill.errors import RunError, UsageError
@@ -474,7 +475,7 @@ def test_a_source_is_encoded_once(
 def test_progress_is_told_within_a_chunk(
     tmp_path: Path, teacher: Teacher, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_PIXELS_AT_ONCE", 4 * 16**2)
+    monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", 4 * 16**2)
     done: list[int] = []
     prepare(spec, config_for(spec, tmp_path / "cache"), teacher, 0, on_progress=done.append)
     assert (len(done), done[0], done[-1]) == (4, 0, 11)  # ten samples four at a time, and the chunk's end
@@ -506,7 +507,7 @@ def test_a_chunk_that_fails_to_be_written_leaves_nothing(
         path.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", fail)
+    monkeypatch.setattr(chunks, "save_file", fail)
     config = config_for(spec, tmp_path / "cache")
     with pytest.raises(OSError, match="No space left"):
         prepare(spec, config, teacher, 0)
@@ -617,7 +618,7 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
     found = []
     for at_once in (1, 3):
-        monkeypatch.setattr(cache, "_PIXELS_AT_ONCE", at_once * 16 * 16)
+        monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", at_once * 16 * 16)
         config = config_for(
             "teacher", tmp_path / str(at_once), prompts=str(tmp_path / "prompts.txt"), count=7, draw_steps=3
         )
@@ -630,7 +631,7 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
     assert bool((std == 0).all())
     assert torch.equal(cond["prompt_embeds"][0], cond["prompt_embeds"][3])  # the same prompt again ...
     assert (mean[0] - mean[3]).abs().max() > 0.1  # ... on other noise
-    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(cache.derive_seed(0, "draw", 2)))
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(chunks.derive_seed(0, "draw", 2)))
     options: dict[str, Any] = {"steps": 3, "guidance_scale": 7.5, "scheduler": "DPMSolverMultistepScheduler"}
     drawn = teacher.draw_latents(["a cow"], noise[None], **options)
     torch.testing.assert_close(mean[2:3], drawn, rtol=2e-3, atol=2e-3)

@@ -279,7 +279,7 @@ def test_a_frame_says_where_in_the_resized_image_the_crop_lies(size: tuple[int, 
 
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = Image.fromarray(np.stack([3 * x, 3 * y, x + y], axis=-1).astype(np.uint8))
-    pixels, frame = transform(image, 20, "random", flip, Fixed(0))
+    pixels, frame = transform(image, (20, 20), "random", flip, Fixed(0))
     height, width, top, left, *target = (int(v) for v in frame)
     assert ((width, height), target) == (size, [20, 20])
     assert (top, left) == (5 * (size[1] == 80), (15 if flip else 5) * (size[0] == 80))

@@ -13,7 +13,8 @@ from test_solvers import network_denoiser, noise
 from test_teachers import edited
 
 from lcmdistill.consistency import consistency_function
-from lcmdistill.data.cache import LatentDataset, draw_spacing, prepare
+from lcmdistill.data.cache import LatentDataset, prepare
+from lcmdistill.data.chunks import draw_spacing
 from lcmdistill.errors import UsageError
 from lcmdistill.export.pipeline import vp_scheduler
 from lcmdistill.schedule import ddim_grid, vp_schedule

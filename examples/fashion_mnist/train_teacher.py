@@ -30,7 +30,7 @@ from lcmdistill.checkpoint import (
     save_checkpoint,
     written_aside,
 )
-from lcmdistill.data.cache import SampleOrder
+from lcmdistill.data.order import SampleOrder
 from lcmdistill.ema import ema_update
 from lcmdistill.prediction import EDM
 from lcmdistill.sample import grid

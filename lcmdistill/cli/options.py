@@ -69,6 +69,10 @@ LORA: dict[str, Any] = {
 "of a LoRA"
 
 HOW: dict[str, Any] = {
+    "buckets": _option(
+        list[str] | None,
+        "Cut images to several sizes instead of one square, each to the nearest: auto, or HEIGHTxWIDTH; repeatable.",
+    ),
     "objective": _option(ObjectiveName | None, "The method.  [default: lcm]"),
     "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim]"),
     "guidance": _option(
@@ -129,6 +133,7 @@ SETTINGS = {
     "data": "data.sources",
     "prompts": "data.prompts",
     "resolution": "data.resolution",
+    "buckets": "data.buckets",
     "objective": "objective.name",
     "solver": "objective.solver",
     "guidance": "objective.guidance",

@@ -21,25 +21,25 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, derive_seed
+from lcmdistill.batch import Conditioning
+from lcmdistill.data.buckets import Size, bucket_sizes
+from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, size_of, write_chunk
+from lcmdistill.data.order import Shape
 from lcmdistill.data.remote import REMOTE, check_reachable
 from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_prompts, shard_urls
 from lcmdistill.data.transforms import Sample, judge
-from lcmdistill.errors import RunError, UsageError
+from lcmdistill.errors import UsageError
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers.base import Shown, Teacher, ends_in_noise, needs_caption
+from lcmdistill.teachers.base import Teacher, needs_caption
+from lcmdistill.teachers.prompts import count_cut, token_limit
 
 CHUNK = 128
 GIVE_UP_AFTER = 1024
 "so many members of a source without a usable one, and it is given up"
-_PROMPT, _SAMPLE = "prompt.", "sample."
-"before the names of what is kept once a caption, and of what is kept once a sample"
 _LAYOUT = 2
 "of a chunk's file: another number makes other folders, so that no old chunk is taken for a new one"
-_PIXELS_AT_ONCE = 4 * 512 * 512
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,18 @@ class Report:
     rejected: tuple[tuple[str, int], ...] = ()
     complete: bool = True
     "whether every member was looked at"
+    cut: int = 0
+    "captions of those kept that are longer than the text encoder reads"
+    tokens: int = 0
+    "how much it reads"
+    buckets: tuple[tuple[str, int], ...] = ()
+    "how many were kept of each size, where there are several: HEIGHTxWIDTH in pixels"
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} x {reason}" for reason, count in self.rejected)
         more = "" if self.complete else " (of those looked at)"
+        more += f"; {self.cut} captions are cut at {self.tokens} tokens" if self.cut else ""
+        more += "; " + ", ".join(f"{count} at {size}" for size, count in self.buckets) if self.buckets else ""
         return f"{self.kept} kept, {sum(c for _, c in self.rejected)} dropped{f': {dropped}' if dropped else ''}{more}"
 
 
@@ -65,27 +73,34 @@ def survey(
     first_only: bool = False,
     refuses: Callable[[str], str | None] = needs_caption,
     own_prompts: Sequence[str] = (),
+    teacher: Teacher | None = None,
 ) -> list[Report]:
     """Look at each source's members, decoding them, for at most `seconds` each; `first_only` stops at a usable one.
 
-    refuses, own_prompts: the teacher's. Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
+    refuses, own_prompts: the teacher's; teacher: itself, where it is known, for what its text encoder and buckets make of them.
+    Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
     """
     reports = []
     for spec in config.sources:
         if kind_of(spec) == "shards":
             check_reachable(shard_urls(spec))
         kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
+        captions, frames, sizes = [], Counter(), _sizes(spec, config, teacher) if teacher else []
         for place, member in enumerate(_members(spec, config, seed, own_prompts)):
-            outcome = judge(member, config, seed, place, refuses)
+            outcome = judge(member, config, seed, place, refuses, sizes)
             if isinstance(outcome, Sample):
                 kept += 1
+                captions.append(outcome.caption)
+                frames[size_of(outcome)] += 1
             else:
                 rejected[outcome.reason] += 1
             out_of_time = time.monotonic() > end and place >= CHUNK
             if (first_only and kept) or out_of_time or (not kept and place + 1 >= GIVE_UP_AFTER):
                 complete = False
                 break
-        report = Report(kept, tuple(rejected.most_common()), complete)
+        told = (count_cut(teacher.pipeline, captions), token_limit(teacher.pipeline)) if teacher else (0, 0)
+        counts = tuple(sorted(frames.items())) if sizes else ()
+        report = Report(kept, tuple(rejected.most_common()), complete, *told, counts)
         if not kept:
             raise _nothing_usable(spec, report)
         reports.append(report)
@@ -123,6 +138,11 @@ def left_out(spec: str, config: DataConfig, report: Report, *, takes_prompts: bo
     return f"; {taken} taken (data.count, by default as many as the run can use; a larger one takes more)"
 
 
+def _sizes(spec: str, config: DataConfig, teacher: Teacher) -> list[Size]:
+    """The buckets of a source; none of what a teacher draws, which is square."""
+    return [] if kind_of(spec) == "teacher" else bucket_sizes(config, teacher.multiple)
+
+
 def usable_count(config: DataConfig, samples_needed: int, *, one_a_prompt: bool = True) -> int:
     """`data.count`, or as many members as a run of `samples_needed` can use, in whole chunks; of `teacher` one a prompt."""
     if config.count is not None:
@@ -150,6 +170,8 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
             about["seed"] = seed
         if kind_of(spec) == "folder":
             about["order"] = seed
+        if sizes := _sizes(spec, config, teacher):
+            about["buckets"] = sizes
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
     return cache_root(config) / "latents" / digest
 
@@ -204,7 +226,7 @@ def prepare(
     if _whole(folder, config.count).is_file():
         return folder
     members = enumerate(_members(spec, config, seed, teacher.own_prompts))
-    kept, rejected = 0, Counter()
+    kept, rejected, sizes = 0, Counter(), _sizes(spec, config, teacher)
     for number in itertools.count():
         chunk = list(itertools.islice(members, CHUNK))
         if not chunk:
@@ -214,12 +236,13 @@ def prepare(
             samples: list[tuple[int, Sample]] = []
             dropped: Counter[str] = Counter()
             for place, member in chunk:
-                outcome = judge(member, config, seed, place, teacher.refuses)
+                outcome = judge(member, config, seed, place, teacher.refuses, sizes)
                 if isinstance(outcome, Sample):
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
-            _write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress)
+            options: dict[str, Any] = {"bucketed": bool(sizes)}
+            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, **options)
             kept, rejected = kept + len(samples), rejected + dropped
             if not kept and sum(rejected.values()) >= GIVE_UP_AFTER:
                 raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))
@@ -236,126 +259,44 @@ def _whole(folder: Path, count: int | None) -> Path:
     return folder / f"whole-{'all' if count is None else count}"
 
 
-def _write_chunk(
-    path: Path,
-    samples: Sequence[tuple[int, Sample]],
-    dropped: Counter[str],
-    teacher: Teacher,
-    config: DataConfig,
-    seed: int,
-    dtype: torch.dtype,
-    on_progress: Callable[[int], None],
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    if samples:
-        captions = list(dict.fromkeys(sample.caption for _, sample in samples))
-        rows = [captions.index(sample.caption) for _, sample in samples]
-        tensors["row"] = torch.tensor(rows)
-        told = [
-            teacher.encode_prompts(captions[i : i + 64]).to("cpu", torch.float16) for i in range(0, len(captions), 64)
-        ]
-        tensors |= {f"{_PROMPT}{name}": torch.cat([c[name] for c in told]) for name in told[0].values}
-        at_once = max(1, _PIXELS_AT_ONCE // config.resolution**2)
-        parts = []
-        for i in range(0, len(samples), at_once):
-            on_progress(samples[i][0])  # a chunk that the teacher draws takes minutes
-            parts.append(_latents(samples[i : i + at_once], teacher, config, seed, dtype))
-        tensors["mean"] = torch.cat([mean for mean, _, _ in parts]).half().cpu()
-        tensors["std"] = torch.cat([std for _, std, _ in parts]).half().cpu()
-        own = parts[0][2].values
-        tensors |= {f"{_SAMPLE}{name}": torch.cat([c[name] for _, _, c in parts]).cpu() for name in own}
-        if not tensors["mean"].isfinite().all():
-            raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    try:
-        # One key: safetensors writes several in any order, and the same members shall give the same bytes.
-        save_file(contiguous, aside, metadata={"report": json.dumps({"kept": len(samples), "rejected": dropped})})
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _latents(
-    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Conditioning]:
-    """(mean, std) of the scaled latents, and what the samples decide of the conditioning, in fp32.
-
-    What the teacher drew itself has no spread.
-    """
-    pixels = [sample.pixels for _, sample in samples if sample.pixels is not None]
-    if pixels:
-        mean, std = teacher.encode_images(torch.stack(pixels))
-    else:
-        mean = _drawn(samples, teacher, config, seed, dtype)
-        std = torch.zeros_like(mean)
-    shown = Shown(
-        frames=torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32),
-        pixels=lambda: torch.stack(pixels) if pixels else teacher.decode(mean) * 2 - 1,
-        encode=lambda images: teacher.encode_images(images)[0],
-        seeds=[derive_seed(seed, "condition", place) for place, _ in samples],
-    )
-    return mean, std, teacher.condition(shown)
-
-
-def _drawn(
-    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
-) -> Tensor:
-    """Latents that the teacher draws for the samples' captions."""
-    side = config.resolution // teacher.vae_factor
-    shape = (teacher.vae.config.latent_channels, side, side)
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
-    return teacher.draw_latents(
-        [sample.caption for _, sample in samples],
-        torch.stack([torch.randn(*shape, generator=g) for g in generators]),
-        steps=config.draw_steps,
-        guidance_scale=config.guidance_scale,
-        scheduler="DPMSolverMultistepScheduler",
-        dtype=dtype,
-        **draw_spacing(teacher),
-    )
-
-
-def draw_spacing(teacher: Teacher) -> dict[str, str]:
-    """What the scheduler that draws is told otherwise than the teacher's own: to start where its noise does.
-
-    A zero-terminal-SNR teacher that is started earlier takes noise for what it never saw as such (Lin et al. 2023, sec. 3.3).
-    """
-    return {"timestep_spacing": "trailing"} if not teacher.in_pixels and ends_in_noise(teacher.schedule) else {}
-
-
 class LatentDataset:
     """Prepared chunks as one random-access data set, memory-mapped."""
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int | None]) -> None:
         """counts: the most members of each folder to take, None for all; chunks beyond it belong to other runs."""
         self._chunks: list[Any] = []
-        self._places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, str, int]] = []
+        self.shapes: list[Shape] = []
+        "height and width of each sample's latents"
         self.reports: list[Report] = []
         for folder, count in zip(folders, counts, strict=True):
-            kept, rejected = 0, Counter()
+            kept, rejected, cut, tokens, buckets = 0, Counter(), 0, 0, Counter()
             for path in _chunks_up_to(folder, count):
                 chunk = safe_open(path, framework="pt")
                 report = json.loads(chunk.metadata()["report"])
-                n = report["kept"]
-                self._places += [(len(self._chunks), i) for i in range(n)]
+                n, sizes = report["kept"], report.get("buckets", {})
+                for group, many in {f"{size}/": many for size, many in sizes.items()}.items() or [("", n)]:
+                    self._places += [(len(self._chunks), group, i) for i in range(many)]
+                    self.shapes += [tuple(chunk.get_slice(f"{group}mean").get_shape()[2:])] * many if many else []
                 self._chunks.append(chunk)
-                kept, rejected = kept + n, rejected + Counter(report["rejected"])
-            self.reports.append(Report(kept, tuple(rejected.most_common())))
+                kept, rejected, buckets = kept + n, rejected + Counter(report["rejected"]), buckets + Counter(sizes)
+                cut, tokens = cut + report.get("cut", 0), report.get("tokens", tokens)
+            told = True, cut, tokens, tuple(sorted(buckets.items()))
+            self.reports.append(Report(kept, tuple(rejected.most_common()), *told))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
-        """(mean, std, conditioning) of the samples: (B, C, h, w) twice, then what the network is told, all floats fp32."""
+        """(mean, std, conditioning) of samples of one shape: (B, C, h, w) twice, then what the network is told, in fp32."""
         mean, std, told = [], [], []
         for index in indices:
-            number, i = self._places[index]
+            number, group, i = self._places[index]
             chunk = self._chunks[number]
-            mean.append(chunk.get_slice("mean")[i])
-            std.append(chunk.get_slice("std")[i])
-            row = int(chunk.get_slice("row")[i])
-            at = {key: row if key.startswith(_PROMPT) else i for key in chunk.keys() if "." in key}  # noqa: SIM118
+            mean.append(chunk.get_slice(f"{group}mean")[i])
+            std.append(chunk.get_slice(f"{group}std")[i])
+            row, keys = int(chunk.get_slice(f"{group}row")[i]), chunk.keys()
+            at = {key: row if key.startswith(PROMPT) else i for key in keys if key.startswith((PROMPT, group + SAMPLE))}
             told.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})
         cond = {name: torch.stack([c[name] for c in told]) for name in told[0]}
         return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(cond).to("cpu", torch.float32)
@@ -369,27 +310,3 @@ def _chunks_up_to(folder: Path, count: int | None) -> list[Path]:
         if count is None or end <= count:
             by_start[start] = max(by_start.get(start, (0, path)), (end, path))
     return [path for _, (_, path) in sorted(by_start.items())]
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits `size` samples: each exactly once, (size,) int64."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
-
-
-class SampleOrder:
-    """Which sample stands at each place of each step: a function of (seed, step, place), so there is nothing to save."""
-
-    def __init__(self, size: int, seed: int, global_batch: int) -> None:
-        self._size, self._seed, self._global_batch = size, seed, global_batch
-        self._orders: dict[int, Tensor] = {}
-
-    def indices(self, step: int, places: Sequence[int]) -> list[int]:
-        """The samples at `places` of the global batch of `step`; epochs follow each other without a gap."""
-        return [self._index(step * self._global_batch + place) for place in places]
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, self._size)
-        if epoch not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1}
-            self._orders[epoch] = epoch_order(self._size, self._seed, epoch)
-        return int(self._orders[epoch][offset])

@@ -1,13 +1,13 @@
 """From a member to pixels and a caption, or to the reason why not. Pillow only.
 
-Shapes: H = W = the resolution.
+Shapes: H = W = the resolution, or those of a bucket.
 """
 
 import io
 import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
+from lcmdistill.data.buckets import Size, nearest
 from lcmdistill.data.sources import Member
 from lcmdistill.settings import DataConfig
 from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
@@ -44,11 +45,13 @@ def judge(
     seed: int,
     place: int,
     refuses: Callable[[str], str | None] = needs_caption,
+    sizes: Sequence[Size] = (),
 ) -> Sample | Rejected:
     """The one predicate that decides what is kept, and the transform of what is.
 
     A filter that was not asked for drops nothing, and a metadata key that is absent passes. place: the member's place
-    in its source, which with the seed decides crop and flip; refuses: the teacher's.
+    in its source, which with the seed decides crop and flip; refuses: the teacher's; sizes: the buckets, of which each image
+    goes to the nearest, by default the square of the resolution.
     """
     if member.problem:
         return Rejected(member.problem)
@@ -70,7 +73,8 @@ def judge(
     if min(image.size) < config.min_size:
         return Rejected(f"smaller than {config.min_size} px")
     draw = random.Random(derive_seed(seed, "transform", place))
-    return Sample(caption, *transform(image, config.resolution, config.crop, config.flip, draw))
+    size = nearest(image.height, image.width, sizes or [(config.resolution, config.resolution)])
+    return Sample(caption, *transform(image, size, config.crop, config.flip, draw))
 
 
 def _number(value: Any) -> float:
@@ -94,16 +98,17 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def transform(image: Image.Image, resolution: int, crop: str, flip: bool, draw: random.Random) -> tuple[Tensor, Frame]:
-    """A square as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1], and its frame."""
-    (width, height), side = image.size, min(image.size)
-    spare = [length - side for length in image.size]
+def transform(image: Image.Image, size: Size, crop: str, flip: bool, draw: random.Random) -> tuple[Tensor, Frame]:
+    """A part of the size's shape, as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1], and its frame."""
+    (width, height), (high, wide) = image.size, size
+    kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+    spare = [length - part for length, part in zip(image.size, kept, strict=True)]
     left, top = (draw.randint(0, s) for s in spare) if crop == "random" else (s // 2 for s in spare)
     # In one go: resized as a whole, an image of one pixel's height would fill the memory.
-    box = (left, top, left + side, top + side)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    box = (left, top, left + kept[0], top + kept[1])
+    image = image.resize((wide, high), Image.Resampling.LANCZOS, box=box)
     if flip and draw.random() < 0.5:
         image, left = ImageOps.mirror(image), spare[0] - left  # where the crop lies in the mirrored image
-    top, left = (round(cut * resolution / side) for cut in (top, left))
+    top, left = round(top * high / kept[1]), round(left * wide / kept[0])
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
-    return pixels, (height, width, top, left, resolution, resolution)
+    return pixels, (height, width, top, left, high, wide)

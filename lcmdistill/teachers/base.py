@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D wid
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,14 +105,25 @@ class Teacher:
         side = self.network.config.get("sample_size")
         return {**self.published, **({"data.resolution": side * self.vae_factor} if isinstance(side, int) else {})}
 
-    def example(self, batch: int, resolution: int, device: torch.device | str) -> tuple[Tensor, Tensor, Conditioning]:
-        """Inputs (z, t, c) of the shapes that training at a resolution has: nothing but zeros, and a prompt of its own."""
-        side = resolution // self.vae_factor
-        z = torch.zeros(batch, self.vae.config.latent_channels, side, side, device=device)
+    @property
+    def multiple(self) -> int:
+        """What the sides of an image must be multiples of, in pixels: the VAE and the network divide them, and diffusers."""
+        return math.lcm(self.vae_factor * self.network.config.get("patch_size", 1), 8)
+
+    def example(
+        self, batch: int, size: int | tuple[int, int], device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """Inputs (z, t, c) of the shapes that training has: nothing but zeros, and a prompt of its own.
+
+        size: of the images in pixels, a square's side or (height, width).
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        channels, factor = self.vae.config.latent_channels, self.vae_factor
+        z = torch.zeros(batch, channels, height // factor, width // factor, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
         shown = Shown(
-            frames=torch.tensor([whole_frame(resolution, resolution)] * batch, dtype=torch.float32),
-            pixels=lambda: torch.zeros(batch, 3, resolution, resolution),
+            frames=torch.tensor([whole_frame(height, width)] * batch, dtype=torch.float32),
+            pixels=lambda: torch.zeros(batch, 3, height, width),
             encode=lambda pixels: torch.zeros(z.shape),
             seeds=range(batch),
         )
