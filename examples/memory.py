@@ -21,6 +21,7 @@ from lcmdistill.batch import Conditioning
 from lcmdistill.config import resolve
 from lcmdistill.device import peak_memory
 from lcmdistill.errors import UsageError
+from lcmdistill.loop import build, train_steps
 from lcmdistill.memory import GIB, usable
 from lcmdistill.plan import Plan, choose, estimator, planned
 from lcmdistill.processes import make_accelerator
@@ -31,7 +32,6 @@ from lcmdistill.teachers.base import Teacher, nothing_else
 from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
 from lcmdistill.teachers.sd import call_unet
 from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
-from lcmdistill.train import _build, train_steps
 
 LIMITS = (8, 12, 16, 24)
 ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-full")
@@ -127,7 +127,7 @@ def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan |
     plan = planned(config, teacher, accelerator.device, free=0.0)
     config = plan.config if plan else config
     data: Any = Latents(teacher, config.data.resolution)
-    run = _build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
+    run = build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
     peak_memory(accelerator.device, anew=True)
     for _, _ in zip(range(steps), train_steps(run, config.objective), strict=False):
         pass

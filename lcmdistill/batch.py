@@ -117,29 +117,46 @@ class Rng:
     places: each sample's place in the global batch. However a global batch is cut into processes and micro-batches, a
     sample meets the same noise, times and omega; a resumed run needs its step number and nothing else. Draws are made
     on the CPU, one generator a sample, so that they are the same on every device.
+    kept: where the teacher was asked beforehand, which sample of the data stands at each place, and for the how-manieth
+    time: the draws of what it was asked (KEPT) belong to these, and not to step and place.
     """
 
     seed: int
     step: int
     places: Sequence[int]
     device: torch.device | str = "cpu"
+    kept: Sequence[tuple[int, int]] | None = None
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal draws, (B, *shape) fp32."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]).to(self.device)
+        return onto(torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]), self.device)
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform draws in [0, 1), (B,) fp32."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]).to(self.device)
+        return onto(torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]), self.device)
 
     def integers(self, stream: str, high: int) -> Tensor:
         """Uniform draws from 0 to high - 1, (B,) int64."""
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._generators(stream)]).to(self.device)
+        draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
+        return onto(torch.cat(draws), self.device)
 
     def _generators(self, stream: str) -> list[torch.Generator]:
-        return [
-            torch.Generator().manual_seed(derive_seed(self.seed, stream, self.step, place)) for place in self.places
-        ]
+        if self.kept is not None and stream in KEPT:
+            owners = [("kept", *sample) for sample in self.kept]
+        else:
+            owners = [(self.step, place) for place in self.places]
+        return [torch.Generator().manual_seed(derive_seed(self.seed, stream, *owner)) for owner in owners]
+
+
+KEPT = ("posterior", "caption-drop", "times", "noise")
+"the streams that decide what a teacher is asked"
+
+
+def onto(value: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on another device, without waiting for what that device is still at."""
+    if torch.device(device).type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def seed_dropout(rng: Rng) -> None:

@@ -1,6 +1,7 @@
 """Which device, and which dtype inside the networks."""
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,15 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def free_memory(device: torch.device) -> float:
     """The bytes that a GPU has free; of other devices nothing is known, and it is infinite."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
+
+
+def cpu_memory_left() -> float:
+    """The bytes that the CPU's memory can still give; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
 
 
 def peak_memory(device: torch.device, *, anew: bool = False) -> int | None:

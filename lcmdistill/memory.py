@@ -116,6 +116,11 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     sizes["frozen"] = live.hold([*modules.parameters(), *modules.buffers()])
     doors = [raw_network(module) for module in (student.teacher, student.online, student.target)]
     of_teacher, of_student, of_target = (x0_eps_network(door, schedule, teacher.prediction_type) for door in doors)
+    if config.data.teacher_draws:  # asked beforehand
+        of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
+        if config.student.kind == "full":
+            live.now -= (freed := sum(p.nbytes for p in student.teacher.parameters()))
+            live.peak, sizes["frozen"] = live.now, sizes["frozen"] - freed
     models = Models(schedule, of_teacher, of_student, of_target, null, perceptual=DISTANCES["l2"])
     with live, _fused_attention():
         if config.optim.accumulate > 1 or world > 1:  # gradients that are there before the backward pass

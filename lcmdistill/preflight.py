@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lcmdistill.config import flatten, to_toml
+from lcmdistill.data.answers import check_answers
 from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, free_memory, pick_device
@@ -35,6 +36,7 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    check_answers(config.objective, teacher.schedule, config.data.teacher_draws)
     _check_start(config, teacher)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")

@@ -62,6 +62,14 @@ class TargetKind(StrEnum):
     ema = "ema"
 
 
+class Wish(StrEnum):
+    """Of what is worth it in some runs only."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Tracker(StrEnum):
     """Where metrics go besides metrics.jsonl."""
 
@@ -168,8 +176,12 @@ class DataConfig:
     "guidance with which the source `teacher` draws (diffusers' convention, omega + 1)"
     draw_steps: int = 20
     "DPM-Solver++ steps with which the source `teacher` draws"
+    teacher_draws: int = 0
+    "noises and times a sample that the teacher is asked about beforehand, its answers kept; 0 asks at every step, always anew"
     cache_dir: str | None = None
     "where prepared latents are kept and shared between runs; by default ~/.cache/lcmdistill"
+    cache_limit: float = 200.0
+    "GB that what is kept there may take: what no run has used for longest goes first, and nothing that this run needs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +230,8 @@ class RunSection:
     "GB that the run is to fit in: auto is what a GPU has free, and everything on a CPU; off plans nothing"
     gradient_checkpointing: bool = False
     "recompute activations in the backward pass: less memory, about a third more time"
+    compile: Wish = Wish.auto
+    "compile the networks' blocks: less time a step, and minutes before the first; auto does on CUDA, from 500 steps on"
     log_every: int = 10
     "steps between two lines of metrics"
     checkpoint_every: int = 200

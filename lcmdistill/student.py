@@ -109,8 +109,8 @@ class Student:
         return self.network
 
     def for_export(self) -> Any:
-        """The network in the target's state, in all of its precision."""
-        network = self.for_drawing()
+        """The network in the target's state, in all of its precision, its weights as files hold them."""
+        network = self.for_drawing().to(memory_format=torch.contiguous_format)
         if not self.copies:
             return network
         device = network.device

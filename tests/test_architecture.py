@@ -19,6 +19,7 @@ LAYERS = {
         "presets",
         "methods",
         "optimizer",
+        "compiling",
         "teachers",
         "student",
         "lora",
@@ -33,6 +34,7 @@ LAYERS = {
     3: {
         "processes",
         "train",
+        "loop",
         "sample",
         "evaluate",
         "report",

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, Command
 from safetensors.torch import load_file
 
-from lcmdistill import checkpoint, cli, errors, preflight, train
+from lcmdistill import checkpoint, cli, errors, preflight
 from lcmdistill.config import read_toml, resolve
 from lcmdistill.rundir import settle
 from lcmdistill.teachers import load_teacher
@@ -198,7 +198,7 @@ def test_a_failure_ends_in_one_sentence_and_keeps_what_was_saved(
     command: Command, options: list[Any], monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "save_checkpoint", raising(error))
+        patched.setattr(checkpoint, "save_checkpoint", raising(error))
         code, _, told = command(*options)
     assert code == 1
     assert sentence(told).startswith(message)

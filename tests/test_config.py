@@ -19,14 +19,14 @@ from lcmdistill.solvers import SOLVERS
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
 KEYS = """
-data.buckets data.cache_dir data.caption_drop data.count data.crop data.draw_steps data.flip data.guidance_scale
-data.max_watermark data.min_size data.prompts data.resolution data.sources
+data.buckets data.cache_dir data.cache_limit data.caption_drop data.count data.crop data.draw_steps data.flip
+data.guidance_scale data.max_watermark data.min_size data.prompts data.resolution data.sources data.teacher_draws
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
 objective.w_max objective.w_min
 optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
 optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps optim.weight_decay
-run.best_metric run.checkpoint_every run.device run.gradient_checkpointing run.keep_checkpoints run.log_every run.memory
-run.output run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale
+run.best_metric run.checkpoint_every run.compile run.device run.gradient_checkpointing run.keep_checkpoints run.log_every
+run.memory run.output run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale
 run.validation_prompts
 student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.start
 student.target

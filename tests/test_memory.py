@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train import assert_same, losses
 from torch import Tensor, nn
 
-from lcmdistill import plan, train
+from lcmdistill import loop, plan, train
 from lcmdistill.checkpoint import checkpoints, load_checkpoint, optimizer_tensors, restore_optimizer
 from lcmdistill.config import flatten, read_toml, resolve
 from lcmdistill.errors import UsageError
@@ -67,7 +67,7 @@ def held(student: Student) -> list[Tensor]:
 def real_step(config: RunConfig, teacher: Teacher, tmp_path: Path, norms_in_fp32: bool = False) -> tuple[Any, int]:
     """A run, and the most bytes of storages that its second step had at once, the optimiser's aside."""
     data: Any = Latents(teacher, config.data.resolution)
-    run = train._build(config, tmp_path, make_accelerator(config), teacher, data)
+    run = loop.build(config, tmp_path, make_accelerator(config), teacher, data)
     if norms_in_fp32:
         for module in nn.ModuleList([run.student.online, run.student.teacher, run.student.target]).modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -75,7 +75,7 @@ def real_step(config: RunConfig, teacher: Teacher, tmp_path: Path, norms_in_fp32
     live = Live()
     live.hold(held(run.student))
     with live:
-        steps = train.train_steps(run, config.objective)
+        steps = loop.train_steps(run, config.objective)
         next(steps)
         live.peak = 0
         next(steps)

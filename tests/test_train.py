@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 
 Runner = Callable[..., Path]
 
-VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s")
+VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait")
 "the numbers of a line of metrics"
 
 
@@ -66,7 +66,7 @@ def run(tmp_path: Path, settings: dict[str, Any]) -> Runner:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in VALUES[-2:]} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:

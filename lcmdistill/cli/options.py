@@ -10,7 +10,7 @@ import typer
 
 from lcmdistill.errors import UsageError
 from lcmdistill.presets import PresetName
-from lcmdistill.settings import ObjectiveName, Precision, PredictionType, SolverName, TargetKind, Tracker
+from lcmdistill.settings import ObjectiveName, Precision, PredictionType, SolverName, TargetKind, Tracker, Wish
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -95,6 +95,10 @@ HOW: dict[str, Any] = {
         "GB to stay under, by recomputing activations, smaller micro-batches and the like: a number, auto (what a GPU has "
         "free), or off.  [default: auto]",
     ),
+    "compile": _option(
+        Wish | None,
+        "Compile the networks: faster steps, minutes before the first.  [default: auto: on CUDA, long runs]",
+    ),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
     "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
     "prediction_type": _option(
@@ -146,6 +150,7 @@ SETTINGS = {
     "seed": "run.seed",
     "precision": "run.precision",
     "memory": "run.memory",
+    "compile": "run.compile",
     "device": "run.device",
     "report_to": "run.report_to",
     "push_to_hub": "run.push_to_hub",

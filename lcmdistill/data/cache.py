@@ -264,6 +264,7 @@ class LatentDataset:
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int | None]) -> None:
         """counts: the most members of each folder to take, None for all; chunks beyond it belong to other runs."""
+        self.folders = tuple(folders)
         self._chunks: list[Any] = []
         self._places: list[tuple[int, str, int]] = []
         self.shapes: list[Shape] = []

@@ -1,0 +1,30 @@
+"""`run.compile`: networks compiled block by block, where the run is long enough to pay for it."""
+
+import torch
+import torch._dynamo
+from torch import nn
+
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
+"what networks repeat: of one class and shape, each is compiled once"
+PAYS_FROM = 500
+"optimiser steps; fewer are over before the minutes of compilation have come back"
+
+
+def pays(wish: str, device: torch.device, steps: int) -> bool:
+    """Whether to compile. wish: auto, on or off; steps: optimiser steps that are left.
+
+    auto never does on a CPU, where the compiler takes minutes and gains little.
+    """
+    return wish == "on" or (wish == "auto" and device.type == "cuda" and steps >= PAYS_FROM)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile a network's blocks in place, for the shapes that they meet first; parameters keep their names.
+
+    Each is a graph of its own, so that the first of a kind is compiled and the others are found in the cache.
+    """
+    # Widths, resolutions, and with or without gradients: all are variants of one block, and no more than 8 would be kept.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in network.modules():
+        if type(module).__name__ in BLOCKS:
+            module.compile(dynamic=False)

@@ -1,0 +1,153 @@
+"""The teacher's answers, asked once and kept: a step then takes four forwards' worth of arithmetic instead of six.
+
+The step of DDIM or Euler under guidance is linear in omega, so that one answer with the prompt and one without serve every
+omega, full students and LoRAs, and every later run on the same data. The price is diversity: a sample is met only at the
+`draws` noises and times that the teacher was asked for, and no longer at fresh ones.
+
+Shapes: n samples of a chunk, d draws of each, B batch, C h w latents.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcmdistill.batch import Batch, Conditioning, Models, RawNetwork, Rng, onto, x0_eps_network
+from lcmdistill.data.batches import batch_of
+from lcmdistill.data.cache import LatentDataset
+from lcmdistill.errors import UsageError
+from lcmdistill.objectives import Objective, forwards
+from lcmdistill.prediction import X0Eps
+from lcmdistill.schedule import NoiseSchedule
+
+CHUNK = 64
+"samples in a file"
+PEEKED = 512
+"so many samples' times and more tell two ways of drawing them apart"
+
+
+def check_answers(objective: Objective, schedule: NoiseSchedule, draws: int) -> None:
+    """Raise UsageError for a method whose teacher cannot be asked beforehand."""
+    if draws < 0:
+        raise UsageError(f"data.teacher_draws is {draws}; it must be at least 0, which asks the teacher at every step")
+    asked = forwards(objective, schedule).get("teacher", 0)
+    if not draws or asked == (1 if getattr(objective, "guidance", "free") == "free" else 2):
+        return
+    problem = (
+        "asks no teacher" if not asked else f"asks its teacher twice a step with {getattr(objective, 'solver', '')}"
+    )
+    raise UsageError(
+        f"data.teacher_draws keeps what the teacher answers, and this objective {problem}; "
+        f"{'leave it at 0' if not asked else 'use --solver ddim or euler'}"
+    )
+
+
+def which_draw(step: int, places: Sequence[int], global_batch: int, size: int, draws: int) -> list[int]:
+    """The how-manieth of its kept draws each sample is met at: another one in each epoch, and round again."""
+    return [(step * global_batch + place) // size % draws for place in places]
+
+
+class Answers:
+    """The kept raw outputs of a teacher, memory-mapped."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
+
+    def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:
+        """A network that has the answers to these (sample, draw) by heart: with the prompts, or with them and without."""
+        rows = [(self._chunks[index // CHUNK], index % CHUNK, draw) for index, draw in asked]
+
+        def answers(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
+            names = ("cond",) if len(z) == len(asked) else ("cond", "null")
+            kept = [chunk.get_slice(name)[i, draw] for name in names for chunk, i, draw in rows]
+            return onto(torch.stack(kept), device).float()
+
+        return answers
+
+
+def ask_teacher(
+    root: Path,
+    objective: Objective,
+    models: Models,
+    raw: RawNetwork,
+    prediction_type: str,
+    dataset: LatentDataset,
+    about: Mapping[str, Any],
+    *,
+    seed: int,
+    draws: int,
+    caption_drop: float,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Ask for this rank's share of the answers that are not there yet, and return their folder under `root`.
+
+    raw: the teacher; about: what tells teacher and data from others; draws: of each sample.
+    """
+    size = len(dataset)
+    peeked = [(i, 0) for i in range(min(size, PEEKED))]
+    times, _ = objective.pair(models.schedule, Rng(seed, 0, range(len(peeked)), device, kept=peeked))
+    guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is asked for, too
+    named = {**about, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
+    digest = hashlib.blake2b(json.dumps([named, times.tolist()], sort_keys=True).encode(), digest_size=12).hexdigest()
+    folder = root / "answers" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, first in enumerate(range(0, size, CHUNK)):
+        path = _path(folder, first)
+        if number % world == rank and not path.is_file():
+            asked = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
+            parts: list[dict[str, Tensor]] = []
+            for start in range(0, len(asked), batch_size):
+                on_progress(first * draws + start)
+                some = asked[start : start + batch_size]
+                rng = Rng(seed, 0, range(len(some)), device, kept=some)
+                read = dataset.read([index for index, _ in some])
+                batch = batch_of(read, rng, models.null, caption_drop)
+                parts.append(_asked(objective, models, raw, prediction_type, batch, rng))
+            tensors = {
+                k: torch.cat([part[k] for part in parts]).unflatten(0, (-1, draws)).contiguous() for k in parts[0]
+            }
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                save_file(tensors, aside)
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+        on_progress(min(first + CHUNK, size) * draws)
+    return folder
+
+
+@torch.no_grad()
+def _asked(
+    objective: Objective, models: Models, raw: RawNetwork, prediction_type: str, batch: Batch, rng: Rng
+) -> dict[str, Tensor]:
+    """What the objective asks its teacher, and is answered, (B, C, h, w) fp16 each: its own loss, with no other networks."""
+    heard: list[Tensor] = []
+
+    def listening(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
+        heard.append(raw(z, t, c, w))
+        return heard[-1]
+
+    def silent(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        return X0Eps(z, z)
+
+    teacher = x0_eps_network(listening, models.schedule, prediction_type)
+    objective.loss(replace(models, teacher=teacher, student=silent, target=silent), batch, rng)
+    (answer,) = heard
+    named = zip(("cond", "null"), answer.split(len(batch.latents)), strict=False)
+    return {name: value.half().cpu() for name, value in named}
+
+
+def _path(folder: Path, first: int) -> Path:
+    return folder / f"{first:08d}.safetensors"

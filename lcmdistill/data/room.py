@@ -1,0 +1,37 @@
+"""The cache's bound: what no run has used for longest makes room."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from lcmdistill.tracking import say
+
+KINDS = ("latents", "answers")
+"the folders of a cache whose sub-folders each serve some runs, and can be made again"
+
+
+def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
+    """Note that the needed folders are used, and remove others, the longest unused first, until all take `limit` bytes.
+
+    Returns how many bytes were removed. A run that still reads a removed one goes on: its files are mapped, and the system
+    keeps them until it ends.
+    """
+    kept = {path.resolve() for path in needed}
+    for path in kept:
+        os.utime(path)
+    folders = [path for kind in KINDS for path in (root / kind).glob("[0-9a-f]*") if path.is_dir()]
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in folders}
+    total, removed = sum(sizes.values()), 0
+    for path in sorted(folders, key=lambda path: path.stat().st_mtime):
+        if total - removed <= limit:
+            break
+        if path.resolve() in kept:
+            continue
+        # Renamed first: a removal that is cut off must not leave something that looks whole.
+        doomed = path.rename(path.with_name(f".{path.name}.old"))
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed += sizes[path]
+    if removed:
+        say(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
+    return removed
