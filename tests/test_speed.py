@@ -140,8 +140,8 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(settings: Settings, tmp_path: 
     ],
 )
 def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, settings: Settings) -> None:
+    kept = {k: v for k, v in settings.items() if "w_m" not in k or "objective.name" not in told}
     with pytest.raises(UsageError, match=said):
-        kept = {k: v for k, v in settings.items() if "w_m" not in k or "objective.name" not in told}
         distill(resolve({}, {**kept, "data.teacher_draws": 2, **told}))
     assert not Path(settings["run.output"]).exists()
 

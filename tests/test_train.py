@@ -390,7 +390,7 @@ def test_a_signal_while_the_data_are_prepared_ends_the_run_in_one_sentence(
         return encode(self, pixels)
 
     monkeypatch.setattr(Teacher, "encode_images", signal_then_encode)
-    with pytest.raises(Interrupted, match="what is prepared is kept") as caught:
+    with pytest.raises(Interrupted, match="what is done is kept") as caught:
         run()
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before

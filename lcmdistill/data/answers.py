@@ -38,8 +38,10 @@ def check_answers(objective: Objective, schedule: NoiseSchedule, draws: int) -> 
     """Raise UsageError for a method whose teacher cannot be asked beforehand."""
     if draws < 0:
         raise UsageError(f"data.teacher_draws is {draws}; it must be at least 0, which asks the teacher at every step")
+    if not draws:
+        return
     asked = forwards(objective, schedule).get("teacher", 0)
-    if not draws or asked == (1 if getattr(objective, "guidance", "free") == "free" else 2):
+    if asked == (1 if getattr(objective, "guidance", "free") == "free" else 2):
         return
     problem = (
         "asks no teacher" if not asked else f"asks its teacher twice a step with {getattr(objective, 'solver', '')}"
