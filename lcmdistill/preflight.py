@@ -62,6 +62,8 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
 
 def _guard_buckets(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError for buckets that cannot be, or would have no effect."""
+    if config.data.teacher_draws:
+        raise UsageError("data.teacher_draws keeps answers of one size; leave it at 0, or leave data.buckets out")
     if teacher.in_pixels:
         raise UsageError("data.buckets is for latent models; a teacher in pixel space draws one size: leave it out")
     if set(config.data.sources) == {"teacher"}:

@@ -136,6 +136,7 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(settings: Settings, tmp_path: 
     [
         ({"objective.solver": "heun"}, r"asks its teacher twice a step with heun; use --solver ddim or euler"),
         ({"objective.name": "ct"}, "asks no teacher; leave it at 0"),
+        ({"data.buckets": ("16x24", "16x16")}, "leave it at 0, or leave data.buckets out"),
         ({"data.teacher_draws": -1}, "must be at least 0"),
     ],
 )

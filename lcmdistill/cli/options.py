@@ -97,7 +97,7 @@ HOW: dict[str, Any] = {
     ),
     "compile": _option(
         Wish | None,
-        "Compile the networks: faster steps, minutes before the first.  [default: auto: on CUDA, long runs]",
+        "Compile the networks: faster steps, minutes before the first; auto does for long runs on CUDA.  [default: auto]",
     ),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
     "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
