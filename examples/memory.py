@@ -109,6 +109,8 @@ def table(rows: list[str]) -> None:
 class Latents:
     """A data set of one sample, of a teacher's own shapes."""
 
+    shapes = None  # all have the same
+
     def __init__(self, teacher: Teacher, resolution: int) -> None:
         self._z, _, self._c = teacher.example(1, resolution, "cpu")
 

@@ -48,6 +48,8 @@ def configured(small_teacher: Path, **changes: Any) -> RunConfig:
 class Latents:
     """A data set of one sample, of a teacher's own shapes."""
 
+    shapes = None  # all have the same
+
     def __init__(self, teacher: Teacher, resolution: int) -> None:
         self._z, _, self._c = teacher.example(1, resolution, "cpu")
 
