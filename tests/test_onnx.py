@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
     full_run: Path, full_export: tuple[Path, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "int8"
-    # random weights, unlike trained ones, pass rounding on from layer to layer: they are off by .5
+    # random weights, unlike trained ones, pass rounding on from layer to layer
     export.export(full_run, "onnx", output, **{**OPTIONS, "verify": False}, quantize="int8")
     for part in ("unet", "text_encoder", "vae_decoder"):
         quantized, whole = (folder / part / "model.onnx" for folder in (output, full_export[0]))
@@ -168,6 +169,107 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
     cases = onnx_files.cases_of(load_product(full_run).pipeline(), 4.0)
     with pytest.raises(RunError, match="does not give the trained model's output"):
         onnx_files.verify_onnx(output, cases, None, output)
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose student is the tiny teacher: trained weights, unlike random ones, do not pass rounding on."""
+    from lcmdistill.config import resolve, to_toml
+    from lcmdistill.export.pipeline import save_pipeline, student_pipeline
+    from lcmdistill.student import full_student
+    from lcmdistill.teachers import load_teacher
+
+    run, teacher = tmp_path_factory.mktemp("trained") / "run", load_teacher("tiny")
+    student = full_student(teacher.network, "zero", seed=0).eval().requires_grad_(False)
+    save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
+    (run / "config.toml").write_text(
+        to_toml(resolve({}, {"teacher.model": "tiny", "run.validation_guidance_scale": 4.0}))
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def int8_export(trained_run: Path) -> tuple[Path, str]:
+    """The folder of a trained student's int8 graphs, and the sentence about it."""
+    output = trained_run.parent / "int8"
+    return output, export.export(trained_run, "onnx", output, **OPTIONS, quantize="int8")
+
+
+def fewer_bits(weight: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (np.round(weight / 8.0) * 8).clip(-128, 127).astype(np.int8), scale
+
+
+def scales_off_by_a_tenth(weight: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return weight, scale * 1.1
+
+
+def channels_mixed_up(weight: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return weight, np.roll(scale, 1)
+
+
+def overflowing(weight: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As of sums kept in too few bits: the largest weights are cut off."""
+    return weight.clip(-24, 24), scale
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", [fewer_bits, scales_off_by_a_tenth, channels_mixed_up, overflowing])
+def test_int8_of_a_trained_model_passes_and_a_broken_one_does_not(
+    spoil: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    trained_run: Path,
+    int8_export: tuple[Path, str],
+    tmp_path: Path,
+) -> None:
+    import onnx
+
+    folder, said = int8_export
+    assert "(allowed 0.08)" in said
+    shutil.copytree(folder, tmp_path / "broken")
+    path = tmp_path / "broken" / "unet" / "model.onnx"
+    model = onnx.load(path)
+    values = {value.name: value for value in model.graph.initializer}
+    weights = [name.removesuffix("_quantized") for name in values if name.endswith("_quantized")]
+    assert len(weights) > 50
+    for name in weights:
+        weight, scale = values[f"{name}_quantized"], values[f"{name}_scale"]
+        for value, other in zip((weight, scale), spoil(*map(onnx.numpy_helper.to_array, (weight, scale))), strict=True):
+            value.CopyFrom(onnx.numpy_helper.from_array(other, value.name))
+    onnx.save(model, path)
+    cases = onnx_files.cases_of(load_product(trained_run).pipeline(), 4.0)
+    with pytest.raises(RunError, match="its unet is off by"):
+        onnx_files.verify_onnx(tmp_path / "broken", cases, "int8", "it")
+
+
+@needs_onnx
+@pytest.mark.slow
+@torch.no_grad()
+def test_pictures_of_int8_are_those_of_fp32(trained_run: Path, int8_export: tuple[Path, str]) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+    pipeline, graph = load_product(trained_run).pipeline(), session(int8_export[0], "unet")
+    prompts = ["red heart", "grinning face", "dog face", "pizza"]
+    told, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    cond = omega_embedding(torch.zeros(4), 256)
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def of_torch(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return pipeline.unet(z, t, told, timestep_cond=cond, return_dict=False)[0]
+
+    def of_int8(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        feed = {"sample": z, "timestep": t[None], "encoder_hidden_states": told, "timestep_cond": cond}
+        return torch.from_numpy(graph.run(None, {name: value.numpy() for name, value in feed.items()})[0])
+
+    def drawn(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        pipeline.scheduler.set_timesteps(4)
+        z, generator = noise, torch.Generator().manual_seed(1)
+        for t in pipeline.scheduler.timesteps:
+            z, clean = pipeline.scheduler.step(network(z, t), t, z, generator=generator, return_dict=False)
+        return (pipeline.vae.decode(clean / pipeline.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+    found = similarity(drawn(of_int8), drawn(of_torch), data_range=1.0, reduction="none")
+    assert isinstance(found, torch.Tensor)
+    assert float(found.min()) > 0.9, found
 
 
 # -- what is refused, and what stays behind ------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from lcmdistill.export.pipeline import add_vocabularies
 from lcmdistill.export.verify import compared, network_inputs, smallest_side
 
 OPSET = 20
-BOUNDS = {None: 1e-4, "int8": 0.25}
-"the largest difference allowed, as a part of the largest value, by what was quantized; the tiny teacher's int8 is off by .16"
+BOUNDS = {None: 1e-4, "int8": 0.08}
+"""the largest difference allowed, as a part of the largest value, by what was quantized; the tiny teacher's int8 is off by
+.042, with weights of five bits by .11, with one wrong scale in its middle by .1"""
 BATCHES = (1, 2, 3)
 INT8_OPERATORS = ["MatMul", "Gemm"]
 "convolutions stay in fp32: onnxruntime's int8 ones took 3 to 10 times as long on a CPU, and were 4 times as far off"
@@ -248,6 +249,7 @@ def _to_int8(source: Path, path: Path) -> None:
         op_types_to_quantize=INT8_OPERATORS,
         per_channel=True,
         weight_type=QuantType.QInt8,
+        reduce_range=True,  # weights of seven bits: eight overflow on processors without VNNI, and are 4 times as far off
         use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
     )
 
