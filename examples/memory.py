@@ -34,7 +34,7 @@ from lcmdistill.teachers.sd import call_unet
 from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
 
 LIMITS = (8, 12, 16, 24)
-ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-full")
+ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-lora", "pixart-full")
 GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
 CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 

@@ -10,21 +10,24 @@ PAYS_FROM = 500
 "optimiser steps; fewer are over before the minutes of compilation have come back"
 
 
-def pays(wish: str, device: torch.device, steps: int) -> bool:
-    """Whether to compile. wish: auto, on or off; steps: optimiser steps that are left.
+def pays(wish: str, device: torch.device, steps: int, shapes: int = 1) -> bool:
+    """Whether to compile. wish: auto, on or off; steps: optimiser steps of the run; shapes: of latents, each of which is
+    compiled for and has its share of the steps.
 
     auto never does on a CPU, where the compiler takes minutes and gains little.
     """
-    return wish == "on" or (wish == "auto" and device.type == "cuda" and steps >= PAYS_FROM)
+    return wish == "on" or (wish == "auto" and device.type == "cuda" and steps >= PAYS_FROM * shapes)
 
 
-def compile_blocks(network: nn.Module) -> None:
+def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
     """Compile a network's blocks in place, for the shapes that they meet first; parameters keep their names.
+
+    shapes: how many kinds of latents there are.
 
     Each is a graph of its own, so that the first of a kind is compiled and the others are found in the cache.
     """
     # Widths, resolutions, and with or without gradients: all are variants of one block, and no more than 8 would be kept.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * shapes)
     for module in network.modules():
         if type(module).__name__ in BLOCKS:
             module.compile(dynamic=False)

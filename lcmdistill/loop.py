@@ -139,8 +139,9 @@ def build(
         answers = Answers(asked, len(dataset))
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is asked nothing more
-    if pays(config.run.compile, device, config.optim.max_train_steps):
-        compile_blocks(networks)
+    shapes = len(set(dataset.shapes or [()]))
+    if pays(config.run.compile, device, config.optim.max_train_steps, shapes):
+        compile_blocks(networks, shapes)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(

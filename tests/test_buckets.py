@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from small_models import FAMILY_BUILDERS
 from test_data import encoded, picture, write_tar
 
+from lcmdistill.compiling import pays
 from lcmdistill.config import resolve
 from lcmdistill.data.buckets import bucket_sizes, equal_areas, largest, nearest
 from lcmdistill.data.cache import LatentDataset, cache_folder, prepare, survey
@@ -347,3 +348,9 @@ def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Pat
     assert "tokens" not in command(*base)[1]
     _, told, error = command(*base, "--prompt", "x" * 100, "--num-images", 3)
     assert (told.count("1 of the prompts are longer than the 77 tokens"), error) == (1, "")
+
+
+def test_compiling_pays_where_each_shape_has_steps_enough() -> None:
+    gpu = torch.device("cuda")
+    assert [pays("auto", gpu, steps, 7) for steps in (500, 3499, 3500)] == [False, False, True]
+    assert (pays("auto", gpu, 500), pays("on", gpu, 1, 7), pays("off", gpu, 10**6)) == (True, True, False)
