@@ -271,7 +271,7 @@ def _times(results: Results) -> dict[str, Any] | None:
         value = results.seconds(sampler, n)
         if value is None:
             continue
-        ratio = f"{full / value:.1f} times" if full else ""
+        ratio = f"{full / value:.{0 if full >= 10 * value else 1}f} times" if full else ""
         cells = [{"text": seconds(value), "best": False}, {"text": ratio, "best": False}]
         rows.append({"name": f"{sampler}, {n} step{'s' * (n > 1)}", "cells": cells})
     about = results.about

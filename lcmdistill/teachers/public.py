@@ -97,10 +97,11 @@ def _cached(name: str) -> Path | None:
 
 def _front_matter(card: Path) -> Mapping[str, Any]:
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     try:
         return metadata_load(card) or {}
-    except ValueError:  # no YAML, or not a mapping: somebody's own page
+    except (ValueError, YAMLError):  # no YAML, or not a mapping: somebody's own page
         return {}
 
 

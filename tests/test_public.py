@@ -1,0 +1,93 @@
+"""What the world is told of a teacher: names without folders, licences as the hub takes them, settings without secrets."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcmdistill.teachers.public import in_python, licence_name, licence_of, public_name, without_folders
+
+OWN, NAMED = "license: other\nlicense_name: my-own", {"license": "other", "license_name": "my-own"}
+
+
+def test_names_hold_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    snapshot = "/home/me/.cache/huggingface/hub/models--owner--its-name/snapshots/0123abc"
+    names = {
+        "tiny": "tiny",
+        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+        "owner/name": "owner/name",
+        "models/mine": "mine",  # which is there, and so no hub id
+        str(tmp_path / "models" / "mine"): "mine",
+        "./models/mine/": "mine",
+        "~/checkpoints/photo.safetensors": "photo.safetensors",
+        "/gone/away": "away",
+        snapshot: "owner/its-name",
+    }
+    assert {model: public_name(model) for model in names} == names
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: mit", {"license": "mit"}),
+        (OWN + "\nlicense_link: https://a.b/c", {**NAMED, "license_link": "https://a.b/c"}),
+        (OWN + "\nlicense_link: LICENSE.md", NAMED),
+        ("tags:\n- a", {}),
+        ("license: [a: b", {}),
+    ],
+)
+def test_a_licence_is_read_from_the_teacher_s_card(tmp_path: Path, front: str, expected: dict[str, str]) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == expected
+    assert licence_name(licence_of(str(tmp_path))) == {"mit": "mit", "other": "my-own"}.get(expected.get("license", ""))
+
+
+def test_a_licence_is_read_from_a_file_s_header_or_known_by_alias(tmp_path: Path) -> None:
+    for words, expected in (
+        ("CreativeML Open RAIL-M", {"license": "other", "license_name": "CreativeML Open RAIL-M"}),
+        ("openrail++", {"license": "openrail++"}),
+        ("", {}),
+    ):
+        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"modelspec.license": words})
+        assert licence_of(str(tmp_path / "a.safetensors")) == expected
+    assert licence_of("sdxl") == {"license": "openrail++"}
+    assert licence_of("tiny") == {"license": "apache-2.0"}
+    assert licence_of("nobody/knows") == licence_of(str(tmp_path / "nowhere")) == {}
+
+
+def test_code_opens_each_kind_of_model_by_its_own_way() -> None:
+    code = in_python("~/photo.safetensors", "StableDiffusionXLPipeline", "TCDScheduler")
+    assert "from diffusers import StableDiffusionXLPipeline, TCDScheduler\n" in code
+    assert 'StableDiffusionXLPipeline.from_single_file("photo.safetensors")' in code
+    assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")' in in_python("sd15", "X", "LCMScheduler")
+    found: dict[str, object] = {}
+    exec(in_python("tiny", "X", "LCMScheduler"), found)
+    assert type(found["pipeline"]).__name__ == "StableDiffusionPipeline"
+
+
+def test_settings_are_shown_without_folders_and_secrets() -> None:
+    told = without_folders(
+        {
+            "teacher.model": "/opt/models/mine",
+            "data.sources": [
+                "/home/me/pictures",
+                "data/own",
+                "pipe:curl -H 'token: x' u",
+                "https://me:x@h/a.tar?sig=x",
+            ],
+            "data.cache_dir": "~/cache",
+            "run.validation_prompts": ["/imagine a cat"],
+            "run.seed": 0,
+        }
+    )
+    assert told == {
+        "teacher.model": "mine",
+        "data.sources": ["pictures", "data/own", "pipe:", "https://h/a.tar"],
+        "data.cache_dir": "cache",
+        "run.validation_prompts": ["/imagine a cat"],
+        "run.seed": 0,
+    }
+    assert without_folders({"teacher.model": "sd15"}) == {"teacher.model": "sd15"}
