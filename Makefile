@@ -3,6 +3,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := runs/tiny-lcm
+BENCH ?= tiny
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 # The libraries' own chatter, which the command line silences by itself, out of the examples too.
@@ -51,7 +52,7 @@ type: setup ## pyright
 fashion: setup ## Consistency Models on Fashion-MNIST: teacher, CD, CT, KID (hours)
 	$(PY) examples/fashion_mnist/run.py
 
-bench: setup ## seconds a training step of the bundled teacher, and where they go
-	$(PY) examples/bench.py
+bench: setup ## a training step beside a plain loop's: speed, and where the time goes (BENCH=tiny, sd15, sdxl, memory)
+	$(PY) examples/bench/run.py $(BENCH)
 
 .PHONY: help setup demo quality test test-slow lint type bench fashion

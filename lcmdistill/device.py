@@ -1,6 +1,8 @@
 """Which device, and which dtype inside the networks."""
 
+import ctypes
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -45,6 +47,18 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def free_memory(device: torch.device) -> float:
     """The bytes that a GPU has free; of other devices nothing is known, and it is infinite."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, where it is glibc's: for training on a CPU.
+
+    Large tensors else go back to the system each time, and come again as pages that it has to zero.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def cpu_memory_left() -> float:

@@ -20,7 +20,7 @@ from lcmdistill.data.batches import batch_of, read_ahead
 from lcmdistill.data.cache import LatentDataset, cache_root
 from lcmdistill.data.order import SampleOrder
 from lcmdistill.data.room import make_room
-from lcmdistill.device import compute_dtype
+from lcmdistill.device import compute_dtype, keep_freed_memory
 from lcmdistill.evaluate.weights import perceptual_distance
 from lcmdistill.memory import Breakdown
 from lcmdistill.objectives import Objective
@@ -98,8 +98,11 @@ def build(
         same_dropout=config.objective.same_dropout,
     )
     networks = torch.nn.ModuleList([student.online, student.teacher, student.target])
-    # What convolutions compute in, on a CPU and on CUDA; else they would turn every tensor round, and back.
-    networks.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if device.type == "cuda":
+        # What cuDNN's convolutions compute in; oneDNN's, on a CPU, have a layout of their own.
+        networks.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    elif device.type == "cpu":
+        keep_freed_memory()
     optimizer = make_optimizer(config.optim, student.trainable.values(), device)
     online, optimizer = accelerator.prepare(student.online, optimizer)
     null = teacher.encode_prompts([""]).to(device)

@@ -1,0 +1,127 @@
+"""The yardstick: latent consistency distillation as the public example scripts do it, one plain loop, the same mathematics.
+
+Every image goes through the VAE, and every caption through the text encoder, at every step of every epoch; the teacher is
+asked twice; the EMA takes two launches a parameter; the loss is fetched at every step; frozen weights stay in fp32. A LoRA's
+teacher is a second U-Net. Nothing of lcmdistill's schedules, solvers, objectives and steps is used: only the way that a
+family's U-Net is called (`call`), and the draws that both sides are given, so that their losses can be compared.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lcmdistill.settings import LORA_MODULES
+
+Clock = Callable[[str], Any]
+"a context that times a part by its name"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A step's samples and draws: pixels and captions, noise of the posterior and of diffusion, times, omega."""
+
+    pixels: Tensor
+    captions: list[str]
+    posterior: Tensor
+    noise: Tensor
+    t: Tensor
+    s: Tensor
+    omega: Tensor
+
+
+def naive_steps(
+    teacher: Any,
+    vae: Any,
+    call: Callable[..., Tensor],
+    encode: Callable[[list[str]], dict[str, Tensor]],
+    alphas_cumprod: Tensor,
+    batches: Iterator[Draws],
+    *,
+    lora: int | None,
+    learning_rate: float,
+    mu: float,
+    dtype: torch.dtype,
+    clock: Clock,
+) -> Iterator[float]:
+    """Train, and yield each step's loss. lora: its rank, None for a full student with an EMA target."""
+    device = teacher.device
+    config = {k: v for k, v in teacher.config.items() if k != "_use_default_values"}
+    student = type(teacher).from_config(config if lora else {**config, "time_cond_proj_dim": 256}).to(device)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    if lora:
+        student.requires_grad_(False)
+        student.add_adapter(LoraConfig(r=lora, lora_alpha=lora, target_modules=list(LORA_MODULES)))
+        target = student
+    else:
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+        target = copy.deepcopy(student).requires_grad_(False)
+    student.train()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
+    scale = vae.config.scaling_factor
+    null = encode([""])
+
+    def at(table: Tensor, t: Tensor) -> Tensor:
+        return table[t][:, None, None, None].float()
+
+    def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = (t.float() * 10.0)[:, None, None, None]
+        return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+
+    def ask(network: Any, z: Tensor, t: Tensor, c: dict[str, Tensor], w: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return call(network, z, t, c, w).float()
+
+    for draws in batches:
+        with clock("VAE and text encoder"), torch.no_grad():
+            posterior = vae.encode(draws.pixels.to(device)).latent_dist
+            latents = (posterior.mean + posterior.std * draws.posterior.to(device)) * scale
+            c = encode(draws.captions)
+            empty = {name: value.expand(len(latents), *value.shape[1:]) for name, value in null.items()}
+        t, s, w = draws.t.to(device), draws.s.to(device), draws.omega.to(device)
+        told = None if lora else w
+        noisy = at(alphas, t) * latents + at(sigmas, t) * draws.noise.to(device)
+        c_skip, c_out = boundary(t)
+        with clock("student, forward and backward"):
+            eps = ask(student, noisy, t, c, told)
+            x0 = (noisy - at(sigmas, t) * eps) / at(alphas, t)
+            prediction = c_skip * noisy + c_out * x0
+        with clock("teacher"), torch.no_grad():
+            answers = []
+            for prompt in (c, empty):
+                eps = ask(teacher, noisy, t, prompt, None)
+                answers.append(((noisy - at(sigmas, t) * eps) / at(alphas, t), eps))
+            (x0_cond, eps_cond), (x0_null, eps_null) = answers
+            omega = w[:, None, None, None]
+            x0 = x0_cond + omega * (x0_cond - x0_null)
+            eps = eps_cond + omega * (eps_cond - eps_null)
+            earlier = at(alphas, s) * x0 + at(sigmas, s) * eps
+        with clock("target"), torch.no_grad():
+            eps = ask(target, earlier, s, c, told)
+            c_skip, c_out = boundary(s)
+            goal = c_skip * earlier + c_out * (earlier - at(sigmas, s) * eps) / at(alphas, s)
+        with clock("student, forward and backward"):
+            loss = (((prediction - goal) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+            loss.backward()
+        with clock("clip, AdamW, EMA"):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if not lora:
+                with torch.no_grad():
+                    for old, new in zip(target.parameters(), student.parameters(), strict=True):
+                        old.mul_(mu).add_(new, alpha=1 - mu)
+        yield loss.item()
+
+
+@contextmanager
+def untimed(part: str) -> Iterator[None]:
+    """A clock that does not look."""
+    yield

@@ -1,0 +1,437 @@
+"""What a training step costs, beside the public scripts' way of doing it, in one run: speed, memory, and where the time goes.
+
+    make bench                            # BENCH=tiny: the bundled teacher on the CPU
+    make bench BENCH=sd15                 # on a GPU: Stable Diffusion 1.5's shapes, random weights, 512 px; or sdxl
+    python examples/bench/run.py memory   # peak memory of LoRA and full runs, each in a process of its own
+
+Naive loop (naive.py) and product, each in a process of its own, take steps in turn, on the same samples with the same draws,
+so that what else the machine does meets both alike; the loss curves are compared. Ratios are of the sums over all rounds.
+Writes results/NAME.json beside this file, README.md's tables, and a picture.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from naive import Draws, naive_steps, untimed
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lcmdistill.batch import Rng
+from lcmdistill.checkpoint import write_text
+from lcmdistill.config import resolve
+from lcmdistill.data.cache import LatentDataset, prepare
+from lcmdistill.data.order import SampleOrder
+from lcmdistill.data.sources import open_source
+from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.device import compute_dtype, peak_memory, pick_device
+from lcmdistill.loop import Run, build, train_steps
+from lcmdistill.objectives import forwards
+from lcmdistill.objectives.shared import draw_omega
+from lcmdistill.processes import make_accelerator
+from lcmdistill.settings import RunConfig
+from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.base import Teacher
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+RESULTS = HERE / "results"
+PARTS = ("VAE and text encoder", "teacher", "target", "student, forward and backward", "clip, AdamW, EMA", "the rest")
+SIDES = {"naive": "plain loop", "product": "lcmdistill", "answers": "lcmdistill, data.teacher_draws=1"}
+TINY = {"teacher.model": "tiny", "optim.batch_size": 16, "data.count": 1024}
+FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "run.memory": "off", "run.precision": "bf16"}
+
+
+class Clock:
+    """Seconds of each part, by its name; on CUDA a part ends when the device is done with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+
+    def __call__(self, part: str) -> Any:
+        return self._part(part)
+
+    @contextmanager
+    def _part(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds[part] += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until the device has nothing left to do."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def settings(name: str, **more: Any) -> RunConfig:
+    """A benchmark's configuration."""
+    own = TINY if name == "tiny" else {"teacher.model": name, **FULL_SIZE}
+    return resolve({}, {**own, "run.output": tempfile.mkdtemp(), "optim.max_train_steps": 10**6, **more})
+
+
+def teacher_of(name: str, device: torch.device) -> Teacher:
+    """The bundled teacher, or a full-size one with random weights."""
+    if name == "tiny":
+        return load_teacher("tiny")
+    from memory import full_size
+
+    teacher = full_size(name, str(device))
+    for parameter in teacher.network.parameters():
+        parameter.mul_(0.5)  # far from overflow; speed and memory do not depend on them
+    return teacher
+
+
+def product(name: str, device: torch.device, **more: Any) -> Run:
+    """A run of the product at its first step, its caches warm."""
+    config, teacher = settings(name, **more), teacher_of(name, device)
+    if name == "tiny":
+        folder = prepare("tiny", config.data, teacher, config.run.seed)
+        dataset: Any = LatentDataset([folder], [config.data.count])
+    else:
+        from memory import Latents
+
+        dataset = Latents(teacher, config.data.resolution)
+    return build(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)
+
+
+def samples_of(name: str, config: RunConfig, teacher: Teacher) -> Any:
+    """What the plain loop needs to know of a run: its configuration, how many samples of what shape, and its schedule."""
+    from memory import Latents
+
+    class Sized(Latents):
+        def __len__(self) -> int:
+            return config.data.count if name == "tiny" and config.data.count else 64
+
+    dataset = Sized(teacher, config.data.resolution)
+    batch = config.optim.batch_size
+    return SimpleNamespace(
+        config=config, dataset=dataset, global_batch=batch, models=SimpleNamespace(schedule=teacher.schedule)
+    )
+
+
+def images_and_draws(run: Any, *, random_images: bool) -> Iterator[Draws]:
+    """The product's own samples and draws, for the loop that reads its images anew every time."""
+    config, size = run.config, len(run.dataset)
+    seed, side, z = config.run.seed, config.data.resolution, run.dataset.read([0])[0].shape[1:]
+    order = SampleOrder(size, seed, run.global_batch)
+    members = [] if random_images else list(open_source("tiny", None, seed))
+    for step in range(10**6):
+        rng = Rng(seed, step, range(config.optim.batch_size))
+        if random_images:
+            pixels, captions = torch.rand(len(rng.places), 3, side, side) * 2 - 1, [""] * len(rng.places)
+        else:
+            judged = [judge(members[i], config.data, seed, i) for i in order.indices(step, rng.places)]
+            samples = [sample for sample in judged if isinstance(sample, Sample)]
+            pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
+            captions = [sample.caption for sample in samples]
+        t, s = config.objective.pair(run.models.schedule.to("cpu"), rng)
+        omega = draw_omega("baked", config.objective.w_min, config.objective.w_max, rng)
+        assert omega is not None
+        yield Draws(pixels, captions, rng.normal("posterior", z), rng.normal("noise", z), t, s, omega)
+
+
+def naive(name: str, device: torch.device, run: Any, clock: Any) -> Iterator[float]:
+    """The plain loop on the product's samples."""
+    teacher, config = teacher_of(name, device), run.config
+    teacher.network.to(device)
+    teacher.vae.to(device)
+    schedule = run.models.schedule
+    alphas = schedule.alpha(torch.arange(schedule.num_steps, device=device)).flatten().cpu()
+
+    def encode(captions: list[str]) -> dict[str, Tensor]:
+        told = teacher.encode_prompts(captions)
+        if name == "sdxl":
+            _, _, example = teacher.example(1, config.data.resolution, "cpu")
+            told = example.expand(len(captions)) | told
+        return dict(told.to(device).values)
+
+    return naive_steps(
+        teacher.network,
+        teacher.vae,
+        teacher.call,
+        encode,
+        alphas**2,
+        images_and_draws(run, random_images=name != "tiny"),
+        lora=config.student.rank if config.student.kind == "lora" else None,
+        learning_rate=config.optim.learning_rate,
+        mu=config.objective.mu(0),
+        dtype=compute_dtype(config.run.precision, device),
+        clock=clock,
+    )
+
+
+def timed_product(run: Run, clock: Clock) -> Iterator[float]:
+    """The product's loop, its parts timed: what is around the networks is the rest."""
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with clock(part):
+                return function(*args, **kwargs)
+
+        return call
+
+    models, student = run.models, run.student
+    run.models = replace(
+        models,
+        teacher=timed("teacher", models.teacher),
+        target=timed("target", models.target),
+        student=timed("student, forward and backward", models.student),
+    )
+    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
+    for owner, names in ((run.accelerator, ("clip_grad_norm_",)), (run.optimizer, ("step",))):
+        for method in names:
+            setattr(owner, method, timed("clip, AdamW, EMA", getattr(owner, method)))
+    follow = student.follow
+    object.__setattr__(student, "follow", timed("clip, AdamW, EMA", follow))
+    for loss, _ in train_steps(run, run.config.objective):
+        yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, here and now."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, clock = torch.rand(n, n, device=device, dtype=dtype), Clock(device)
+    a @ a
+    clock.wait()
+    with clock("product"):
+        for _ in range(4):
+            a @ a
+    return 4 * 2 * n**3 / clock.seconds["product"]
+
+
+def step_flops(run: Run) -> float:
+    """Of the six forwards' worth that a step is: student 3, teacher 2, target 1."""
+    z, t, c = run.teacher.example(run.config.optim.batch_size, run.config.data.resolution, run.accelerator.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run.models.target(z, t, c, None if run.config.student.kind == "lora" else torch.ones(len(z), device=z.device))
+    asked = forwards(run.config.objective, run.models.schedule)
+    return counter.get_total_flops() * (3 * asked["student"] + asked["teacher"] + asked["target"])
+
+
+def one_side(side: str, name: str) -> None:
+    """One side in a process of its own, as its users run it: a step for each line that is read, and told in one of JSON."""
+    device = pick_device("auto" if name != "tiny" else "cpu")
+    clock, out = Clock(device), sys.stdout
+    sys.stdout = sys.stderr
+    told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {})}
+    run, facts = None, {}
+    if side == "naive":
+        shapes = samples_of(
+            name, settings(name, **told), teacher_of(name, torch.device("cpu" if name == "tiny" else "meta"))
+        )
+        config, steps = shapes.config, naive(name, device, shapes, clock)
+    else:
+        run = product(name, device, **told)
+        config, steps = run.config, timed_product(run, clock)
+        facts["flops"] = step_flops(run)
+    dtype = compute_dtype(config.run.precision, device)
+    for line in sys.stdin:
+        if line == "forget\n":
+            clock.seconds.clear()
+            continue
+        rate = matmul_rate(device, dtype) if side == "product" else 0.0
+        began = time.perf_counter()
+        loss = next(steps)
+        clock.wait()
+        seconds = time.perf_counter() - began
+        told_now = {"seconds": seconds, "loss": float(loss), "rate": rate, "parts": dict(clock.seconds), **facts}
+        print(json.dumps(told_now), file=out, flush=True)
+
+
+def compare(name: str, rounds: int) -> dict[str, Any]:
+    """All sides in turn, `rounds` steps each."""
+    if name != "tiny" and not torch.cuda.is_available():
+        raise SystemExit(f"BENCH={name} needs a CUDA GPU, and torch sees none here")
+    names = list(SIDES) if name == "tiny" else ["naive", "product"]  # random images have no answers to keep
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    sides = {side: subprocess.Popen([sys.executable, __file__, "side", side, name], **pipes) for side in names}
+
+    def step(side: str) -> dict[str, Any]:
+        process = sides[side]
+        process.stdin.write("step\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    warm = 3
+    losses = {side: [step(side)["loss"] for _ in range(warm)] for side in names}
+    for process in sides.values():
+        process.stdin.write("forget\n")
+    told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number in range(rounds):
+        for side in names:
+            told[side].append(step(side))
+            losses[side].append(told[side][-1]["loss"])
+        print(f"\r{number + 1}/{rounds}", end="", flush=True)
+    print()
+    for process in sides.values():
+        process.stdin.close()
+        process.wait()
+    rate, flops = sum(each["rate"] for each in told["product"]) / rounds, told["product"][0]["flops"]
+    seconds = {side: sum(each["seconds"] for each in told[side]) for side in names}
+    config, found = settings(name), {}
+    for side in names:
+        parts = told[side][-1]["parts"]
+        parts["the rest"] = seconds[side] - sum(parts.values())
+        done = flops * rounds * (4 / 6 if side == "answers" else 1)
+        found[side] = {
+            "samples_per_s": config.optim.batch_size * rounds / seconds[side],
+            "ratio": seconds["naive"] / seconds[side],
+            "of_matmul": done / seconds[side] / rate,
+            "milliseconds": {part: 1000 * parts.get(part, 0.0) / rounds for part in PARTS},
+        }
+    device = pick_device("auto" if name != "tiny" else "cpu")
+    return {
+        "name": name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "dtype": str(compute_dtype(config.run.precision, device)).removeprefix("torch."),
+        "batch": config.optim.batch_size,
+        "rounds": rounds,
+        "matmul_gflops": rate / 1e9,
+        "step_gflop": flops / 1e9,
+        "loss_apart": max(abs(a - b) for a, b in zip(losses["naive"], losses["product"], strict=True)),
+        "losses": losses,
+        "sides": found,
+    }
+
+
+# -- memory, each in a process of its own ----------------------------------------------------------------------------
+
+
+def alone(side: str, name: str, kind: str, batch: int) -> None:
+    """Take two steps of one side, and print the peak in bytes: of a GPU's tensors, or of the whole process on a CPU."""
+    device = pick_device("auto")
+    told: dict[str, Any] = {"run.device": str(device), "student.kind": kind, "optim.batch_size": batch}
+    if device.type == "cpu":  # 64 px, or it would be hours; weights are what counts in a LoRA's memory
+        told |= {"data.resolution": 64, "run.precision": "fp32"}
+    if side == "naive":
+        shapes = samples_of(name, settings(name, **told), teacher_of(name, torch.device("meta")))
+        steps = naive(name, device, shapes, untimed)
+    else:
+        run = product(name, device, **told)
+        steps = (float(loss) for loss, _ in train_steps(run, run.config.objective))
+    for _ in range(2):
+        next(steps)
+    print(peak_memory(device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory() -> dict[str, Any]:
+    """Peaks of both sides: on a CPU of a LoRA at SD 1.5's shapes, on a GPU of all that fits it."""
+    cuda = torch.cuda.is_available()
+    names, kinds, batches = (("sd15", "sdxl"), ("lora", "full"), (1, 4, 16)) if cuda else (("sd15",), ("lora",), (1,))
+    rows = []
+    for row in [(name, kind, batch) for name in names for kind in kinds for batch in batches]:
+        peaks = {}
+        for side in ("naive", "product"):
+            done = subprocess.run(
+                [sys.executable, __file__, "alone", side, *map(str, row)], capture_output=True, text=True
+            )
+            peaks[side] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
+            if done.returncode and "out of memory" not in done.stderr:
+                print(done.stderr[-2000:])
+        print(*row, peaks, flush=True)
+        rows.append([*row, peaks["naive"], peaks["product"]])
+    where = torch.cuda.get_device_name() if cuda else "CPU, 64 px, fp32, the whole process"
+    return {"name": "memory", "device": where, "rows": rows}
+
+
+# -- tables and picture ----------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    if found["name"] == "memory":
+        lines = [
+            f"Peak memory, GB ({found['device']}):\n",
+            "| | batch | plain loop | lcmdistill | ratio |",
+            "|---|---|---|---|---|",
+        ]
+        for name, kind, batch, one, other in found["rows"]:
+            cells = [f"{value / 1e9:.2f}" if value else "does not fit" for value in (one, other)]
+            cells.append(f"{other / one:.2f}" if one and other else "")
+            lines.append(f"| {name} {kind} | {batch} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+    lines = [
+        f"{found['name']}, {found['device']}, {found['dtype']}, batch {found['batch']}, {found['rounds']} steps each in turn; "
+        f"losses at most {found['loss_apart']:.1e} apart:\n",
+        "| | samples/s | times the plain loop | of the matmul rate |",
+        "|---|---|---|---|",
+    ]
+    for side, its in found["sides"].items():
+        cells = f"{its['samples_per_s']:.1f} | {its['ratio']:.2f} | {its['of_matmul']:.0%}"
+        lines.append(f"| {SIDES[side]} | {cells} |")
+    names = [SIDES[side] for side in found["sides"]]
+    lines += ["", f"| milliseconds of a step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for part in PARTS:
+        cells = [f"{its['milliseconds'][part]:.0f}" for its in found["sides"].values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Where a step's time goes, a bar a side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    sides = list(found["sides"])[::-1]
+    left = [0.0] * len(sides)
+    for part, colour in zip(PARTS, ("#8c564b", "#1f77b4", "#17a2a2", "#e07b1a", "#7f7f7f", "#c8c8c8"), strict=True):
+        widths = [found["sides"][side]["milliseconds"][part] for side in sides]
+        axes.barh([SIDES[side] for side in sides], widths, left=left, label=part, color=colour)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_xlabel(f"milliseconds a step of {found['batch']} samples, {found['device']}")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def write_tables() -> None:
+    """README.md's part between its markers, of all results that there are."""
+    readme, marker = HERE / "README.md", "<!-- measured -->"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(marker)
+    _, _, after = rest.partition(marker)
+    order = sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem == "memory", path.stem))
+    tables = "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in order)
+    write_text(readme, f"{before}{marker}\n\n{tables}\n\n{marker}{after}")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["alone"]:
+        side, name, kind, batch = sys.argv[2:]
+        return alone(side, name, kind, int(batch))
+    if sys.argv[1:2] == ["side"]:
+        return one_side(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="tiny", choices=["tiny", "sd15", "sdxl", "memory"])
+    parser.add_argument("--rounds", type=int, default=50, help="steps of each side")
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    arguments = parser.parse_args()
+    found = memory() if arguments.name == "memory" else compare(arguments.name, arguments.rounds)
+    print(table(found))
+    if arguments.dry:
+        return None
+    write_text(RESULTS / f"{found['name']}.json", json.dumps(found, indent=1) + "\n")
+    write_tables()
+    if found["name"] != "memory":
+        picture(found, HERE / f"{found['name']}.png")
+    return None
+
+
+if __name__ == "__main__":
+    main()
