@@ -30,7 +30,7 @@ from lcmdistill.train import distill
 HERE = Path(__file__).parent
 RUNS = Path("runs/ablations")
 IMAGES = 64
-SHORT, LONG = 64, 160
+SHORT, LONG = 40, 160
 "optimiser steps of 16 samples"
 
 SKIPS = (1, 5, 10, 20, 50)
