@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -147,15 +148,14 @@ def model_card(
     about = ["image-generation"] if teacher.in_pixels else ["text-to-image", "stable-diffusion"]
     tags = [*about, *method.tags, "lcmdistill"]
     shown = [{"text": prompt, "output": {"url": file}} for file, prompt in (samples or {}).items()]
+    more: dict[str, Any] = {**licence, **({"widget": shown} if shown else {})}
     data = ModelCardData(
         library_name="diffusers" if teacher.network_name == "unet" or not is_lora else "peft",
         pipeline_tag="unconditional-image-generation" if teacher.in_pixels else "text-to-image",
         base_model=name if is_hub_id else None,
         base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
         tags=[*tags, "lora"] if is_lora else tags,
-        ignore_metadata_errors=True,
-        **licence,
-        **({"widget": shown} if shown else {}),
+        **more,
     )
     guidance = config.run.validation_guidance_scale or 1.0
     is_xl = "text_encoder_2" in teacher.pipeline.components  # whose files cannot say what to skip

@@ -195,8 +195,9 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
 def _save_config(part: Any, folder: Path) -> None:
     """A part's config, or a part without weights as a whole."""
     if part is not None:
-        save = part.save_pretrained if not isinstance(part, nn.Module) else getattr(part, "save_config", None)
-        (save or part.config.save_pretrained)(folder)
+        save: Any = part.save_pretrained if not isinstance(part, nn.Module) else getattr(part, "save_config", None)
+        config: Any = getattr(part, "config", None)
+        (save or config.save_pretrained)(folder)
 
 
 def read_back(path: Path, configs: Path) -> Any:
