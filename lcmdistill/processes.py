@@ -14,7 +14,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.interrupt import Stop
 from lcmdistill.settings import RunConfig
 
-__all__ = ["Accelerator", "agreed", "least_free", "make_accelerator", "over_processes"]
+__all__ = ["Accelerator", "Agreement", "least_free", "make_accelerator", "over_processes"]
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -50,9 +50,20 @@ def least_free(accelerator: Accelerator) -> float:
     return float(over_processes(free, accelerator).min())
 
 
-def agreed(stop: Stop, accelerator: Accelerator) -> int:
-    """The same answer on every process: a signal that any of them has met."""
-    if accelerator.num_processes == 1:
-        return stop.signal
-    mine = torch.tensor(float(stop.signal), device=accelerator.device)
-    return round(float(over_processes(mine, accelerator).max()))
+class Agreement:
+    """The same answer on every process: a signal that any of them has met.
+
+    Of several processes it is heard a step late, so that no device has to finish its step before the next is under way.
+    """
+
+    def __init__(self, stop: Stop, accelerator: Accelerator) -> None:
+        self._stop, self._accelerator = stop, accelerator
+        self._asked: Tensor | None = None
+
+    def signal(self) -> int:
+        """To be asked once a step, by all processes."""
+        if self._accelerator.num_processes == 1:
+            return self._stop.signal
+        mine = torch.full((), float(self._stop.signal), device=self._accelerator.device)
+        before, self._asked = self._asked, over_processes(mine, self._accelerator)
+        return 0 if before is None else round(float(before.max()))

@@ -32,7 +32,7 @@ from lcmdistill.optimizer import learning_rate_at
 from lcmdistill.plan import MemoryCheck, planned, tell
 from lcmdistill.preflight import guard
 from lcmdistill.preparing import prepare_all, telling
-from lcmdistill.processes import Accelerator, agreed, least_free, make_accelerator, over_processes
+from lcmdistill.processes import Accelerator, Agreement, least_free, make_accelerator, over_processes
 from lcmdistill.publish import publish_run
 from lcmdistill.report import write_report
 from lcmdistill.rundir import check_run, finished, mark_finished, open_run, settle
@@ -144,13 +144,14 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
         _validate(run, validation, metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
+        agreement = Agreement(stop, accelerator)
         memory = MemoryCheck(run.needed if validation is not None else None, accelerator.device)
         for loss, norm in train_steps(run, run.config.objective):
             memory.after_step()
             run.unlogged.append(loss)
             count += 1
             bar.update(run.step)
-            signalled = agreed(stop, accelerator)
+            signalled = agreement.signal()
             at_log = run.step % config.log_every == 0 or run.step == total
             if at_log:
                 mean = float(over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())

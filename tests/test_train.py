@@ -32,7 +32,7 @@ from lcmdistill.export import product
 from lcmdistill.interrupt import Stop
 from lcmdistill.objectives import lcm
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.processes import agreed
+from lcmdistill.processes import Agreement
 from lcmdistill.settings import OptimConfig
 from lcmdistill.teachers import load_teacher
 from lcmdistill.tracking import Metrics
@@ -697,7 +697,11 @@ def test_a_signal_that_any_process_met_stops_them_all() -> None:
     for theirs in (0, 15):
         accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
         accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])
-        assert agreed(Stop(), accelerator) == theirs
+        agreement = Agreement(Stop(), accelerator)
+        assert [agreement.signal() for _ in range(2)] == [0, theirs]  # of the step before
+    accelerator.num_processes, stop = 1, Stop()
+    stop.signal = 2
+    assert Agreement(stop, accelerator).signal() == 2
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

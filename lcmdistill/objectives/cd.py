@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.batch import Batch, Models, Rng, onto
 from lcmdistill.consistency import consistency_function
 from lcmdistill.objectives.shared import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
 from lcmdistill.schedule import NoiseSchedule
@@ -44,7 +44,7 @@ class ConsistencyDistillation:
         check_lpips(self.distance, self.lpips_weights)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        grid, n = schedule.grid(self.scales).to(rng.device), rng.integers("times", self.scales - 1)
+        grid, n = onto(schedule.grid(self.scales), rng.device), rng.integers("times", self.scales - 1)
         return grid[n + 1], grid[n]
 
     def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng
+from lcmdistill.batch import Batch, Models, Rng, onto
 from lcmdistill.consistency import consistency_function
 from lcmdistill.objectives.shared import check_decay, check_lpips, distance_of
 from lcmdistill.schedule import NoiseSchedule
@@ -70,7 +70,7 @@ class ConsistencyTraining:
         check_lpips(self.distance, self.lpips_weights)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        grid = schedule.grid(self.scales(rng.step)).to(rng.device)
+        grid = onto(schedule.grid(self.scales(rng.step)), rng.device)
         n = self._draw(schedule, grid, rng)
         return grid[n + 1], grid[n]
 

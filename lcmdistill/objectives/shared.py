@@ -6,7 +6,7 @@ Shapes: B batch, T number of the teacher's time steps, N number of points of a g
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, Models, Rng
+from lcmdistill.batch import Conditioning, Models, Rng, onto
 from lcmdistill.distances import DISTANCES, Distance
 from lcmdistill.prediction import X0Eps, guided
 from lcmdistill.schedule import NoiseSchedule, ddim_grid
@@ -40,25 +40,25 @@ def draw_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tupl
     """
     if times == "grid":
         grid = ddim_grid(schedule.num_steps, skip)
-        i = grid.to(rng.device)[rng.integers("times", len(grid))]
+        i = onto(grid, rng.device)[rng.integers("times", len(grid))]
     elif times == "all":
         i = skip + rng.integers("times", schedule.num_steps - skip)
     else:
         raise ValueError(f"times is {times!r}; choose from grid, all")
-    steps = schedule.grid(schedule.num_steps).to(rng.device)
+    steps = onto(schedule.grid(schedule.num_steps), rng.device)
     return steps[i], steps[(i - skip).clamp(min=0)]
 
 
 def draw_up_to(schedule: NoiseSchedule, s: Tensor, rng: Rng) -> Tensor:
     """s' <= s, any of the schedule's time steps up to s, (B,) as s."""
-    steps = schedule.grid(schedule.num_steps).to(rng.device)
+    steps = onto(schedule.grid(schedule.num_steps), rng.device)
     count = torch.searchsorted(steps, s.contiguous()) + 1
     return steps[(rng.uniform("end") * count).long().clamp(max=count - 1)]
 
 
 def place_of(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """Where t is between the schedule's first time, 0, and its last, 1: its place among the T steps over T, (B,) fp32."""
-    steps = schedule.grid(schedule.num_steps).to(t.device, t.dtype)
+    steps = onto(schedule.grid(schedule.num_steps).to(t.dtype), t.device)
     return torch.searchsorted(steps, t.contiguous()).float() / schedule.num_steps
 
 
