@@ -1,7 +1,6 @@
 """`run.compile`: networks compiled block by block, where the run is long enough to pay for it."""
 
 import torch
-import torch._dynamo
 from torch import nn
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
@@ -26,6 +25,8 @@ def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
 
     Each is a graph of its own, so that the first of a kind is compiled and the others are found in the cache.
     """
+    import torch._dynamo  # more than a second, of every start
+
     # Widths, resolutions, and with or without gradients: all are variants of one block, and no more than 8 would be kept.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * shapes)
     for module in network.modules():

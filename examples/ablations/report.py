@@ -194,8 +194,8 @@ def write_report(numbers: Numbers, folder: Path) -> None:
         f"The bundled teacher, batches of 16 emoji, learning rate 1e-4, omega drawn from 1 to 9, pseudo-Huber, one seed. "
         f"`lcm`, `tcd` and the EMA runs are {LONG} optimiser steps long, those of k and solver {SHORT}: {LONG * 16:,} and "
         f"{SHORT * 16:,} samples, less than a thousandth of the papers'. {IMAGES} held-out captions, the same start noise for "
-        "all; lower is better. One seed and so few images tell large effects from none, and nothing finer. This page is written "
-        "by the command above, the verdicts too.",
+        "all; lower is better. One seed and so few images tell large effects from none, and nothing finer. This page is "
+        "written by the command above, the verdicts too.",
         "",
     ]
     for figure, head in HEADS.items():
