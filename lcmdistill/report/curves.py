@@ -73,9 +73,8 @@ def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return []
-    about = "Behind the average of the last lines, the lines themselves."
     found = [
-        _over_time(trained, "loss", "Loss", about),
+        _over_time(trained, "loss", "Loss", ""),
         _over_time(trained, "grad_norm", "Gradient norm", "Before clipping."),
         Chart(
             "Learning rate",
@@ -98,6 +97,11 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
 def _over_time(lines: Sequence[Mapping[str, Any]], key: str, title: str, about: str) -> Chart:
     raw = _series(lines, key).points
     reach = max(1, len(raw) // 12)
+    if reach == 1:  # too few to be averaged
+        return Chart(
+            title, "training step", title.lower(), (Series(key, raw),), about=about, from_zero=True, markers=False
+        )
+    about = f"{about} Behind the average of the last lines, the lines themselves.".strip()
     means = []
     for i, (x, _) in enumerate(raw):
         window = [y for _, y in raw[max(0, i - reach + 1) : i + 1]]
