@@ -22,8 +22,8 @@ TRAINING = (
     "--batch-size 64 --accumulate 1 --set optim.lr_schedule=cosine --set objective.distance=l1 --set run.log_every=25"
 )
 RUNS = {
-    "cd": "--objective cd --set objective.scales=18 --learning-rate 5e-4 --max-train-steps 800",
-    "ct": "--objective ct --set student.start=scratch --set objective.s1=40 --learning-rate 1e-3 --max-train-steps 1200",
+    "cd": "--objective cd --set objective.scales=18 --learning-rate 5e-4 --max-train-steps 400",
+    "ct": "--objective ct --set student.start=scratch --set objective.s1=40 --learning-rate 1e-3 --max-train-steps 600",
 }
 "name -> what a training is told"
 
@@ -39,8 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--package", type=Path, help="the npm package's .tgz or folder, where you have it")
-    parser.add_argument("--teacher-steps", type=int, default=2100)
-    parser.add_argument("--count", type=int, default=2000, help="images a sampler in the evaluation")
+    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=1000, help="images a sampler in the evaluation")
     a = parser.parse_args()
     work, teacher = ("--work", a.work), a.work / "teacher"
     package = () if a.package is None else ("--package", a.package)
