@@ -8,7 +8,8 @@ from typing import Any
 
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.methods import METHODS, omega_range, told_of
-from lcmdistill.recognise import Header, is_lora, read_header, recognise
+from lcmdistill.public import licence_name, licence_of
+from lcmdistill.recognise import ALIASES, Header, is_lora, read_header, recognise, resolve_alias
 
 Row = tuple[str, str]
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -47,7 +48,6 @@ def describe(model: str) -> list[Row]:
 
 
 def _on_the_hub(model: str) -> list[Row]:
-    from lcmdistill.teachers import ALIASES, resolve_alias
 
     name = resolve_alias(model)
     if Path(name).is_dir():
@@ -197,7 +197,6 @@ def _weights(folder: Path) -> str:
 
 
 def _licence(folder: Path) -> str:
-    from lcmdistill.teachers.public import licence_name, licence_of
 
     if told := licence_name(licence_of(str(folder))):
         return told

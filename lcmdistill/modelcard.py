@@ -11,10 +11,10 @@ from PIL import Image
 from lcmdistill.checkpoint import write_text
 from lcmdistill.config import flatten, toml_of
 from lcmdistill.methods import METHODS, Method, omega_range, told_of
+from lcmdistill.public import in_python, is_local, licence_name, licence_of, public_name, without_folders
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.public import in_python, is_local, licence_name, licence_of, public_name, without_folders
 
 _FULL_USE = """```python
 from diffusers import DiffusionPipeline

