@@ -276,11 +276,8 @@ def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora:
 def _widths(part: Any) -> dict[str, Sequence[int]]:
     """{a layer's path with _: its weight's shape} of a network or text encoder, adapters on it or not; {} of None."""
     named = [] if part is None else part.named_modules()
-    return {
-        _flat(path.removesuffix(".base_layer")): m.weight.shape
-        for path, m in named
-        if getattr(m, "weight", None) is not None
-    }
+    weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
+    return {_flat(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
 
 
 def _flat(path: str) -> str:
