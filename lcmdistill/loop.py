@@ -19,7 +19,6 @@ from lcmdistill.data.answers import Answers, ask_teacher, which_draw
 from lcmdistill.data.batches import batch_of, read_ahead
 from lcmdistill.data.cache import LatentDataset, cache_root
 from lcmdistill.data.order import SampleOrder
-from lcmdistill.data.room import make_room
 from lcmdistill.device import compute_dtype, keep_freed_memory
 from lcmdistill.evaluate.weights import perceptual_distance
 from lcmdistill.memory import Breakdown
@@ -137,8 +136,6 @@ def build(
             on_progress=on_asked,
         )
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            make_room(cache_root(config.data), config.data.cache_limit * 1e9, [asked, *dataset.folders])
         answers = Answers(asked, len(dataset))
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is asked nothing more

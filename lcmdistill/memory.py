@@ -110,17 +110,17 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     z, _, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), "meta")
     null, schedule = teacher.encode_prompts([""]).to("meta"), teacher.schedule.to("meta")
     student = _student(config, teacher, dtype)
-    modules = nn.ModuleList([student.online, student.teacher, student.target])
+    # A teacher that was asked beforehand is not there, unless its weights are those that a LoRA sits on.
+    answered = config.data.teacher_draws > 0
+    beside = [] if answered and config.student.kind == "full" else [student.teacher]
+    modules = nn.ModuleList([student.online, *beside, student.target])
     trained, live = list(student.trainable.values()), Live()
     sizes = {"student": live.hold(trained), "target": live.hold(student.averaged.values())}
     sizes["frozen"] = live.hold([*modules.parameters(), *modules.buffers()])
     doors = [raw_network(module) for module in (student.teacher, student.online, student.target)]
     of_teacher, of_student, of_target = (x0_eps_network(door, schedule, teacher.prediction_type) for door in doors)
-    if config.data.teacher_draws:  # asked beforehand
+    if answered:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
-        if config.student.kind == "full":
-            live.now -= (freed := sum(p.nbytes for p in student.teacher.parameters()))
-            live.peak, sizes["frozen"] = live.now, sizes["frozen"] - freed
     models = Models(schedule, of_teacher, of_student, of_target, null, perceptual=DISTANCES["l2"])
     with live, _fused_attention():
         if config.optim.accumulate > 1 or world > 1:  # gradients that are there before the backward pass

@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lcmdistill.data.cache import cache_root, mark_whole, prepare
-from lcmdistill.data.room import make_room
+from lcmdistill.data.cache import mark_whole, prepare
 from lcmdistill.device import compute_dtype
 from lcmdistill.interrupt import Stop
 from lcmdistill.processes import Accelerator
@@ -28,7 +27,6 @@ def prepare_all(config: RunConfig, teacher: Teacher, accelerator: Accelerator, s
     if rank == 0:
         for folder in folders:
             mark_whole(folder, config.data.count)
-        make_room(cache_root(config.data), config.data.cache_limit * 1e9, folders)
     return folders
 
 

@@ -21,7 +21,8 @@ from lcmdistill.checkpoint import (
     restore_optimizer,
 )
 from lcmdistill.config import flatten
-from lcmdistill.data.cache import LatentDataset, cache_folder, left_out
+from lcmdistill.data.cache import LatentDataset, cache_folder, cache_root, left_out
+from lcmdistill.data.room import make_room
 from lcmdistill.device import compute_dtype
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export.product import write_product
@@ -112,6 +113,9 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     with progress("asking the teacher", len(dataset) * draws, enabled=loud and draws > 0) as bar:
         run = build(config, folder, accelerator, teacher, dataset, telling("asking the teacher", bar, stop, loud=loud))
     run.needed = plan and plan.needed
+    if loud:
+        used = [*dataset.folders, *([run.answers.folder] if run.answers else [])]
+        make_room(cache_root(config.data), config.data.cache_limit * 1e9, used)
     if done:
         _restore(run, done[-1])
         if loud:

@@ -1,6 +1,7 @@
 """Memory: the estimate against a real step's storages, the plan that is made of it, and what the plan changes in a run."""
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,20 +46,8 @@ def configured(small_teacher: Path, **changes: Any) -> RunConfig:
 # -- the estimate against what is really there ------------------------------------------------------------------------
 
 
-class Latents:
-    """A data set of one sample, of a teacher's own shapes."""
-
-    shapes = None  # all have the same
-
-    def __init__(self, teacher: Teacher, resolution: int) -> None:
-        self._z, _, self._c = teacher.example(1, resolution, "cpu")
-
-    def __len__(self) -> int:
-        return 64
-
-    def read(self, indices: list[int]) -> Any:
-        z = self._z.expand(len(indices), -1, -1, -1)
-        return z, torch.zeros_like(z), self._c.expand(len(indices))
+Latents: Any = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "memory.py"))["Latents"]
+"the example's data set of one sample, of a teacher's own shapes"
 
 
 def held(student: Student) -> list[Tensor]:

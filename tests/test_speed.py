@@ -1,5 +1,6 @@
 """What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from conftest import SMALL
 from safetensors.torch import load_file
 from test_train import assert_same, losses, result
 
-from lcmdistill import checkpoint
+from lcmdistill import checkpoint, loop
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import Writer, checkpoints
 from lcmdistill.config import resolve
@@ -77,8 +78,6 @@ def test_a_kept_answer_is_the_teacher_s_own(name: str, guidance: str, settings: 
     rng = Rng(run.config.run.seed, 9, range(3), kept=asked)
     batch = batch_of(run.dataset.read([index for index, _ in asked]), rng, run.models.null, 0.3)
     live = run.config.objective.loss(run.models, batch, rng)
-    from lcmdistill import loop
-
     kept = run.config.objective.loss(loop._answered(run, rng), batch, rng)
     torch.testing.assert_close(kept, live, rtol=2e-3, atol=2e-5)
     assert live.std() > 0.01 * live.mean()  # the three are told apart
@@ -265,8 +264,6 @@ def test_compiled_blocks_train_the_same(kind: str, settings: Settings, tmp_path:
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
-    import os
-
     made = []
     for age, kind in enumerate(("latents", "answers", "latents", "latents")):
         folder = tmp_path / kind / f"{age:024x}"
@@ -283,3 +280,17 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     assert make_room(tmp_path, 0, [oldest]) == 1000
     assert oldest.is_dir()
     assert evaluation.is_dir()
+
+
+def test_a_run_makes_room_for_itself_and_keeps_what_it_needs(settings: Settings, tmp_path: Path) -> None:
+    cache = Path(settings["data.cache_dir"])
+    other = cache / "latents" / ("0" * 24)
+    other.mkdir(parents=True)
+    (other / "0.safetensors").write_bytes(bytes(10))
+    told = {**settings, "data.teacher_draws": 1, "data.cache_limit": 1e-9}
+    distill(resolve({}, told))
+    assert not other.exists()
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert {path.parent.parent.name for path in files} == {"latents", "answers"}
+    distill(resolve({}, {**told, "run.output": str(tmp_path / "again")}))
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == files

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -108,49 +107,35 @@ def product(name: str, device: torch.device, **more: Any) -> Run:
     return build(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)
 
 
-def samples_of(name: str, config: RunConfig, teacher: Teacher) -> Any:
-    """What the plain loop needs to know of a run: its configuration, how many samples of what shape, and its schedule."""
-    from memory import Latents
-
-    class Sized(Latents):
-        def __len__(self) -> int:
-            return config.data.count if name == "tiny" and config.data.count else 64
-
-    dataset = Sized(teacher, config.data.resolution)
-    batch = config.optim.batch_size
-    return SimpleNamespace(
-        config=config, dataset=dataset, global_batch=batch, models=SimpleNamespace(schedule=teacher.schedule)
-    )
-
-
-def images_and_draws(run: Any, *, random_images: bool) -> Iterator[Draws]:
-    """The product's own samples and draws, for the loop that reads its images anew every time."""
-    config, size = run.config, len(run.dataset)
-    seed, side, z = config.run.seed, config.data.resolution, run.dataset.read([0])[0].shape[1:]
-    order = SampleOrder(size, seed, run.global_batch)
-    members = [] if random_images else list(open_source("tiny", None, seed))
+def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator[Draws]:
+    """The product's own samples and draws, for the loop that reads its images anew every time; random images of full size."""
+    seed, side, batch, schedule = config.run.seed, config.data.resolution, config.optim.batch_size, teacher.schedule
+    size, members = 64, []
+    if name == "tiny":
+        size, members = config.data.count or 0, list(open_source("tiny", None, seed))
+    z = teacher.example(1, side, "cpu")[0].shape[1:]
+    order = SampleOrder(size, seed, batch)
     for step in range(10**6):
-        rng = Rng(seed, step, range(config.optim.batch_size))
-        if random_images:
-            pixels, captions = torch.rand(len(rng.places), 3, side, side) * 2 - 1, [""] * len(rng.places)
-        else:
+        rng = Rng(seed, step, range(batch))
+        if members:
             judged = [judge(members[i], config.data, seed, i) for i in order.indices(step, rng.places)]
             samples = [sample for sample in judged if isinstance(sample, Sample)]
             pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
             captions = [sample.caption for sample in samples]
-        t, s = config.objective.pair(run.models.schedule.to("cpu"), rng)
+        else:
+            pixels, captions = torch.rand(batch, 3, side, side) * 2 - 1, [""] * batch
+        t, s = config.objective.pair(schedule, rng)
         omega = draw_omega("baked", config.objective.w_min, config.objective.w_max, rng)
         assert omega is not None
         yield Draws(pixels, captions, rng.normal("posterior", z), rng.normal("noise", z), t, s, omega)
 
 
-def naive(name: str, device: torch.device, run: Any, clock: Any) -> Iterator[float]:
+def naive(name: str, device: torch.device, config: RunConfig, clock: Any) -> Iterator[float]:
     """The plain loop on the product's samples."""
-    teacher, config = teacher_of(name, device), run.config
+    teacher = teacher_of(name, device)
     teacher.network.to(device)
     teacher.vae.to(device)
-    schedule = run.models.schedule
-    alphas = schedule.alpha(torch.arange(schedule.num_steps, device=device)).flatten().cpu()
+    alphas = teacher.schedule.alpha(torch.arange(teacher.schedule.num_steps)).flatten()
 
     def encode(captions: list[str]) -> dict[str, Tensor]:
         told = teacher.encode_prompts(captions)
@@ -165,7 +150,7 @@ def naive(name: str, device: torch.device, run: Any, clock: Any) -> Iterator[flo
         teacher.call,
         encode,
         alphas**2,
-        images_and_draws(run, random_images=name != "tiny"),
+        images_and_draws(name, config, teacher),
         lora=config.student.rank if config.student.kind == "lora" else None,
         learning_rate=config.optim.learning_rate,
         mu=config.objective.mu(0),
@@ -192,11 +177,10 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         student=timed("student, forward and backward", models.student),
     )
     run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    for owner, names in ((run.accelerator, ("clip_grad_norm_",)), (run.optimizer, ("step",))):
-        for method in names:
-            setattr(owner, method, timed("clip, AdamW, EMA", getattr(owner, method)))
-    follow = student.follow
-    object.__setattr__(student, "follow", timed("clip, AdamW, EMA", follow))
+    update = "clip, AdamW, EMA"
+    run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_)
+    run.optimizer.step = timed(update, run.optimizer.step)
+    object.__setattr__(student, "follow", timed(update, student.follow))
     for loss, _ in train_steps(run, run.config.objective):
         yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
 
@@ -228,12 +212,10 @@ def one_side(side: str, name: str) -> None:
     clock, out = Clock(device), sys.stdout
     sys.stdout = sys.stderr
     told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {})}
-    run, facts = None, {}
+    facts = {}
     if side == "naive":
-        shapes = samples_of(
-            name, settings(name, **told), teacher_of(name, torch.device("cpu" if name == "tiny" else "meta"))
-        )
-        config, steps = shapes.config, naive(name, device, shapes, clock)
+        config = settings(name, **told)
+        steps = naive(name, device, config, clock)
     else:
         run = product(name, device, **told)
         config, steps = run.config, timed_product(run, clock)
@@ -320,8 +302,7 @@ def alone(side: str, name: str, kind: str, batch: int) -> None:
     if device.type == "cpu":  # 64 px, or it would be hours; weights are what counts in a LoRA's memory
         told |= {"data.resolution": 64, "run.precision": "fp32"}
     if side == "naive":
-        shapes = samples_of(name, settings(name, **told), teacher_of(name, torch.device("meta")))
-        steps = naive(name, device, shapes, untimed)
+        steps = naive(name, device, settings(name, **told), untimed)
     else:
         run = product(name, device, **told)
         steps = (float(loss) for loss, _ in train_steps(run, run.config.objective))

@@ -9,7 +9,6 @@ Shapes: n samples of a chunk, d draws of each, B batch, C h w latents.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.batch import Batch, Conditioning, Models, RawNetwork, Rng, onto, x0_eps_network
 from lcmdistill.data.batches import batch_of
 from lcmdistill.data.cache import LatentDataset
+from lcmdistill.data.chunks import write_tensors
 from lcmdistill.errors import UsageError
 from lcmdistill.objectives import Objective, forwards
 from lcmdistill.prediction import X0Eps
@@ -61,6 +60,7 @@ class Answers:
     """The kept raw outputs of a teacher, memory-mapped."""
 
     def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
         self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
 
     def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:
@@ -117,15 +117,7 @@ def ask_teacher(
                 read = dataset.read([index for index, _ in some])
                 batch = batch_of(read, rng, models.null, caption_drop)
                 parts.append(_asked(objective, models, raw, prediction_type, batch, rng))
-            tensors = {
-                k: torch.cat([part[k] for part in parts]).unflatten(0, (-1, draws)).contiguous() for k in parts[0]
-            }
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                save_file(tensors, aside)
-                aside.replace(path)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_tensors(path, {k: torch.cat([part[k] for part in parts]).unflatten(0, (-1, draws)) for k in parts[0]})
         on_progress(min(first + CHUNK, size) * draws)
     return folder
 

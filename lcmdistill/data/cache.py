@@ -241,8 +241,7 @@ def prepare(
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
-            options: dict[str, Any] = {"bucketed": bool(sizes)}
-            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, **options)
+            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, bucketed=bool(sizes))
             kept, rejected = kept + len(samples), rejected + dropped
             if not kept and sum(rejected.values()) >= GIVE_UP_AFTER:
                 raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))

@@ -8,7 +8,7 @@ Shapes: n samples of a chunk, u distinct captions of it, C h w latents.
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,15 @@ def write_chunk(
             some = [each for each in samples if size_of(each[1]) == size]
             kept = _kept(some, captions, teacher, config, seed, dtype, on_progress)
             tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in kept.items()}
+    # One key: safetensors writes several in any order, and the same members shall give the same bytes.
+    write_tensors(path, tensors, {"report": json.dumps(report)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A file of a cache, whole or not there, whoever else writes the same one at the same time."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
     try:
-        # One key: safetensors writes several in any order, and the same members shall give the same bytes.
-        save_file(contiguous, aside, metadata={"report": json.dumps(report)})
+        save_file({name: value.contiguous() for name, value in tensors.items()}, aside, metadata=metadata)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

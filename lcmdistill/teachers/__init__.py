@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.public import is_local
 from lcmdistill.recognise import ALIASES, read_header, recognise, resolve_alias
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.inpaint import stable_diffusion_inpainting, stable_diffusion_xl_inpainting
@@ -90,7 +91,7 @@ def _opened(
         )
     elif local.is_file():
         return load_single_file(local, prediction_type)
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+    elif is_local(name):
         raise UsageError(
             f"there is no model {model!r}; give an existing diffusers folder or .safetensors file, a hub id like owner/name, "
             f"or one of {', '.join(ALIASES)}"

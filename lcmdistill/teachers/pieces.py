@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lcmdistill.errors import RunError, UsageError
+from lcmdistill.public import is_local
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE = 512
@@ -52,17 +53,17 @@ def _load_vae(vae: str, own: Any, allow_pickle: bool) -> Any:
     try:
         if path.is_file():
             return _single_file(path, own)
-        is_local = path.is_dir()
-        if not is_local and (vae.count("/") != 1 or vae.startswith((".", "/", "~"))):
+        is_folder = path.is_dir()
+        if not is_folder and is_local(vae):
             raise UsageError(f"--vae {vae}: there is none; give a diffusers folder, a .safetensors file or a hub id")
         options: dict[str, Any] = {"use_safetensors": None if allow_pickle else True, "torch_dtype": torch.float32}
-        name = str(path) if is_local else vae
-        if is_local and not (path / "config.json").is_file():
+        name = str(path) if is_folder else vae
+        if is_folder and not (path / "config.json").is_file():
             options["subfolder"] = "vae"
         try:
             config: Any = kind.load_config(name, **{k: v for k, v in options.items() if k == "subfolder"})
         except OSError:
-            if is_local:
+            if is_folder:
                 raise
             options["subfolder"] = "vae"  # of a whole pipeline on the hub
             config = kind.load_config(name, subfolder="vae")
