@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a toke
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class Batch:
     latents: Tensor
     cond: Conditioning
 
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The samples from start to stop."""
+        return Batch(self.latents[start:stop], self.cond.rows(start, stop))
+
 
 # (z, t, c, w) -> (x0, eps); w is None for a network without an omega input.
 Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], X0Eps]
@@ -139,6 +143,11 @@ class Rng:
         """Uniform draws from 0 to high - 1, (B,) int64."""
         draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
         return onto(torch.cat(draws), self.device)
+
+    def rows(self, start: int, stop: int) -> "Rng":
+        """The draws of the samples from start to stop."""
+        kept = None if self.kept is None else self.kept[start:stop]
+        return replace(self, places=self.places[start:stop], kept=kept)
 
     def _generators(self, stream: str) -> list[torch.Generator]:
         if self.kept is not None and stream in KEPT:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Models, Rng, x0_eps_network
+from lcmdistill.batch import Batch, Models, Rng, x0_eps_network
 from lcmdistill.checkpoint import Writer
 from lcmdistill.compiling import compile_blocks, pays
 from lcmdistill.data.answers import Answers, ask_teacher, which_draw
@@ -27,6 +27,7 @@ from lcmdistill.objectives.shared import place_of
 from lcmdistill.optimizer import learning_rate_at, make_optimizer
 from lcmdistill.processes import Accelerator
 from lcmdistill.settings import RunConfig
+from lcmdistill.side_by_side import SideBySide, parts_for
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers.base import Teacher
 
@@ -59,6 +60,8 @@ class Run:
     "the memory that a step was estimated to take"
     answers: Answers | None = None
     "what the teacher was asked beforehand, if it was"
+    side_by_side: SideBySide | None = None
+    "where a micro-batch is computed in parts"
     waited: float = 0.0
     "seconds that the loop has waited for data since the last line of metrics"
 
@@ -140,8 +143,16 @@ def build(
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is asked nothing more
     shapes = len(set(dataset.shapes or [()]))
-    if pays(config.run.compile, device, config.optim.max_train_steps, shapes):
+    compiled = pays(config.run.compile, device, config.optim.max_train_steps, shapes)
+    if compiled:
         compile_blocks(networks, shapes)
+    parts = 1
+    # Processes have the cores to themselves already, adapters are switched in a network that all threads would share, and
+    # dropout draws from one generator.
+    if device.type == "cpu" and not (
+        accelerator.num_processes > 1 or student.adapter is not None or student.has_dropout or compiled
+    ):
+        parts = parts_for(sum(p.numel() for p in student.trainable.values()), config.optim.batch_size)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(
@@ -157,6 +168,7 @@ def build(
         writer,
         by_noise=by_noise,
         answers=answers,
+        side_by_side=SideBySide(parts) if parts > 1 else None,
     )
 
 
@@ -176,16 +188,12 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             (rng, _), read = next(behind), next(reads)
             run.waited += time.monotonic() - began
             batch = batch_of(read, rng, run.models.null, run.config.data.caption_drop)
-            models = run.models if run.answers is None else _answered(run, rng)
-            models.seed_dropout(rng)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                each = objective.loss(models, batch, rng)
-                loss = each.mean() / optim.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
-            t, _ = objective.pair(models.schedule, rng)
-            run.by_noise += _binned(each.detach(), place_of(models.schedule, t))
+                each = _backward(run, objective, batch, rng)
+            total += each.mean() / optim.accumulate
+            t, _ = objective.pair(run.models.schedule, rng)
+            run.by_noise += _binned(each, place_of(run.models.schedule, t))
         # An infinite limit clips nothing and still measures.
         norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
         run.optimizer.step()
@@ -193,6 +201,25 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         run.student.follow(objective.mu(run.step))
         run.step += 1
         yield total, torch.as_tensor(norm)
+
+
+def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng) -> Tensor:
+    """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
+    accumulate = run.config.optim.accumulate
+    if run.side_by_side is None:
+        models = _answered(run, rng)
+        models.seed_dropout(rng)
+        each = objective.loss(models, batch, rng)
+        run.accelerator.backward(each.mean() / accumulate)
+        return each.detach()
+
+    def losses(start: int, stop: int) -> Tensor:
+        some = rng.rows(start, stop)
+        return objective.loss(_answered(run, some), batch.rows(start, stop), some)
+
+    size = len(batch.latents)
+    trained = list(run.student.trainable.values())
+    return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), trained)
 
 
 def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:
@@ -214,8 +241,9 @@ def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:
 
 
 def _answered(run: Run, rng: Rng) -> Models:
-    """The run's models, with a teacher that was asked beforehand."""
-    assert run.answers is not None
+    """The run's models, with a teacher that was asked beforehand, if it was."""
+    if run.answers is None:
+        return run.models
     assert rng.kept is not None
     raw = run.answers.teacher(rng.kept, run.accelerator.device)
     return replace(run.models, teacher=x0_eps_network(raw, run.models.schedule, run.teacher.prediction_type))

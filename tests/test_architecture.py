@@ -29,6 +29,7 @@ LAYERS = {
         "tracking",
         "rundir",
         "device",
+        "side_by_side",
         "interrupt",
         "hub",
     },

@@ -1,8 +1,9 @@
 """What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
 
+import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conftest import SMALL
 from safetensors.torch import load_file
 from test_train import assert_same, losses, result
 
-from lcmdistill import checkpoint, loop
+from lcmdistill import checkpoint, loop, side_by_side
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import Writer, checkpoints
 from lcmdistill.config import resolve
@@ -144,6 +145,52 @@ def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, s
     with pytest.raises(UsageError, match=said):
         distill(resolve({}, {**kept, "data.teacher_draws": 2, **told}))
     assert not Path(settings["run.output"]).exists()
+
+
+# -- parts side by side ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses of a run's next steps, and what is trained after them."""
+    told = [float(loss) for loss, _ in itertools.islice(loop.train_steps(run, run.config.objective), steps)]
+    return told, list(run.student.trainable.values())
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("draws", [0, 2])
+def test_parts_side_by_side_are_the_whole_micro_batch(draws: int, settings: Settings) -> None:
+    own = {"optim__batch_size": 16, "optim__accumulate": 2, "data__teacher_draws": draws}
+    run, again, whole = (built(settings, **own) for _ in range(3))
+    assert run.side_by_side is not None
+    assert run.side_by_side.parts == 2
+    whole.side_by_side = None
+    (losses, weights), (others, their), (plain, _) = map(stepped, (run, again, whole))
+    assert losses == others
+    assert all(map(torch.equal, weights, their))
+    assert losses == pytest.approx(plain, rel=1e-5)
+    torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=1e-5, atol=1e-6)
+    # AdamW's moments are of the gradients, to which it is as sensitive where they are nearly none.
+    means, its = ([state["exp_avg"] for state in each.optimizer.state.values()] for each in (run, whole))
+    largest = max(float(value.abs().max()) for value in its)
+    torch.testing.assert_close(means, its, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_threads_would_share_is_left_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is switched on and off in one network; few samples are no more than a part; a large network needs none."""
+    assert built(settings, optim__batch_size=16).side_by_side is not None
+    assert built(settings, optim__batch_size=16, student__kind="lora").side_by_side is None
+    assert built(settings, optim__batch_size=15).side_by_side is None
+    monkeypatch.setattr(side_by_side, "SMALL", 1000)
+    assert built(settings, optim__batch_size=16).side_by_side is None
 
 
 # -- reading ahead ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -54,11 +55,16 @@ FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "run.memory": "off",
 
 
 class Clock:
-    """Seconds of each part, by its name; on CUDA a part ends when the device is done with it."""
+    """Seconds of each part, by its name; on CUDA a part ends when the device is done with it.
+
+    Of threads that go side by side each counts its share.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.threads = 1
         self._device = device
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, part: str) -> Any:
         return self._part(part)
@@ -68,7 +74,11 @@ class Clock:
         began = time.perf_counter()
         yield
         self.wait()
-        self.seconds[part] += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        with self._one_at_a_time:
+            self.seconds[part] += seconds / (
+                1 if threading.current_thread() is threading.main_thread() else self.threads
+            )
 
     def wait(self) -> None:
         """Until the device has nothing left to do."""
@@ -176,7 +186,11 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         target=timed("target", models.target),
         student=timed("student, forward and backward", models.student),
     )
-    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
+    if run.side_by_side is None:
+        run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
+    else:
+        clock.threads = run.side_by_side.parts
+        torch.autograd.grad = timed("student, forward and backward", torch.autograd.grad)
     update = "clip, AdamW, EMA"
     run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_)
     run.optimizer.step = timed(update, run.optimizer.step)
