@@ -164,7 +164,7 @@ def dry_run(config: RunConfig) -> None:
         teacher=teacher,
     )
     for spec, report in zip(config.data.sources, reports, strict=True):
-        ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed, dtype).glob("*.safetensors")))
+        ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
         say(f"data {spec}: {report}{left_out(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}")
     needed = plan.needed if plan else step_memory(config, teacher, dtype)

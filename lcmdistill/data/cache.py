@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.data.buckets import Size, bucket_sizes
-from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, kept_dtype, size_of, write_chunk
+from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, size_of, write_chunk
 from lcmdistill.data.order import Shape
 from lcmdistill.data.remote import REMOTE, check_reachable
 from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_prompts, shard_urls
@@ -38,7 +38,7 @@ from lcmdistill.teachers.prompts import count_cut, token_limit
 CHUNK = 128
 GIVE_UP_AFTER = 1024
 "so many members of a source without a usable one, and it is given up"
-_LAYOUT = 3
+_LAYOUT = 2
 "of a chunk's file: another number makes other folders, so that no old chunk is taken for a new one"
 
 
@@ -153,16 +153,11 @@ def usable_count(config: DataConfig, samples_needed: int, *, one_a_prompt: bool 
     return needed
 
 
-def cache_folder(
-    spec: str, config: DataConfig, teacher: Teacher, seed: int, dtype: torch.dtype = torch.float32
-) -> Path:
-    """Where a source's chunks lie: a hash of the teacher's weights, the source's content and everything that shapes it.
-
-    dtype: what the run computes in. The same one, whichever, makes the name a fingerprint of the data alone.
-    """
+def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> Path:
+    """Where a source's chunks lie: a hash of the teacher's weights, the source's content and everything that shapes it."""
     draws = kind_of(spec) == "teacher"
     about: dict[str, Any] = {"teacher": teacher.fingerprint(with_network=draws), "resolution": config.resolution}
-    about |= {"layout": _LAYOUT, "kept": str(kept_dtype(dtype))}
+    about["layout"] = _LAYOUT
     if draws:
         own = teacher.own_prompts if config.prompts is None else ()
         prompts = "\n".join(own or read_prompts(config.prompts))
@@ -223,10 +218,10 @@ def prepare(
 ) -> Path:
     """Write this rank's share of a source's missing chunks, and return their folder.
 
-    dtype: what the run computes in, and the teacher's network where it draws its own latents; VAE and text encoder stay in
-    fp32. Raises UsageError if the first GIVE_UP_AFTER members hold nothing usable, RunError if the source breaks off.
+    dtype: what the teacher's network computes in where it draws its own latents; VAE and text encoder stay in fp32.
+    Raises UsageError if the first GIVE_UP_AFTER members hold nothing usable, RunError if the source breaks off.
     """
-    folder = cache_folder(spec, config, teacher, seed, dtype)
+    folder = cache_folder(spec, config, teacher, seed)
     folder.mkdir(parents=True, exist_ok=True)
     if _whole(folder, config.count).is_file():
         return folder

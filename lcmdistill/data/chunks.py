@@ -28,11 +28,6 @@ PROMPT, SAMPLE = "prompt.", "sample."
 "before the names of what is kept once a caption, and of what is kept once a sample"
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What latents and embeddings are kept in for a run that computes in dtype: fp16 is enough for half precision."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
-
-
 def size_of(sample: Sample) -> str:
     """HEIGHTxWIDTH of what was kept of an image, in pixels."""
     return "{}x{}".format(*sample.frame[4:])
@@ -52,14 +47,15 @@ def write_chunk(
 ) -> None:
     """Write samples, each with its place in its source, whole or not at all. dropped: members that could not be used, and why.
 
-    dtype: what the run computes in, and a teacher that draws. Raises RunError on latents that are not finite.
+    dtype: of a teacher that draws. Raises RunError on latents that are not finite.
     """
     tensors: dict[str, Tensor] = {}
     report: dict[str, Any] = {"kept": len(samples), "rejected": dropped}
     if samples:
         captions = list(dict.fromkeys(sample.caption for _, sample in samples))
-        kept_in = kept_dtype(dtype)
-        told = [teacher.encode_prompts(captions[i : i + 64]).to("cpu", kept_in) for i in range(0, len(captions), 64)]
+        told = [
+            teacher.encode_prompts(captions[i : i + 64]).to("cpu", torch.float16) for i in range(0, len(captions), 64)
+        ]
         tensors |= {f"{PROMPT}{name}": torch.cat([c[name] for c in told]) for name in told[0].values}
         report |= {"cut": count_cut(teacher.pipeline, [s.caption for _, s in samples])}
         report |= {"tokens": token_limit(teacher.pipeline)}
@@ -99,7 +95,7 @@ def _kept(
         on_progress(samples[i][0])  # a chunk that the teacher draws takes minutes
         parts.append(_latents(samples[i : i + at_once], teacher, config, seed, dtype))
     means, stds, told = zip(*parts, strict=True)
-    tensors = {name: torch.cat(parts).to("cpu", kept_dtype(dtype)) for name, parts in (("mean", means), ("std", stds))}
+    tensors = {"mean": torch.cat(means).half().cpu(), "std": torch.cat(stds).half().cpu()}
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
     if not tensors["mean"].isfinite().all():
         raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
