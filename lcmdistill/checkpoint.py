@@ -27,12 +27,12 @@ def written_aside(destination: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _sync(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for path in aside.rglob("*"):
-        if path.is_file():
-            _sync(path)
     old = destination.with_name(f".{destination.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if destination.exists():

@@ -256,6 +256,10 @@ def _check(config: RunConfig) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UsageError(f"{key} is {value}; it must be at least 1")
+    if config.student.alpha <= 0:
+        raise UsageError(
+            f"student.alpha is {config.student.alpha:g}; it must be above 0: the update is scaled by alpha / r"
+        )
     if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
         raise UsageError(f"teacher.drop is {unknown[0]!r}; what can be left out is safety_checker")
     if config.data.count is not None and config.data.count < 1:
@@ -276,13 +280,17 @@ def _check(config: RunConfig) -> None:
             raise UsageError(f"{key} is {value}; it must be at least 0")
     for key, value in {
         "data.caption_drop": config.data.caption_drop,
-        "student.dropout": config.student.dropout,
     }.items():
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"{key} is {value}; it must be from 0 to 1")
-    for key in ("beta1", "beta2"):
-        if not 0.0 <= (beta := getattr(config.optim, key)) < 1.0:
-            raise UsageError(f"optim.{key} is {beta}; it must be at least 0 and below 1")
+    below_one = {
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+        "student.dropout": config.student.dropout,
+    }
+    for key, value in below_one.items():
+        if not 0.0 <= value < 1.0:
+            raise UsageError(f"{key} is {value}; it must be at least 0 and below 1")
     if getattr(config.objective, "guidance", None) == "free" and not config.data.caption_drop:
         raise UsageError(
             "objective.guidance is free and data.caption_drop 0; drop some captions, such as 0.1, so that the empty prompt, "

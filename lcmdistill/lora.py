@@ -3,6 +3,7 @@
 Shapes: r rank, I inputs and O outputs of a layer.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lcmdistill.batch import derive_seed
 from lcmdistill.errors import UsageError
-from lcmdistill.settings import StudentConfig
+from lcmdistill.settings import LORA_MODULES, StudentConfig
 
 ONLINE, TARGET = "online", "target"
 
@@ -31,10 +32,9 @@ class LoraLayer:
 def add_lora(network: Any, name: str, config: StudentConfig, seed: int) -> None:
     """Add an adapter to a network, its first weights drawn from the seed; everything else is frozen.
 
-    The adapter is fp32 whatever the base is. Raises UsageError if no layer has one of the names, or the rank is above a
-    layer's width.
+    The adapter is fp32 whatever the base is. Raises UsageError as `check_layers` does.
     """
-    _check_layers(network, config.rank, config.target_modules)
+    check_layers(network, config)
     # peft scales by any number, though it declares a whole one.
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     _inject(network, name, target_modules=list(config.target_modules), **settings)
@@ -90,15 +90,33 @@ def merge_lora(network: Any) -> None:
         del network.peft_config
 
 
-def _check_layers(network: Any, rank: int, modules: tuple[str, ...]) -> None:
-    chosen = [(path, m) for path, m in network.named_modules() if any(path.endswith(f".{name}") for name in modules)]
-    if not chosen:
-        raise UsageError(f"student.target_modules: no layer of the teacher is named {', '.join(modules)}")
-    widths = {path: min(m.weight.shape[0], m.weight.shape[1:].numel()) for path, m in chosen}
-    narrow = min(widths, key=lambda path: widths[path])
-    if rank > widths[narrow]:
+def check_layers(network: Any, config: StudentConfig) -> None:
+    """Raise UsageError for a name that no layer has, one of a part that no LoRA can be on, and a rank above a layer's width."""
+    named = [(path, getattr(module, "base_layer", module)) for path, module in network.named_modules()]
+    chosen = {
+        name: [(path, module) for path, module in named if path == name or path.endswith(f".{name}")]
+        for name in config.target_modules
+    }
+    # The published list is for any U-Net, and some have not all of it.
+    absent = [name for name, layers in chosen.items() if not layers and name not in LORA_MODULES]
+    if absent or not any(chosen.values()):
         raise UsageError(
-            f"student.rank is {rank}, above the width of {narrow}, {widths[narrow]}; a rank so high saves nothing: lower --rank"
+            f"student.target_modules: no layer of the teacher is named {', '.join(map(repr, absent or chosen))}; name layers "
+            "such as to_q, one a --target-modules"
+        )
+    widths = {}
+    for path, module in itertools.chain(*chosen.values()):
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            raise UsageError(
+                f"student.target_modules: {path} ({type(module).__name__}) is neither a linear layer nor a convolution; "
+                "name layers such as to_q"
+            )
+        widths[path] = min(module.weight.shape[0], module.weight.shape[1:].numel())
+    narrow = min(widths, key=lambda path: widths[path])
+    if config.rank > widths[narrow]:
+        raise UsageError(
+            f"student.rank is {config.rank}, above the width of {narrow}, {widths[narrow]}; a rank so high saves nothing: "
+            "lower --rank"
         )
 
 

@@ -15,6 +15,7 @@ from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, free_memory, pick_device
 from lcmdistill.errors import UsageError
 from lcmdistill.hub import check_login
+from lcmdistill.lora import check_layers
 from lcmdistill.memory import step_memory
 from lcmdistill.methods import omega_range
 from lcmdistill.objectives import forwards
@@ -44,6 +45,8 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
         _guard_buckets(config, teacher)
     if teacher.in_pixels:
         _guard_pixels(config, teacher)
+    if config.student.kind == "lora":
+        check_layers(teacher.network, config.student)
     omegas = omega_range(flatten(config))
     has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and omegas and omegas.low != omegas.high:

@@ -141,7 +141,7 @@ class StudentConfig:
     alpha: float = 64.0
     "alpha of a LoRA: its update is scaled by alpha / r"
     dropout: float = 0.0
-    "dropout on a LoRA's inputs, 0 to 1"
+    "dropout on a LoRA's inputs, at least 0 and below 1"
     offload_target: bool = False
     "the EMA target's fp32 weights rest on the CPU, and the device computes with a copy in the precision of the networks"
     target_modules: tuple[str, ...] = LORA_MODULES

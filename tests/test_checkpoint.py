@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the last few kept, and everything read back bit for bit."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lcmdistill import checkpoint
 from lcmdistill.checkpoint import (
     checkpoints,
+    file_written_aside,
     load_checkpoint,
     optimizer_tensors,
     prune,
@@ -58,6 +60,19 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Bas
         fail()
     assert files(tmp_path) == {"out/deep/file.txt": b"old"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("way", [written_aside, file_written_aside])
+def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
+    way: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_sync", stop)
+    with pytest.raises(KeyboardInterrupt), way(tmp_path / "out") as aside:
+        (aside / "file.txt" if aside.is_dir() else aside).write_text("whole")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:

@@ -155,9 +155,38 @@ def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
         lora_student(small_teacher, rank=64)
 
 
-def test_names_that_match_no_layer_are_refused(small_teacher: Path):
-    with pytest.raises(UsageError, match="no layer of the teacher is named nonsense"):
-        lora_student(small_teacher, target_modules=("nonsense",))
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("nonsense",), "no layer of the teacher is named 'nonsense'"),
+        (("to_q", "nonsense"), "no layer of the teacher is named 'nonsense'"),
+        (
+            ("to_q,to_k",),
+            "no layer of the teacher is named 'to_q,to_k'; name layers such as to_q, one a --target-modules",
+        ),
+        (("attn1",), r"down_blocks\S+attn1 \(Attention\) is neither a linear layer nor a convolution"),
+        (("to_q", "norm1"), r"norm1 \(\w+Norm\) is neither a linear layer nor a convolution"),
+    ],
+)
+def test_names_of_what_no_lora_can_be_on_are_refused(small_teacher: Path, names: tuple[str, ...], said: str):
+    with pytest.raises(UsageError, match=said):
+        lora_student(small_teacher, target_modules=names)
+
+
+def test_a_layer_at_the_top_gets_its_lora_too(small_teacher: Path):
+    _, student = lora_student(small_teacher, target_modules=("conv_in",))
+    assert {"conv_in.lora_A", "conv_in.lora_B"} <= student.trainable.keys()
+
+
+@pytest.mark.parametrize("words", [["--rank", 64], ["--rank", 4, "--target-modules", "attn1"]])
+def test_layers_that_cannot_be_are_said_before_data_are_prepared(
+    words: list[Any], small_teacher: Path, image_folder: Path, tmp_path: Path, command: Command
+):
+    output = tmp_path / "run"
+    told = ["distill-lora", "--teacher", small_teacher, "--data", image_folder, "--resolution", 16, "--output", output]
+    code, _, error = command(*told, *words)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert not output.exists()
 
 
 def test_a_lora_with_dropout_resumes_bit_for_bit(small_teacher: Path, image_folder: Path, tmp_path: Path):
