@@ -168,6 +168,7 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
 @pytest.mark.parametrize("draws", [0, 2])
 def test_parts_side_by_side_are_the_whole_micro_batch(draws: int, settings: Settings) -> None:
     own = {"optim__batch_size": 16, "optim__accumulate": 2, "data__teacher_draws": draws}
+    own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(settings, **own) for _ in range(3))
     assert run.side_by_side is not None
     assert run.side_by_side.parts == 2
@@ -177,7 +178,6 @@ def test_parts_side_by_side_are_the_whole_micro_batch(draws: int, settings: Sett
     assert all(map(torch.equal, weights, their))
     assert losses == pytest.approx(plain, rel=1e-5)
     torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=1e-5, atol=1e-6)
-    # AdamW's moments are of the gradients, to which it is as sensitive where they are nearly none.
     means, its = ([state["exp_avg"] for state in each.optimizer.state.values()] for each in (run, whole))
     largest = max(float(value.abs().max()) for value in its)
     torch.testing.assert_close(means, its, rtol=0, atol=1e-4 * largest)
