@@ -39,16 +39,16 @@ class SideBySide:
         losses: (n,), of the samples from one place to another.
         """
 
-        def part(start: int, stop: int) -> tuple[Tensor, Sequence[Tensor]]:
+        def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
             each = losses(start, stop)
-            return each.detach(), torch.autograd.grad(weight * each.sum(), parameters, materialize_grads=True)
+            return each.detach(), list(torch.autograd.grad(weight * each.sum(), parameters, materialize_grads=True))
 
         cuts = [size * i // self.parts for i in range(self.parts + 1)]
         found = list(self._pool.map(part, cuts[:-1], cuts[1:]))
         # In their order, whoever was first: a sum in another one is rounded otherwise.
         sums = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for _, gradients in found:
-            sums = torch._foreach_add(sums, gradients) if sums else gradients
+            sums = list(torch._foreach_add(sums, gradients)) if sums else gradients
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient
         return torch.cat([each for each, _ in found])

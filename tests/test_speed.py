@@ -3,7 +3,7 @@
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,11 +151,8 @@ def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, s
 
 
 @pytest.fixture
-def two_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
