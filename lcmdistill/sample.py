@@ -162,12 +162,7 @@ def draw(
     model that takes none, and an eta or a negative prompt that would have no effect.
     """
     _check_effects(pipeline, guidance_scale, eta, negative_prompt)
-    known = pipeline.scheduler.config
-    most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
-    if steps > most:
-        raise UsageError(
-            f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
-        )
+    check_steps(pipeline, steps)
     if shown and not inpaints(pipeline):
         raise UsageError("--image and --mask are for inpainting models, which this is not; leave them out")
     multiple = 8 * network_of(pipeline).config.get("patch_size", 1)
@@ -191,6 +186,16 @@ def draw(
         drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]
         on_progress(len(drawings))
     return drawings
+
+
+def check_steps(pipeline: Any, steps: int) -> None:
+    """Raise UsageError for more steps than a pipeline's scheduler has."""
+    known = pipeline.scheduler.config
+    most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
+    if steps > most:
+        raise UsageError(
+            f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
+        )
 
 
 def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, negative_prompt: str | None) -> None:

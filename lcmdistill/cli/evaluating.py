@@ -40,22 +40,33 @@ def evaluate(
         str | None, typer.Option(help="CLIP-shaped preference model, such as PickScore: folder or cached hub id.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise, the same for all.")] = 2026,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; no number depends on it.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images drawn at once; numbers depend on it by rounding alone.")
+    ] = 16,
     output: Annotated[
-        Path, typer.Option(help="Page that compares several runs; one run's page is RUN/report.html.")
-    ] = Path("comparison.html"),
+        Path | None,
+        typer.Option(
+            help="Page that compares several runs; one run's page is RUN/report.html.  [default: comparison.html]"
+        ),
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
+    runs, numbers = [_named(run) for run in runs], _numbers("--steps", steps, whole=True)
+    scales = _numbers("--guidance-scale", guidance_scale or "")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is named twice; name each once")
+    page = _page(runs, output)
+
     from lcmdistill.evaluate.program import Wish, evaluate
     from lcmdistill.report import told, write_comparison, write_report
     from lcmdistill.report.card import add_to_card
     from lcmdistill.tracking import say
 
     wish = Wish(
-        steps=tuple(int(n) for n in _numbers("--steps", steps, whole=True)),
-        guidance_scales=_numbers("--guidance-scale", guidance_scale or ""),
+        steps=tuple(int(n) for n in numbers),
+        guidance_scales=scales,
         prompts=prompts,
         num_images=num_images,
         seed=seed,
@@ -70,12 +81,12 @@ def evaluate(
     )
     evaluate(runs, wish)
     for run in runs:
-        page = write_report(run)
+        written = write_report(run)
         add_to_card(run)
         say(told(run))
-        say(f"look at {page}")
-    if len(runs) > 1:
-        say(f"side by side: {write_comparison(runs, output)}")
+        say(f"look at {written}")
+    if page:
+        say(f"side by side: {write_comparison(runs, page)}")
 
 
 def report(
@@ -87,9 +98,30 @@ def report(
     from lcmdistill.report.card import add_to_card
     from lcmdistill.tracking import say
 
+    run = _named(run)
     page = write_report(run)
     told = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
     say(f"look at {page}{told}")
+
+
+def _named(run: Path) -> Path:
+    """A run's folder by a path that ends in its name, which "." does not."""
+    return run.resolve() if run.name in ("", "..") else run
+
+
+def _page(runs: list[Path], output: Path | None) -> Path | None:
+    """Where the page of several runs goes, None of one. Raises UsageError, before anything is drawn, if it cannot."""
+    if len(runs) == 1:
+        if output is not None:
+            raise UsageError(f"--output is for several runs; the page of one is {runs[0] / 'report.html'}")
+        return None
+    from lcmdistill.rundir import check_place
+
+    page = output or Path("comparison.html")
+    if page.is_dir():
+        raise UsageError(f"--output {page} is a folder; name a file, such as {page / 'comparison.html'}")
+    check_place(page.absolute().parent if page.is_file() else page)
+    return page
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> tuple[float, ...]:

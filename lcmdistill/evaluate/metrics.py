@@ -120,7 +120,7 @@ def _of_both(statistic: Callable[[Tensor], Tensor]) -> Callable[[Shown], Tensor]
 
 _TEACHER = "the teacher's full steps from the same noise"
 
-# What takes no weights: measured in every sweep, the first two at every validation.
+# What takes no weights: measured in every sweep, and at every validation.
 FREE: dict[str, Measure] = {
     "rmse": Measure(
         "Latent RMSE",

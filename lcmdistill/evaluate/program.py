@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.data.cache import cache_root
+from lcmdistill.data.remote import REMOTE
 from lcmdistill.data.sources import kind_of, open_source, read_prompts
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.device import compute_dtype, pick_device
@@ -27,7 +28,7 @@ from lcmdistill.evaluate.weights import FID_IMAGES, clip_measure, fid_measure, l
 from lcmdistill.methods import omega_range
 from lcmdistill.recognise import resolve_alias
 from lcmdistill.rundir import has_product, recorded, teacher_of
-from lcmdistill.sample import Found, find_model, load_student
+from lcmdistill.sample import Found, check_steps, find_model, load_student
 from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
@@ -125,13 +126,18 @@ def evaluate(runs: Sequence[Path], wish: Wish) -> None:
     if len(resolutions) > 1:
         raise UsageError(f"the runs draw at {resolutions} px and cannot be compared; evaluate each by itself")
     device = pick_device(wish.device)
+    wish = replace(wish, real=real_source(subjects, wish))
     prompts, teacher, before = (), None, None
     for each in subjects:
         settings = teacher_of(each.config)
         if teacher is None or settings != before:
             teacher, before = load_teacher(**settings), settings
             teacher.to(device)
-        prompts = prompts or chosen_prompts(each, wish, teacher)
+        prompts = prompts or chosen_prompts(subjects, wish, teacher)
+        if each.is_baked and wish.guidance_scales not in ((), (each.guidance_scale,)):
+            say(
+                f"{each.run}: its guidance, {each.guidance_scale:g}, is in its weights, and --guidance-scale cannot change it"
+            )
         _evaluate_one(each, wish, teacher, prompts, _guidance(each, subjects, wish), device)
 
 
@@ -149,25 +155,27 @@ def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[f
     return (own, *(scale for scale in ends if scale != own))
 
 
-def chosen_prompts(each: Subject, wish: Wish, teacher: Teacher) -> tuple[str, ...]:
+def chosen_prompts(subjects: Sequence[Subject], wish: Wish, teacher: Teacher) -> tuple[str, ...]:
     """A prompt for each image, held out of training; a short set is spread over the file, a long one goes round it.
 
-    Prompts that the run is known to have learnt on are left out. A network that knows classes alone is asked for each of
-    them, and one without prompts for nothing. Raises UsageError if none is left.
+    Prompts that any of the runs is known to have learnt on are left out. A network that knows classes alone is asked for
+    each of them, and one without prompts for nothing. Raises UsageError if none is left.
     """
     parameters = sum(p.numel() for p in teacher.network.parameters())
     count = wish.num_images or (IMAGES_OF_SMALL if parameters < SMALL else IMAGES)
     if teacher.in_pixels and wish.prompts is None:
         names = default_prompts(None, teacher.network)
         return tuple(names[i % len(names)] for i in range(count))
-    own = Path(resolve_alias(each.config["teacher.model"])) / "prompts-heldout.txt"
+    own = Path(resolve_alias(subjects[0].config["teacher.model"])) / "prompts-heldout.txt"
     bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"
     path = wish.prompts or str(own if own.is_file() else bundled)
-    known = set(read_prompts(each.config.get("data.prompts"))) if "teacher" in each.config["data.sources"] else set()
+    drew = [each.config.get("data.prompts") for each in subjects if "teacher" in each.config["data.sources"]]
+    known = {prompt for file in drew for prompt in read_prompts(file)}
     asked = read_prompts(path)
     prompts = [prompt for prompt in asked if prompt not in known]
     if not prompts:
-        raise UsageError(f"--prompts {path}: the run was trained on every one of them; give others")
+        who = "the run was" if len(subjects) == 1 else "the runs were"
+        raise UsageError(f"--prompts {path}: {who} trained on every one of them; give others")
     if len(prompts) < len(asked):
         say(f"{len(asked) - len(prompts)} of {len(asked)} prompts were trained on and are left out")
     return tuple(prompts[i * len(prompts) // count if count < len(prompts) else i % len(prompts)] for i in range(count))
@@ -193,6 +201,7 @@ def _evaluate_one(
     )
     found = each.found
     pipeline = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
+    check_steps(pipeline, max(sweep.steps))
     measures, about = chosen_measures(each, wish, len(prompts))
     who = Contestants(
         teacher=teacher,
@@ -203,6 +212,7 @@ def _evaluate_one(
         student_fingerprint=fingerprint(each.files()),
         dtype=compute_dtype("auto", device),
         batch_size=wish.batch_size,
+        device=device_name(device),
     )
     say(f"{each.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
     say(f"{len(sweep.cells())} cells, {sweep.evaluations} network evaluations, {_estimate(who, sweep)}")
@@ -223,8 +233,7 @@ def _evaluate_one(
         "is_baked": each.is_baked,
         "held_out": not teacher.in_pixels,
         "has_classes": bool(teacher.own_prompts),
-        "batch_size": wish.batch_size,
-        "device": device_name(device),
+        "trained_steps": config["optim.max_train_steps"],
     }
     write_sweep(folder, sweep, measures, more)
 
@@ -273,7 +282,7 @@ def chosen_measures(each: Subject, wish: Wish, count: int) -> tuple[dict[str, Me
     files = [wish.features, wish.inception, wish.lpips]
     about: dict[str, Any] = {"files": [fingerprint([path]) if path and path.is_file() else None for path in files]}
     about |= {"models": [wish.clip, wish.scorer]}
-    source = real_source(each, wish)
+    source = wish.real
     network = None
     if wish.features is not None:
         network = (ScriptedFeatures(wish.features, "--features"), wish.features.stem)
@@ -284,7 +293,7 @@ def chosen_measures(each: Subject, wish: Wish, count: int) -> tuple[dict[str, Me
         measures["kid"] = kid_measure(*network, features_of(network[0], real), f"{len(real)} real images of {source}")
         about["real"] = [source, len(real), digest(real.mean((1, 2, 3)).tolist())]
     elif wish.features:
-        raise UsageError("--features is for KID to real images, and the run has none; name some with --real")
+        raise UsageError("--features is for KID to real images, and no run here has any; name some with --real")
     if wish.inception is not None:
         measures["fid"] = _fid(each, wish, count, source)
     if wish.clip is not None:
@@ -312,17 +321,17 @@ def _fid(each: Subject, wish: Wish, count: int, source: str | None) -> Measure:
     return fid_measure(network, wish.inception.stem, features_of(network, real), source)
 
 
-def real_source(each: Subject, wish: Wish) -> str | None:
-    """Where real images are: what was named, or the first of the run's data that holds any."""
+def real_source(subjects: Sequence[Subject], wish: Wish) -> str | None:
+    """Where real images are, the same for all runs: what was named, or the first of their data that holds any."""
     if wish.real is not None:
         return wish.real
-    return next((spec for spec in each.config["data.sources"] if _holds_images(spec)), None)
+    return next((spec for each in subjects for spec in each.config["data.sources"] if _holds_images(spec)), None)
 
 
 def _holds_images(spec: str) -> bool:
-    """Whether a run's data are images that are still there; a command is not run again for them."""
+    """Whether a run's data are images that are still there; nothing is downloaded, and no command run again, for them."""
     try:
-        return not spec.startswith("pipe:") and kind_of(spec) != "teacher"
+        return not spec.startswith(REMOTE) and kind_of(spec) != "teacher"
     except UsageError:
         return False
 
@@ -330,7 +339,11 @@ def _holds_images(spec: str) -> bool:
 def real_images(source: str, resolution: int, count: int) -> Tensor:
     """Real images spread evenly over a data source, or over its beginning, in [0, 1], (at most count, 3, H, W)."""
     data = DataConfig(resolution=resolution)
-    members = list(islice(open_source(source, None), 32 * count))
+    try:
+        members = list(islice(open_source(source, None), 32 * count))
+    except UsageError as error:
+        told = str(error).replace("--data", "--real").replace("tiny, or teacher for no data", "or tiny")
+        raise UsageError(told) from error
     every = max(1, len(members) // count)
     outcomes = (judge(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::every]))
     pixels = (o.pixels for o in outcomes if isinstance(o, Sample) and o.pixels is not None)

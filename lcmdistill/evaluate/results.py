@@ -1,12 +1,14 @@
 """What an evaluation left in a run's folder, written and read again without any network."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lcmdistill.checkpoint import write_text
+from lcmdistill.errors import UsageError
 from lcmdistill.evaluate.drawing import TEACHER_STEPS
 from lcmdistill.evaluate.metrics import Measure
 from lcmdistill.evaluate.sweep import Cell, Sampler, Sweep, picture_places
@@ -25,6 +27,11 @@ class Results:
     consistency: tuple[tuple[float, float, float], ...] = ()
     "noisiness, the student's error, the teacher's"
 
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether the run was trained as long then as it is now by its config."""
+        now = config["optim.max_train_steps"]
+        return self.about.get("trained_steps", now) == now
+
     @property
     def steps(self) -> list[int]:
         """The student's steps, rising."""
@@ -41,9 +48,10 @@ class Results:
         return self.cells.get(Cell(sampler, steps, scale).name)
 
     def number(self, measure: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
-        """One number of a cell; None if there is none."""
+        """One number of a cell; None if there is none, or a student that draws no numbers has none to show."""
         cell = self.cell(sampler, steps, guidance_scale)
-        return None if cell is None else cell["numbers"].get(measure)
+        value = None if cell is None else cell["numbers"].get(measure)
+        return value if value is not None and math.isfinite(value) else None
 
     def full(self, measure: str) -> float | None:
         """The teacher's number at its full steps."""
@@ -53,6 +61,12 @@ class Results:
         """How long an image took."""
         cell = self.cell(sampler, steps)
         return None if cell is None else cell["seconds_an_image"]
+
+    def how(self, sampler: Sampler, steps: int) -> str:
+        """What that time was taken with: "batches of 16 on cpu, 2 threads"."""
+        told = (self.cell(sampler, steps) or {}).get("how")
+        # An earlier version told it of a sweep as a whole.
+        return told or f"batches of {self.about.get('batch_size')} on {self.about.get('device')}"
 
     def pictures(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
         """The pictures that were kept of a cell."""
@@ -78,10 +92,19 @@ def write_sweep(folder: Path, sweep: Sweep, measures: Mapping[str, Measure], mor
 
 
 def read_results(run: Path) -> Results | None:
-    """What an evaluation found of a run; None if there was none."""
+    """What an evaluation found of a run; None if there was none. Raises UsageError if its files cannot be read."""
     folder = run / "evaluation"
     if not (folder / "sweep.json").is_file():
         return None
+    try:
+        return _read(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"what an evaluation left in {folder} cannot be read ({error}); make it anew: lcmdistill evaluate {run}"
+        ) from error
+
+
+def _read(folder: Path) -> Results:
     about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     # What earlier versions did not write down: theirs were all of prompts, and a LoRA alone had its guidance in its weights.
     about = {"is_baked": about.get("is_lora", False), "held_out": True, **about}

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcmdistill.batch import Conditioning, Models, Network, x0_eps_network
 from lcmdistill.checkpoint import write_text
 from lcmdistill.consistency import consistency_function
-from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, as_written, digest, drawn
+from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, as_written, digest, drawn, key_of
 from lcmdistill.objectives.shared import teacher_denoiser
 from lcmdistill.solvers import ddim
 from lcmdistill.student import Door, raw_network
@@ -37,11 +37,11 @@ def curve(folder: Path, cache: Path, sweep: Sweep, who: Contestants) -> None:
     scale = sweep.guidance_scales[0]
     full = {**who.about(Cell("teacher", POINTS, scale), sweep), "prompts": sweep.prompts[:IMAGES], "points": POINTS}
     key, path = digest([full, who.student_fingerprint]), folder / "consistency.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["key"] == key:
+    if key_of(path) == key:
         return
     prompts, noise = sweep.prompts[:IMAGES], who.noise[:IMAGES]
     place = cache / f"trajectory-{digest(full)}.safetensors"
-    followed, _ = drawn(place, lambda: trajectory(who.teacher, prompts, noise, scale, who.dtype))
+    followed = drawn(place, lambda: trajectory(who.teacher, prompts, noise, scale, who.dtype)).latents
     student = network_for(who.teacher, network_of(who.pipeline), who.dtype)
     points = errors(who.teacher, student, prompts, followed, scale)
     write_text(path, json.dumps({"key": key, "images": len(prompts), "points": points}, indent=1) + "\n")

@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcmdistill.checkpoint import written_aside
+from lcmdistill.checkpoint import file_written_aside, written_aside
 from lcmdistill.evaluate.drawing import TEACHER_STEPS, Tell, student_latents, teacher_latents
 from lcmdistill.evaluate.metrics import Measure, Shown
 from lcmdistill.teachers.base import Teacher
@@ -92,7 +92,7 @@ class Contestants:
     """Who draws: the teacher, and a student's pipeline.
 
     student_scale: the guidance scale that the student's pipeline is told, None for the cell's own; student, teacher:
-    fingerprints of their weights; noise: (N, C, h, w); dtype: of autocast around the teacher's network.
+    fingerprints of their weights; noise: (N, C, h, w); dtype: of autocast around the teacher's network; device: in words.
     """
 
     teacher: Teacher
@@ -103,6 +103,12 @@ class Contestants:
     student_fingerprint: str
     dtype: torch.dtype
     batch_size: int
+    device: str = ""
+
+    @property
+    def how(self) -> str:
+        """What an image's time depends on."""
+        return f"batches of {min(self.batch_size, len(self.noise))} on {self.device}"
 
     def draw(self, cell: Cell, sweep: Sweep, tell: Tell) -> Tensor:
         """A cell's latents, (N, C, h, w)."""
@@ -135,19 +141,28 @@ def digest(about: Any) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def drawn(path: Path, draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """Latents from a file, or drawn and written there, whole or not at all; and the seconds that drawing them took."""
-    if path.is_file():
+class Drawn(NamedTuple):
+    """Latents, the seconds that drawing them took, and how that was: "batches of 16 on cpu, 2 threads"."""
+
+    latents: Tensor
+    seconds: float
+    how: str
+
+
+def drawn(path: Path, draw: Callable[[], Tensor], how: str = "") -> Drawn:
+    """Latents from a file, or drawn and written there, whole or not at all. A file that cannot be read is drawn again."""
+    try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("latents"), float(file.metadata()["seconds"])
+            told = file.metadata()
+            return Drawn(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
+    except (FileNotFoundError, SafetensorError):
+        pass
     began = time.perf_counter()
     latents = draw().contiguous()
     seconds = time.perf_counter() - began
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    save_file({"latents": latents}, aside, metadata={"seconds": f"{seconds:.4f}"})
-    aside.replace(path)
-    return latents, seconds
+    with file_written_aside(path) as aside:
+        save_file({"latents": latents}, aside, metadata={"seconds": f"{seconds:.4f}", "how": how})
+    return Drawn(latents, seconds, how)
 
 
 @dataclass(frozen=True)
@@ -215,16 +230,16 @@ def sweep_run(
             folder / "latents" if cell.sampler == "student" else cache
         ) / f"{digest(who.about(cell, sweep))}.safetensors"
 
-    def pixels_of(cell: Cell) -> tuple[Pixels, float]:
-        latents, seconds = drawn(place_of(cell), lambda: who.draw(cell, sweep, lambda images: tell(cell, images)))
-        return Pixels(who.teacher, latents, who.batch_size, []), seconds
+    def pixels_of(cell: Cell) -> tuple[Pixels, Drawn]:
+        found = drawn(place_of(cell), lambda: who.draw(cell, sweep, lambda images: tell(cell, images)), who.how)
+        return Pixels(who.teacher, found.latents, who.batch_size, []), found
 
     for cell in sweep.cells():
         key = digest([who.about(cell, sweep), about_measures, sorted(measures), MEASURED])
         home, scale = folder / "cells" / cell.name, cell.guidance_scale
-        if _key_of(home) == key:
+        if key_of(home / "numbers.json") == key:
             continue
-        pixels, seconds = pixels_of(cell)
+        pixels, taken = pixels_of(cell)
         is_full = cell.sampler == "teacher" and cell.steps == TEACHER_STEPS
         if scale not in references:
             references[scale] = pixels if is_full else pixels_of(Cell("teacher", TEACHER_STEPS, scale))[0]
@@ -236,7 +251,8 @@ def sweep_run(
                 "guidance_scale": scale,
                 "images": len(sweep.prompts),
                 "numbers": numbers_of(pixels, references[scale], sweep.prompts, measures),
-                "seconds_an_image": round(seconds / len(sweep.prompts), 5),
+                "seconds_an_image": round(taken.seconds / len(sweep.prompts), 5),
+                "how": taken.how,
             }
             (aside / "numbers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             write_pictures(pixels, aside)
@@ -246,9 +262,12 @@ def sweep_run(
             path.unlink()
 
 
-def _key_of(home: Path) -> str | None:
-    path = home / "numbers.json"
-    return json.loads(path.read_text(encoding="utf-8"))["key"] if path.is_file() else None
+def key_of(path: Path) -> str | None:
+    """What decided the numbers of a file; None if it is not there, or cannot be read and is to be made again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["key"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def picture_places(count: int) -> list[int]:

@@ -12,13 +12,16 @@ JUDGES = ("fid", "kid", "lpips", "ssim")
 "the measures that decide, where they were taken"
 ENOUGH, CLOSE = 0.025, 0.1
 "how far a number may lie from the student's best, as a part of the way from there to the teacher's single step"
+FEW = 16
+"images below which a small difference may be chance"
 ODD = 0.2
 "how far a ratio to the teacher may lie from 1 before it is worth a word"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """grades: of each number of steps; enough: the fewest that are, None if none is; usable: whether it draws well at all.
+    """grades: of each number of steps; enough: the fewest that are, None if that cannot be told; usable: whether it draws well
+    at all.
 
     headline: one sentence; reasons: a few more.
     """
@@ -34,20 +37,28 @@ def verdict(results: Results) -> Verdict:
     """Judge a sweep at its first guidance scale.
 
     A number of steps is enough if by every judge it lies within ENOUGH of the best that the student does at any: of the
-    way from there to what the teacher draws in one step, which is hardly more than noise.
+    way from there to what the teacher draws in one step, which is hardly more than noise. More steps than a judge's best do
+    no harm, even where an agreement with one path falls again.
     """
     judges = [name for name in JUDGES if _gap(results, name, results.steps[0]) is not None]
-    gaps = {n: max((_gap(results, name, n) or 0.0 for name in judges), default=0.0) for n in results.steps}
+    gaps = {
+        n: max((min(_gap(results, name, m) or 0.0 for m in results.steps if m <= n) for name in judges), default=0.0)
+        for n in results.steps
+    }
     grades: dict[int, Grade] = {
         n: "enough" if gap <= ENOUGH else "close" if gap <= CLOSE else "not quite" for n, gap in gaps.items()
     }
-    enough = next((n for n in results.steps if grades[n] == "enough"), None)
-    # More steps than are enough do no harm, even where an agreement with one path falls again.
-    grades |= {n: "enough" for n in results.steps if enough is not None and n >= enough}
-    chosen = enough or results.steps[-1]
-    usable = all(_is_sound(results, name, chosen) for name in judges)
+    chosen = next(n for n in results.steps if grades[n] == "enough")
+    # One number of steps alone has nothing to be enough beside.
+    enough = chosen if len(results.steps) > 1 else None
+    # Its full steps' path is what a teacher keeps to, and a student leaves, the more steps both take: one number of steps
+    # where the student keeps up shows that it draws. A single one shows nothing: there the teacher's is noise.
+    shown = [n for n in results.steps if n > 1] or results.steps
+    usable = all(any(_is_sound(results, name, n) for n in shown) for name in judges)
     reasons = [*_beside_the_teacher(results, chosen), *_time(results, chosen)]
     reasons += [text for n in results.steps if n <= chosen for text in _lacks(results, n, grades[n], chosen)]
+    if (images := results.about.get("images", FEW)) < FEW:
+        reasons.append(f"Of {images} images a small difference may be chance: --num-images {FEW} or more tell better.")
     return Verdict(grades, enough, usable, _headline(grades, enough, usable), tuple(reasons))
 
 
@@ -79,10 +90,12 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool) -> str
     if not usable:
         return "This student does not draw well yet: at as few steps, its teacher does better."
     if enough is None:
-        return f"More than {max(grades)} steps may be worth a try: quality was still rising there."
+        return f"Nothing but {_steps(max(grades))} was drawn, and nothing tells whether more would be better."
     close = [n for n, grade in grades.items() if grade == "close"]
     short = [n for n, grade in grades.items() if grade == "not quite"]
     said = f"{_steps(enough)} {'is' if enough == 1 else 'are'} enough"
+    if enough == max(grades):  # where nothing levelled off
+        said = f"{_steps(enough)} are the best of those drawn, and more may be better"
     also = []
     if close:
         also.append(f"{_several(close)} {'comes' if close == [1] else 'come'} close")

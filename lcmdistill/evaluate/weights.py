@@ -105,10 +105,13 @@ def _clip(folder: str, option: str) -> tuple[Any, Any]:
         model = CLIPModel.from_pretrained(folder, local_files_only=True)
         processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except OSError as error:
-        where = "holds no CLIP model" if Path(folder).is_dir() else "is neither a folder nor in the local hub cache"
+        if Path(folder).is_dir():
+            raise UsageError(
+                f"{option} {folder} holds no CLIP model; give the folder of a transformers CLIPModel with its processor"
+            ) from error
         raise RunError(
-            f"{option} {folder} {where}; download it first (hf download {folder}), or give the folder of a "
-            "transformers CLIPModel with its processor"
+            f"{option} {folder} is neither a folder nor in the local hub cache; download it first (hf download {folder}), or "
+            "give the folder of a transformers CLIPModel with its processor"
         ) from error
     if type(model.config).model_type != "clip":
         raise UsageError(f"{option} {folder} is a {model.config.model_type} model; a CLIPModel is needed")
@@ -151,6 +154,8 @@ class Lpips(nn.Module):
 
 
 def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"{option} {path} is not there; give torchvision's file alexnet-owt-7be5be79.pth")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         own = {key: value for key, value in state.items() if key.startswith("features.")}

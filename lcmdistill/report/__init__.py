@@ -7,6 +7,7 @@ the run was evaluated.
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lcmdistill.best import advice, concern, history
@@ -81,10 +82,10 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     cards = drawn(quality.get("charts", []), charts)
     values: dict[str, Any] = {
         "name": run.name,
-        "folder": str(run),
+        "folder": quote(str(run)),
         "what": what_it_is(config),
         "verdict": judged,
-        "warnings": _warnings(run, config),
+        "warnings": _warnings(run, config, results),
         "hero": _hero(results, judged) if results and judged else None,
         "matrix": matrix(results, judged, omega_range(config) is None) if results and judged else None,
         "quality": {**quality, "charts": cards[: len(quality["charts"])]} if results else None,
@@ -92,7 +93,7 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "training": {"about": _training_about(config, lines), "charts": cards[len(quality.get("charts", [])) :]}
         if charts
         else None,
-        "grids": validation_grids(run / "samples", 0),
+        "grids": validation_grids(run / "samples"),
         "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
         "made": made_of(config),
         "settings": toml_of(without_folders(config)).strip(),
@@ -104,11 +105,16 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _warnings(run: Path, config: Mapping[str, Any]) -> list[str]:
-    """What a run's validations give reason to say."""
+def _warnings(run: Path, config: Mapping[str, Any], results: Results | None) -> list[str]:
+    """What a run's validations give reason to say, and an evaluation that is older than the run."""
     metric = config.get("run.best_metric", "none")
     values = history(run, metric)
     said = [concern(metric, values) if values else None, advice(run, metric)]
+    if results and not results.is_of(config):
+        said.append(
+            f"what this page measures was drawn after {results.about['trained_steps']} training steps, and the run was taken "
+            f"to {config['optim.max_train_steps']} since; measure it anew: lcmdistill evaluate {quote(str(run))}"
+        )
     return [f"{text[0].upper()}{text[1:]}." for text in said if text]
 
 
@@ -181,7 +187,7 @@ def _hero(results: Results, judged: Verdict) -> dict[str, Any]:
     """The student at each number of steps with its grade, and the teacher's full steps beside it."""
     scale = results.guidance_scale
     heads: list[dict[str, Any]] = [
-        {"text": f"{n} step{'s' * (n > 1)}", "grade": judged.grades[n]} for n in results.steps
+        {"text": f"{n} step{'s' * (n > 1)}", "grade": judged.enough and judged.grades[n]} for n in results.steps
     ]
     heads.append({"text": f"teacher, {TEACHER_STEPS}", "grade": None})
     rows = []
@@ -267,17 +273,18 @@ def _times(results: Results) -> dict[str, Any] | None:
         *(("student", n) for n in results.steps),
         *(("teacher", n) for n in (*results.steps, TEACHER_STEPS)),
     ]
+    drawers = [drawer for drawer in drawers if results.seconds(*drawer) is not None]
+    hows = sorted({results.how(*drawer) for drawer in drawers})
     for sampler, n in drawers:
-        value = results.seconds(sampler, n)
-        if value is None:
-            continue
-        ratio = f"{full / value:.{0 if full >= 10 * value else 1}f} times" if full else ""
+        value = results.seconds(sampler, n) or 0.0
+        ratio = f"{full / value:.{0 if full >= 10 * value else 1}f} times" if full and value else ""
         cells = [{"text": seconds(value), "best": False}, {"text": ratio, "best": False}]
-        rows.append({"name": f"{sampler}, {n} step{'s' * (n > 1)}", "cells": cells})
-    about = results.about
+        name = f"{sampler}, {n} step{'s' * (n > 1)}"
+        rows.append({"name": name if len(hows) == 1 else f"{name}, in {results.how(sampler, n)}", "cells": cells})
+    how = f"in {hows[0]}" if len(hows) == 1 else "not all in the same way"
     caption = (
-        f"Network and scheduler alone, without decoding, in batches of {about['batch_size']} on {about['device']}, taken while "
-        "the images of the sweep were drawn: whatever else the machine did is in it"
+        f"Network and scheduler alone, without decoding, {how}, taken while the images of the sweep were drawn: whatever else "
+        "the machine did is in it"
     )
     return {
         "caption": caption,

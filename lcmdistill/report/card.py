@@ -8,16 +8,18 @@ from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import verdict
 from lcmdistill.report.curves import consistency_charts, quality_charts, training_charts
 from lcmdistill.report.plots import write_plots
+from lcmdistill.rundir import recorded
 from lcmdistill.tracking import read_metrics
 
 _SECTION = re.compile(r"\n## Measured\n.*?(?=\n## Use\n)", re.DOTALL)
 
 
 def add_to_card(run: Path) -> bool:
-    """Draw the plots of an evaluated run and put them into its README.md; False if it has no card of ours, or no numbers."""
+    """Draw the plots of an evaluated run and put them into its README.md; False if it has no card of ours, or no numbers of
+    what it is now."""
     results, path = read_results(run), run / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if results is None or "\n## Use\n" not in card:
+    if results is None or not results.is_of(recorded(run)) or "\n## Use\n" not in card:
         return False
     plots = {"quality": [*quality_charts(results), *consistency_charts(results)]}
     plots["training"] = training_charts(read_metrics(run))

@@ -1,5 +1,6 @@
 """The charts of a run: what was measured step by step, and how the training went."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,8 +50,8 @@ def quality_charts(results: Results) -> list[Chart]:
 
 def consistency_charts(results: Results) -> list[Chart]:
     """How far the student's clean images lie from each other between neighbouring times of a trajectory; none or one."""
-    student = Series("student", tuple((x, y) for x, y, _ in results.consistency))
-    teacher = Series("teacher's x0", tuple((x, y) for x, _, y in results.consistency), 1)
+    student = Series("student", _finite([(x, y) for x, y, _ in results.consistency]))
+    teacher = Series("teacher's x0", _finite([(x, y) for x, _, y in results.consistency]), 1)
     chart = Chart(
         "Consistency error",
         "from clean (0) to all noise (1)",
@@ -86,12 +87,17 @@ def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
         ),
         _over_time(trained, "samples_per_s", "Speed, samples a second", "Of all processes together."),
     ]
-    found += [chart for chart in (loss_by_noise(trained), *validation_charts(lines)) if not chart.is_empty]
-    return found
+    found += [loss_by_noise(trained), *validation_charts(lines)]
+    return [chart for chart in found if not chart.is_empty]
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
-    return Series(key, tuple((float(line["step"]), float(line[key])) for line in lines))
+    return Series(key, _finite([(line["step"], line[key]) for line in lines if key in line]))
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Points without those that no chart can show: under fp16 an infinite gradient norm is nothing out of the ordinary."""
+    return tuple((float(x), float(y)) for x, y in points if math.isfinite(y))
 
 
 def _over_time(lines: Sequence[Mapping[str, Any]], key: str, title: str, about: str) -> Chart:
@@ -120,7 +126,7 @@ def loss_by_noise(lines: Sequence[Mapping[str, Any]]) -> Chart:
     for name, look, part in zip(("first third", "second third", "last third"), (2, 1, 0), thirds, strict=True):
         points = []
         for i in range(len(part[0]) if part else 0):
-            values = [line[i] for line in part if line[i] is not None]
+            values = [line[i] for line in part if line[i] is not None and math.isfinite(line[i])]
             if values:
                 points.append(((i + 0.5) / len(part[0]), sum(values) / len(values)))
         series.append(Series(name, tuple(points), look))
@@ -142,7 +148,7 @@ def validation_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
         series = [
             Series(
                 f"{_steps_of(key)} step{'s' * (_steps_of(key) > 1)}",
-                tuple((float(line["step"]), float(line[key])) for line in lines if key in line),
+                _series(lines, key).points,
                 look,
             )
             for key, look in zip(keys, (3, 4, 0, 5, 1, 2), strict=False)

@@ -36,19 +36,22 @@ def embedded(path: Path, alt: str) -> Picture:
     return Picture(f"data:image/{kind};base64,{data}", alt, width, height)
 
 
-def validation_grids(folder: Path, prompts: int) -> list[Picture]:
+def validation_grids(folder: Path) -> list[Picture]:
     """The validation grids of a run, oldest first, made smaller; where there are many, some spread over the run."""
-    paths = sorted(folder.glob("step-*.png"))
+    paths = sorted(path for path in folder.glob("step-*.png") if path.stem.removeprefix("step-").isdecimal())
     if len(paths) > MOST_GRIDS:
         paths = [paths[i * (len(paths) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
     found = []
     for path in paths:
         step = int(path.stem.removeprefix("step-"))
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-            small.thumbnail((_GRID_WIDTH, 10 * _GRID_WIDTH), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            small.save(buffer, "WEBP", quality=82, method=6)
+        try:
+            with Image.open(path) as image:
+                small = image.convert("RGB")
+        except OSError:
+            continue  # a run that was cut off may have left half a picture
+        small.thumbnail((_GRID_WIDTH, 10 * _GRID_WIDTH), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.save(buffer, "WEBP", quality=82, method=6)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         alt = (
             f"Validation pictures after {step} training steps: a row a prompt, columns of 1, 2, 4 and 8 sampling steps"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lcmdistill.methods import ETA, METHODS, omega_range
@@ -33,7 +34,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
     command = {
         "name": "Command line",
         "lines": ["PNGs with their settings inside, and a grid."],
-        "code": f'lcmdistill sample {run} --steps {steps} --prompt "a prompt"',
+        "code": f'lcmdistill sample {quote(str(run))} --steps {steps} --prompt "a prompt"',
     }
     if config.get("student.kind") == "lora":
         file = f"{run.name}.safetensors"
@@ -69,7 +70,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
             },
             command,
         ]
-    export = f"lcmdistill export {run} --format single-file --output {run.name}.safetensors"
+    export = f"lcmdistill export {quote(str(run))} --format single-file --output {quote(run.name)}.safetensors"
     return [
         {
             "name": "diffusers",
