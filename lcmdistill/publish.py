@@ -6,7 +6,7 @@ from pathlib import Path
 from lcmdistill import hub
 from lcmdistill.export import export_card
 from lcmdistill.modelcard import pictures_of
-from lcmdistill.rundir import recorded
+from lcmdistill.rundir import lora_file, recorded
 from lcmdistill.tracking import say
 
 
@@ -17,7 +17,7 @@ def publish_run(run: Path, repo: str) -> None:
     """
     is_lora = recorded(run).get("student.kind") == "lora"
     folder = run / ("lora" if is_lora else "pipeline")
-    file = next((path.name for path in sorted(folder.glob("*.safetensors"))), "")
+    file = lora_file(run).name if is_lora else ""
     command = "distill-lora" if is_lora else "distill"
     again = ["lcmdistill", command, "--config", str(run / "config.toml"), "--push-to-hub", repo]
     name = "peft" if (folder / "adapter_config.json").is_file() else "kohya" if is_lora else "pipeline"

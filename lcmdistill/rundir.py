@@ -136,6 +136,19 @@ def has_product(folder: Path) -> bool:
     return (folder / "pipeline" / "model_index.json").is_file()
 
 
+def lora_file(run: Path) -> Path:
+    """The one file of a run's LoRA. Raises UsageError if there is none yet, or which one it is cannot be told."""
+    files = [path for path in sorted((run / "lora").glob("*.safetensors")) if not path.name.startswith(".")]
+    if not files:
+        raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise UsageError(
+            f"{run / 'lora'} holds {len(files)} LoRAs ({names}) and the run made one; move the others away"
+        )
+    return files[0]
+
+
 def finished(config: RunConfig) -> bool:
     """Whether a run has all the steps that are asked for, and what it was for was written after the last of them."""
     folder = Path(config.run.output or "")

@@ -16,7 +16,7 @@ from lcmdistill.export.lora_files import load_lora, scheduler_of
 from lcmdistill.export.pipeline import call_options, vp_scheduler
 from lcmdistill.lora import choose_adapters
 from lcmdistill.methods import METHODS
-from lcmdistill.rundir import recorded, teacher_of
+from lcmdistill.rundir import lora_file, recorded, teacher_of
 from lcmdistill.teachers import load_pipeline
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import inpaints, network_of
@@ -65,13 +65,11 @@ def find_model(model: str | None) -> Found:
         return Found(model)
     guidance, side = config.get("run.validation_guidance_scale"), config.get("data.resolution")
     if config.get("student.kind") == "lora":
-        files = sorted(str(path) for path in (run / "lora").glob("*.safetensors"))
-        if not files:
-            raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
+        lora = str(lora_file(run))
         options = teacher_of(config)
         teacher = options.pop("model")
         scheduler = METHODS[config["objective.name"]].scheduler
-        return Found(teacher, guidance, side, teacher, tuple(files), scheduler, options)
+        return Found(teacher, guidance, side, teacher, (lora,), scheduler, options)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
     options = {k: v for k, v in teacher_of(config).items() if k in ("vae_dtype", "vae_tiling", "clip_skip")}

@@ -86,6 +86,16 @@ def test_a_single_file_tells_what_it_is(
     assert ("guidance 4 (omega 3) is built in" in header["modelspec.usage_hint"]) == (kind == "full")
 
 
+def test_a_guidance_that_the_student_never_saw_is_told(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
+) -> None:
+    words = ["export", runs["sd1", "full"], "--format", "single-file", "--no-verify"]
+    for scale in (8, 90):
+        code, told, _ = command(*words, "--guidance-scale", scale, "--output", tmp_path / f"{scale}.safetensors")
+        assert code == 0
+        assert (f"and never saw {scale}" in told) == (scale == 90)
+
+
 @each_family
 @pytest.mark.parametrize("kind", list(FORMATS))
 def test_cards_name_the_class_that_opens_it(family: str, kind: str, runs: dict[tuple[str, str], Path]) -> None:
@@ -121,6 +131,16 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
         ("lora", ["--format", "kohya", "--output", "x"], "must end in .safetensors"),
         ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "cannot be written: .* in /proc"),
         ("lora", ["--format", "peft", "--output", "taken"], "taken exists; name a new one"),
+        (
+            "lora",
+            ["--format", "single-file", "--output", "x.safetensors", "--guidance-scale", "7"],
+            "has no effect here",
+        ),
+        (
+            "full",
+            ["--format", "pipeline", "--output", "x", "--guidance-scale", "7"],
+            "--guidance-scale 7 is for what bakes",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_said_at_once(

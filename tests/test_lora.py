@@ -20,13 +20,13 @@ from lcmdistill import export as exporting
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import checkpoints, load_checkpoint
 from lcmdistill.cli import app
-from lcmdistill.config import flatten, resolve
+from lcmdistill.config import flatten, read_toml, resolve
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import SCHEDULER_KEY, header, load_lora
-from lcmdistill.export.product import load_product
+from lcmdistill.export.product import load_product, write_product
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
-from lcmdistill.modelcard import model_card
+from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.sample import chosen_scheduler, find_model, load_student
 from lcmdistill.settings import StudentConfig
 from lcmdistill.student import make_student
@@ -335,6 +335,33 @@ def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, mon
     assert not list(tmp_path.iterdir()), "a file that failed its check must not stay"
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
+    lora_run: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It adds less than a whole model's weights lose by being rounded."""
+    from lcmdistill.errors import RunError
+    from lcmdistill.export import lora_files, product
+
+    loaded = product.from_checkpoint
+
+    def little(tensors: Any, alpha: float) -> Any:
+        return {path: replace(layer, up=1e-4 * layer.up) for path, layer in loaded(tensors, alpha).items()}
+
+    monkeypatch.setattr(product, "from_checkpoint", little)
+    options: dict[str, Any] = {"dtype": dtype, "guidance_scale": None, "verify": True}
+    told = exporting.export(lora_run, "kohya", tmp_path / "whole.safetensors", **options)
+    assert "reloaded, largest difference" in told
+    whole = lora_files.kohya_tensors
+
+    def without_ups(lora: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {k: v * ("lora_up" not in k) for k, v in whole(lora, dtype).items()}
+
+    monkeypatch.setattr(lora_files, "kohya_tensors", without_ups)
+    with pytest.raises(RunError, match="does not give the trained model's output"):
+        exporting.export(lora_run, "kohya", tmp_path / "lost.safetensors", **options)
+
+
 @pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft"])
 def test_sample_loads_every_kind_of_lora(name: str, lora_run: Path, tmp_path: Path):
     output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
@@ -377,6 +404,43 @@ def test_a_run_of_the_lora_alone_samples(lora_run: Path, tmp_path: Path):
     result = CliRunner().invoke(app, [*words, "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "guidance scale 1" in result.output
+
+
+def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_path: Path):
+    run = tmp_path / "renamed"
+    shutil.copytree(lora_run, run)
+    config = resolve(read_toml(run / "config.toml"), {"run.output": str(run)})
+    teacher = load_teacher(config.teacher.model)
+    student = make_student(teacher, config.student, dtype=torch.float32, seed=0, checkpointing=False)
+    write_product(config, run, teacher, student)
+    write_run_card(config, run, teacher)
+    assert sorted(path.name for path in (run / "lora").iterdir()) == ["README.md", "renamed.safetensors", "samples"]
+    assert find_model(str(run)).loras == (str(run / "lora" / "renamed.safetensors"),)
+
+
+def test_a_lora_beside_a_runs_own_is_not_drawn_with_it(lora_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    for words, said in [
+        (("kohya", run / "lora" / "again.safetensors"), "lies in what the run itself writes"),
+        (("peft", run / "samples" / "peft"), "lies in what the run itself writes"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            exporting.export(run, *words, dtype="fp32", guidance_scale=None, verify=False)
+    exporting.export(run, "peft", run / "peft", dtype="fp32", guidance_scale=None, verify=False)
+    (run / "lora" / ".run.partial.safetensors").touch()  # of a process that was killed
+    assert len(find_model(str(run)).loras) == 1
+    shutil.copy(run / "lora" / "run.safetensors", run / "lora" / "style.safetensors")
+    for use in (lambda: find_model(str(run)), lambda: load_product(run)):
+        with pytest.raises(UsageError, match=r"lora holds 2 LoRAs \(run.safetensors, style.safetensors\)"):
+            use()
+
+
+def test_a_lora_without_its_checkpoints_is_not_called_unfinished(lora_run: Path, tmp_path: Path):
+    shutil.copytree(lora_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UsageError, match=r"holds no checkpoint.* or use \S+run.safetensors as it is"):
+        load_product(tmp_path / "run")
 
 
 def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tmp_path: Path):

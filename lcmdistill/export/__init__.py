@@ -14,7 +14,7 @@ from lcmdistill.export.onnx_files import cases_of, need_onnx, verify_onnx, write
 from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
 from lcmdistill.export.single_file import configs_of, file_header, read_back, write_single_file
-from lcmdistill.export.verify import BOUNDS, Outputs, compared, network_outputs, pipeline_outputs
+from lcmdistill.export.verify import BOUNDS, Outputs, compared, difference, network_outputs, pipeline_outputs
 from lcmdistill.lora import merge_lora
 from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for, put_card
@@ -133,8 +133,12 @@ def _verified_lora(product: Product, request: Request, expected: Outputs, folder
     if not request.verify:
         return f"{request.output}: not verified"
     fresh = product.base_pipeline()
+    bare = network_outputs(fresh.unet, request.guidance_scale)
     fresh.load_lora_weights(str(folder), weight_name=name)
-    bound = BOUNDS[request.dtype if name else torch.float32]
+    # The base is in fp32 on both sides, and half precision rounds no more than what the LoRA adds, which may be little.
+    bound = BOUNDS[torch.float32]
+    if name and request.dtype != torch.float32:
+        bound += BOUNDS[request.dtype] * difference(bare["network"], expected["network"])
     return compared(network_outputs(fresh.unet, request.guidance_scale), expected, bound, request.output)
 
 
@@ -174,6 +178,9 @@ def single_file(product: Product, request: Request) -> str:
         use = (
             f"put it among the checkpoints of A1111 or ComfyUI: {product.method.sampler} sampler, 4 steps, CFG {cfg:g}"
         )
+        omegas = omega_range(product.recorded)
+        if bakes and omegas and not omegas.low <= request.guidance_scale - 1 <= omegas.high:
+            use += f"; it was trained with guidance scales of {omegas.scale} and never saw {request.guidance_scale:g}"
         if not request.verify:
             return f"{path}: not verified; {use}"
         del made
@@ -203,6 +210,10 @@ def _need_text_unet(made: Any, name: str) -> None:
         raise UsageError(
             f"--format {name} is for U-Nets that take prompts, not for {type(made).__name__}; use pipeline"
         )
+
+
+_OWN = ("pipeline", "lora", "checkpoints", "samples")
+"parts of a run's folder that it replaces, or reads whole"
 
 
 def _file(output: Path) -> Path:
@@ -243,6 +254,15 @@ def export(
     product = load_product(run, weights)
     if output.exists():
         raise UsageError(f"--output {output} exists; name a new one")
+    if run.resolve() in output.resolve().parents and output.resolve().relative_to(run.resolve()).parts[0] in _OWN:
+        raise UsageError(f"--output {output} lies in what the run itself writes; name a place outside of it")
+    if guidance_scale is not None and (
+        name != "single-file" or product.lora is not None or not omega_range(product.recorded)
+    ):
+        raise UsageError(
+            f"--guidance-scale {guidance_scale:g} is for what bakes it in, the single file of a full student whose guidance is "
+            "an input, and has no effect here: leave it out"
+        )
     check_place(output)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     request = Request(

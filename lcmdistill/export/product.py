@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.best import load_best
-from lcmdistill.checkpoint import checkpoints, file_written_aside, load_checkpoint, written_aside
+from lcmdistill.checkpoint import checkpoints, load_checkpoint, written_aside
 from lcmdistill.config import flatten
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import Lora, from_checkpoint, header, write_kohya, write_peft
@@ -18,7 +18,7 @@ from lcmdistill.lora import ONLINE, put_lora
 from lcmdistill.methods import METHODS, Method
 from lcmdistill.modelcard import model_card
 from lcmdistill.public import public_name
-from lcmdistill.rundir import has_product, recorded, teacher_of
+from lcmdistill.rundir import has_product, lora_file, recorded, teacher_of
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import Student
 from lcmdistill.teachers import load_pipeline, load_teacher
@@ -58,8 +58,7 @@ class Product:
         """Whether it is SDXL's, as far as the run's own files tell."""
         if self.lora is None:
             return (self.run / "pipeline" / "text_encoder_2").is_dir()
-        (path,) = (self.run / "lora").glob("*.safetensors")
-        with safe_open(path, framework="pt") as file:
+        with safe_open(lora_file(self.run), framework="pt") as file:
             return (file.metadata() or {}).get("ss_base_model_version", "").startswith("sdxl")
 
     def teacher(self) -> Teacher:
@@ -89,15 +88,15 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
     if config.student.kind == "lora":
         lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
-        if teacher.network_name != "unet":  # peft's folder is what a transformer's readers know
+        name = f"{folder.name}.safetensors"
+        # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
+        with written_aside(folder / "lora") as aside:
+            if teacher.network_name == "unet":
+                write_kohya(lora, aside / name, header(lora, flatten(config), folder.name, teacher.pipeline))
+                return folder / "lora" / name
             scheduler = METHODS[config.objective_name].scheduler
-            with written_aside(folder / "lora") as aside:
-                write_peft(lora, aside, public_name(config.teacher.model), scheduler)
+            write_peft(lora, aside, public_name(config.teacher.model), scheduler)  # what a transformer's readers know
             return folder / "lora"
-        path = folder / "lora" / f"{folder.name}.safetensors"
-        with file_written_aside(path) as aside:
-            write_kohya(lora, aside, header(lora, flatten(config), folder.name, teacher.pipeline))
-        return path
     scheduler = METHODS[config.objective_name].scheduler
     pipeline = student_pipeline(teacher, student.for_export(), config.data.resolution, scheduler=scheduler).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", model_card(config, folder, teacher))
@@ -116,9 +115,12 @@ def load_product(run: Path, weights: Literal["last", "best"] = "last") -> Produc
         if not has_product(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
         return Product(run, found, None, _best(run) if weights == "best" else None)
-    saved = checkpoints(run / "checkpoints")
-    if not saved or not has_product(run):
-        raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
+    file, saved = lora_file(run), checkpoints(run / "checkpoints")
+    if not saved:
+        raise UsageError(
+            f"{run / 'checkpoints'} holds no checkpoint, from which a LoRA is exported in all its precision; put it back, or "
+            f"use {file} as it is"
+        )
     alpha = float(found["student.alpha"])
     if weights == "best":
         return Product(run, found, from_checkpoint(_best(run), alpha))

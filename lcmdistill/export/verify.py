@@ -124,6 +124,6 @@ def compared(got: Outputs, expected: Outputs, bound: float, what: object) -> str
     for part, value in off.items():
         if not value <= bound:  # a NaN is above any bound
             raise RunError(
-                f"{what} does not give the trained model's output: its {part} is off by {value:.2g}, allowed is {bound:g}"
+                f"{what} does not give the trained model's output: its {part} is off by {value:.2g}, allowed is {bound:.2g}"
             )
-    return f"{what}: reloaded, largest difference {max(off.values()):.2g} of the largest value (allowed {bound:g})"
+    return f"{what}: reloaded, largest difference {max(off.values()):.2g} of the largest value (allowed {bound:.2g})"
