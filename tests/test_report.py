@@ -17,7 +17,7 @@ from lcmdistill.evaluate.results import Results, read_results
 from lcmdistill.evaluate.verdict import seconds, verdict
 from lcmdistill.report import told, write_comparison, write_report
 from lcmdistill.report.card import add_to_card
-from lcmdistill.report.charts import Chart, Series, described, ticks, to_svg
+from lcmdistill.report.charts import Chart, Series, described, short, ticks, to_svg
 from lcmdistill.report.curves import loss_by_noise, training_charts
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.uses import uses
@@ -436,6 +436,22 @@ def test_times_are_told_as_people_tell_them(value: float, text: str):
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]):
     assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.05, "0.05"),
+        (400, "400"),
+        (9999.4, "9999"),
+        (12500.0, "12500"),
+        (2e5, "2e5"),
+        (1e-4, "1e-4"),
+        (-20000.0, "-20000"),
+    ],
+)
+def test_numbers_of_a_chart_are_short(value: float, text: str):
+    assert short(value) == text
 
 
 def test_a_chart_draws_its_points_where_they_are_and_says_them():

@@ -64,11 +64,11 @@ def limits(chart: Chart) -> tuple[float, float]:
 
 
 def short(value: float) -> str:
-    """A number for a tick: 0.05, 1.2, 400, 1e-4."""
+    """A number for a tick: 0.05, 1.2, 400, 12500, 1e-4."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def to_svg(chart: Chart, number: int) -> str:
