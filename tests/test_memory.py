@@ -258,7 +258,7 @@ def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
 
     monkeypatch.setattr(plan, "step_memory", counted)
     needed = estimator(asked, teacher, torch.bfloat16, 1)
-    for values in candidates(asked, eight_bits=True):
+    for values in candidates(asked, eight_bits=False):  # eight bits change the optimiser's bytes alone, by a formula
         config = plan.with_values(asked, values)
         assert needed(config).total >= 0.999 * step_memory(config, teacher, torch.bfloat16).total
     assert len(calls) <= 6
