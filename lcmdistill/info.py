@@ -9,7 +9,7 @@ from typing import Any
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.methods import METHODS, omega_range, told_of
 from lcmdistill.public import licence_name, licence_of
-from lcmdistill.recognise import ALIASES, Header, is_lora, read_header, recognise, resolve_alias
+from lcmdistill.recognise import ALIASES, LORA_DOWNS, Header, is_lora, read_header, recognise, resolve_alias
 
 Row = tuple[str, str]
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -95,7 +95,7 @@ def _checkpoint(path: Path, header: Header) -> list[Row]:
 
 
 def _lora(path: Path, header: Header) -> list[Row]:
-    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith((".lora_down.weight", ".lora_A.weight"))}
+    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith(LORA_DOWNS)}
     adapter = path.with_name("adapter_config.json")
     told = header.metadata
     if adapter.is_file():

@@ -33,7 +33,8 @@ LAYOUTS = {
     "sd1": ("cond_stage_model.transformer.", "Stable Diffusion 1", "CLIP's text encoder"),
 }
 "layout -> what only its keys begin with, its name, and how that is told"
-LORA_ENDS = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
+LORA_DOWNS = (".lora_down.weight", ".lora_A.weight", "lora.down.weight", ".lora_linear_layer.down.weight")
+LORA_ENDS = (*LORA_DOWNS, ".lora_up.weight", ".lora_B.weight", "lora.up.weight", ".lora_linear_layer.up.weight")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,21 @@ def diffusers(part: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tenso
     return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up * (ALPHA / RANK)}
 
 
+def diffusers_2023(part: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """As its scripts wrote LoRAs when peft was new."""
+    stem = f"{part}.{path}.{'lora' if part == 'unet' else 'lora_linear_layer'}"
+    return {f"{stem}.down.weight": down, f"{stem}.up.weight": up * (ALPHA / RANK)}
+
+
+def diffusers_processors(part: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """As its scripts wrote LoRAs on attentions before that."""
+    if part != "unet":
+        return diffusers_2023(part, path, down, up)
+    attention, _, name = path.replace(".to_out.0", ".to_out").rpartition(".")
+    stem = f"unet.{attention}.processor.{name}_lora"
+    return {f"{stem}.down.weight": down, f"{stem}.up.weight": up * (ALPHA / RANK)}
+
+
 def linears(pipeline: Any, part: str) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that style LoRAs are trained on, under the names that every program gives them."""
     prefix = "" if part == "unet" or hasattr(getattr(pipeline, part), "text_model") else "text_model."
@@ -81,7 +96,7 @@ def outputs(pipeline: Any) -> dict[str, list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("write", [kohya, uneven, diffusers])
+@pytest.mark.parametrize("write", [kohya, uneven, diffusers, diffusers_2023, diffusers_processors])
 @pytest.mark.parametrize("whole", [True, False], ids=["with the U-Net", "text alone"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_text_encoders_get_their_layers(family: str, whole: bool, write: Key, tmp_path: Path) -> None:
@@ -166,6 +181,35 @@ def test_what_would_be_lost_of_a_peft_adapter_is_refused(
     peft_folder(tmp_path / "adapter", opened(small_teacher), r=4, lora_alpha=3, **settings)
     with pytest.raises(UsageError, match=f"holds more than plain LoRA layers, such as .*{said}"):
         load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"lora_alpha": null}'])
+def test_a_peft_folder_without_a_sound_config_is_refused(text: str, small_teacher: Path, tmp_path: Path) -> None:
+    peft_folder(tmp_path / "adapter", opened(small_teacher), r=4, lora_alpha=3)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"adapter_config\.json is no peft config with a lora_alpha"):
+        load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")
+
+
+@pytest.mark.parametrize("lost", ["up", "down"])
+def test_a_file_with_half_a_layer_is_refused(lost: str, small_teacher: Path, tmp_path: Path) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    del file[next(key for key in file if f"lora_{lost}" in key)]
+    save_file(file, tmp_path / "half.safetensors")
+    with pytest.raises(
+        UsageError, match="is damaged: of 1 of its layers one matrix of two is there, such as down_blocks_0"
+    ):
+        load_lora(opened(small_teacher), str(tmp_path / "half.safetensors"), "it")
+
+
+def test_several_loras_are_put_on_without_a_warning(
+    small_teacher: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    save_file(styled(opened(small_teacher), ["unet"], kohya), tmp_path / "a.safetensors")
+    pipeline = opened(small_teacher)
+    for name in ("a", "b"):
+        load_lora(pipeline, str(tmp_path / "a.safetensors"), name)
+    assert [str(each.message) for each in recwarn if "peft_config" in str(each.message)] == []
 
 
 def test_another_kind_of_peft_adapter_is_refused(small_teacher: Path, tmp_path: Path) -> None:

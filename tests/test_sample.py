@@ -169,6 +169,7 @@ def test_the_same_seed_gives_the_same_picture(command: Command, tmp_path: Path, 
         (["{run}", "--output", "file.txt/x"], "--output file.txt/x cannot be made (Not a directory)"),
         (["{run}", "--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
         (["{run}", "--guidance-scale", "inf"], "--guidance-scale is inf; it must be a finite number"),
+        (["{run}", "--lora", "x", "--lora-scale", "nan"], "--lora-scale is nan; each must be a finite number"),
         (["{run}", "--device", "tpu-or-so"], "--device 'tpu-or-so' is no device"),
     ],
 )

@@ -1,5 +1,6 @@
 """`lcmdistill sample`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,8 @@ def sample(
         raise UsageError("MODEL and --model say the same; give one of them")
     if len(lora_scale or ()) > len(lora or ()):
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
+    if not all(math.isfinite(scale) for scale in lora_scale or ()):
+        raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
     shown = sampling.read_shown(image, mask)
     found = sampling.find_model(model or base)
     loras = [*found.loras, *(lora or ())]

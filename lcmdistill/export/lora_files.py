@@ -4,6 +4,8 @@ A LoRA here is a mapping from a layer's path in the U-Net to its LoraLayer.
 """
 
 import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,7 +153,7 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
     file = _file_of(lora)
     weights = _tensors_of(file)
     adapter = file.with_name("adapter_config.json")
-    of_peft = from_peft(weights, _json_of(adapter), lora) if adapter.is_file() else None
+    of_peft = from_peft(weights, _config_of(adapter, lora), lora) if adapter.is_file() else None
     weights = weights if of_peft is None else kohya_tensors(of_peft, torch.float32)
     network = network_of(pipeline)
     _check_fit(pipeline, network, weights, lora)
@@ -164,7 +166,9 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
     source: Any = _even(weights) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
     try:
-        pipeline.load_lora_weights(source, adapter_name=name, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
 
@@ -182,7 +186,7 @@ def _file_of(lora: str) -> Path:
     path = Path(lora).expanduser()
     if not path.exists():
         raise UsageError(f"--lora {lora} does not exist; give a .safetensors file, or a diffusers or peft folder")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise UsageError(
             f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
@@ -232,8 +236,15 @@ def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], lora: st
     return layers
 
 
-def _json_of(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _config_of(path: Path, lora: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--lora {lora}: {path.name} is no peft config with a lora_alpha; export the LoRA again"
+        ) from error
+    return config
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
@@ -249,13 +260,14 @@ def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora:
         place: _widths(network if place == "unet" else getattr(pipeline, place, None))
         for place in {place for _, place in _PREFIXES}
     }
-    absent, other, known = [], [], False
+    absent, other, known, halves = [], [], False, dict[tuple[str, str], set[int]]()
     for key, value in weights.items():
         prefix, place = next(((p, place) for p, place in _PREFIXES if key.startswith(p)), ("", ""))
         suffix, axis = next(((s, axis) for s, axis in _SUFFIXES if key.endswith(s)), ("", 0))
         if not prefix or not suffix:
             continue
         known, path = True, _flat(key.removeprefix(prefix).removesuffix(suffix))
+        halves.setdefault((place, path), set()).add(axis)
         # The original layout's names (input_blocks and so on) are the loader's own business.
         if path.startswith(("input_blocks", "middle_block", "output_blocks")):
             continue
@@ -265,6 +277,10 @@ def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora:
             other.append(key)
     if not known:
         raise UsageError(f"--lora {lora} holds no LoRA that is known here (kohya, diffusers or peft keys)")
+    if lone := [path for (_, path), axes in halves.items() if len(axes) == 1]:
+        raise UsageError(
+            f"--lora {lora} is damaged: of {len(lone)} of its layers one matrix of two is there, such as {lone[0]}"
+        )
     if absent or other:
         first = (absent or other)[0]
         raise UsageError(
@@ -281,10 +297,16 @@ def _widths(part: Any) -> dict[str, Sequence[int]]:
 
 
 def _flat(path: str) -> str:
-    """A path as kohya writes it, without the `text_model` that some versions of transformers leave out."""
-    return path.replace(".", "_").removeprefix("text_model_")
+    """A path as kohya writes it, without the `text_model` that some versions of transformers leave out, and without what
+    diffusers of 2023 wrote into the paths of attentions."""
+    return re.sub(r"_processor_(to_\w+)_lora$", _of_2023, path.replace(".", "_")).removeprefix("text_model_")
 
 
+def _of_2023(found: re.Match[str]) -> str:
+    return f"_{found[1]}_0" if found[1] == "to_out" else f"_{found[1]}"
+
+
+_OLD = (("down", 1), ("up", 0))
 _PREFIXES = (
     ("lora_unet_", "unet"),
     ("lora_te_", "text_encoder"),
@@ -294,4 +316,11 @@ _PREFIXES = (
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
 )
-_SUFFIXES = ((".lora_down.weight", 1), (".lora_up.weight", 0), (".lora_A.weight", 1), (".lora_B.weight", 0))
+_SUFFIXES = (
+    (".lora_down.weight", 1),
+    (".lora_up.weight", 0),
+    (".lora_A.weight", 1),
+    (".lora_B.weight", 0),
+    # diffusers before peft, of U-Nets and of text encoders; ".down.weight" is of processor.to_q_lora
+    *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _OLD),
+)
