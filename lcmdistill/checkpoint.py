@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.device import cpu_memory_left
+from lcmdistill.errors import RunError
 
 
 @contextmanager
@@ -119,9 +122,15 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups, state) of a checkpoint, on the CPU."""
-    groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return groups, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    """(groups, state) of a checkpoint, on the CPU. Raises RunError on one that is damaged."""
+    try:
+        groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        return groups, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise RunError(
+            f"the checkpoint {path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]}); remove that folder, "
+            "and the one before it is used"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

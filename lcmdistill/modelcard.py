@@ -3,7 +3,9 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from PIL import Image
@@ -11,7 +13,7 @@ from PIL import Image
 from lcmdistill.checkpoint import write_text
 from lcmdistill.config import flatten, toml_of
 from lcmdistill.methods import METHODS, Method, omega_range, told_of
-from lcmdistill.public import in_python, is_local, licence_name, licence_of, public_name, without_folders
+from lcmdistill.public import in_python, is_local, licence_name, licence_of, public_name, public_place, without_folders
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
@@ -23,17 +25,17 @@ pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
 {call}
 ```
 
-or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
+or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
 
-_LORA_USE = """ComfyUI and A1111: put `lora/{folder.name}.safetensors` among the LoRAs, weight 1, sampler {sampler}, 4 steps,
+_LORA_USE = """ComfyUI and A1111: put `lora/{name}.safetensors` among the LoRAs, weight 1, sampler {sampler}, 4 steps,
 CFG {guidance:g}. diffusers:
 
 ```python
-{loaded}pipeline.load_lora_weights("{folder}/lora", weight_name="{folder.name}.safetensors")
+{loaded}pipeline.load_lora_weights("{folder}/lora", weight_name="{name}.safetensors")
 {call}
 ```
 
-or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
+or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
 
 _PEFT_USE = """```python
 from peft import PeftModel
@@ -41,7 +43,7 @@ from peft import PeftModel
 {call}
 ```
 
-or `lcmdistill sample {folder} --steps 4 --prompt "a prompt"`. """
+or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
 
 _GUIDANCE = {
     "input": "Guidance is an input of the network: images cost one forward a\nstep, and negative prompts have no effect.",
@@ -57,7 +59,7 @@ pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
 image = pipeline(num_inference_steps=2{label}).images[0]
 ```
 
-or `lcmdistill sample {folder} --steps 2{prompt}`. {classes}"""
+or `lcmdistill sample {quoted} --steps 2{prompt}`. {classes}"""
 
 
 # How a file or folder on the hub is used, by the format that it was exported in.
@@ -160,8 +162,11 @@ def model_card(
     guidance = config.run.validation_guidance_scale or 1.0
     is_xl = "text_encoder_2" in teacher.pipeline.components  # whose files cannot say what to skip
     adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
+    place = public_place(folder)
     use = (adapter if is_lora else _FULL_USE).format(
-        folder=folder,
+        folder=place,
+        quoted=quote(place),
+        name=folder.name,
         guidance=guidance,
         sampler=method.sampler,
         call=_image(method, guidance, (config.teacher.clip_skip or 0) if is_xl else 0),
@@ -221,11 +226,12 @@ def _pieces(config: RunConfig, *, built_in: bool) -> str:
 
 
 def _pixel_use(folder: Path, teacher: Teacher) -> str:
-    names = teacher.own_prompts
+    names, place = teacher.own_prompts, public_place(folder)
+    use = partial(_PIXEL_USE.format, folder=place, quoted=quote(place))
     if not names:
-        return _PIXEL_USE.format(folder=folder, label="", prompt="", classes="It takes no prompt.")
+        return use(label="", prompt="", classes="It takes no prompt.")
     classes = f"Its classes, from 0: {', '.join(names)}."
-    return _PIXEL_USE.format(folder=folder, label=", class_labels=0", prompt=f' --prompt "{names[0]}"', classes=classes)
+    return use(label=", class_labels=0", prompt=f' --prompt "{names[0]}"', classes=classes)
 
 
 def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> None:

@@ -26,6 +26,11 @@ def public_name(model: str) -> str:
     return Path(name).expanduser().resolve().name if is_local(name) else name
 
 
+def public_place(folder: Path) -> str:
+    """A folder as it was given, or by its name alone where that would tell of this machine's other ones."""
+    return folder.name if folder.is_absolute() else str(folder)
+
+
 def is_local(model: str) -> bool:
     """Whether a model's name is one of this machine's, be it there or not."""
     is_path = model.count("/") != 1 or model.startswith((".", "/", "~"))

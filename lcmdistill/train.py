@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         mark_finished(folder, run.step)
         if better := advice(folder, config.run.best_metric):
             say(better)
-        say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {folder} --steps 4")
+        say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {quote(str(folder))} --steps 4")
     accelerator.wait_for_everyone()
     return folder
 

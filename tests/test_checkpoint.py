@@ -21,6 +21,7 @@ from lcmdistill.checkpoint import (
     write_text,
     written_aside,
 )
+from lcmdistill.errors import RunError
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -113,6 +114,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
         for key, value in tensors.items():
             assert torch.equal(groups[name][key], value)
             assert groups[name][key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.pt"])
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_damaged_one_is_named(tmp_path: Path, name: str, size: int) -> None:
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
+    (path / name).write_bytes((path / name).read_bytes()[:size])
+    with pytest.raises(RunError, match=r"step-00000003 is damaged .*remove that folder") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_state_loads_with_weights_only(tmp_path: Path) -> None:

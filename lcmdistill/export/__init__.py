@@ -18,7 +18,7 @@ from lcmdistill.export.verify import BOUNDS, Outputs, compared, difference, netw
 from lcmdistill.lora import merge_lora
 from lcmdistill.methods import omega_range
 from lcmdistill.modelcard import card_for, put_card
-from lcmdistill.public import public_name
+from lcmdistill.public import public_name, public_place
 from lcmdistill.rundir import check_place
 from lcmdistill.teachers.base import takes_omega
 from lcmdistill.teachers.drawing import network_of
@@ -72,7 +72,7 @@ def _pipeline_folder(product: Product, request: Request) -> str:
 
 
 def _put_card(product: Product, name: str, output: Path, folder: Path) -> None:
-    put_card(_export_card(product, name, str(output)), product.run, folder)
+    put_card(_export_card(product, name, public_place(output)), product.run, folder)
 
 
 def export_card(run: Path, name: str, place: str, file: str = "") -> str:
