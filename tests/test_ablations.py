@@ -27,14 +27,14 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 def numbers(run: Any, **changed: float) -> dict[str, Any]:
     """Made-up numbers that bear out every claim but the last; changed: {"run_steps": rmse and kid}, with _ for -."""
     found: dict[str, Any] = {}
-    for name in run.settings():
+    for name in [*run.settings(), *run.ETAS]:
         steps, scales = run.wanted(name)
         cells = {}
         for scale in scales:
             cells[f"teacher-50-g{scale:g}"] = {"rmse": 0.0, "kid": 0.02}
             for n in steps:
                 value = {1: 1.0, 2: 0.5, 4: 0.45, 8: 0.4, 16: 0.39}[n] + 0.01 * scale
-                value += 0.2 * (n == 16) * (name == "lcm") - 0.01 * (name == "tcd")
+                value += (0.2 * (n == 16) + 0.1 * (n == 8)) * (name == "lcm") - 0.01 * name.startswith("tcd")
                 value += 0.3 * name.startswith("k1-") + 0.2 * (name == "k50-ddim") + 0.1 * (name == "ema-0")
                 key = f"{name.replace('-', '_')}_{n}"
                 value = {key: value, **changed}[key]
@@ -61,7 +61,7 @@ def test_the_page_has_its_figures_and_every_number(modules: Any, tmp_path: Path)
     for name in report.HEADS:
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert f"({name}.png)" in page
-    assert page.count("| shows |") == 7
+    assert page.count("| shows |") == 11
     assert page.count("**does not show**") == 1
     assert "| lcm | 8 |" in page
 
@@ -75,6 +75,10 @@ def test_the_page_has_its_figures_and_every_number(modules: Any, tmp_path: Path)
         ("omega", 1, {"lcm_1": 0.5}),
         ("lcm_tcd", 0, {"lcm_16": 0.1}),
         ("lcm_tcd", 1, {"tcd_8": 0.9}),
+        ("lcm_tcd", 2, {"tcd_eta_0_16": 0.9}),
+        ("lcm_tcd", 3, {"lcm_8": 0.1}),
+        ("lcm_tcd", 4, {"tcd_16": 0.9}),
+        ("lcm_tcd", 5, {"tcd_eta_0_16": 0.9}),
         ("ema", 0, {"ema_0_2": 0.1}),
     ],
 )

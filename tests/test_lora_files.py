@@ -202,6 +202,15 @@ def test_a_file_with_half_a_layer_is_refused(lost: str, small_teacher: Path, tmp
         load_lora(opened(small_teacher), str(tmp_path / "half.safetensors"), "it")
 
 
+def test_a_file_that_is_not_finite_is_refused(small_teacher: Path, tmp_path: Path) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    broken = sorted(file)[3]
+    file[broken] = file[broken] * float("nan")
+    save_file(file, tmp_path / "nan.safetensors")
+    with pytest.raises(UsageError, match=rf"not finite, such as {broken}, and would draw black"):
+        load_lora(opened(small_teacher), str(tmp_path / "nan.safetensors"), "it")
+
+
 def test_several_loras_are_put_on_without_a_warning(
     small_teacher: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

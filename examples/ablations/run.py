@@ -33,6 +33,8 @@ RUNS = Path("runs/ablations")
 IMAGES = 64
 SHORT, LONG = 40, 160
 "optimiser steps of 16 samples"
+ETAS = {"tcd-eta-0": ("tcd", 0.0)}
+"runs that are measured once more, with another eta (gamma) of their TCDScheduler than the usual 0.3"
 
 SKIPS = (1, 5, 10, 20, 50)
 SOLVERS = ("ddim", "dpm-solver", "dpm-solver++")
@@ -68,11 +70,14 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Steps and guidance scales (omega + 1) that a run is measured at."""
     if name == "lcm":
         return MANY, tuple(omega + 1.0 for omega in (4, 2, 8))
-    return (MANY if name == "tcd" else STEPS), (5.0,)
+    return (MANY if name.startswith("tcd") else STEPS), (5.0,)
 
 
-def measure(run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[float, ...]) -> dict[str, Any]:
+def measure(
+    run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[float, ...], eta: float | None = None
+) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
+    folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
     each, wish = subject(run), Wish(num_images=IMAGES)
     wish = replace(wish, real=real_source([each], wish))
     prompts, resolution = chosen_prompts([each], wish, teacher), each.config["data.resolution"]
@@ -89,31 +94,34 @@ def measure(run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[f
         student_fingerprint=fingerprint(each.files()),
         dtype=torch.float32,
         batch_size=16,
+        eta=eta,
     )
-    sweep_run(run / "evaluation", cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
-    cells = {cell.name: run / "evaluation" / "cells" / cell.name / "numbers.json" for cell in sweep.cells()}
+    sweep_run(folder, cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
+    cells = {cell.name: folder / "cells" / cell.name / "numbers.json" for cell in sweep.cells()}
     return {name: json.loads(path.read_text(encoding="utf-8"))["numbers"] for name, path in cells.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(settings()), help="train and measure one run")
+    parser.add_argument("--only", choices=[*settings(), *ETAS], help="train and measure one run")
     parser.add_argument("--draw", action="store_true", help="only write the figures and the table")
     parser.add_argument("--output", type=Path, default=HERE, help="where README.md and the figures go")
     args = parser.parse_args()
     teacher = None
-    for name, own in settings().items():
+    for name in [*settings(), *ETAS]:
         if args.draw or args.only not in (None, name):
             continue
-        run = distill(resolve({}, {**COMMON, **own, "run.output": str(RUNS / name)}))
+        trained, eta = ETAS.get(name, (name, None))
+        run = distill(resolve({}, {**COMMON, **settings()[trained], "run.output": str(RUNS / trained)}))
         teacher = teacher or load_teacher("tiny")
-        found = measure(run, teacher, *wanted(name))
+        found = measure(run, teacher, *wanted(name), eta)
         write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")
         print(name, {cell: (n["rmse"], n.get("kid")) for cell, n in found.items()}, flush=True)
     if args.only is None:
         from report import write_report
 
-        numbers = {name: json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in settings()}
+        names = [*settings(), *ETAS]
+        numbers = {name: json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
         write_report(numbers, args.output)
 
 

@@ -71,11 +71,12 @@ def student_latents(
     guidance_scale: float,
     seed: int,
     batch_size: int = 16,
+    eta: float | None = None,
     tell: Tell = lambda images: None,
 ) -> Tensor:
     """A student pipeline's latents from the same start noise, (N, C, h, w) fp32 on the CPU.
 
-    The fresh noise between steps comes from seed, a generator an image.
+    The fresh noise between steps comes from seed, a generator an image. eta: gamma of a TCDScheduler, None for its usual.
     """
     parts = []
     for i in range(0, len(prompts), batch_size):
@@ -84,7 +85,7 @@ def student_latents(
         if is_pixel_pipeline(pipeline):
             drawn = _pixels(pipeline, some, z, steps, generators)
         else:
-            options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators}
+            options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators, "eta": eta}
             drawn = pipeline_latents(pipeline, some, z, **options)
         parts.append(drawn.float().cpu())
         tell(len(z))

@@ -92,7 +92,8 @@ class Contestants:
     """Who draws: the teacher, and a student's pipeline.
 
     student_scale: the guidance scale that the student's pipeline is told, None for the cell's own; student, teacher:
-    fingerprints of their weights; noise: (N, C, h, w); dtype: of autocast around the teacher's network; device: in words.
+    fingerprints of their weights; noise: (N, C, h, w); dtype: of autocast around the teacher's network; device: in words;
+    eta: gamma of the student's TCDScheduler, None for its usual.
     """
 
     teacher: Teacher
@@ -104,6 +105,7 @@ class Contestants:
     dtype: torch.dtype
     batch_size: int
     device: str = ""
+    eta: float | None = None
 
     @property
     def how(self) -> str:
@@ -115,7 +117,7 @@ class Contestants:
         options: Any = {"steps": cell.steps, "batch_size": self.batch_size, "tell": tell}
         if cell.sampler == "student":
             scale = cell.guidance_scale if self.student_scale is None else self.student_scale
-            options |= {"guidance_scale": scale, "seed": sweep.seed}
+            options |= {"guidance_scale": scale, "seed": sweep.seed, "eta": self.eta}
             return student_latents(self.pipeline, sweep.prompts, self.noise, **options)
         options |= {"guidance_scale": cell.guidance_scale, "dtype": self.dtype}
         spacing = "trailing" if cell.sampler == "trailing" else None
@@ -128,7 +130,9 @@ class Contestants:
             "format": FORMAT,
             "cell": cell.name,
             "weights": self.student_fingerprint if is_student else self.teacher_fingerprint,
-            "told": self.student_scale if is_student else None,
+            "told": (self.student_scale if self.eta is None else [self.student_scale, self.eta])
+            if is_student
+            else None,
             "prompts": sweep.prompts,
             "seed": sweep.seed,
             "resolution": sweep.resolution,

@@ -249,9 +249,14 @@ def _config_of(path: Path, lora: str) -> dict[str, Any]:
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UsageError(f"--lora {path} is no safetensors file: {error}") from error
+    if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
+        raise UsageError(
+            f"--lora {path} holds weights that are not finite, such as {broken}, and would draw black; take an earlier one"
+        )
+    return tensors
 
 
 def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora: str) -> None:

@@ -58,11 +58,13 @@ def pipeline_latents(
     guidance_scale: float,
     dtype: torch.dtype | None = None,
     generator: Any = None,
+    eta: float | None = None,
 ) -> Tensor:
     """The scaled latents that a pipeline draws, (B, C, h, w) fp32, on its device.
 
     noise: (B, C, h, w), where each trajectory starts; guidance_scale: diffusers' convention, omega + 1; dtype: of autocast
-    around it all, by default the network's own; generator: for what a sampler draws on the way, one or one an image.
+    around it all, by default the network's own; generator: for what a sampler draws on the way, one or one an image; eta: gamma
+    of a TCDScheduler, by default ETA.
     """
     network = network_of(pipeline)
     dtype = dtype or network.dtype
@@ -78,6 +80,6 @@ def pipeline_latents(
             generator=generator,
             output_type="latent",
             return_dict=False,
-            **also_told(pipeline, len(prompts), height, width),
+            **also_told(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta}),
         )
     return out[0].float()
