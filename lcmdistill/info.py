@@ -237,7 +237,7 @@ def _run(folder: Path) -> list[Row]:
         ("steps", f"{done} of {asked}, of {found['optim.batch_size']} x {found['optim.accumulate']} samples a process"),
         ("objective", told_of(found) or str(found["objective.name"])),
         ("guidance", f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "trained without"),
-        *([("clip skip", f"{skip} (A1111's {skip + 1})")] if (skip := found.get("teacher.clip_skip")) else []),
+        *([("clip skip", f"{skip}, as diffusers counts")] if (skip := found.get("teacher.clip_skip")) else []),
         ("data", f"{', '.join(found['data.sources'])}, {found['data.resolution']} px"),
         (
             "settings",

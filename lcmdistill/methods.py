@@ -79,6 +79,11 @@ def told_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(w.format(settings[f"objective.{k}"]) for k, w in words.items() if f"objective.{k}" in settings)
 
 
+def a1111_clip_skip(count: int, *, is_xl: bool) -> int:
+    """A1111's number for diffusers' clip_skip: it counts from the layer that is read, which of SDXL is the last but one."""
+    return count + (2 if is_xl else 1)
+
+
 def omega_range(settings: Mapping[str, Any]) -> OmegaRange | None:
     """The omegas of a run, {"section.key": value}; None if its method leaves guidance free: CFG acts on the student."""
     if settings.get("objective.guidance") == "free" or "objective.w_min" not in settings:

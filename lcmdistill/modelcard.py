@@ -12,7 +12,7 @@ from PIL import Image
 
 from lcmdistill.checkpoint import write_text
 from lcmdistill.config import flatten, toml_of
-from lcmdistill.methods import METHODS, Method, omega_range, told_of
+from lcmdistill.methods import METHODS, Method, a1111_clip_skip, omega_range, told_of
 from lcmdistill.public import in_python, is_local, licence_name, licence_of, public_name, public_place, without_folders
 from lcmdistill.settings import RunConfig
 from lcmdistill.student import guidance_of
@@ -197,7 +197,7 @@ def model_card(
 - {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "trained without guidance"}
 - {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
-{_pieces(config, built_in=not is_xl and not is_lora)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
+{_pieces(config, is_xl=is_xl)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
 
 {use}
@@ -210,15 +210,14 @@ def model_card(
 """
 
 
-def _pieces(config: RunConfig, *, built_in: bool) -> str:
-    """What was changed of the teacher's parts, a line each. built_in: whether the files do without CLIP's last layers."""
+def _pieces(config: RunConfig, *, is_xl: bool) -> str:
+    """What was changed of the teacher's parts, a line each. is_xl: whose files cannot do without CLIP's last layers."""
     skip, vae = config.teacher.clip_skip, config.teacher.vae
-    how = "the text encoder's files are made so" if built_in else "draw with as many"
-    told = (
-        f"- {skip} of CLIP's last layers skipped (`clip_skip={skip}`, A1111's clip skip {skip + 1}): {how}\n"
-        if skip
-        else ""
-    )
+    how = "draw with as many" if is_xl or config.student.kind == "lora" else "the text encoder's files are made so"
+    told = ""
+    if skip:
+        theirs = a1111_clip_skip(skip, is_xl=is_xl)
+        told = f"- {skip} of CLIP's last layers skipped (`clip_skip={skip}`, A1111's clip skip {theirs}): {how}\n"
     told += f"- the VAE is `{public_name(vae)}`, in place of the teacher's\n" if vae else ""
     return told + (
         "- without the teacher's safety checker\n" if "safety_checker" in (config.teacher.drop or ()) else ""

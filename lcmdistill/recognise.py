@@ -64,9 +64,14 @@ def read_header(path: Path) -> Header:
             if not 2 <= length <= path.stat().st_size - 8:
                 raise ValueError("its first bytes are not the length of a header")
             tree = json.loads(file.read(length))
-        strings = tree.pop("__metadata__", {})
+        if not isinstance(tree, dict):
+            raise ValueError("its header is no table of tensors")
+        strings = tree.pop("__metadata__", None) or {}
+        missing = max((each["data_offsets"][1] for each in tree.values()), default=0) + 8 + length - path.stat().st_size
+        if missing > 0:
+            raise ValueError(f"{missing:,} bytes are missing at its end; download or copy it again")
         return Header(strings, {name: (each["dtype"], tuple(each["shape"])) for name, each in tree.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is no safetensors file, or a truncated one: {error}") from error
 
 
@@ -90,6 +95,11 @@ def recognise(path: Path, header: Header) -> Recognised:
         refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
         what = "is SDXL's refiner" if refiner else "holds no text encoder that is known here"
         raise UsageError(f"{path} {what}; give a whole checkpoint of Stable Diffusion 1, 2 or XL base")
+    if layout == "sd1" and not any(name.startswith(f"{LAYOUTS[layout][0]}text_model.") for name in names):
+        raise UsageError(
+            f"{path} names its text encoder's weights as files of 2022 do, without text_model, which is not read here; save it "
+            "anew with a program that opens it (A1111's checkpoint merger), or give a diffusers folder"
+        )
     if not any(name.startswith("first_stage_model.") for name in names):
         raise UsageError(f"{path} holds no VAE (first_stage_model...); give a checkpoint with its VAE in it")
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:

@@ -189,6 +189,8 @@ def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
         betas = torch.as_tensor(config["trained_betas"], dtype=torch.float32)
+        if len(betas) != steps:
+            raise ValueError(f"the teacher's trained_betas are {len(betas)}, and its num_train_timesteps {steps}")
     elif kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     elif kind == "scaled_linear":

@@ -117,7 +117,7 @@ class TeacherConfig:
     vae_tiling: bool = False
     "the VAE works image by image, in tiles of 512 px: less memory, and edges of tiles that may just be seen"
     clip_skip: int | None = None
-    "CLIP's last layers that have no part in what a prompt says, in diffusers' count: 1 is A1111's clip skip 2"
+    "CLIP's last layers that have no part in what a prompt says, in diffusers' count: 1 is A1111's clip skip 2, and 3 of SDXL"
     drop: tuple[str, ...] | None = None
     "parts that the student's pipeline goes without: safety_checker, which a teacher's licence may ask to keep"
     allow_pickle: bool = False

@@ -104,7 +104,7 @@ def build_sdxl(folder: Path) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
     SDXL(
         vae=small_vae(),
-        text_encoder=CLIPTextModel(text_config()),
+        text_encoder=CLIPTextModel(text_config(3)),
         text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,

@@ -1,6 +1,7 @@
 """Every family of teachers, as a small random model of its real classes: from the preflight to what is exported."""
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 from conftest import SMALL, Command
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from small_models import FAMILY_BUILDERS
 from test_teachers import edited
 
 from lcmdistill.batch import Batch, Conditioning, Models, Rng, x0_eps_network
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.transforms import transform
+from lcmdistill.errors import UsageError
 from lcmdistill.objectives import LatentConsistency
 from lcmdistill.recognise import read_header
 from lcmdistill.settings import DataConfig, StudentConfig
@@ -117,6 +120,17 @@ def test_the_network_is_asked_as_the_pipeline_asks_it(family: str, folders: dict
     torch.testing.assert_close(guided_by_hand(teacher, "a cat", noise, 3, 3.0), drawn, rtol=1e-4, atol=1e-4)
     unguided = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")
     assert (unguided - drawn).abs().max() > 1e-2
+
+
+def test_a_t5_that_lacks_weights_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its embeddings have two names, of which a file has one: none of them is missing."""
+    shutil.copytree(folders["pixart"], tmp_path / "m")
+    (file,) = (tmp_path / "m" / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"text_encoder lacks 1 weights .* encoder.block.0"):
+        load_teacher(str(tmp_path / "m"))
 
 
 # -- v-prediction ------------------------------------------------------------------------------------------------------

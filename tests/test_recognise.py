@@ -132,11 +132,13 @@ def test_what_a_file_says_of_itself_is_heard(
 # -- what is none ------------------------------------------------------------------------------------------------------
 
 U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
+OLD = "cond_stage_model.transformer.embeddings.token_embedding.weight"
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
     ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; give the checkpoint"),
     ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
     ({U: (8, 4, 3, 3)}, "holds no text encoder"),
     ({U: (8, 4, 3, 3), "conditioner.embedders.0.model.x": (1,)}, "is SDXL's refiner"),
+    ({U: (8, 4, 3, 3), OLD: (1,)}, "as files of 2022 do"),
     ({U: (8, 4, 3, 3), C: (1,)}, "holds no VAE"),
     ({U: (8, 8, 3, 3), C: (1,), "first_stage_model.x": (1,)}, "takes 8 channels"),
     ({U: (8, 4, 3, 3), C: (1,), "first_stage_model.x": (1,), "edm_mean": (1,)}, "EDM's frame"),
@@ -158,6 +160,15 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) 
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match="is no safetensors file"):
         load_teacher(str(tmp_path / "a.safetensors"))
+
+
+def test_what_is_missing_of_a_file_is_told(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({U: torch.zeros(8, 4, 3, 3), C: torch.zeros(1), "first_stage_model.x": torch.zeros(1)}, path)
+    assert command("info", path)[0] == 0
+    path.write_bytes(path.read_bytes()[:-500])
+    code, _, error = command("info", path)
+    assert (code, "500 bytes are missing at its end" in error) == (2, True)
 
 
 # -- the tokenizer -----------------------------------------------------------------------------------------------------
@@ -230,3 +241,7 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path: Path, small_teacher: Pat
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "b.safetensors")
     with pytest.raises(UsageError, match=r"b.safetensors lacks 1 weights of its CLIPTextModel, such as .*final_layer"):
         load_single_file(tmp_path / "b.safetensors", configs=small_teacher)
+    lost = "model.diffusion_model.middle_block.1.norm.weight"
+    save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "c.safetensors")
+    with pytest.raises(UsageError, match=r"c.safetensors .*: weights are missing, or there are fewer blocks"):
+        load_single_file(tmp_path / "c.safetensors", configs=small_teacher)

@@ -71,12 +71,16 @@ def test_the_schedule_is_the_scheduler_s(tmp_path: Path, small_teacher: Path, na
     [
         ({"beta_schedule": "sigmoid", "_class_name": "DDPMScheduler"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction", "_class_name": "DPMSolverMultistepScheduler"}, "'flow_prediction'"),
+        ({"trained_betas": [0.02] * 100}, "trained_betas are 100, and its num_train_timesteps 1000"),
+        # The betas of the scheduler before it are still in the file, and nothing reads them.
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "is a EDMDPMSolverMultistepScheduler, which has no betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "which has no betas"),
     ],
 )
 def test_what_is_no_vp_teacher_is_refused(
     tmp_path: Path, small_teacher: Path, changes: dict[str, Any], message: str
 ) -> None:
-    kind = changes["_class_name"]
+    kind = changes.get("_class_name", "DDIMScheduler")
     folder = edited(
         small_teacher, tmp_path / "teacher", "scheduler/scheduler_config.json", lambda config: {**config, **changes}
     )
@@ -224,16 +228,8 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, small_teacher: Path, i
     assert "\n" not in str(caught.value)
 
 
-# An incomplete VAE is not noticed: old ones have other names for some weights.
-DAMAGES = [
-    (part, damage)
-    for part in ("unet", "vae", "text_encoder")
-    for damage in ("truncated", "missing", "incomplete", "other", "no config")
-    if (part, damage) != ("vae", "incomplete")
-]
-
-
-@pytest.mark.parametrize(("part", "damage"), DAMAGES)
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "incomplete", "other", "no config"])
 def test_damaged_weights_are_refused(tmp_path: Path, small_teacher: Path, part: str, damage: str) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(small_teacher, folder)

@@ -48,7 +48,8 @@ def sample(
         int | None,
         typer.Option(
             min=0,
-            help="Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2.  [default: the run's own]",
+            help="Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2, and 3 of SDXL.  "
+            "[default: the run's own]",
         ),
     ] = None,
     seed: Annotated[

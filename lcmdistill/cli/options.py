@@ -107,7 +107,9 @@ HOW: dict[str, Any] = {
     "vae": _option(
         str | None, "A VAE in place of the teacher's: a diffusers folder, a hub id, or a .safetensors file."
     ),
-    "clip_skip": _option(int | None, "Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2."),
+    "clip_skip": _option(
+        int | None, "Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2, and 3 of SDXL."
+    ),
     "drop": _option(
         list[str] | None,
         "safety_checker: leave it out of the run's pipeline, which else carries the teacher's, as its licence may ask.",

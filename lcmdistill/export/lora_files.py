@@ -19,7 +19,7 @@ from torch import Tensor
 from lcmdistill.errors import UsageError
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.lora import LoraLayer, put_lora
-from lcmdistill.methods import METHODS, omega_range
+from lcmdistill.methods import METHODS, a1111_clip_skip, omega_range
 from lcmdistill.public import public_name
 from lcmdistill.teachers.drawing import network_of
 
@@ -87,6 +87,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
     omega = (
         f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "its guidance left free"
     )
+    skip = recorded.get("teacher.clip_skip")
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts act"
     return {
         "format": "pt",
@@ -112,7 +113,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "ss_steps": str(recorded["optim.max_train_steps"]),
         "ss_learning_rate": str(recorded["optim.learning_rate"]),
         "ss_seed": str(recorded["run.seed"]),
-        **({"ss_clip_skip": str(skip + 1)} if (skip := recorded.get("teacher.clip_skip")) else {}),  # as A1111 counts
+        **({"ss_clip_skip": str(a1111_clip_skip(skip, is_xl=layout == "sdxl"))} if skip else {}),
         "ss_mixed_precision": str(recorded["run.precision"]),
         "ss_training_comment": f"{method.lora}, k = {recorded.get('objective.skip', 1)}, {omegas.omega if omegas else omega}",
     }

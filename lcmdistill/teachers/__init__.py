@@ -108,7 +108,7 @@ def _opened(
             torch_dtype=torch.float32,
             **left_out,
         )
-    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:
@@ -165,17 +165,24 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def _check_weights(model: str, pipeline: Any) -> None:
-    """Raise UsageError if a network's or a CLIP's file lacks weights: the libraries draw random ones and only warn."""
+    """Raise UsageError if the file of a network, VAE or text encoder lacks weights: the libraries draw random ones, or leave
+    them out, and only warn."""
     for name, part in pipeline.components.items():
-        if not type(part).__name__.startswith(("CLIPText", "UNet", "PixArt")):
+        if not type(part).__name__.startswith(("CLIPText", "T5Encoder", "UNet", "PixArt", "Autoencoder")):
             continue
         found: dict[str, list[int]] = {}
         for path in Path(part.config._name_or_path).glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 keys = file.keys()
                 found |= {key.removeprefix("text_model."): file.get_slice(key).get_shape() for key in keys}
-        wanted = {key.removeprefix("text_model."): list(value.shape) for key, value in part.state_dict().items()}
-        lost = [key for key, shape in wanted.items() if found.get(key) != shape]
+        state = {key.removeprefix("text_model."): value for key, value in part.state_dict().items()}
+        if type(part).__name__.startswith("Autoencoder"):  # old files of which have other names for some weights
+            lost = [key for key, value in state.items() if value.is_meta]
+        else:
+            here = {value.data_ptr() for key, value in state.items() if found.get(key) == list(value.shape)}
+            lost = [
+                key for key, value in state.items() if value.data_ptr() not in here
+            ]  # T5's embeddings have two names
         if found and lost:
             raise UsageError(
                 f"{model} cannot be loaded as a diffusers pipeline: the file of its {name} lacks {len(lost)} weights of "

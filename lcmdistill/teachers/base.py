@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -236,6 +237,15 @@ def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
+    import diffusers
+
+    # A scheduler keeps what its config file says for other classes, as that which was there before it.
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if "beta_schedule" not in (signature(kind.__init__).parameters if kind else config):
+        raise UsageError(
+            f"the teacher's scheduler is a {config.get('_class_name')}, which has no betas: it was trained in another frame "
+            "(EDM's, flow matching), which is not supported here; give a teacher of a variance-preserving schedule"
+        )
     try:
         schedule = vp_schedule(config)
     except ValueError as error:

@@ -134,7 +134,7 @@ def settle_vae(pipeline: Any, dtype: str, *, tiling: bool) -> None:
 
 
 def skip_last_layers(pipeline: Any, count: int) -> None:
-    """Let CLIP's last `count` layers have no part in what a prompt says: diffusers' clip_skip, one less than A1111's.
+    """Let CLIP's last `count` layers have no part in what a prompt says: diffusers' clip_skip.
 
     Of Stable Diffusion 1 and 2 they are made to add nothing, which every program that reads the files then follows. SDXL's
     second encoder needs its last layer for the pooled embedding: there the count is noted, and told to the pipeline whenever it
@@ -146,7 +146,8 @@ def skip_last_layers(pipeline: Any, count: int) -> None:
         raise UsageError(
             f"--clip-skip is for text encoders that are CLIP's, and a {type(pipeline).__name__} has none; leave it out"
         )
-    most = min(part.config.num_hidden_layers for part in parts.values()) - 1
+    # SDXL goes without the last one by itself, and counts from there.
+    most = min(part.config.num_hidden_layers for part in parts.values()) - len(parts)
     if not 0 <= count <= most:
         raise UsageError(
             f"--clip-skip is {count}; this teacher's text encoder can do without 0 to {most} of its layers"

@@ -40,10 +40,11 @@ def load_single_file(path: Path, prediction_type: str | None = None, configs: Pa
             pipeline = pipeline_class.from_single_file(
                 str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **absent
             )
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise UsageError(
-                f"{path} looks like {found.why} and cannot be read as one: {str(error).strip().splitlines()[0]}"
-            ) from error
+        except Exception as error:  # a loader that is fed something else raises whatever it stumbles over
+            said = str(error).strip().split("\n")[0]
+            if "meta tensor" in said:  # which is what a weight is that was found nowhere
+                said = "weights are missing, or there are fewer blocks than in its base (SSD-1B: give its diffusers folder)"
+            raise UsageError(f"{path} looks like {found.why} and cannot be read as one: {said}") from error
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             lost = [name for name, value in part.named_parameters() if value.is_meta]
