@@ -267,6 +267,7 @@ def _check(config: RunConfig) -> None:
     not_negative = {
         "teacher.clip_skip": config.teacher.clip_skip or 0,
         "data.min_size": config.data.min_size,
+        "data.cache_limit": config.data.cache_limit,
         "optim.learning_rate": config.optim.learning_rate,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.weight_decay": config.optim.weight_decay,

@@ -52,6 +52,8 @@ _GUIDANCE = {
 }
 
 
+_AS_STARTED = "Guidance acts on it as on what it was fine-tuned from, which has\nno input for omega."
+
 _PIXEL_USE = """```python
 from diffusers import DiffusionPipeline
 
@@ -172,11 +174,18 @@ def model_card(
         call=_image(method, guidance, (config.teacher.clip_skip or 0) if is_xl else 0),
         loaded=in_python(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
     )
-    use += _GUIDANCE[guidance_of(teacher, config.student, objective.omega)]
+    where = guidance_of(teacher, config.student, objective.omega)
+    as_started = where == "baked" and objective.omega == "teacher"  # nobody told it an omega, and its start has its own
+    use += _AS_STARTED if as_started else _GUIDANCE[where]
     if teacher.in_pixels:
         use = _pixel_use(folder, teacher)
     settings = without_folders(flatten(config))
     omegas = omega_range(settings)
+    of_omega = (
+        f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
+        if omegas
+        else "trained without guidance"
+    )
     kind = method.lora if is_lora else method.full
     article = "An" if kind.startswith(("LCM", "LoRA")) else "A"
     size = f" of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else ""
@@ -194,7 +203,7 @@ def model_card(
 
 {article} {kind}{size} ({method.paper}), {method.how} `{name}` with lcmdistill. {terms}
 
-- {f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)" if omegas else "trained without guidance"}
+- {"guidance as its start had it" if as_started else of_omega}
 - {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
 {_pieces(config, is_xl=is_xl)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}

@@ -14,6 +14,7 @@ from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.cache import cache_folder, check_cache, left_out, survey
 from lcmdistill.device import compute_dtype, free_memory, pick_device
 from lcmdistill.errors import UsageError
+from lcmdistill.evaluate.weights import perceptual_distance
 from lcmdistill.hub import check_login
 from lcmdistill.lora import check_layers
 from lcmdistill.memory import step_memory
@@ -83,11 +84,9 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
     if config.objective_name in ("tcd", "lcm", "lcf"):
         raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
-    weights = getattr(config.objective, "lpips_weights", None)
-    if weights and not Path(weights).expanduser().is_file():
-        raise UsageError(
-            f"objective.lpips_weights: there is no file {weights}; give torchvision's alexnet-owt-7be5be79.pth"
-        )
+    perceptual_distance(
+        config.objective, torch.device("cpu")
+    )  # raises what is wrong with its file, before data are prepared
 
 
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
@@ -96,16 +95,22 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
     is_lcm = sampled_by == "LCMScheduler" or (takes_omega(teacher.network) and sampled_by != "TCDScheduler")
     if config.objective_name == "lcf":
         if not is_lcm:
-            raise UsageError(
-                f"--objective lcf fine-tunes an LCM, and {model} is none: it has neither an omega input nor an LCMScheduler; "
-                "name a run of lcmdistill, or an LCM's pipeline"
+            why = (
+                "is a TCD student, whose map is another"
+                if sampled_by == "TCDScheduler"
+                else "is none: it has neither an omega input nor an LCMScheduler"
             )
+            raise UsageError(
+                f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
+            )
+        if config.student.start == "scratch":
+            raise UsageError("student.start is scratch, and --objective lcf fine-tunes an LCM; leave it out")
         if "teacher" in config.data.sources:
             raise UsageError("--objective lcf learns from images of your own; name them with --data")
     elif is_lcm or sampled_by == "TCDScheduler":
         raise UsageError(
-            f"{model} draws in few steps already and has no ODE of its own to distil; name its teacher, or fine-tune an LCM "
-            "with --objective lcf"
+            f"{model} draws in few steps already and has no ODE of its own to distil; name its teacher"
+            f"{'' if teacher.in_pixels else ', or fine-tune an LCM with --objective lcf'}"
         )
     if getattr(config.objective, "distance", "") == "lpips" and not teacher.in_pixels:
         raise UsageError(
@@ -177,7 +182,18 @@ def dry_run(config: RunConfig) -> None:
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
     tell(plan or Plan(config, (), needed))
-    seconds = _step_seconds(config, teacher, device, dtype)
+    asked, forward = forwards(config.objective, teacher.schedule), _forward_seconds(config, teacher, device, dtype)
+    draws = config.data.teacher_draws
+    of_teacher = 0 if draws else asked["teacher"]
+    # A backward pass takes twice a forward's time.
+    seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.accumulate
+    if draws:
+        answers = draws * asked["teacher"] * sum(report.kept for report in reports)
+        size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
+        say(
+            f"teacher's answers, asked beforehand: {answers:,}, estimated to take "
+            f"{answers / config.optim.batch_size * forward / 3600:.2f} h and {answers * size / 1e9:.2f} GB of the cache"
+        )
     whole = seconds * config.optim.max_train_steps / 3600
     say(
         f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
@@ -185,13 +201,12 @@ def dry_run(config: RunConfig) -> None:
     say("dry run: nothing was written")
 
 
-def _step_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
+def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
+    """What a micro-batch takes of the teacher's network, tried."""
     module = Door(teacher.network.to(device, dtype), teacher.call, dtype)
     z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
     with torch.no_grad():
         module(z, t, c.values, None)
         began = time.perf_counter()
         float(module(z, t, c.values, None).sum())
-    asked = forwards(config.objective, teacher.schedule)
-    whole = 3 * asked["student"] + asked["teacher"] + asked["target"]  # a backward pass takes twice a forward's time
-    return (time.perf_counter() - began) * whole * config.optim.accumulate
+    return time.perf_counter() - began

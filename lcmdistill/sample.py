@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import load_lora, scheduler_of
-from lcmdistill.export.pipeline import call_options, vp_scheduler
+from lcmdistill.export.pipeline import call_options, is_pixel_pipeline, vp_scheduler
 from lcmdistill.lora import choose_adapters
 from lcmdistill.methods import METHODS
 from lcmdistill.rundir import lora_file, recorded, teacher_of
@@ -203,6 +203,11 @@ def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, nega
         )
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise UsageError(f"--eta is {eta}; it must be from 0, no fresh noise, to 1")
+    if is_pixel_pipeline(pipeline) and (negative_prompt is not None or guidance_scale != 1.0):
+        option = "--guidance-scale" if negative_prompt is None else "--negative-prompt"
+        raise UsageError(
+            f"{option} has no effect on a consistency model in pixel space, which has no guidance; leave it out"
+        )
     if negative_prompt is None:
         return
     if takes_omega(network_of(pipeline)):

@@ -167,6 +167,7 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("data.crop=left", "data.crop is 'left'; choose from center, random"),
         ("data.caption_drop=1.5", "data.caption_drop is 1.5; it must be from 0 to 1"),
         ("data.count=0", "data.count is 0; it must be at least 1"),
+        ("data.cache_limit=-1", "data.cache_limit is -1.0; it must be at least 0"),
         ("data.min_size=-1", "data.min_size is -1; it must be at least 0"),
         ("data.sources=[1, 2]", "data.sources is [1, 2]; it must be a list of strings"),
         ("data.sources=[]", "data.sources is empty"),

@@ -282,6 +282,15 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(run: Runner, small_r
     folder = run("lcf", "of-fused", teacher__model=str(tmp_path / "fused"), optim__max_train_steps=1)
     assert index(folder)["_class_name"] == "StableDiffusionPipeline"
     assert recorded(folder)["run.validation_guidance_scale"] == 1.0
+    card = (folder / "README.md").read_text().partition("## Configuration")[0]
+    assert "- guidance as its start had it\n" in card  # it was told no omega
+    assert "omega 5" not in card
+
+
+def test_a_tcd_student_is_no_lcm_though_it_is_told_omega(run: Runner) -> None:
+    of_tcd = run("tcd", "of-tcd", optim__max_train_steps=1)
+    with pytest.raises(UsageError, match="of-tcd is a TCD student, whose map is another; name a run"):
+        run("lcf", teacher__model=str(of_tcd))
 
 
 def test_a_lora_can_be_fine_tuned_on_an_lcm(run: Runner, command: Command) -> None:
@@ -295,6 +304,7 @@ def test_a_lora_can_be_fine_tuned_on_an_lcm(run: Runner, command: Command) -> No
     ("objective", "changes", "message"),
     [
         ("lcf", {"teacher__model": "TEACHER"}, "fine-tunes an LCM, and .* is none"),
+        ("lcf", {"student__start": "scratch"}, "start is scratch, and --objective lcf fine-tunes an LCM; leave it out"),
         ("lcf", {"data__sources": ("teacher",)}, "learns from images of your own; name them with --data"),
         ("lcm", {"teacher__model": "RUN"}, "draws in few steps already and has no ODE of its own to distil"),
         ("ct", {"objective__distance": "lpips", "objective__lpips_weights": "x.pth"}, "works on latents; try huber"),

@@ -305,6 +305,7 @@ def test_forwards_tell_solvers_and_guidance_apart() -> None:
         ("cd", {"distance": "lpips"}, "needs objective.lpips_weights"),
         ("ct", {"lpips_weights": "alexnet.pth"}, "objective.distance is l2; say lpips"),
         ("ct", {"s0": 0}, "1 <= s0 <= s1"),
+        ("ct", {"s0": 1}, "a first grid of one point; it must be at least 2"),
         ("ct", {"s0": 20, "s1": 10}, "1 <= s0 <= s1"),
         ("ct", {"mu0": 1.0}, "mu0 is 1.0"),
         ("ct", {"curriculum_steps": 0}, r"\(K\) is 0"),

@@ -370,7 +370,8 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
         ({"objective.name": "lcm"}, "--objective lcm is for latent models; in pixel space use cd, ct or ict"),
         ({"objective.name": "tcd"}, "--objective tcd is for latent models"),
         ({"student.kind": "lora"}, "no LoRA format that any program reads"),
-        ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "there is no file nowhere.pth"),
+        ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "nowhere.pth is not there"),
+        ({"objective.distance": "lpips", "objective.lpips_weights": __file__}, "does not hold AlexNet's weights"),
     ],
 )
 def test_what_pixel_space_has_no_use_for_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
@@ -390,3 +391,12 @@ def test_a_name_that_is_no_class_and_another_size_are_refused(tmp_path: Path, co
     )
     code, _, error = command("sample", run, "--prompt", "bag", "--resolution", 16)
     assert (code, error.strip()) == (2, "Error: --resolution is 16; this model draws at 8 and nothing else")
+
+
+@pytest.mark.parametrize("options", [["--guidance-scale", 3], ["--negative-prompt", "coat", "--guidance-scale", 3]])
+def test_guidance_which_pixel_space_has_none_of_is_refused(
+    tmp_path: Path, command: Command, options: list[Any]
+) -> None:
+    run = finished_run(tmp_path / "run", build_pixel(tmp_path / "t"))
+    code, _, error = command("sample", run, "--prompt", "bag", *options)
+    assert (code, f"{options[0]} has no effect on a consistency model in pixel space" in error) == (2, True)

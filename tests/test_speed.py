@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import re
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +27,7 @@ from lcmdistill.data.room import make_room
 from lcmdistill.errors import UsageError
 from lcmdistill.loop import Run, build
 from lcmdistill.objectives import OBJECTIVES, forwards
+from lcmdistill.preflight import dry_run
 from lcmdistill.processes import make_accelerator
 from lcmdistill.schedule import vp_schedule
 from lcmdistill.teachers import load_teacher
@@ -119,6 +122,23 @@ def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
     ):
         built(settings, data__teacher_draws=2, **changed)
     assert len(list(folder.parent.iterdir())) == 5
+
+
+@pytest.mark.parametrize("kind", ["latents", "answers"])
+def test_a_file_that_a_power_cut_left_short_is_made_anew(kind: str, settings: Settings, tmp_path: Path) -> None:
+    told = {**settings, "data.teacher_draws": 1, "optim.max_train_steps": 1}
+    distill(resolve({}, told))
+    (file,) = Path(settings["data.cache_dir"], kind).rglob("*.safetensors")
+    whole = file.read_bytes()
+    for left in (whole[:-1], b""):
+        file.write_bytes(left)
+        distill(resolve({}, {**told, "run.output": str(tmp_path / str(len(left)))}))
+        assert file.read_bytes() == whole
+
+
+def test_a_dry_run_tells_what_asking_beforehand_takes(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(resolve({}, {**settings, "data.teacher_draws": 1000}))
+    assert re.search(r"asked beforehand: 24,000, .* [\d.]+ h and 0.01 GB of the cache", capsys.readouterr().out)
 
 
 def test_a_run_on_kept_answers_resumes_to_the_bit(settings: Settings, tmp_path: Path) -> None:
@@ -324,6 +344,21 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     assert make_room(tmp_path, 0, [oldest]) == 1000
     assert oldest.is_dir()
     assert evaluation.is_dir()
+
+
+def test_room_that_another_run_makes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "latents" / ("0" * 24)
+    folder.mkdir(parents=True)
+    (folder / "0.safetensors").write_bytes(bytes(10))
+    rename = Path.rename
+
+    def too_late(path: Path, target: Path) -> Path:
+        shutil.rmtree(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    assert make_room(tmp_path, 0, []) == 0
+    assert not folder.exists()
 
 
 def test_a_run_makes_room_for_itself_and_keeps_what_it_needs(settings: Settings, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def sample(
         ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to draw; for students of --guidance free, and of cd and ct.")
+        str | None, typer.Option(help="What not to draw; for latent students of --guidance free, and of cd and ct.")
     ] = None,
     eta: Annotated[
         float | None,

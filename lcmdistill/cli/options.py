@@ -74,12 +74,14 @@ HOW: dict[str, Any] = {
         "Cut images to several sizes instead of one square, each to the nearest: auto, or HEIGHTxWIDTH; repeatable.",
     ),
     "objective": _option(ObjectiveName | None, "The method.  [default: lcm]"),
-    "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim]"),
+    "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim; cd heun]"),
     "guidance": _option(
         Literal["baked", "free"] | None,
         "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act.  [default: baked]",
     ),
-    "skip": _option(int | None, "k: teacher time steps between the two points compared.  [default: 20]"),
+    "skip": _option(
+        int | None, "lcm, lcf, tcd: k, the teacher's time steps between the two points compared.  [default: 20]"
+    ),
     "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
     "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
     "accumulate": _option(int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from lcmdistill.batch import Batch, Conditioning, Models, RawNetwork, Rng, onto, x0_eps_network
 from lcmdistill.data.batches import batch_of
 from lcmdistill.data.cache import LatentDataset
-from lcmdistill.data.chunks import write_tensors
+from lcmdistill.data.chunks import is_whole, write_tensors
 from lcmdistill.errors import UsageError
 from lcmdistill.objectives import Objective, forwards
 from lcmdistill.prediction import X0Eps
@@ -107,7 +107,7 @@ def ask_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
-        if number % world == rank and not path.is_file():
+        if number % world == rank and not is_whole(path):
             asked = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
             parts: list[dict[str, Tensor]] = []
             for start in range(0, len(asked), batch_size):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.data.buckets import Size, bucket_sizes
-from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, size_of, write_chunk
+from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, is_whole, size_of, write_chunk
 from lcmdistill.data.order import Shape
 from lcmdistill.data.remote import REMOTE, check_reachable
 from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_prompts, shard_urls
@@ -223,7 +223,7 @@ def prepare(
     """
     folder = cache_folder(spec, config, teacher, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    if _whole(folder, config.count).is_file():
+    if _whole(folder, config.count).is_file() and all(map(is_whole, _chunks_up_to(folder, config.count))):
         return folder
     members = enumerate(_members(spec, config, seed, teacher.own_prompts))
     kept, rejected, sizes = 0, Counter(), _sizes(spec, config, teacher)
@@ -232,7 +232,7 @@ def prepare(
         if not chunk:
             break
         path = folder / f"{number * CHUNK:08d}-{number * CHUNK + len(chunk):08d}.safetensors"
-        if number % world == rank and not path.is_file():
+        if number % world == rank and not is_whole(path):
             samples: list[tuple[int, Sample]] = []
             dropped: Counter[str] = Counter()
             for place, member in chunk:

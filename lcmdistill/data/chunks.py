@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,6 +68,15 @@ def write_chunk(
             tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in kept.items()}
     # One key: safetensors writes several in any order, and the same members shall give the same bytes.
     write_tensors(path, tensors, {"report": json.dumps(report)})
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of a cache is there, and no power cut has left it shorter than it says of itself."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

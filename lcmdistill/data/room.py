@@ -1,5 +1,6 @@
 """The cache's bound: what no run has used for longest makes room."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
     for path in kept:
         os.utime(path)
     folders = [path for kind in KINDS for path in (root / kind).glob("[0-9a-f]*") if path.is_dir()]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in folders}
+    sizes = {path: _size(path) for path in folders}
     total, removed = sum(sizes.values()), 0
     for path in sorted(folders, key=lambda path: path.stat().st_mtime):
         if total - removed <= limit:
@@ -29,9 +30,24 @@ def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
         if path.resolve() in kept:
             continue
         # Renamed first: a removal that is cut off must not leave something that looks whole.
-        doomed = path.rename(path.with_name(f".{path.name}.old"))
+        try:
+            doomed = path.rename(path.with_name(f".{path.name}.old"))
+        except FileNotFoundError:  # another run has just removed it
+            continue
         shutil.rmtree(doomed, ignore_errors=True)
         removed += sizes[path]
     if removed:
         say(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
     return removed
+
+
+def _size(folder: Path) -> int:
+    """The bytes of a folder's files, of which another run may just be renaming one, or removing all."""
+    total = 0
+    try:
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                total += file.stat().st_size
+    except FileNotFoundError:
+        return 0
+    return total

@@ -160,7 +160,7 @@ def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
         state = torch.load(path, weights_only=True, map_location="cpu")
         own = {key: value for key, value in state.items() if key.startswith("features.")}
         features.load_state_dict({key.removeprefix("features."): value for key, value in own.items()})
-    except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # of what is no pickle at all, nearly any
         raise UsageError(
             f"{option} {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
         ) from error

@@ -62,6 +62,10 @@ class ConsistencyTraining:
     def check(self, num_steps: int) -> None:
         if not 1 <= self.s0 <= self.s1:
             raise ValueError(f"objective.s0 is {self.s0} and objective.s1 {self.s1}; they must be 1 <= s0 <= s1")
+        if self.growth == "sqrt" and self.s0 < 2:
+            raise ValueError(
+                "objective.s0 is 1, a first grid of one point; it must be at least 2 where objective.growth is sqrt"
+            )
         if self.curriculum_steps is not None and self.curriculum_steps < 1:
             raise ValueError(f"objective.curriculum_steps (K) is {self.curriculum_steps}; it must be at least 1")
         if self.p_std <= 0:
