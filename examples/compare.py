@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--metrics", action="store_true", help="measure too, on held-out prompts")
     parser.add_argument("--prompts", type=Path, help="held-out prompts, one a line  [default: the tiny teacher's own]")
+    parser.add_argument(
+        "--teacher", help="what to stand beside  [default: the run's own; lcf has only another student]"
+    )
     parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
     parser.add_argument("--seeds", type=int, default=1, help="images a prompt for the metrics")
     args = parser.parse_args()
@@ -49,12 +52,12 @@ def main() -> None:
     # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
     guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras and omegas else args.guidance_scale or middle)
     device = pick_device("auto")
-    teacher = load_teacher(**teacher_of(config))
+    teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**teacher_of(config))
     teacher.pipeline.to(device)
     student = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     picture(args.run, config, teacher, student, guidance)
     if args.metrics:
-        held_out = args.prompts or Path(ALIASES[config["teacher.model"]]) / "prompts-heldout.txt"
+        held_out = args.prompts or Path(ALIASES[args.teacher or config["teacher.model"]]) / "prompts-heldout.txt"
         measure(args.run, config, teacher, student, guidance, read_prompts(str(held_out)) * args.seeds)
 
 
