@@ -202,7 +202,7 @@ def _of_kid(numbers: Numbers) -> str:
     own, drawn = teacher_kid(numbers), [value(numbers, run, "kid", n) for run in SAMPLED for n in MANY[2:]]
     below = sum(kid < own for kid in drawn)
     return (
-        f"{below} of the {len(drawn)} KIDs of students at 4 steps and more are below their own teacher's, {own:.3f} at 50 steps: "
+        f"{below} of the {len(drawn)} KIDs of students at 4 steps and more are below their teacher's, {own:.3f} at 50 steps: "
         "what lowers KID here is not what brings a student closer to its teacher."
     )
 
