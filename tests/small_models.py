@@ -115,6 +115,16 @@ def build_sdxl(folder: Path) -> Path:
     return folder
 
 
+def build_ssd1b(folder: Path) -> Path:
+    """SDXL with fewer blocks, as SSD-1B's config lists them, and nothing in the middle."""
+    pipeline = opened(build_sdxl(folder.parent / "whole"))
+    own = {key: value for key, value in pipeline.unet.config.items() if key != "_use_default_values"}
+    own |= {"transformer_layers_per_block": [1, [2, 2], [4, 4]], "mid_block_type": None}
+    unet = UNet.from_config(own | {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]})
+    SDXL(**{**pipeline.components, "unet": unet}, add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {"sd1": build_teacher, "sd2": build_sd2, "sdxl": build_sdxl}
 
 
@@ -162,6 +172,7 @@ def build_pixart(folder: Path) -> Path:
 FAMILY_BUILDERS = BUILDERS | {
     "inpainting": build_inpainting,
     "sdxl-inpainting": build_sdxl_inpainting,
+    "ssd1b": build_ssd1b,
     "pixart": build_pixart,
 }
 

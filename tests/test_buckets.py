@@ -303,6 +303,7 @@ def test_the_memory_is_that_of_the_largest(folders: dict[str, Path], shapes_fold
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"data.buckets": ("auto", "64x32")}, "data.buckets is auto, 64x32; auto stands alone"),
         ({"data.buckets": ("square",)}, "data.buckets is 'square'; it must be auto, or sizes as HEIGHTxWIDTH"),
         ({"data.buckets": ("32x33",)}, "its sides must be multiples of 8: try 32x32"),
         ({"data.buckets": ("0x32",)}, "its sides must be multiples of 8: try 8x32"),

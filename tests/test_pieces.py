@@ -130,12 +130,21 @@ def test_what_is_no_vae_of_the_teacher_s_is_refused_in_one_sentence(
     tensors = load_file(tmp_path / "vae.safetensors")
     save_file({k: v for k, v in tensors.items() if "decoder" not in k}, tmp_path / "half.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "rubbish.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "vae.safetensors").read_bytes()[:-100])
+    shutil.copytree(other / "vae", tmp_path / "half")
+    save_file(
+        {k: v for k, v in tensors.items() if "decoder" not in k},
+        tmp_path / "half" / "diffusion_pytorch_model.safetensors",
+        metadata={"format": "pt"},
+    )
     torch.save(tensors, tmp_path / "vae.pt")
     (tmp_path / "empty").mkdir()
     for name, said in {
         "factor": "a downscale factor of 4 and the teacher's network was trained on a downscale factor of 2",
         "half.safetensors": "cannot be read as a VAE: weights are missing",
         "rubbish.safetensors": "cannot be read as a VAE",
+        "cut.safetensors": "100 bytes are missing at its end",
+        "half": r"half lacks \d+ weights, such as decoder",
         "vae.pt": "is no .safetensors file; a pickle can run any code",
         "empty": "cannot be read as a VAE",
         "absent": "there is none; give a diffusers folder",

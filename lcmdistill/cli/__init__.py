@@ -41,6 +41,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # between two of them
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ def bucket_sizes(config: DataConfig, multiple: int) -> list[Size]:
         return []
     if config.buckets == ("auto",):
         return equal_areas(config.resolution, step_of(config.resolution, multiple))
+    if "auto" in config.buckets:
+        raise UsageError(f"data.buckets is {', '.join(config.buckets)}; auto stands alone: leave it or the sizes out")
     found = []
     for text in config.buckets:
         sides = re.fullmatch(r"(\d+)x(\d+)", text)

@@ -12,6 +12,7 @@ import torch
 
 from lcmdistill.errors import RunError, UsageError
 from lcmdistill.public import is_local
+from lcmdistill.recognise import read_header
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TILE = 512
@@ -36,6 +37,8 @@ def replace_vae(pipeline: Any, vae: str, *, allow_pickle: bool = False) -> None:
     if own is None:
         raise UsageError(f"--vae {vae}: the teacher, a {type(pipeline).__name__}, has no VAE to be replaced")
     other = _load_vae(vae, own, allow_pickle).eval().requires_grad_(False)
+    if lost := [name for name, value in other.state_dict().items() if value.is_meta]:
+        raise UsageError(f"--vae {vae} lacks {len(lost)} weights, such as {lost[0]}; give a whole VAE")
     for what, of in _MUST_EQUAL.items():
         if abs(of(other) - of(own)) > 1e-3 * abs(of(own)):
             raise UsageError(
@@ -94,6 +97,7 @@ def _single_file(path: Path, own: Any) -> Any:
 
     if path.suffix != ".safetensors":
         raise UsageError(f"--vae {path} is no .safetensors file; a pickle can run any code when it is opened")
+    read_header(path)  # which says what a broken one is
     with tempfile.TemporaryDirectory() as passing:
         values = {key: value for key, value in own.config.items() if not key.startswith("_")}
         (Path(passing) / "config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderKL"}))
