@@ -21,6 +21,10 @@ from torch import Tensor
 from lcmdistill.device import cpu_memory_left
 from lcmdistill.errors import RunError
 
+# There is no other way to ask for it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def written_aside(destination: Path) -> Iterator[Path]:
@@ -64,6 +68,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Onto the disk, and readable for whoever files are here: safetensors leaves its own to their owner alone."""
+    path.chmod(0o666 & ~_UMASK)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 

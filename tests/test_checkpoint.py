@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill import checkpoint
@@ -114,6 +115,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
         for key, value in tensors.items():
             assert torch.equal(groups[name][key], value)
             assert groups[name][key].dtype == value.dtype
+
+
+def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    """safetensors makes its own for their owner alone, whom another program's is not."""
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
+    with file_written_aside(tmp_path / "lora.safetensors") as aside:
+        save_file({"w": torch.ones(4)}, aside)
+    (tmp_path / "usual").touch()
+    modes = {file.stat().st_mode for file in [*path.iterdir(), *tmp_path.glob("*.safetensors"), tmp_path / "usual"]}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "state.pt"])
