@@ -356,7 +356,6 @@ def sweep_of(
     return Results(Path(), {"steps": list(student), "guidance_scales": [4.0], "measures": measures}, cells)
 
 
-DEMO = {1: 0.315, 2: 0.094, 4: 0.067, 8: 0.063}
 TEACHER = {1: 1.138, 2: 0.55, 4: 0.196, 8: 0.119, 50: 0.095}
 
 
@@ -365,7 +364,12 @@ def kids(values: dict[int, float]) -> dict[int, dict[str, float]]:
 
 
 def test_the_demos_numbers_say_that_four_steps_are_enough_and_one_is_not():
-    judged = verdict(sweep_of(kids(DEMO), kids(TEACHER), own=0.05, its=0.1))
+    """Four are as near to real images as the teacher's 50, though eight are nearer still."""
+    kid, ssim = {1: 0.355, 2: 0.128, 4: 0.11, 8: 0.069}, {1: 0.558, 2: 0.733, 4: 0.764, 8: 0.749}
+    its = {1: (1.12, 0.088), 2: (0.578, 0.373), 4: (0.248, 0.763), 8: (0.149, 0.916), 50: (0.125, 1.0)}
+    student = {n: {"kid": kid[n], "ssim": ssim[n]} for n in kid}
+    teacher = {n: {"kid": k, "ssim": s} for n, (k, s) in its.items()}
+    judged = verdict(sweep_of(student, teacher, own=0.05, its=0.1))
     assert judged.headline == "4 steps are enough; 2 come close, 1 is not quite there."
     assert (judged.enough, judged.usable) == (4, True)
     assert judged.reasons[0].startswith(
@@ -405,12 +409,12 @@ def test_a_teacher_that_is_more_like_itself_at_8_steps_does_not_make_a_student_u
     student, teacher = ({n: {"kid": k, "ssim": s} for n, (k, s) in rows.items()} for rows in (both, its))
     judged = verdict(sweep_of(student, teacher))
     assert judged.usable
-    assert judged.headline.startswith("8 steps are the best of those drawn")
+    assert judged.headline == "4 steps are enough; 1 and 2 are not quite there."
     # What falls with more steps counts no more against them than it did before it fell.
     student = {
         n: {"kid": k, "ssim": s} for n, k, s in ((1, 0.3, 0.6), (2, 0.15, 0.75), (4, 0.12, 0.7), (8, 0.119, 0.6))
     }
-    assert verdict(sweep_of(student, teacher)).headline == "4 steps are enough; 2 come close, 1 is not quite there."
+    assert verdict(sweep_of(student, teacher)).headline == "2 steps are enough; 1 is not quite there."
     broken = {n: {"ssim": 0.12} for n in both}
     assert not verdict(sweep_of(broken, {n: {"ssim": s} for n, (_, s) in its.items()})).usable
 

@@ -36,8 +36,9 @@ class Verdict:
 def verdict(results: Results) -> Verdict:
     """Judge a sweep at its first guidance scale.
 
-    A number of steps is enough if by every judge it lies within ENOUGH of the best that the student does at any: of the
-    way from there to what the teacher draws in one step, which is hardly more than noise. More steps than a judge's best do
+    A number of steps is enough if by every judge it lies within ENOUGH of the best that the student does at any, or of what
+    its teacher does at full steps: of the way from there to what the teacher draws in one step, which is hardly more than
+    noise. More steps than a judge's best do
     no harm, even where an agreement with one path falls again.
     """
     judges = [name for name in JUDGES if _gap(results, name, results.steps[0]) is not None]
@@ -63,14 +64,22 @@ def verdict(results: Results) -> Verdict:
 
 
 def _gap(results: Results, name: str, steps: int) -> float | None:
-    """How far a number is from the student's best, 0, towards the teacher's single step, 1."""
+    """How far a number is from the student's best, 0, towards the teacher's single step, 1.
+
+    No student need come nearer to real images than its teacher does at full steps: whatever is as near has no gap.
+    """
     own = [results.number(name, "student", n) for n in results.steps]
     anchor, value = results.number(name, "teacher", min(results.steps)), results.number(name, "student", steps)
     known = [x for x in own if x is not None]
     if anchor is None or value is None or not known:
         return None
-    best = max(known) if results.about["measures"][name]["better"] == "higher" else min(known)
-    return abs(value - best) / abs(anchor - best) if anchor != best else 0.0
+    if results.about["measures"][name]["better"] == "higher":
+        best, short = max(known), max(known) - value
+    else:
+        full = results.full(name) if name in ("fid", "kid") else None
+        best = max(min(known), full or 0.0)
+        short = value - best
+    return max(0.0, short) / abs(anchor - best) if anchor != best else 0.0
 
 
 def _is_sound(results: Results, name: str, steps: int) -> bool:
