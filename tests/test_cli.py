@@ -278,7 +278,7 @@ def test_help_is_told_at_once() -> None:
         assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
 
 
-@pytest.mark.parametrize("offline", ["1", "0"])
+@pytest.mark.parametrize("offline", [pytest.param("1", marks=pytest.mark.slow), "0"])
 def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path, offline: str) -> None:
     arguments = ["distill", "--teacher", "owner/no-such-teacher", "--output", str(tmp_path / "out")]
     nowhere = {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}

@@ -48,8 +48,16 @@ EXPORTS = {
 
 
 # SDXL's inpainting is SDXL and inpainting, both of which are run; and SSD-1B is SDXL with other numbers of layers.
-@pytest.mark.parametrize("family", [name for name in FAMILY_BUILDERS if name not in ("sdxl-inpainting", "ssd1b")])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+# Full students of all others in every run of the tests; their LoRAs, but for SDXL's, which differs most, in the slow ones.
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * (kind == "lora" and name not in ("sdxl", "pixart")))
+        for name in FAMILY_BUILDERS
+        if name not in ("sdxl-inpainting", "ssd1b")
+        for kind in ("full", "lora")
+    ],
+)
 def test_a_run_from_the_preflight_to_its_images(
     family: str, kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -153,8 +153,18 @@ def test_what_cannot_be_exported_is_said_at_once(
     assert {path.name for path in tmp_path.iterdir()} <= {"taken", "cache"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("name", ["fused", "kohya"])
+QUICK_STOPS = {("fused", signal.SIGTERM), ("kohya", signal.SIGINT)}
+
+
+# A folder by one signal and a file by another; the rest with the slow tests.
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=[pytest.mark.slow] * ((name, number) not in QUICK_STOPS))
+        for name in ("fused", "kohya")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    ],
+)
 def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
     name: str, number: signal.Signals, runs: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:

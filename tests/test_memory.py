@@ -246,6 +246,7 @@ def test_room_is_left_for_what_is_not_tensors() -> None:
     assert usable(12 * GIB, whole_card=True) < usable(12 * GIB, whole_card=False) < 12 * GIB
 
 
+@pytest.mark.slow
 def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
     small_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_planned_run_resumes_bit_for_bit_by_the_same_command(run: Runner) -> N
     assert_same(whole_run, run("parts"))
 
 
+@pytest.mark.slow
 def test_a_run_can_be_planned_anew_and_goes_on(run: Runner) -> None:
     folder = run(optim__max_train_steps=2)
     first = read_toml(folder / "config.toml")
@@ -324,6 +326,7 @@ def test_a_run_can_be_planned_anew_and_goes_on(run: Runner) -> None:
     assert checkpoints(folder / "checkpoints")[-1].name == "step-00000004"
 
 
+@pytest.mark.slow
 def test_another_global_batch_is_refused_as_ever(run: Runner) -> None:
     run(optim__max_train_steps=2)
     with pytest.raises(UsageError, match=r"holds a run with optim\.batch_size"):

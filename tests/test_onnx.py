@@ -132,6 +132,7 @@ def assert_close(got: Any, expected: torch.Tensor) -> None:
 
 
 @needs_onnx
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
     lora_run: Path, lora_export: tuple[Path, str]

@@ -365,7 +365,7 @@ def test_a_clip_skip_that_cannot_be_is_refused(folders: dict[str, Path]) -> None
             load_teacher(str(folders[family]), clip_skip=skip)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_samples_with_the_layers_that_it_was_trained_with(
     kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:

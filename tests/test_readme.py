@@ -41,7 +41,7 @@ def test_the_readme_shows_the_commands_that_users_come_for():
     assert {command.split()[1] for command in COMMANDS} == {"distill", "distill-lora", "evaluate", "export", "sample"}
 
 
-def test_every_lcmdistill_command_runs(user_folder: Path):
+def test_every_command_and_the_python_example_run(user_folder: Path):
     for command in COMMANDS:
         words = shlex.split(command)[1:] + SMALLER[command.split()[1]].split()
         result = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -49,13 +49,8 @@ def test_every_lcmdistill_command_runs(user_folder: Path):
     assert (user_folder / "runs/sd15-lcm/pipeline/model_index.json").is_file()
     assert (user_folder / "runs/mine/pipeline/model_index.json").is_file()
     assert (user_folder / "samples/grid.png").is_file()
-
-
-def test_the_python_example_runs(user_folder: Path):
-    distill = next(command for command in COMMANDS if "--output runs/mine" in command)
-    assert CliRunner().invoke(app, shlex.split(distill)[1:] + SMALL.split()).exit_code == 0
     (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {})  # with what the commands have left
     assert (user_folder / "lighthouse.png").is_file()
 
 
