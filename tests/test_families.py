@@ -42,19 +42,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 EXPORTS = {
     ("inpainting", "full"): ("pipeline", "single-file"),
     ("inpainting", "lora"): ("kohya", "peft"),
+    ("ssd1b", "full"): ("pipeline", "single-file"),
+    ("ssd1b", "lora"): ("kohya", "single-file"),
     ("pixart", "full"): ("pipeline",),
     ("pixart", "lora"): ("peft", "fused"),
 }
 
 
-# SDXL's inpainting is SDXL and inpainting, both of which are run; and SSD-1B is SDXL with other numbers of layers.
-# Full students of all others in every run of the tests; their LoRAs, but for SDXL's, which differs most, in the slow ones.
+SLOW = {("ssd1b", "full"), *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "pixart"))}
+
+
+# SDXL's inpainting is SDXL and inpainting, both of which are run. Full students are in every run of the tests, but for
+# SSD-1B's, which is SDXL with other numbers of layers; LoRAs, but for SDXL's and PixArt's, are in the slow ones.
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        pytest.param(name, kind, marks=[pytest.mark.slow] * (kind == "lora" and name not in ("sdxl", "pixart")))
+        pytest.param(
+            name,
+            kind,
+            marks=[pytest.mark.slow] * ((name, kind) in SLOW),
+        )
         for name in FAMILY_BUILDERS
-        if name not in ("sdxl-inpainting", "ssd1b")
+        if name != "sdxl-inpainting"
         for kind in ("full", "lora")
     ],
 )
@@ -82,7 +91,7 @@ def test_a_run_from_the_preflight_to_its_images(
     )
     assert code == 0, error
     for form in EXPORTS.get((family, kind), ()):
-        path = tmp_path / ("x.safetensors" if form in ("kohya", "single-file") else form)
+        path = tmp_path / (f"{form}.safetensors" if form in ("kohya", "single-file") else form)
         code, told, error = command("export", tmp_path / "run", "--format", form, "--output", path, "--dtype", "fp32")
         assert code == 0, error
         assert "reloaded, largest difference" in told
