@@ -279,11 +279,8 @@ def _check(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if value < 0:
             raise UsageError(f"{key} is {value}; it must be at least 0")
-    for key, value in {
-        "data.caption_drop": config.data.caption_drop,
-    }.items():
-        if not 0.0 <= value <= 1.0:
-            raise UsageError(f"{key} is {value}; it must be from 0 to 1")
+    if not 0.0 <= config.data.caption_drop <= 1.0:
+        raise UsageError(f"data.caption_drop is {config.data.caption_drop}; it must be from 0 to 1")
     below_one = {
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,

@@ -190,7 +190,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             batch = batch_of(read, rng, run.models.null, run.config.data.caption_drop)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                each = _backward(run, objective, batch, rng)
+                each = _backward(run, objective, batch, rng, parameters)
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
@@ -203,7 +203,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         yield total, torch.as_tensor(norm)
 
 
-def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng) -> Tensor:
+def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng, parameters: list[Tensor]) -> Tensor:
     """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
     accumulate = run.config.optim.accumulate
     if run.side_by_side is None:
@@ -218,8 +218,7 @@ def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng) -> Tensor:
         return objective.loss(_answered(run, some), batch.rows(start, stop), some)
 
     size = len(batch.latents)
-    trained = list(run.student.trainable.values())
-    return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), trained)
+    return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), parameters)
 
 
 def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:

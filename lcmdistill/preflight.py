@@ -84,9 +84,8 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
     if config.objective_name in ("tcd", "lcm", "lcf"):
         raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
-    perceptual_distance(
-        config.objective, torch.device("cpu")
-    )  # raises what is wrong with its file, before data are prepared
+    # For what it raises of a wrong file, before data are prepared.
+    perceptual_distance(config.objective, torch.device("cpu"))
 
 
 def _check_start(config: RunConfig, teacher: Teacher) -> None:

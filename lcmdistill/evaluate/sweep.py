@@ -130,9 +130,8 @@ class Contestants:
             "format": FORMAT,
             "cell": cell.name,
             "weights": self.student_fingerprint if is_student else self.teacher_fingerprint,
-            "told": (self.student_scale if self.eta is None else [self.student_scale, self.eta])
-            if is_student
-            else None,
+            "told": self.student_scale if is_student else None,
+            **({"eta": self.eta} if is_student and self.eta is not None else {}),
             "prompts": sweep.prompts,
             "seed": sweep.seed,
             "resolution": sweep.resolution,

@@ -38,8 +38,7 @@ def verdict(results: Results) -> Verdict:
 
     A number of steps is enough if by every judge it lies within ENOUGH of the best that the student does at any, or of what
     its teacher does at full steps: of the way from there to what the teacher draws in one step, which is hardly more than
-    noise. More steps than a judge's best do
-    no harm, even where an agreement with one path falls again.
+    noise. More steps than a judge's best do no harm, even where an agreement with one path falls again.
     """
     judges = [name for name in JUDGES if _gap(results, name, results.steps[0]) is not None]
     gaps = {

@@ -179,10 +179,9 @@ def _check_weights(model: str, pipeline: Any) -> None:
         if type(part).__name__.startswith("Autoencoder"):  # old files of which have other names for some weights
             lost = [key for key, value in state.items() if value.is_meta]
         else:
+            # By their memory, since T5's embeddings have two names.
             here = {value.data_ptr() for key, value in state.items() if found.get(key) == list(value.shape)}
-            lost = [
-                key for key, value in state.items() if value.data_ptr() not in here
-            ]  # T5's embeddings have two names
+            lost = [key for key, value in state.items() if value.data_ptr() not in here]
         if found and lost:
             raise UsageError(
                 f"{model} cannot be loaded as a diffusers pipeline: the file of its {name} lacks {len(lost)} weights of "
