@@ -27,7 +27,7 @@ from lcmdistill.objectives.shared import place_of
 from lcmdistill.optimizer import learning_rate_at, make_optimizer
 from lcmdistill.processes import Accelerator
 from lcmdistill.settings import RunConfig
-from lcmdistill.side_by_side import SideBySide, parts_for
+from lcmdistill.side_by_side import Ahead, Parts, division
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers.base import Teacher
 
@@ -60,8 +60,8 @@ class Run:
     "the memory that a step was estimated to take"
     answers: Answers | None = None
     "what the teacher was asked beforehand, if it was"
-    side_by_side: SideBySide | None = None
-    "where a micro-batch is computed in parts"
+    side_by_side: Ahead | Parts | None = None
+    "how a CPU divides the micro-batches of a small network"
     waited: float = 0.0
     "seconds that the loop has waited for data since the last line of metrics"
 
@@ -146,13 +146,15 @@ def build(
     compiled = pays(config.run.compile, device, config.optim.max_train_steps, shapes)
     if compiled:
         compile_blocks(networks, shapes)
-    parts = 1
+    side_by_side = None
     # Processes have the cores to themselves already, adapters are switched in a network that all threads would share, and
     # dropout draws from one generator.
     if device.type == "cpu" and not (
         accelerator.num_processes > 1 or student.adapter is not None or student.has_dropout or compiled
     ):
-        parts = parts_for(sum(p.numel() for p in student.trainable.values()), config.optim.batch_size)
+        parameters = sum(p.numel() for p in student.trainable.values())
+        batch_size, asks = config.optim.batch_size, answers is None
+        side_by_side = division(config.objective, models, parameters, batch_size, asks=asks)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(
@@ -168,7 +170,7 @@ def build(
         writer,
         by_noise=by_noise,
         answers=answers,
-        side_by_side=SideBySide(parts) if parts > 1 else None,
+        side_by_side=side_by_side,
     )
 
 
@@ -177,20 +179,16 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
     optim = run.config.optim
     accelerator, device = run.accelerator, run.accelerator.device
     parameters = list(run.student.trainable.values())
-    ahead, behind = itertools.tee(_micro_batches(run))
-    reads = read_ahead(run.dataset, (indices for _, indices in ahead))
+    micro_batches = _asked(run, objective, _read(run))
     while run.step < optim.max_train_steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, optim)
         total = torch.zeros((), device=device)
         for micro in range(optim.accumulate):
-            began = time.monotonic()
-            (rng, _), read = next(behind), next(reads)
-            run.waited += time.monotonic() - began
-            batch = batch_of(read, rng, run.models.null, run.config.data.caption_drop)
+            rng, batch, models = next(micro_batches)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                each = _backward(run, objective, batch, rng, parameters)
+                each = _backward(run, objective, models, batch, rng, parameters)
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
@@ -203,11 +201,13 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         yield total, torch.as_tensor(norm)
 
 
-def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng, parameters: list[Tensor]) -> Tensor:
+def _backward(
+    run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng, parameters: list[Tensor]
+) -> Tensor:
     """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
-    accumulate = run.config.optim.accumulate
-    if run.side_by_side is None:
-        models = _answered(run, rng)
+    size, accumulate = len(batch.latents), run.config.optim.accumulate
+
+    def whole() -> Tensor:
         models.seed_dropout(rng)
         each = objective.loss(models, batch, rng)
         run.accelerator.backward(each.mean() / accumulate)
@@ -217,8 +217,9 @@ def _backward(run: Run, objective: Objective, batch: Batch, rng: Rng, parameters
         some = rng.rows(start, stop)
         return objective.loss(_answered(run, some), batch.rows(start, stop), some)
 
-    size = len(batch.latents)
-    return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), parameters)
+    if isinstance(run.side_by_side, Parts):
+        return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), parameters)
+    return whole() if run.side_by_side is None else run.side_by_side.student(whole)
 
 
 def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:
@@ -237,6 +238,26 @@ def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:
                     zip(indices, which_draw(step, places, run.global_batch, size, data.teacher_draws), strict=True)
                 )
             yield Rng(seed, step, places, run.accelerator.device, kept), indices
+
+
+def _read(run: Run) -> Iterator[tuple[Rng, Batch]]:
+    """The micro-batches, the next one read while one is computed; counts the time that is waited for them."""
+    ahead, behind = itertools.tee(_micro_batches(run))
+    reads = read_ahead(run.dataset, (indices for _, indices in ahead))
+    for rng, _ in behind:
+        began = time.monotonic()
+        read = next(reads)
+        run.waited += time.monotonic() - began
+        yield rng, batch_of(read, rng, run.models.null, run.config.data.caption_drop)
+
+
+def _asked(
+    run: Run, objective: Objective, micro_batches: Iterator[tuple[Rng, Batch]]
+) -> Iterator[tuple[Rng, Batch, Models]]:
+    """Each with the networks that its loss is to ask."""
+    if isinstance(run.side_by_side, Ahead):
+        return run.side_by_side.asked(objective, run.models, micro_batches)
+    return ((rng, batch, _answered(run, rng)) for rng, batch in micro_batches)
 
 
 def _answered(run: Run, rng: Rng) -> Models:

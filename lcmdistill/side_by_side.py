@@ -1,13 +1,19 @@
-"""A small network's micro-batch on a CPU, in parts that are computed side by side: a thread with a share of the cores for each.
+"""A small network's micro-batch on a CPU, as work that goes side by side: a thread with a share of the cores for each.
 
-The operations of such a network are so short that the cores, sharing each of them, mostly wait for one another.
+The operations of such a network are so short that the cores, sharing each of them, mostly wait for one another. The work is
+divided by network where there is a teacher to ask, `Ahead`, or else by sample, `Parts`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from lcmdistill.batch import Batch, Conditioning, Models, Network, Rng
+from lcmdistill.objectives import Objective, forwards, only
+from lcmdistill.prediction import X0Eps
 
 SMALL = 2**25
 "parameters of a network whose operations one core does as well, and of whose gradients each part may have its own"
@@ -15,21 +21,75 @@ LEAST = 8
 "samples of a part, below which an operation's start costs more than its arithmetic"
 
 
-def parts_for(parameters: int, batch_size: int) -> int:
-    """How many parts a micro-batch is best cut into on this CPU: 1 leaves it whole.
+class Ahead:
+    """Two threads: one asks the frozen networks while the other takes the student forward and back.
 
-    parameters: of what is trained.
+    The target of a micro-batch is asked when the step before is done, and its teacher one micro-batch earlier: in an
+    LCM's step each thread has three forwards' worth. The networks must draw no dropout.
     """
-    return max(1, min(torch.get_num_threads(), batch_size // LEAST)) if parameters < SMALL else 1
+
+    def __init__(self) -> None:
+        cores = max(1, torch.get_num_threads() // 2)
+        self.frozen, self._student = (
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(cores,)) for _ in range(2)
+        )
+
+    def asked(
+        self, objective: Objective, models: Models, micro_batches: Iterable[tuple[Rng, Batch]]
+    ) -> Iterator[tuple[Rng, Batch, Models]]:
+        """Micro-batches in their order, each with models of which the student alone is still to be asked.
+
+        The next one is to be taken only when the target has followed the student.
+        """
+        given = iter(micro_batches)
+        now = next(given, None)
+        teacher = now and self.frozen.submit(answers, objective, models, "teacher", *now)
+        while now is not None and teacher is not None:
+            asked = teacher.result
+            after_teacher = replace(models, teacher=repeating(asked))
+            target = self.frozen.submit(answers, objective, after_teacher, "target", *now)
+            then = next(given, None)
+            teacher = then and self.frozen.submit(answers, objective, models, "teacher", *then)
+            rng, batch = now
+            yield rng, batch, replace(models, teacher=repeating(asked), target=repeating(target.result))
+            now = then
+
+    def student(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the student's work in its thread."""
+        return self._student.submit(work).result()
 
 
-class SideBySide:
-    """Threads for the parts of a micro-batch. What they compute with must not change in between, and draw no dropout."""
+@torch.no_grad()
+def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
+    """What one of the networks answers in an objective's loss. role: "teacher"; or "target", which the teacher leads to."""
+    heard: list[X0Eps] = []
+    network: Network = getattr(models, role)
 
-    def __init__(self, parts: int) -> None:
-        self.parts = parts
-        cores = torch.get_num_threads() // parts
-        self._pool = ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(cores,))
+    def heeded(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        heard.append(network(z, t, c, w))
+        return heard[-1]
+
+    objective.loss(only(replace(models, **{role: heeded}), "teacher", role), batch, rng)
+    return heard
+
+
+def repeating(answered: Callable[[], Iterable[X0Eps]]) -> Network:
+    """A network that gives what was answered, in its order; waits for it when it is first asked."""
+
+    def each() -> Iterator[X0Eps]:
+        yield from answered()
+
+    told = each()
+    return lambda z, t, c, w: next(told)
+
+
+class Parts:
+    """A thread for each part of a micro-batch. What they compute with must not change in between, and draw no dropout."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        cores = torch.get_num_threads() // count
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores,))
 
     def add_gradients(
         self, losses: Callable[[int, int], Tensor], size: int, weight: float, parameters: Sequence[Tensor]
@@ -43,7 +103,7 @@ class SideBySide:
             each = losses(start, stop)
             return each.detach(), list(torch.autograd.grad(weight * each.sum(), parameters, materialize_grads=True))
 
-        cuts = [size * i // self.parts for i in range(self.parts + 1)]
+        cuts = [size * i // self.count for i in range(self.count + 1)]
         found = list(self._pool.map(part, cuts[:-1], cuts[1:]))
         # In their order, whoever was first: a sum in another one is rounded otherwise.
         sums = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -52,3 +112,19 @@ class SideBySide:
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient
         return torch.cat([each for each, _ in found])
+
+
+def division(
+    objective: Objective, models: Models, parameters: int, batch_size: int, *, asks: bool
+) -> Ahead | Parts | None:
+    """How this CPU best divides the micro-batches of a network; None leaves them whole.
+
+    parameters: of what is trained; asks: whether the teacher is asked at every step.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or parameters >= SMALL:
+        return None
+    count = min(threads, batch_size // LEAST)
+    if asks and count <= 2 and forwards(objective, models.schedule).get("teacher"):
+        return Ahead()
+    return Parts(count) if count > 1 else None

@@ -30,6 +30,7 @@ from lcmdistill.objectives import OBJECTIVES, forwards
 from lcmdistill.preflight import dry_run
 from lcmdistill.processes import make_accelerator
 from lcmdistill.schedule import vp_schedule
+from lcmdistill.side_by_side import Ahead, Parts
 from lcmdistill.teachers import load_teacher
 from lcmdistill.train import _restore, distill
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, s
     assert not Path(settings["run.output"]).exists()
 
 
-# -- parts side by side ----------------------------------------------------------------------------------------------
+# -- side by side ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -182,13 +183,25 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
 
 
 @pytest.mark.usefixtures("two_cores")
-@pytest.mark.parametrize("draws", [0, 2])
-def test_parts_side_by_side_are_the_whole_micro_batch(draws: int, settings: Settings) -> None:
-    own = {"optim__batch_size": 16, "optim__accumulate": 2, "data__teacher_draws": draws}
+@pytest.mark.parametrize(
+    ("how", "own"),
+    [
+        # Some of whose pairs end at the first time, where the target is what the teacher's step led to.
+        (Ahead, {"objective__skip": 500}),
+        (Ahead, {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3}),
+        (Ahead, {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"}),
+        (Ahead, {"objective__name": "cd", "objective__scales": 3}),
+        (Parts, {"data__teacher_draws": 2}),
+        (Parts, {"objective__name": "ct"}),
+    ],
+)
+def test_work_side_by_side_is_the_whole_micro_batch_s(how: type[Any], own: Settings, settings: Settings) -> None:
+    if own.get("objective__name") in ("cd", "ct"):
+        settings = {key: value for key, value in settings.items() if "w_m" not in key}
+    own = {"optim__batch_size": 16, "optim__accumulate": 2, **own}
     own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(settings, **own) for _ in range(3))
-    assert run.side_by_side is not None
-    assert run.side_by_side.parts == 2
+    assert isinstance(run.side_by_side, how)
     whole.side_by_side = None
     (losses, weights), (others, their), (plain, _) = map(stepped, (run, again, whole))
     assert losses == others
@@ -203,11 +216,23 @@ def test_parts_side_by_side_are_the_whole_micro_batch(draws: int, settings: Sett
 @pytest.mark.usefixtures("two_cores")
 def test_what_threads_would_share_is_left_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter is switched on and off in one network; few samples are no more than a part; a large network needs none."""
-    assert built(settings, optim__batch_size=16).side_by_side is not None
-    assert built(settings, optim__batch_size=16, student__kind="lora").side_by_side is None
-    assert built(settings, optim__batch_size=15).side_by_side is None
+    assert built(settings).side_by_side is not None
+    assert built(settings, student__kind="lora").side_by_side is None
+    assert built(settings, data__teacher_draws=1, optim__batch_size=15).side_by_side is None
     monkeypatch.setattr(side_by_side, "SMALL", 1000)
-    assert built(settings, optim__batch_size=16).side_by_side is None
+    assert built(settings).side_by_side is None
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_fails_while_it_is_asked_ahead_ends_the_step(settings: Settings) -> None:
+    run = built(settings)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the teacher is out of order")
+
+    run.models = replace(run.models, teacher=broken)
+    with pytest.raises(RuntimeError, match="out of order"):
+        stepped(run)
 
 
 # -- reading ahead ---------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from lcmdistill.objectives import forwards
 from lcmdistill.objectives.shared import draw_omega
 from lcmdistill.processes import make_accelerator
 from lcmdistill.settings import RunConfig
+from lcmdistill.side_by_side import Ahead, Parts
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 
@@ -58,12 +59,12 @@ FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "run.memory": "off",
 class Clock:
     """Seconds of each part, by its name; on CUDA a part ends when the device is done with it.
 
-    Of threads that go side by side each counts its share.
+    Of threads that go side by side each counts its share: `thread` is a worker's, `main` the main thread's.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.threads = 1
+        self.main = self.thread = 1.0
         self._device = device
         self._one_at_a_time = threading.Lock()
 
@@ -77,9 +78,8 @@ class Clock:
         self.wait()
         seconds = time.perf_counter() - began
         with self._one_at_a_time:
-            self.seconds[part] += seconds / (
-                1 if threading.current_thread() is threading.main_thread() else self.threads
-            )
+            in_main = threading.current_thread() is threading.main_thread()
+            self.seconds[part] += seconds * (self.main if in_main else self.thread)
 
     def wait(self) -> None:
         """Until the device has nothing left to do."""
@@ -187,16 +187,19 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         target=timed("target", models.target),
         student=timed("student, forward and backward", models.student),
     )
-    if run.side_by_side is None:
-        run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    else:
-        clock.threads = run.side_by_side.parts
+    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
+    if isinstance(run.side_by_side, Parts):
+        clock.thread = 1 / run.side_by_side.count
         torch.autograd.grad = timed("student, forward and backward", torch.autograd.grad)
+    elif run.side_by_side is not None:
+        clock.main = clock.thread = 1 / 2  # the optimiser steps while the teacher is asked
     update = "clip, AdamW, EMA"
     run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_)
     run.optimizer.step = timed(update, run.optimizer.step)
     object.__setattr__(student, "follow", timed(update, student.follow))
     for loss, _ in train_steps(run, run.config.objective):
+        if isinstance(run.side_by_side, Ahead):  # whatever is asked for the next step belongs to this one's time
+            run.side_by_side.frozen.submit(int).result()
         yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
 
 

@@ -23,8 +23,7 @@ from lcmdistill.data.batches import batch_of
 from lcmdistill.data.cache import LatentDataset
 from lcmdistill.data.chunks import is_whole, write_tensors
 from lcmdistill.errors import UsageError
-from lcmdistill.objectives import Objective, forwards
-from lcmdistill.prediction import X0Eps
+from lcmdistill.objectives import Objective, forwards, only
 from lcmdistill.schedule import NoiseSchedule
 
 CHUNK = 64
@@ -133,11 +132,8 @@ def _asked(
         heard.append(raw(z, t, c, w))
         return heard[-1]
 
-    def silent(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-        return X0Eps(z, z)
-
     teacher = x0_eps_network(listening, models.schedule, prediction_type)
-    objective.loss(replace(models, teacher=teacher, student=silent, target=silent), batch, rng)
+    objective.loss(only(replace(models, teacher=teacher), "teacher"), batch, rng)
     (answer,) = heard
     named = zip(("cond", "null"), answer.split(len(batch.latents)), strict=False)
     return {name: value.half().cpu() for name, value in named}

@@ -4,12 +4,14 @@ and its section of the configuration, its `loss` is the paper's algorithm box, w
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lcmdistill.batch import Batch, Conditioning, Models, Network, Rng
+from lcmdistill.distances import DISTANCES
 from lcmdistill.objectives.cd import ConsistencyDistillation
 from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
 from lcmdistill.objectives.lcf import LatentConsistencyFineTuning
@@ -62,6 +64,16 @@ OBJECTIVES: dict[str, type[Any]] = {
 }
 
 
+def only(models: Models, *roles: str) -> Models:
+    """Of the networks "teacher", "student" and "target" these alone; the others cost nothing, and say what they were given."""
+
+    def silent(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        return X0Eps(z, z)
+
+    others = {role: silent for role in ("teacher", "student", "target") if role not in roles}
+    return replace(models, **others, perceptual=models.perceptual if "student" in roles else DISTANCES["l2"])
+
+
 def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]:
     """How many forwards a sample takes of each network, {"teacher": 2, "target": 1, "student": 1}: asked and counted."""
     asked: Counter[str] = Counter()
@@ -80,7 +92,7 @@ def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]
         counting("student"),
         counting("target"),
         nothing,
-        perceptual=lambda a, b: (a - b).flatten(1).sum(1),
+        perceptual=DISTANCES["l2"],
     )
     objective.loss(models, Batch(torch.zeros(1, 1, 1, 1), nothing), Rng(0, 0, [0]))
     return asked
