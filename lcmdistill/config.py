@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from lcmdistill.errors import UsageError
+from lcmdistill.methods import omega_range
 from lcmdistill.presets import PRESETS
 from lcmdistill.settings import (
     ALIAS_DEFAULTS,
@@ -72,7 +73,7 @@ def resolve(file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | Non
     if is_lora:
         defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
     defaults = {**defaults, **_of_run(Path(model)), **OBJECTIVE_DEFAULTS.get(name, {})}
-    if chosen.get("objective.guidance") == "free":
+    if {**defaults, **chosen}.get("objective.guidance") == "free":
         defaults |= FREE_GUIDANCE_DEFAULTS
     defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}
     values = {**{k: v for k, v in defaults.items() if v is not None and _known(k, sections)}, **chosen}
@@ -138,7 +139,9 @@ def _of_run(folder: Path) -> dict[str, Any]:
         k: v for k, v in ALIAS_DEFAULTS.get(settings.get("teacher.model", ""), {}).items() if k != "data.sources"
     }
     kept = ("data.resolution", "objective.w_min", "objective.w_max")
-    return of_alias | {k: settings[k] for k in kept if k in settings}
+    # The other methods that know guidance start from a teacher, and no teacher is a run's product.
+    guidance = {"objective.guidance": "free"} if settings and omega_range(settings) is None else {}
+    return of_alias | {k: settings[k] for k in kept if k in settings} | guidance
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

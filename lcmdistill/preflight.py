@@ -102,6 +102,8 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             raise UsageError(
                 f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
             )
+        if config.objective.omega == "none" and takes_omega(teacher.network):
+            raise UsageError(f"--guidance free, and {model} takes omega: its guidance is in its weights; leave it out")
         if config.student.start == "scratch":
             raise UsageError("student.start is scratch, and --objective lcf fine-tunes an LCM; leave it out")
         if "teacher" in config.data.sources:

@@ -273,6 +273,20 @@ def test_lcf_starts_at_the_lcm_that_it_is_given(run: Runner, small_run: Path) ->
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_lcf_leaves_guidance_free_where_the_lcm_s_is(run: Runner, command: Command) -> None:
+    start = run("lcm", "free", objective__guidance="free", optim__max_train_steps=1)
+    folder = run("lcf", "tuned", teacher__model=str(start), optim__max_train_steps=1)
+    told = recorded(folder)
+    assert (told["objective.guidance"], told["data.caption_drop"]) == ("free", 0.1)
+    assert told["run.validation_guidance_scale"] == 2.0
+    code, said, _ = command("info", folder)
+    assert (code, bool(re.search(r"guidance +trained without", said))) == (0, True)
+    code, said, error = command(
+        "sample", folder, "--prompt", "red heart", "--negative-prompt", "blue", "--output", "out"
+    )
+    assert code == 0, said + error
+
+
 def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(run: Runner, small_run: Path, tmp_path: Path) -> None:
     run("lcf", "of-pipeline", teacher__model=str(small_run / "pipeline"), optim__max_train_steps=1)
     lora = run("lcm", "lora", student__kind="lora", student__rank=4, student__alpha=4.0, optim__max_train_steps=1)
@@ -304,6 +318,7 @@ def test_a_lora_can_be_fine_tuned_on_an_lcm(run: Runner, command: Command) -> No
     ("objective", "changes", "message"),
     [
         ("lcf", {"teacher__model": "TEACHER"}, "fine-tunes an LCM, and .* is none"),
+        ("lcf", {"objective__guidance": "free"}, "takes omega: its guidance is in its weights; leave it out"),
         ("lcf", {"student__start": "scratch"}, "start is scratch, and --objective lcf fine-tunes an LCM; leave it out"),
         ("lcf", {"data__sources": ("teacher",)}, "learns from images of your own; name them with --data"),
         ("lcm", {"teacher__model": "RUN"}, "draws in few steps already and has no ODE of its own to distil"),

@@ -25,6 +25,8 @@ class LatentConsistencyFineTuning:
     "k, the skipping step: how many time steps lie between z_t and z_s; 1 to T"
     times: Literal["grid", "all"] = "grid"
     "where t is drawn: the DDIM grid of T / k points or every step"
+    guidance: Literal["baked", "free"] = "baked"
+    "free: the LCM's guidance was left free; it is told no omega, and CFG and negative prompts still act on it"
     w_min: float = 5.0
     "the smallest omega; omega is diffusers' guidance_scale - 1"
     w_max: float = 15.0
@@ -34,7 +36,10 @@ class LatentConsistencyFineTuning:
     ema_decay: float = 0.95
     "mu, the rate of the target's EMA; 0 makes the target the live student"
     same_dropout: ClassVar[bool] = False
-    omega: ClassVar[Literal["teacher"]] = "teacher"
+
+    @property
+    def omega(self) -> Literal["teacher", "none"]:
+        return "none" if self.guidance == "free" else "teacher"
 
     def mu(self, step: int) -> float:
         return self.ema_decay
@@ -50,7 +55,7 @@ class LatentConsistencyFineTuning:
     def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
-        w = draw_omega("baked", self.w_min, self.w_max, rng)
+        w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
         noise = rng.normal("noise", x.shape[1:])
         z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
         with torch.no_grad():
