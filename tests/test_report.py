@@ -262,7 +262,7 @@ def test_the_command_line_evaluates_and_reports(
 ):
     for name in ("one", "two"):
         shutil.copytree(small_run, tmp_path / name)
-    few = ["--steps", "1,2", "--num-images", 2, "--features", small_features, "--device", "cpu"]
+    few = ["--steps", "1", "--steps", 2, "--num-images", 2, "--features", small_features, "--device", "cpu"]
     code, out, err = command("evaluate", "one", "two", *few)
     assert (code, err.count("Error")) == (0, 0)
     assert "student-02-g4" in out

@@ -11,12 +11,14 @@ from lcmdistill.errors import UsageError
 
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs; several are compared.")],
-    steps: Annotated[str, typer.Option(help="Numbers of steps, with commas.")] = "1,2,4,8",
+    steps: Annotated[
+        list[str] | None, typer.Option(help="Numbers of steps, with commas; repeatable.  [default: 1,2,4,8]")
+    ] = None,
     guidance_scale: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Guidance scales, with commas; the first is judged by.  [default: the run's own, and both ends of what it "
-            "was trained on; of several runs one]"
+            help="Guidance scales, with commas; repeatable; the first is judged by.  [default: the run's own, and both ends of "
+            "what it was trained on; of several runs one]"
         ),
     ] = None,
     prompts: Annotated[
@@ -53,8 +55,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
-    runs, numbers = [_named(run) for run in runs], _numbers("--steps", steps, whole=True)
-    scales = _numbers("--guidance-scale", guidance_scale or "")
+    runs, numbers = [_named(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
+    scales = _numbers("--guidance-scale", ",".join(guidance_scale or []))
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is named twice; name each once")
     page = _page(runs, output)
