@@ -133,14 +133,16 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def _of_run(folder: Path) -> dict[str, Any]:
     """The defaults of a run that goes on from another's product: what the other was trained with."""
-    path = folder.expanduser() / "config.toml"
+    run = folder.parent if folder.name == "pipeline" else folder
+    path = run.expanduser() / "config.toml"
     settings = read_toml(path) if path.is_file() else {}
     of_alias = {
         k: v for k, v in ALIAS_DEFAULTS.get(settings.get("teacher.model", ""), {}).items() if k != "data.sources"
     }
     kept = ("data.resolution", "objective.w_min", "objective.w_max")
     # The other methods that know guidance start from a teacher, and no teacher is a run's product.
-    guidance = {"objective.guidance": "free"} if settings and omega_range(settings) is None else {}
+    is_free = "objective.name" in settings and omega_range(settings) is None
+    guidance = {"objective.guidance": "free"} if is_free else {}
     return of_alias | {k: settings[k] for k in kept if k in settings} | guidance
 
 

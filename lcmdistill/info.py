@@ -143,6 +143,10 @@ def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
+def _takes_omega(pipeline: Path) -> bool:
+    return _json(pipeline / "unet" / "config.json").get("time_cond_proj_dim") is not None
+
+
 def _pipeline(folder: Path) -> list[Row]:
     index = _json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
@@ -154,8 +158,8 @@ def _pipeline(folder: Path) -> list[Row]:
     if isinstance(side, int):
         rows.append(("resolution", f"{side * 2 ** (len(vae.get('block_out_channels', [0])) - 1)} px"))
     if "time_cond_proj_dim" in config:
-        has = config["time_cond_proj_dim"] is not None
-        rows.append(("omega", "an input of the network: guidance costs nothing" if has else "no input"))
+        told = "an input of the network: guidance costs nothing" if _takes_omega(folder) else "no input"
+        rows.append(("omega", told))
     for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
         rows += [(part, told) for told in [_weights(folder / part)] if told]
     return [*rows, ("licence", _licence(folder))]
@@ -228,6 +232,12 @@ def _run(folder: Path) -> list[Row]:
     saved = checkpoints(folder / "checkpoints")
     done, asked = (step_of(saved[-1]) if saved else 0), found["optim.max_train_steps"]
     omegas = omega_range(found)
+    guidance = (
+        f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
+    )
+    has_pipeline = (folder / "pipeline").is_dir()
+    if found["objective.name"] == "lcf" and omegas and has_pipeline and not _takes_omega(folder / "pipeline"):
+        guidance = "as its start had it"
     rows = [
         ("run", str(folder)),
         (
@@ -236,7 +246,7 @@ def _run(folder: Path) -> list[Row]:
         ),
         ("steps", f"{done} of {asked}, of {found['optim.batch_size']} x {found['optim.accumulate']} samples a process"),
         ("objective", told_of(found) or str(found["objective.name"])),
-        ("guidance", f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "trained without"),
+        ("guidance", guidance),
         *([("clip skip", f"{skip}, as diffusers counts")] if (skip := found.get("teacher.clip_skip")) else []),
         ("data", f"{', '.join(found['data.sources'])}, {found['data.resolution']} px"),
         (

@@ -21,6 +21,10 @@ LEAST = 8
 "samples of a part, below which an operation's start costs more than its arithmetic"
 
 
+Answered = Callable[[], list[X0Eps]]
+"waits for what a network answers"
+
+
 class Ahead:
     """Two threads: one asks the frozen networks while the other takes the student forward and back.
 
@@ -37,31 +41,35 @@ class Ahead:
     def asked(
         self, objective: Objective, models: Models, micro_batches: Iterable[tuple[Rng, Batch]]
     ) -> Iterator[tuple[Rng, Batch, Models]]:
-        """Micro-batches in their order, each with models of which the student alone is still to be asked.
+        """Micro-batches in their order, each with models that have their answers, or are being asked for them.
 
-        The next one is to be taken only when the target has followed the student.
+        The next one is to be taken only when the optimiser has stepped and the target has followed.
         """
+
+        def ask(thread: ThreadPoolExecutor, role: str, some: Models, micro_batch: tuple[Rng, Batch]) -> Answered:
+            return thread.submit(answers, objective, some, role, *micro_batch).result
+
         given = iter(micro_batches)
         now = next(given, None)
-        teacher = now and self.frozen.submit(answers, objective, models, "teacher", *now)
+        teacher = now and ask(self.frozen, "teacher", only(models, "teacher"), now)
         while now is not None and teacher is not None:
-            asked = teacher.result
-            after_teacher = replace(models, teacher=repeating(asked))
-            target = self.frozen.submit(answers, objective, after_teacher, "target", *now)
-            then = next(given, None)
-            teacher = then and self.frozen.submit(answers, objective, models, "teacher", *then)
+            led = replace(only(models, "target"), teacher=repeating(teacher))
+            target = ask(self.frozen, "target", led, now)
+            student = ask(self._student, "student", only(models, "student"), now)
+            told = replace(models, teacher=repeating(teacher), target=repeating(target), student=repeating(student))
+            following = next(given, None)
+            teacher = following and ask(self.frozen, "teacher", only(models, "teacher"), following)
             rng, batch = now
-            yield rng, batch, replace(models, teacher=repeating(asked), target=repeating(target.result))
-            now = then
+            yield rng, batch, told
+            now = following
 
     def student(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the student's work in its thread."""
+        """Do the rest of the student's work in its thread: the loss, and the way back."""
         return self._student.submit(work).result()
 
 
-@torch.no_grad()
 def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
-    """What one of the networks answers in an objective's loss. role: "teacher"; or "target", which the teacher leads to."""
+    """What one of the networks answers in an objective's loss. models: what leads to its question, and itself."""
     heard: list[X0Eps] = []
     network: Network = getattr(models, role)
 
@@ -69,11 +77,11 @@ def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Ba
         heard.append(network(z, t, c, w))
         return heard[-1]
 
-    objective.loss(only(replace(models, **{role: heeded}), "teacher", role), batch, rng)
+    objective.loss(replace(models, **{role: heeded}), batch, rng)
     return heard
 
 
-def repeating(answered: Callable[[], Iterable[X0Eps]]) -> Network:
+def repeating(answered: Answered) -> Network:
     """A network that gives what was answered, in its order; waits for it when it is first asked."""
 
     def each() -> Iterator[X0Eps]:

@@ -86,13 +86,36 @@ def test_without_guidance_some_captions_are_dropped() -> None:
 
 
 def test_a_run_that_goes_on_from_another_starts_from_its_settings(tmp_path: Path) -> None:
-    tree = {"teacher": {"model": "tiny"}, "data": {"resolution": 32}, "objective": {"name": "lcm", "w_max": 4.0}}
+    tree = {
+        "teacher": {"model": "tiny"},
+        "data": {"resolution": 32},
+        "objective": {"name": "lcm", "w_min": 1.0, "w_max": 4.0},
+    }
     (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
     config = resolve({}, {"teacher.model": str(tmp_path), "objective.name": "lcf"})
     found = [
         value(config, key) for key in ("data.resolution", "objective.w_min", "objective.w_max", "optim.batch_size")
     ]
     assert found == [32, 1.0, 4.0, 32]
+
+
+@pytest.mark.parametrize(
+    ("told", "guidance"),
+    [
+        ({"objective": {"name": "lcm", "w_min": 5.0, "w_max": 15.0, "guidance": "baked"}}, "baked"),
+        ({"objective": {"name": "lcm", "w_min": 5.0, "w_max": 15.0, "guidance": "free"}}, "free"),
+        ({"objective": {"name": "cd"}}, "free"),
+        ({"train": {"lr": 1}}, "baked"),  # another program's
+    ],
+)
+@pytest.mark.parametrize("named", ["", "pipeline"])
+def test_fine_tuning_leaves_guidance_as_a_run_has_it(
+    tmp_path: Path, told: dict[str, Any], guidance: str, named: str
+) -> None:
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(told))
+    config = resolve({}, {"teacher.model": str(tmp_path / named), "objective.name": "lcf"})
+    assert value(config, "objective.guidance") == guidance
+    assert value(config, "data.caption_drop") == (0.1 if guidance == "free" else 0.0)
     assert value(config, "data.sources") == ("teacher",)
 
 

@@ -273,14 +273,18 @@ def test_lcf_starts_at_the_lcm_that_it_is_given(run: Runner, small_run: Path) ->
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_lcf_leaves_guidance_free_where_the_lcm_s_is(run: Runner, command: Command) -> None:
+def test_lcf_leaves_guidance_free_where_the_lcm_s_is(run: Runner, command: Command, tmp_path: Path) -> None:
     start = run("lcm", "free", objective__guidance="free", optim__max_train_steps=1)
-    folder = run("lcf", "tuned", teacher__model=str(start), optim__max_train_steps=1)
+    folder = run("lcf", "tuned", teacher__model=str(start / "pipeline"), optim__max_train_steps=1)
     told = recorded(folder)
     assert (told["objective.guidance"], told["data.caption_drop"]) == ("free", 0.1)
     assert told["run.validation_guidance_scale"] == 2.0
     code, said, _ = command("info", folder)
-    assert (code, bool(re.search(r"guidance +trained without", said))) == (0, True)
+    assert (code, bool(re.search(r"guidance +left free", said))) == (0, True)
+    (start / "pipeline").rename(tmp_path / "of-nobody")
+    again = run("lcf", "baked", teacher__model=str(tmp_path / "of-nobody"), optim__max_train_steps=1)
+    assert recorded(again)["objective.guidance"] == "baked"
+    assert re.search(r"guidance +as its start had it", command("info", again)[1])
     code, said, error = command(
         "sample", folder, "--prompt", "red heart", "--negative-prompt", "blue", "--output", "out"
     )

@@ -235,6 +235,22 @@ def test_what_fails_while_it_is_asked_ahead_ends_the_step(settings: Settings) ->
         stepped(run)
 
 
+@pytest.mark.parametrize("target", ["ema", "live"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "lcf"])
+def test_an_adapter_beside_its_target_s_learns_recomputed_or_not(name: str, target: str, settings: Settings) -> None:
+    """Whichever adapter was switched on last is the one that a network has gradients for, and that a recomputation meets."""
+    if name in ("cd", "ct", "ict"):
+        settings = {key: value for key, value in settings.items() if "w_m" not in key}
+    found = []
+    for again in (False, True):
+        own = {"student__kind": "lora", "student__target": target, "run__gradient_checkpointing": again}
+        run = built(settings, objective__name=name, student__dropout=0.1 * (target == "live"), **own)
+        steps = itertools.islice(loop.train_steps(run, run.config.objective), 2)
+        found.append([float(value) for loss, norm in steps for value in (loss, norm)])
+        assert min(found[-1]) > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 # -- reading ahead ---------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,8 @@ def sample(
         ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to draw; for latent students of --guidance free, and of cd and ct.")
+        str | None,
+        typer.Option(help="What not to draw; for latent students of --guidance free, and of cd, ct and ict."),
     ] = None,
     eta: Annotated[
         float | None,

@@ -77,8 +77,8 @@ HOW: dict[str, Any] = {
     "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim; cd heun]"),
     "guidance": _option(
         Literal["baked", "free"] | None,
-        "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act; lcf: how it is with the "
-        "LCM.  [default: baked; lcf as with the run]",
+        "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act; lcf: as the LCM was "
+        "trained, which a run tells.  [default: baked]",
     ),
     "skip": _option(
         int | None, "lcm, lcf, tcd: k, the teacher's time steps between the two points compared.  [default: 20]"

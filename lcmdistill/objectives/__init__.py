@@ -65,13 +65,14 @@ OBJECTIVES: dict[str, type[Any]] = {
 
 
 def only(models: Models, *roles: str) -> Models:
-    """Of the networks "teacher", "student" and "target" these alone; the others cost nothing, and say what they were given."""
+    """Of the networks "teacher", "student" and "target" these alone, for a loss that is thrown away; the others cost nothing,
+    and say what they were given."""
 
     def silent(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
         return X0Eps(z, z)
 
     others = {role: silent for role in ("teacher", "student", "target") if role not in roles}
-    return replace(models, **others, perceptual=models.perceptual if "student" in roles else DISTANCES["l2"])
+    return replace(models, **others, perceptual=DISTANCES["l2"])
 
 
 def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]:

@@ -51,10 +51,10 @@ class ConsistencyDistillation:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
         z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
-        models.seed_dropout(rng)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, None).x0, t)
         with torch.no_grad():
             z_s = SOLVERS[self.solver](teacher_denoiser(models, c, None), schedule, z_t, t, s)
             models.seed_dropout(rng)
             target = consistency_function(schedule, z_s, models.target(z_s, s, c, None).x0, s)
+        models.seed_dropout(rng)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, None).x0, t)
         return distance_of(self.distance, models)(prediction, target)

@@ -65,9 +65,9 @@ class LatentConsistency:
         t, s = self.pair(schedule, rng)
         w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
         z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
         with torch.no_grad():
             psi = teacher_denoiser(models, c, w)
             z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
             target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
         return DISTANCES[self.distance](prediction, target)

@@ -71,9 +71,9 @@ class TrajectoryConsistency:
         end = draw_up_to(schedule, s, rng)  # s'
         w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
         z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
-        prediction = schedule.diffuse(*models.student(z_t, t, c, w), end)
         with torch.no_grad():
             psi = teacher_denoiser(models, c, w)
             z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
             target = schedule.diffuse(*models.target(z_s, s, c, w), end)
+        prediction = schedule.diffuse(*models.student(z_t, t, c, w), end)
         return DISTANCES[self.distance](prediction, target)
