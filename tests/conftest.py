@@ -1,5 +1,6 @@
 """Shared fixtures: a small random Stable Diffusion, built from its real classes, and small real image folders."""
 
+import gc
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+# Looking for garbage among a million objects of the libraries is a twentieth of the tests' time.
+gc.set_threshold(100_000, 50, 50)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models this small are fastest on one thread, and processes that are compared bit for bit must not differ in it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
