@@ -143,10 +143,6 @@ def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def _takes_omega(pipeline: Path) -> bool:
-    return _json(pipeline / "unet" / "config.json").get("time_cond_proj_dim") is not None
-
-
 def _pipeline(folder: Path) -> list[Row]:
     index = _json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
@@ -158,8 +154,8 @@ def _pipeline(folder: Path) -> list[Row]:
     if isinstance(side, int):
         rows.append(("resolution", f"{side * 2 ** (len(vae.get('block_out_channels', [0])) - 1)} px"))
     if "time_cond_proj_dim" in config:
-        told = "an input of the network: guidance costs nothing" if _takes_omega(folder) else "no input"
-        rows.append(("omega", told))
+        has = config["time_cond_proj_dim"] is not None
+        rows.append(("omega", "an input of the network: guidance costs nothing" if has else "no input"))
     for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
         rows += [(part, told) for told in [_weights(folder / part)] if told]
     return [*rows, ("licence", _licence(folder))]
@@ -223,7 +219,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> list[Row]:
     from lcmdistill.checkpoint import checkpoints, step_of
-    from lcmdistill.rundir import has_product, recorded
+    from lcmdistill.rundir import has_product, recorded, takes_omega
 
     found = recorded(folder)
     if not found:
@@ -236,7 +232,7 @@ def _run(folder: Path) -> list[Row]:
         f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
     )
     has_pipeline = (folder / "pipeline").is_dir()
-    if found["objective.name"] == "lcf" and omegas and has_pipeline and not _takes_omega(folder / "pipeline"):
+    if found["objective.name"] == "lcf" and omegas and has_pipeline and not takes_omega(folder):
         guidance = "as its start had it"
     rows = [
         ("run", str(folder)),

@@ -100,6 +100,15 @@ def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     )
 
 
+def takes_omega(run: Path) -> bool:
+    """Whether the U-Net of a finished run's pipeline has an omega input, by its file. Raises UsageError if that is no JSON."""
+    path = run / "pipeline" / "unet" / "config.json"
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+
+
 def recorded(folder: Path) -> dict[str, Any]:
     """{"section.key": value} of the run in a folder; empty if there is none, or another program's config.toml."""
     path = folder / "config.toml"

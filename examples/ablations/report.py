@@ -1,6 +1,6 @@
 """The ablations' figures and README.md, from the numbers of their runs alone: the claims are checked here, not by hand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,12 @@ from run import (
 from lcmdistill.checkpoint import write_text
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
-MEASURES = {"rmse": "latent RMSE to the teacher's 50 steps", "kid": "KID (MobileNetV2) to real images"}
-TO_TEACHER = {"kid_teacher": "KID (MobileNetV2) to the teacher's 50 steps"}
+TITLES = {
+    "rmse": "latent RMSE to the teacher's 50 steps",
+    "kid_teacher": "KID (MobileNetV2) to the teacher's 50 steps",
+    "kid": "KID (MobileNetV2) to real images",
+}
+MEASURES = ("rmse", "kid")
 NAMES = {"ddim": "DDIM", "dpm-solver": "DPM-Solver", "dpm-solver++": "DPM-Solver++"}
 
 
@@ -41,9 +45,9 @@ def value(numbers: Numbers, run: str, measure: str, steps: int, omega: float = 4
     return numbers[run][f"student-{steps:02d}-g{omega + 1:g}"][measure]
 
 
-def teacher_kid(numbers: Numbers, omega: float = 4.0) -> float:
-    """KID of the teacher at 50 steps to real images."""
-    return numbers["lcm"][f"teacher-50-g{omega + 1:g}"]["kid"]
+def teacher_kid(numbers: Numbers, omega: float = 4.0, beside: str = "lcm") -> float:
+    """KID of the teacher at 50 steps to real images, on the captions of a run."""
+    return numbers[beside][f"teacher-50-g{omega + 1:g}"]["kid"]
 
 
 def decay_run(mu: float) -> str:
@@ -155,7 +159,7 @@ def draw(path: Path, xs: Sequence[float], panels: Mapping[str, Lines], label: st
             axes.axhline(flat, color="grey", linestyle="--", label="teacher, 50 steps")
         axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axes.set_xlabel(label)
-        axes.set_title((MEASURES | TO_TEACHER)[measure], fontsize=10)
+        axes.set_title(TITLES[measure], fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -165,24 +169,20 @@ def figures(numbers: Numbers, folder: Path) -> None:
     """skip_solver.png, omega.png, lcm_tcd.png, ema.png."""
     flat = teacher_kid(numbers)
 
-    def panels(of: Callable[[str, str], Lines]) -> dict[str, Lines]:
-        return {measure: of(measure, "") for measure in MEASURES}
+    def panels(of: Callable[[str], Lines], measures: Iterable[str] = MEASURES) -> dict[str, Lines]:
+        return {measure: of(measure) for measure in measures}
 
     def get(run: str, measure: str, steps: int, omega: float = 4.0) -> float:
         return value(numbers, run, measure, steps, omega)
 
-    by_solver = panels(lambda m, _: {NAMES[s]: [get(f"k{k}-{s}", m, 2) for k in SKIPS] for s in SOLVERS})
+    by_solver = panels(lambda m: {NAMES[s]: [get(f"k{k}-{s}", m, 2) for k in SKIPS] for s in SOLVERS})
     draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; drawn in 2 steps", flat)
-    by_omega = panels(lambda m, _: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
+    by_omega = panels(lambda m: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
     draw(folder / "omega.png", STEPS, by_omega, "steps", flat)
-    by_method = {
-        measure: {label: [get(run, measure, n) for n in MANY] for run, label in BESIDE.items()}
-        for measure in ("rmse", *TO_TEACHER, "kid")
-    }
-    flat_many = numbers["lcm-long"]["teacher-50-g5"]["kid"]
-    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", flat_many)
+    by_method = panels(lambda m: {name: [get(run, m, n) for n in MANY] for run, name in BESIDE.items()}, TITLES)
+    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", teacher_kid(numbers, beside="lcm-long"))
     by_decay = panels(
-        lambda m, _: {f"{n} step{'s' * (n > 1)}": [get(decay_run(mu), m, n) for mu in DECAYS] for n in (1, 2, 4)}
+        lambda m: {f"{n} step{'s' * (n > 1)}": [get(decay_run(mu), m, n) for mu in DECAYS] for n in (1, 2, 4)}
     )
     draw(folder / "ema.png", DECAYS, by_decay, "mu of the target", flat)
 
@@ -219,7 +219,7 @@ def _numbers(cell: Mapping[str, float] | None) -> str:
 
 def _of_kid(numbers: Numbers) -> str:
     """What KID to real images is worth here, by the teacher's own."""
-    own = numbers["lcm-long"]["teacher-50-g5"]["kid"]
+    own = teacher_kid(numbers, beside="lcm-long")
     drawn = [value(numbers, run, "kid", n) for run in BESIDE for n in MANY[2:]]
     below = sum(kid < own for kid in drawn)
     return (

@@ -1,7 +1,6 @@
 """`lcmdistill evaluate`: who is measured, on which prompts, at which steps and guidance, by which measures."""
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from lcmdistill.evaluate.sweep import Cell, Contestants, Sweep, digest, sweep_ru
 from lcmdistill.evaluate.weights import FID_IMAGES, clip_measure, fid_measure, lpips_measure
 from lcmdistill.methods import omega_range
 from lcmdistill.recognise import resolve_alias
-from lcmdistill.rundir import has_product, recorded, teacher_of
+from lcmdistill.rundir import has_product, recorded, takes_omega, teacher_of
 from lcmdistill.sample import Found, check_steps, find_model, load_student
 from lcmdistill.settings import DataConfig
 from lcmdistill.teachers import load_teacher
@@ -80,12 +79,7 @@ class Subject:
         index = self.run / "pipeline" / "model_index.json"
         if not self.found.loras and "ConsistencyModelPipeline" in index.read_text(encoding="utf-8").split('"'):
             return True
-        return omega_range(self.config) is not None and not self._has_input
-
-    @property
-    def _has_input(self) -> bool:
-        unet = self.run / "pipeline" / "unet" / "config.json"
-        return unet.is_file() and json.loads(unet.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
+        return omega_range(self.config) is not None and not takes_omega(self.run)
 
     @property
     def guidance_scale(self) -> float:
