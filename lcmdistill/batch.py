@@ -165,7 +165,7 @@ def onto(value: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the CPU on another device, without waiting for what that device is still at."""
     if torch.device(device).type != "cuda":
         return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
+    return value.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def seed_dropout(rng: Rng) -> None:

@@ -6,7 +6,7 @@ Shapes: r rank, I inputs and O outputs of a layer.
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ def add_lora(network: Any, name: str, config: StudentConfig, seed: int) -> None:
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     _inject(network, name, target_modules=list(config.target_modules), **settings)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora-init"))
-    for _, layer in lora_layers(network):
+    for layer in lora_layers(network).values():
+        layer.cast_input_dtype_enabled = False  # autocast knows what to cast: not activations to the adapter's fp32
         for part in (layer.lora_A[name], layer.lora_B[name]):
             part.float()
         down = layer.lora_A[name].weight
@@ -56,7 +57,7 @@ def _inject(network: Any, name: str, **settings: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a target beside the student is meant
         inject_adapter_in_model(LoraConfig(**settings), network, name)
-    choose_adapter(network, name)
+    choose_adapter(lora_layers(network).values(), name)
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def put_lora(network: Any, lora: Mapping[str, LoraLayer], name: str) -> None:
 
 def choose_adapters(network: Any, names: Sequence[str], scales: Sequence[float]) -> None:
     """Let several adapters act at once, each at its weight."""
-    for _, layer in lora_layers(network):
+    for layer in lora_layers(network).values():
         on_it = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in layer.lora_A]
         layer.set_adapter([name for name, _ in on_it])
         for name, scale in on_it:
@@ -83,7 +84,7 @@ def merge_lora(network: Any) -> None:
     """Add the adapter that acts to the network's own weights, and take peft's layers away."""
     from diffusers.utils import recurse_remove_peft_layers
 
-    for _, layer in lora_layers(network):
+    for layer in lora_layers(network).values():
         layer.merge()
     recurse_remove_peft_layers(network)
     if hasattr(network, "peft_config"):
@@ -120,28 +121,32 @@ def check_layers(network: Any, config: StudentConfig) -> None:
         )
 
 
-def lora_layers(network: Any) -> Iterator[tuple[str, Any]]:
-    """(path, peft layer) of every layer that an adapter sits on."""
+def lora_layers(network: Any) -> dict[str, Any]:
+    """{path: peft layer} of every layer that an adapter sits on."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for path, module in network.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield path, module
+    return {path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def choose_adapter(network: Any, name: str | None, *, dropout: bool = False) -> None:
-    """Let one adapter act, or none; its dropout acts in training only, whatever mode the network is in."""
-    for _, layer in lora_layers(network):
-        layer.enable_adapters(name is not None)
-        layer.lora_dropout.train(dropout)
+def choose_adapter(layers: Iterable[Any], name: str | None, *, dropout: bool = False) -> None:
+    """Let one adapter act, or none; its dropout acts in training only, whatever mode the network is in.
+
+    layers: of `lora_layers`. Which adapter learns stays as it is.
+    """
+    for layer in layers:
+        # peft's own way also passes through every parameter, to let what acts learn: a step's three times it are slower than
+        # a small step itself.
+        layer._disable_adapters = name is None
         if name is not None:
-            layer.set_adapter(name)
+            layer._active_adapter = [name]
+        for module in layer.lora_dropout.values():
+            module.training = dropout
 
 
 def adapter_parameters(network: Any, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters, by the path of their layer: "mid_block....to_q.lora_A"."""
     found: dict[str, nn.Parameter] = {}
-    for path, layer in lora_layers(network):
+    for path, layer in lora_layers(network).items():
         if name not in layer.lora_A:
             continue
         found[f"{path}.lora_A"] = layer.lora_A[name].weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lcmdistill.batch import Conditioning, RawNetwork, derive_seed
 from lcmdistill.ema import ema_update
 from lcmdistill.errors import UsageError
-from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
 from lcmdistill.objectives import Omega
 from lcmdistill.settings import StudentConfig
 from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega, with_omega_input
@@ -45,9 +45,10 @@ class WithAdapter(nn.Module):
         self.door = door
         self.adapter = adapter
         self.dropout = dropout
+        self._layers = tuple(lora_layers(door.network).values())
 
     def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
-        choose_adapter(self.door.network, self.adapter, dropout=self.dropout)
+        choose_adapter(self._layers, self.adapter, dropout=self.dropout)
         return self.door(z, t, c, w)
 
 
@@ -105,7 +106,7 @@ class Student:
     def for_drawing(self) -> Any:
         """The network as it draws: in the target's state."""
         if self.adapter is not None:
-            choose_adapter(self.network, self.adapter)
+            choose_adapter(lora_layers(self.network).values(), self.adapter)
         return self.network
 
     def for_export(self) -> Any:
@@ -183,7 +184,7 @@ def _lora(
     ema = config.target == "ema"
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
         add_lora(network, name, config, seed)
-    choose_adapter(network, ONLINE)
+    choose_adapter(lora_layers(network).values(), ONLINE)
     door = Door(network, teacher.call, dtype)
     drawing = TARGET if ema else ONLINE
     return Student(

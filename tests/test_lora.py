@@ -25,7 +25,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.export.lora_files import SCHEDULER_KEY, header, load_lora
 from lcmdistill.export.product import load_product, write_product
 from lcmdistill.export.verify import network_inputs, network_output
-from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter
+from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
 from lcmdistill.modelcard import model_card, write_run_card
 from lcmdistill.sample import chosen_scheduler, find_model, load_student
 from lcmdistill.settings import StudentConfig
@@ -472,7 +472,7 @@ def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
     _, student = lora_student(small_teacher, target="ema")
     before = {k: v.clone() for k, v in adapter_parameters(student.network, TARGET).items()}
     for name in (ONLINE, None, TARGET, ONLINE):
-        choose_adapter(student.network, name)
+        choose_adapter(lora_layers(student.network).values(), name)
     assert all(torch.equal(before[k], v) for k, v in adapter_parameters(student.network, TARGET).items())
 
 

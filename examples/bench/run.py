@@ -10,6 +10,8 @@ Writes results/NAME.json beside this file, README.md's tables, and a picture.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import resource
 import subprocess
@@ -57,7 +59,7 @@ FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "run.memory": "off",
 
 
 class Clock:
-    """Seconds of each part, by its name; on CUDA a part ends when the device is done with it.
+    """Seconds of each part, by its name; a GPU's own, told by events in its stream, so that nothing waits for anything.
 
     Of threads that go side by side each counts its share: `thread` is a worker's, `main` the main thread's.
     """
@@ -67,24 +69,31 @@ class Clock:
         self.main = self.thread = 1.0
         self._device = device
         self._one_at_a_time = threading.Lock()
-
-    def __call__(self, part: str) -> Any:
-        return self._part(part)
+        self._events: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def _part(self, part: str) -> Iterator[None]:
+    def __call__(self, part: str) -> Iterator[None]:
+        if self._device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._events.append((part, first, last))
+            return
         began = time.perf_counter()
         yield
-        self.wait()
         seconds = time.perf_counter() - began
         with self._one_at_a_time:
             in_main = threading.current_thread() is threading.main_thread()
             self.seconds[part] += seconds * (self.main if in_main else self.thread)
 
     def wait(self) -> None:
-        """Until the device has nothing left to do."""
+        """Until the device has nothing left to do, and all parts are counted."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        for part, first, last in self._events:
+            self.seconds[part] += first.elapsed_time(last) / 1000
+        self._events.clear()
 
 
 def settings(name: str, **more: Any) -> RunConfig:
@@ -212,15 +221,25 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     with clock("product"):
         for _ in range(4):
             torch.mm(a, a)
+    clock.wait()
     return 4 * 2 * n**3 / clock.seconds["product"]
 
 
+def most_held(device: torch.device) -> int:
+    """The most bytes held at once: of a GPU's tensors, or of the whole process on a CPU."""
+    return peak_memory(device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def step_flops(run: Run) -> float:
-    """Of the six forwards' worth that a step is: student 3, teacher 2, target 1."""
-    z, t, c = run.teacher.example(run.config.optim.batch_size, run.config.data.resolution, run.accelerator.device)
+    """Of the six forwards' worth that a step is: student 3, teacher 2, target 1. Counted of the teacher's network: a student's
+    omega input adds next to nothing."""
+    teacher, config = run.teacher, run.config
+    z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
+    with torch.device("meta"):
+        network = type(teacher.network).from_config(teacher.network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run.models.target(z, t, c, None if run.config.student.kind == "lora" else torch.ones(len(z), device=z.device))
-    asked = forwards(run.config.objective, run.models.schedule)
+        teacher.call(network, z, t, c.values, None)
+    asked = forwards(config.objective, teacher.schedule)
     return counter.get_total_flops() * (3 * asked["student"] + asked["teacher"] + asked["target"])
 
 
@@ -230,7 +249,7 @@ def one_side(side: str, name: str) -> None:
     clock, out = Clock(device), sys.stdout
     sys.stdout = sys.stderr
     told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {})}
-    facts = {}
+    facts: dict[str, Any] = {}
     if side == "naive":
         config = settings(name, **told)
         steps = naive(name, device, config, clock)
@@ -248,7 +267,8 @@ def one_side(side: str, name: str) -> None:
         loss = next(steps)
         clock.wait()
         seconds = time.perf_counter() - began
-        told_now = {"seconds": seconds, "loss": float(loss), "rate": rate, "parts": dict(clock.seconds), **facts}
+        facts |= {"peak": most_held(device), "parts": dict(clock.seconds)}
+        told_now = {"seconds": seconds, "loss": float(loss), "rate": rate, **facts}
         print(json.dumps(told_now), file=out, flush=True)
 
 
@@ -292,6 +312,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
             "samples_per_s": config.optim.batch_size * rounds / seconds[side],
             "ratio": seconds["naive"] / seconds[side],
             "of_matmul": done / seconds[side] / rate,
+            "peak": told[side][-1]["peak"],
             "milliseconds": {part: 1000 * parts.get(part, 0.0) / rounds for part in PARTS},
         }
     device = pick_device("auto" if name != "tiny" else "cpu")
@@ -313,12 +334,28 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 # -- memory, each in a process of its own ----------------------------------------------------------------------------
 
 
-def alone(side: str, name: str, kind: str, batch: int) -> None:
-    """Take two steps of one side, and print the peak in bytes: of a GPU's tensors, or of the whole process on a CPU."""
-    device = pick_device("auto")
-    told: dict[str, Any] = {"run.device": str(device), "student.kind": kind, "optim.batch_size": batch}
+def alone(side: str, name: str, kind: str, batches: list[int]) -> None:
+    """Two steps of one side at each batch size; prints `most_held`, null for what did not fit. On a CPU only one size can be
+    told, for a process does not forget."""
+    device, peaks = pick_device("auto"), []
+    told: dict[str, Any] = {"run.device": str(device), "student.kind": kind, "run.compile": "off"}
     if device.type == "cpu":  # 64 px, or it would be hours; weights are what counts in a LoRA's memory
         told |= {"data.resolution": 64, "run.precision": "fp32"}
+    for batch in batches:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        peak_memory(device, anew=True)
+        try:
+            take_two_steps(side, name, device, {**told, "optim.batch_size": batch})
+            peaks.append(most_held(device))
+        except torch.OutOfMemoryError:
+            peaks.append(None)
+    print(json.dumps(peaks))
+
+
+def take_two_steps(side: str, name: str, device: torch.device, told: dict[str, Any]) -> None:
+    """By then everything is there that a step needs."""
     if side == "naive":
         steps = naive(name, device, settings(name, **told), untimed)
     else:
@@ -326,25 +363,21 @@ def alone(side: str, name: str, kind: str, batch: int) -> None:
         steps = (float(loss) for loss, _ in train_steps(run, run.config.objective))
     for _ in range(2):
         next(steps)
-    print(peak_memory(device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def memory() -> dict[str, Any]:
     """Peaks of both sides: on a CPU of a LoRA at SD 1.5's shapes, on a GPU of all that fits it."""
     cuda = torch.cuda.is_available()
-    names, kinds, batches = (("sd15", "sdxl"), ("lora", "full"), (1, 4, 16)) if cuda else (("sd15",), ("lora",), (1,))
+    names, kinds, batches = (("sd15", "sdxl"), ("lora", "full"), [1, 4, 16]) if cuda else (("sd15",), ("lora",), [1])
     rows = []
-    for row in [(name, kind, batch) for name in names for kind in kinds for batch in batches]:
+    for name, kind in itertools.product(names, kinds):
         peaks = {}
         for side in ("naive", "product"):
-            done = subprocess.run(
-                [sys.executable, __file__, "alone", side, *map(str, row)], capture_output=True, text=True
-            )
-            peaks[side] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
-            if done.returncode and "out of memory" not in done.stderr:
-                print(done.stderr[-2000:])
-        print(*row, peaks, flush=True)
-        rows.append([*row, peaks["naive"], peaks["product"]])
+            command = [sys.executable, __file__, "alone", side, name, kind, *map(str, batches)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peaks[side] = json.loads(done.stdout.splitlines()[-1])
+        print(name, kind, peaks, flush=True)
+        rows += [[name, kind, *row] for row in zip(batches, peaks["naive"], peaks["product"], strict=True)]
     where = torch.cuda.get_device_name() if cuda else "CPU, 64 px, fp32, the whole process"
     return {"name": "memory", "device": where, "rows": rows}
 
@@ -368,11 +401,11 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['name']}, {found['device']}, {found['dtype']}, batch {found['batch']}, {found['rounds']} steps each in turn; "
         f"losses at most {found['loss_apart']:.1e} apart:\n",
-        "| | samples/s | times the plain loop | of the matmul rate |",
-        "|---|---|---|---|",
+        "| | samples/s | times the plain loop | of the matmul rate | peak memory, GB |",
+        "|---|---|---|---|---|",
     ]
     for side, its in found["sides"].items():
-        cells = f"{its['samples_per_s']:.1f} | {its['ratio']:.2f} | {its['of_matmul']:.0%}"
+        cells = f"{its['samples_per_s']:.1f} | {its['ratio']:.2f} | {its['of_matmul']:.0%} | {its['peak'] / 1e9:.1f}"
         lines.append(f"| {SIDES[side]} | {cells} |")
     names = [SIDES[side] for side in found["sides"]]
     lines += ["", f"| milliseconds of a step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
@@ -413,8 +446,8 @@ def write_tables() -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["alone"]:
-        side, name, kind, batch = sys.argv[2:]
-        return alone(side, name, kind, int(batch))
+        side, name, kind, *batches = sys.argv[2:]
+        return alone(side, name, kind, [int(batch) for batch in batches])
     if sys.argv[1:2] == ["side"]:
         return one_side(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -88,7 +88,7 @@ def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]
 
     nothing = Conditioning({})
     models = Models(
-        schedule,
+        schedule.to("cpu"),
         counting("teacher"),
         counting("student"),
         counting("target"),
