@@ -60,6 +60,8 @@ class Run:
     "the memory that a step was estimated to take"
     answers: Answers | None = None
     "what the teacher was asked beforehand, if it was"
+    compiled: bool = False
+    "whether the first step compiles the networks"
     side_by_side: Ahead | Parts | None = None
     "how a CPU divides the micro-batches of a small network"
     waited: float = 0.0
@@ -103,6 +105,7 @@ def build(
     if device.type == "cuda":
         # What cuDNN's convolutions compute in; oneDNN's, on a CPU, have a layout of their own.
         networks.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        torch.backends.cudnn.benchmark = True  # shapes are few, and steps many
     elif device.type == "cpu":
         keep_freed_memory()
     optimizer = make_optimizer(config.optim, student.trainable.values(), device)
@@ -143,15 +146,14 @@ def build(
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is asked nothing more
     shapes = len(set(dataset.shapes or [()]))
-    compiled = pays(config.run.compile, device, config.optim.max_train_steps, shapes)
+    is_adapter = student.adapter is not None
+    compiled = pays(config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter)
     if compiled:
         compile_blocks(networks, shapes)
     side_by_side = None
     # Processes have the cores to themselves already, adapters are switched in a network that all threads would share, and
     # dropout draws from one generator.
-    if device.type == "cpu" and not (
-        accelerator.num_processes > 1 or student.adapter is not None or student.has_dropout or compiled
-    ):
+    if device.type == "cpu" and not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or compiled):
         parameters = sum(p.numel() for p in student.trainable.values())
         batch_size, asks = config.optim.batch_size, answers is None
         side_by_side = division(config.objective, models, parameters, batch_size, asks=asks)
@@ -170,6 +172,7 @@ def build(
         writer,
         by_noise=by_noise,
         answers=answers,
+        compiled=compiled,
         side_by_side=side_by_side,
     )
 

@@ -121,6 +121,8 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
         _restore(run, done[-1])
         if loud:
             say(f"resuming from {done[-1].name}")
+    if loud and run.compiled:
+        say("the networks are compiled at the first step, which takes minutes; --compile off begins at once")
     metrics = Metrics(folder, config.run.report_to, flatten(config), run.step) if loud else None
     try:
         _follow(run, validation, metrics, stop)

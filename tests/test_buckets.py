@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from small_models import FAMILY_BUILDERS
 from test_data import encoded, picture, write_tar
 
-from lcmdistill.compiling import pays
+from lcmdistill.compiling import PAYS_FROM, pays
 from lcmdistill.config import resolve
 from lcmdistill.data.buckets import bucket_sizes, equal_areas, largest, nearest
 from lcmdistill.data.cache import LatentDataset, cache_folder, prepare, survey
@@ -353,5 +353,10 @@ def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Pat
 
 def test_compiling_pays_where_each_shape_has_steps_enough() -> None:
     gpu = torch.device("cuda")
-    assert [pays("auto", gpu, steps, 7) for steps in (500, 3499, 3500)] == [False, False, True]
-    assert (pays("auto", gpu, 500), pays("on", gpu, 1, 7), pays("off", gpu, 10**6)) == (True, True, False)
+    assert [pays("auto", gpu, steps, 7) for steps in (PAYS_FROM, 7 * PAYS_FROM - 1, 7 * PAYS_FROM)] == [
+        False,
+        False,
+        True,
+    ]
+    assert (pays("auto", gpu, PAYS_FROM), pays("on", gpu, 1, 7), pays("off", gpu, 10**6)) == (True, True, False)
+    assert (pays("auto", gpu, 10**6, adapter=True), pays("on", gpu, 1, adapter=True)) == (False, True)

@@ -99,7 +99,6 @@ def test_wrong_usage_ends_in_one_sentence(
     assert sentence(error).startswith(message)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_that_is_not_there_is_told(command: Command, options: list[Any]) -> None:
     code, _, error = command(*options, "--device", "cuda")
     assert code == 2
@@ -129,9 +128,16 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
     ("arguments", "said"),
     [
         (["distill", "--no-such-option"], "no such option: --no-such-option"),
-        (["distill", "--batch-size", "x"], "'--batch-size': it should be a valid integer.* got 'x'"),
+        # Typer's own words, or click's: with its version.
+        (
+            ["distill", "--batch-size", "x"],
+            "'--batch-size': (it should be a valid integer.* got|'x' is not a valid int)",
+        ),
         (["distill", "--objective", "dmd"], "'--objective': 'dmd' is not one of 'lcm'"),
-        (["sample", "--steps", "0"], "'--steps': it should be greater than or equal to 1, got '0'"),
+        (
+            ["sample", "--steps", "0"],
+            "'--steps': (it should be greater than or equal to 1, got '0'|0 is not in the range)",
+        ),
         (["no-such-command"], "no such command 'no-such-command'"),
         (["export"], "missing argument 'run'"),
         (["export", "run", "--output", "x"], "missing option '--format'; choose from: pipeline, fused, kohya"),

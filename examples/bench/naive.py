@@ -52,7 +52,8 @@ def naive_steps(
     """Train, and yield each step's loss. lora: its rank, None for a full student with an EMA target."""
     device = teacher.device
     config = {k: v for k, v in teacher.config.items() if k != "_use_default_values"}
-    student = type(teacher).from_config(config if lora else {**config, "time_cond_proj_dim": 256}).to(device)
+    with device:  # where weights are drawn the fastest
+        student = type(teacher).from_config(config if lora else {**config, "time_cond_proj_dim": 256})
     student.load_state_dict(teacher.state_dict(), strict=False)
     if lora:
         student.requires_grad_(False)

@@ -53,9 +53,10 @@ sys.path.append(str(HERE.parent))
 RESULTS = HERE / "results"
 PARTS = ("VAE and text encoder", "teacher", "target", "student, forward and backward", "clip, AdamW, EMA", "the rest")
 SIDES = {"naive": "plain loop", "product": "lcmdistill", "answers": "lcmdistill, data.teacher_draws=1"}
-# A rate at which rounding does not grow: at the tiny teacher's own 1e-4 AdamW takes it to 2e-3 of loss within 50 steps.
+# Rates at which rounding does not grow: at the tiny teacher's own 1e-4 AdamW takes it to 2e-3 of loss within 50 steps.
 TINY = {"teacher.model": "tiny", "optim.batch_size": 16, "optim.learning_rate": 1e-5, "data.count": 1024}
-FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "run.memory": "off", "run.precision": "bf16"}
+FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "optim.learning_rate": 1e-7, "run.precision": "bf16"}
+FULL_SIZE |= {"run.memory": "off"}
 
 
 class Clock:
@@ -135,6 +136,7 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
         size, members = config.data.count or 0, list(open_source("tiny", None, seed))
     z = teacher.example(1, side, "cpu")[0].shape[1:]
     order = SampleOrder(size, seed, batch)
+    any_pixels = torch.rand(batch, 3, side, side) * 2 - 1  # once: a public script's workers read while it computes
     for step in range(10**6):
         rng = Rng(seed, step, range(batch))
         if members:
@@ -143,7 +145,7 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
             pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
             captions = [sample.caption for sample in samples]
         else:
-            pixels, captions = torch.rand(batch, 3, side, side) * 2 - 1, [""] * batch
+            pixels, captions = any_pixels, [""] * batch
         t, s = config.objective.pair(schedule, rng)
         omega = draw_omega("baked", config.objective.w_min, config.objective.w_max, rng)
         assert omega is not None
@@ -365,21 +367,21 @@ def take_two_steps(side: str, name: str, device: torch.device, told: dict[str, A
         next(steps)
 
 
-def memory() -> dict[str, Any]:
-    """Peaks of both sides: on a CPU of a LoRA at SD 1.5's shapes, on a GPU of all that fits it."""
+def memory() -> Iterator[dict[str, Any]]:
+    """Peaks of both sides: on a CPU of a LoRA at SD 1.5's shapes, on a GPU of all that fits it. All that is known so far, each
+    time that more is."""
     cuda = torch.cuda.is_available()
     names, kinds, batches = (("sd15", "sdxl"), ("lora", "full"), [1, 4, 16]) if cuda else (("sd15",), ("lora",), [1])
-    rows = []
+    where = f"{torch.cuda.get_device_name()}, bf16, not compiled" if cuda else "CPU, 64 px, fp32, the whole process"
+    rows: list[list[Any]] = []
     for name, kind in itertools.product(names, kinds):
         peaks = {}
         for side in ("naive", "product"):
             command = [sys.executable, __file__, "alone", side, name, kind, *map(str, batches)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             peaks[side] = json.loads(done.stdout.splitlines()[-1])
-        print(name, kind, peaks, flush=True)
         rows += [[name, kind, *row] for row in zip(batches, peaks["naive"], peaks["product"], strict=True)]
-    where = torch.cuda.get_device_name() if cuda else "CPU, 64 px, fp32, the whole process"
-    return {"name": "memory", "device": where, "rows": rows}
+        yield {"name": "memory-cuda" if cuda else "memory-cpu", "device": where, "rows": rows}
 
 
 # -- tables and picture ----------------------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ def memory() -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    if found["name"] == "memory":
+    if "rows" in found:
         lines = [
             f"Peak memory, GB ({found['device']}):\n",
             "| | batch | plain loop | lcmdistill | ratio |",
@@ -439,7 +441,7 @@ def write_tables() -> None:
     readme, marker = HERE / "README.md", "<!-- measured -->"
     before, _, rest = readme.read_text(encoding="utf-8").partition(marker)
     _, _, after = rest.partition(marker)
-    order = sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem == "memory", path.stem))
+    order = sorted(RESULTS.glob("*.json"), key=lambda path: ("memory" in path.stem, path.stem))
     tables = "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in order)
     write_text(readme, f"{before}{marker}\n\n{tables}\n\n{marker}{after}")
 
@@ -457,14 +459,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
-    found = memory() if arguments.name == "memory" else compare(arguments.name, arguments.rounds)
-    print(table(found))
-    if arguments.dry:
-        return None
-    write_text(RESULTS / f"{found['name']}.json", json.dumps(found, indent=1) + "\n")
-    write_tables()
-    if found["name"] != "memory":
-        picture(found, HERE / f"{found['name']}.png")
+    for found in memory() if arguments.name == "memory" else [compare(arguments.name, arguments.rounds)]:
+        print(table(found), flush=True)
+        if arguments.dry:
+            continue
+        write_text(RESULTS / f"{found['name']}.json", json.dumps(found, indent=1) + "\n")
+        write_tables()
+        if "sides" in found:
+            picture(found, HERE / f"{found['name']}.png")
     return None
 
 

@@ -100,7 +100,8 @@ HOW: dict[str, Any] = {
     ),
     "compile": _option(
         Wish | None,
-        "Compile the networks: faster steps, minutes before the first; auto does for long runs on CUDA.  [default: auto]",
+        "Compile the networks: faster steps, minutes before the first; auto does long runs of full students on CUDA.  "
+        "[default: auto]",
     ),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
     "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
