@@ -19,6 +19,7 @@ from test_train import assert_same, losses, result
 from lcmdistill import checkpoint, loop, side_by_side
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import Writer, checkpoints
+from lcmdistill.compiling import compile_blocks
 from lcmdistill.config import resolve
 from lcmdistill.data.answers import which_draw
 from lcmdistill.data.batches import batch_of, read_ahead
@@ -32,6 +33,7 @@ from lcmdistill.processes import make_accelerator
 from lcmdistill.schedule import vp_schedule
 from lcmdistill.side_by_side import Ahead, Parts
 from lcmdistill.teachers import load_teacher
+from lcmdistill.teachers.single_file import CONFIGS
 from lcmdistill.train import _restore, distill
 
 CPU = torch.device("cpu")
@@ -353,14 +355,38 @@ def test_moments_come_back_in_the_layout_of_their_parameters(settings: Settings)
         assert state["exp_avg"].stride() == parameter.stride()
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_each_block_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer of one block whole, of several each of its blocks."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        config: Any = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
+        network: Any = UNet2DConditionModel.from_config(config)
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    compile_blocks(network)
+    assert {type(block).__name__ for block in compiled} == {
+        "ResnetBlock2D",
+        "Transformer2DModel" if name == "sd1" else "BasicTransformerBlock",
+    }
+    inside = [id(module) for block in compiled for module in block.modules()]
+    assert len(inside) == len(set(inside))
+    blocks = [m for m in network.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+    assert {id(block) for block in blocks} <= set(inside)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_compiled_blocks_train_the_same(kind: str, settings: Settings, tmp_path: Path) -> None:
+def test_compiled_blocks_train_the_same(
+    kind: str, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = {**settings, "student.kind": kind, "optim.max_train_steps": 3, "run.log_every": 1}
     plain, compiled = (
         distill(resolve({}, {**told, "run.compile": wish, "run.output": str(tmp_path / wish)}))
         for wish in ("off", "on")
     )
+    assert capsys.readouterr().out.count("the networks are compiled at the first step, which takes minutes") == 1
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert result(compiled)["state"].keys() == result(plain)["state"].keys()
 
