@@ -37,7 +37,7 @@ quality: setup ## measure the demo's run, steps x guidance beside its teacher, a
 	@echo "look at $(RUN)/report.html"
 
 # One process a core, each with one thread: the models are too small to share. What a file's tests share is made once.
-test: setup ## the tests (10 minutes or more on 2 cores)
+test: setup ## the tests (8 to 13 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: setup ## the tests that take longer
