@@ -24,7 +24,10 @@ Clock = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Draws:
-    """A step's samples and draws: pixels and captions, noise of the posterior and of diffusion, times, omega."""
+    """A step's samples and draws: pixels and captions, noise of the posterior and of diffusion, times, omega.
+
+    latents: what a VAE of random weights shall have answered.
+    """
 
     pixels: Tensor
     captions: list[str]
@@ -33,6 +36,7 @@ class Draws:
     t: Tensor
     s: Tensor
     omega: Tensor
+    latents: Tensor | None = None
 
 
 def naive_steps(
@@ -67,6 +71,7 @@ def naive_steps(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
     scale = vae.config.scaling_factor
+    vae.to(dtype)
     null = encode([""])
 
     def at(table: Tensor, t: Tensor) -> Tensor:
@@ -82,8 +87,9 @@ def naive_steps(
 
     for draws in batches:
         with clock("VAE and text encoder"), torch.no_grad():
-            posterior = vae.encode(draws.pixels.to(device)).latent_dist
-            latents = (posterior.mean + posterior.std * draws.posterior.to(device)) * scale
+            posterior = vae.encode(draws.pixels.to(device, dtype)).latent_dist
+            latents = (posterior.mean + posterior.std * draws.posterior.to(device)).float() * scale
+            latents = latents if draws.latents is None else draws.latents.to(device)
             c = encode(draws.captions)
             empty = {name: value.expand(len(latents), *value.shape[1:]) for name, value in null.items()}
         t, s, w = draws.t.to(device), draws.s.to(device), draws.omega.to(device)

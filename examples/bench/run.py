@@ -109,6 +109,7 @@ def teacher_of(name: str, device: torch.device) -> Teacher:
         return load_teacher("tiny")
     from memory import full_size
 
+    torch.manual_seed(0)
     teacher = full_size(name, str(device))
     for parameter in teacher.network.parameters():
         parameter.mul_(0.5)  # far from overflow; speed and memory do not depend on them
@@ -149,7 +150,8 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
         t, s = config.objective.pair(schedule, rng)
         omega = draw_omega("baked", config.objective.w_min, config.objective.w_max, rng)
         assert omega is not None
-        yield Draws(pixels, captions, rng.normal("posterior", z), rng.normal("noise", z), t, s, omega)
+        latents = None if members else torch.zeros(batch, *z)  # as the product's, which has no VAE to ask
+        yield Draws(pixels, captions, rng.normal("posterior", z), rng.normal("noise", z), t, s, omega, latents)
 
 
 def naive(name: str, device: torch.device, config: RunConfig, clock: Any) -> Iterator[float]:
