@@ -134,8 +134,8 @@ def choose_adapter(layers: Iterable[Any], name: str | None, *, dropout: bool = F
     layers: of `lora_layers`. Which adapter learns stays as it is.
     """
     for layer in layers:
-        # peft's own way also passes through every parameter, to let what acts learn: a step's three times it are slower than
-        # a small step itself.
+        # peft's own way also passes through every parameter, to let what acts learn: three switches a step cost more
+        # than a small step itself.
         layer._disable_adapters = name is None
         if name is not None:
             layer._active_adapter = [name]

@@ -100,7 +100,7 @@ HOW: dict[str, Any] = {
     ),
     "compile": _option(
         Wish | None,
-        "Compile the networks: faster steps, minutes before the first; auto does long runs of full students on CUDA.  "
+        "Compile the networks: faster steps, minutes before the first; auto: full students on CUDA, in long runs.  "
         "[default: auto]",
     ),
     "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
