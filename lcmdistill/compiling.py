@@ -33,7 +33,7 @@ def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
 
     # Widths, resolutions, and with or without gradients: all are variants of one block, and no more than 8 would be kept.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * shapes)
-    for block in _blocks(network):
+    for block in dict.fromkeys(_blocks(network)):  # adapters share a network
         block.compile(dynamic=False)
 
 

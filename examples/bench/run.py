@@ -55,8 +55,13 @@ PARTS = ("VAE and text encoder", "teacher", "target", "student, forward and back
 SIDES = {"naive": "plain loop", "product": "lcmdistill", "answers": "lcmdistill, data.teacher_draws=1"}
 # Rates at which rounding does not grow: at the tiny teacher's own 1e-4 AdamW takes it to 2e-3 of loss within 50 steps.
 TINY = {"teacher.model": "tiny", "optim.batch_size": 16, "optim.learning_rate": 1e-5, "data.count": 1024}
-FULL_SIZE = {"optim.batch_size": 16, "optim.accumulate": 1, "optim.learning_rate": 1e-7, "run.precision": "bf16"}
-FULL_SIZE |= {"run.memory": "off"}
+FULL_SIZE = {
+    "optim.batch_size": 16,
+    "optim.accumulate": 1,
+    "optim.learning_rate": 1e-7,
+    "run.memory": "off",
+    "run.precision": "bf16",
+}
 
 
 class Clock:
