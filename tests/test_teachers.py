@@ -90,6 +90,11 @@ def test_what_is_no_vp_teacher_is_refused(
         load_teacher(str(folder))
 
 
+def test_a_folder_has_no_revisions(small_teacher: Path) -> None:
+    with pytest.raises(UsageError, match=r"--revision is 'main', and .* lies on this disk"):
+        load_pipeline(str(small_teacher), revision="main")
+
+
 def test_scale_and_shift_are_the_vae_s(tmp_path: Path, small_teacher: Path) -> None:
     folder = edited(
         small_teacher,

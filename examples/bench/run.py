@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import write_text
-from lcmdistill.config import resolve
+from lcmdistill.config import parse_assignment, resolve
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.order import SampleOrder
 from lcmdistill.data.sources import open_source
@@ -142,7 +142,8 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
         size, members = config.data.count or 0, list(open_source("tiny", None, seed))
     z = teacher.example(1, side, "cpu")[0].shape[1:]
     order = SampleOrder(size, seed, batch)
-    any_pixels = torch.rand(batch, 3, side, side) * 2 - 1  # once: a public script's workers read while it computes
+    # Once: a public script's workers read while it computes.
+    any_pixels = torch.empty(0) if members else torch.rand(batch, 3, side, side) * 2 - 1
     for step in range(10**6):
         rng = Rng(seed, step, range(batch))
         if members:
@@ -223,7 +224,7 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, here and now."""
-    n = 2048 if device.type == "cpu" else 8192
+    n = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 256  # a CPU may have no bf16 of its own
     a, clock = torch.rand(n, n, device=device, dtype=dtype), Clock(device)
     torch.mm(a, a)
     clock.wait()
@@ -252,12 +253,12 @@ def step_flops(run: Run) -> float:
     return counter.get_total_flops() * (3 * asked["student"] + asked["teacher"] + asked["target"])
 
 
-def one_side(side: str, name: str) -> None:
+def one_side(side: str, name: str, given: dict[str, Any]) -> None:
     """One side in a process of its own, as its users run it: a step for each line that is read, and told in one of JSON."""
     device = pick_device("auto" if name != "tiny" else "cpu")
     clock, out = Clock(device), sys.stdout
     sys.stdout = sys.stderr
-    told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {})}
+    told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {}), **given}
     facts: dict[str, Any] = {}
     if side == "naive":
         config = settings(name, **told)
@@ -281,14 +282,16 @@ def one_side(side: str, name: str) -> None:
         print(json.dumps(told_now), file=out, flush=True)
 
 
-def compare(name: str, rounds: int) -> dict[str, Any]:
-    """All sides in turn, `rounds` steps each."""
+def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
+    """All sides in turn, `rounds` steps each. given: settings besides the benchmark's own."""
     if name != "tiny" and not torch.cuda.is_available():
         raise SystemExit(f"BENCH={name} needs a CUDA GPU, and torch sees none here")
     names = list(SIDES) if name == "tiny" else ["naive", "product"]  # random images have no answers to keep
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, __file__, "side"]
-    sides: dict[str, Any] = {side: subprocess.Popen([*command, side, name], **pipes) for side in names}
+    sides: dict[str, Any] = {
+        side: subprocess.Popen([*command, side, name, json.dumps(given)], **pipes) for side in names
+    }
 
     def step(side: str) -> dict[str, Any]:
         process = sides[side]
@@ -312,7 +315,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
         process.wait()
     rate, flops = sum(each["rate"] for each in told["product"]) / rounds, told["product"][0]["flops"]
     seconds = {side: sum(each["seconds"] for each in told[side]) for side in names}
-    config, found = settings(name), {}
+    config, found = settings(name, **given), {}
     for side in names:
         parts = told[side][-1]["parts"]
         parts["the rest"] = seconds[side] - sum(parts.values())
@@ -407,9 +410,10 @@ def table(found: dict[str, Any]) -> str:
             cells.append(f"{other / one:.2f}" if one and other else "")
             lines.append(f"| {name} {kind} | {batch} | {' | '.join(cells)} |")
         return "\n".join(lines)
+    mean = {side: sum(losses) / len(losses) for side, losses in found["losses"].items()}
     lines = [
         f"{found['name']}, {found['device']}, {found['dtype']}, batch {found['batch']}, {found['rounds']} steps each in turn; "
-        f"losses at most {found['loss_apart']:.1e} apart:\n",
+        f"mean loss {mean['product']:.6f}, the plain loop's {mean['naive']:.6f}, at most {found['loss_apart']:.1e} apart:\n",
         "| | samples/s | times the plain loop | of the matmul rate | peak memory, GB |",
         "|---|---|---|---|---|",
     ]
@@ -458,17 +462,28 @@ def main() -> None:
         side, name, kind, *batches = sys.argv[2:]
         return alone(side, name, kind, [int(batch) for batch in batches])
     if sys.argv[1:2] == ["side"]:
-        return one_side(*sys.argv[2:])
+        side, name, given = sys.argv[2:]
+        return one_side(side, name, json.loads(given))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", default="tiny", choices=["tiny", "sd15", "sdxl", "memory"])
     parser.add_argument("--rounds", type=int, default=50, help="steps of each side")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of both sides, such as run.precision=fp32 or run.compile=off; implies --dry",
+    )
     arguments = parser.parse_args()
+    given = dict(parse_assignment(text) for text in arguments.set)
+    if given and arguments.name == "memory":
+        parser.error("--set is for speed; memory has settings of its own")
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
-    for found in memory() if arguments.name == "memory" else [compare(arguments.name, arguments.rounds)]:
+    for found in memory() if arguments.name == "memory" else [compare(arguments.name, arguments.rounds, given)]:
         print(table(found), flush=True)
-        if arguments.dry:
+        if arguments.dry or given:
             continue
         write_text(RESULTS / f"{found['name']}.json", json.dumps(found, indent=1) + "\n")
         write_tables()

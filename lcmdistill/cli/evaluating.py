@@ -56,7 +56,7 @@ def evaluate(
 ) -> None:
     """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
     runs, numbers = [_named(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
-    scales = _numbers("--guidance-scale", ",".join(guidance_scale or []))
+    scales = () if guidance_scale is None else _numbers("--guidance-scale", ",".join(guidance_scale))
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is named twice; name each once")
     page = _page(runs, output)
@@ -134,6 +134,6 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> tuple[float, ...
     except ValueError as error:
         example = "1,2,4,8" if whole else "4,7.5"
         raise UsageError(f"{option} is {text!r}; it must be numbers with commas, such as {example}") from error
-    if not all(1 <= value <= 1000 for value in values) or (whole and not values):
+    if not values or not all(1 <= value <= 1000 for value in values):
         raise UsageError(f"{option} is {text!r}; each number must be from 1 to 1000")
     return tuple(dict.fromkeys(values))

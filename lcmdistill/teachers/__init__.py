@@ -80,6 +80,10 @@ def _opened(
     disable_weight_bar()
     name = resolve_alias(model)
     local = Path(name).expanduser()
+    if revision is not None and local.exists():
+        raise UsageError(
+            f"--revision is {revision!r}, and {model} lies on this disk, where models have no revisions; leave it out"
+        )
     if (local / "pipeline" / "model_index.json").is_file():
         local = local / "pipeline"  # of a run's folder
     if local.is_dir():
