@@ -258,9 +258,8 @@ def _asked(
     run: Run, objective: Objective, micro_batches: Iterator[tuple[Rng, Batch]]
 ) -> Iterator[tuple[Rng, Batch, Models]]:
     """Each with the networks that its loss is to ask."""
-    if isinstance(run.side_by_side, Ahead):
-        return run.side_by_side.asked(objective, run.models, micro_batches)
-    return ((rng, batch, _answered(run, rng)) for rng, batch in micro_batches)
+    answered = ((rng, batch, _answered(run, rng)) for rng, batch in micro_batches)
+    return run.side_by_side.asked(objective, answered) if isinstance(run.side_by_side, Ahead) else answered
 
 
 def _answered(run: Run, rng: Rng) -> Models:

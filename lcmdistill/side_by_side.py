@@ -1,7 +1,7 @@
 """A small network's micro-batch on a CPU, as work that goes side by side: a thread with a share of the cores for each.
 
 The operations of such a network are so short that the cores, sharing each of them, mostly wait for one another. The work is
-divided by network where there is a teacher to ask, `Ahead`, or else by sample, `Parts`.
+divided by network, `Ahead`, or where samples are many by sample, `Parts`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +17,8 @@ from lcmdistill.prediction import X0Eps
 
 SMALL = 2**25
 "parameters of a network whose operations one core does as well, and of whose gradients each part may have its own"
-LEAST = 8
-"samples of a part, below which an operation's start costs more than its arithmetic"
+LEAST = 16
+"samples of a part, below which an operation's start costs too much beside its arithmetic"
 
 
 Answered = Callable[[], list[X0Eps]]
@@ -26,46 +26,47 @@ Answered = Callable[[], list[X0Eps]]
 
 
 class Ahead:
-    """Two threads: one asks the frozen networks while the other takes the student forward and back.
+    """Two threads: one asks the frozen networks while the other takes the student forward and, if there is a teacher, back.
 
     The target of a micro-batch is asked when the step before is done, and its teacher one micro-batch earlier: in an
-    LCM's step each thread has three forwards' worth. The networks must draw no dropout.
+    LCM's step each thread has three forwards' worth. Where no teacher is asked, the way back has all cores to itself.
+    The networks must draw no dropout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, asks: bool) -> None:
         cores = max(1, torch.get_num_threads() // 2)
+        self.asks = asks
         self.frozen, self._student = (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(cores,)) for _ in range(2)
         )
 
     def asked(
-        self, objective: Objective, models: Models, micro_batches: Iterable[tuple[Rng, Batch]]
+        self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Models]]
     ) -> Iterator[tuple[Rng, Batch, Models]]:
-        """Micro-batches in their order, each with models that have their answers, or are being asked for them.
+        """Micro-batches in their order, each with models that have their own models' answers, or are being asked for them.
 
         The next one is to be taken only when the optimiser has stepped and the target has followed.
         """
 
-        def ask(thread: ThreadPoolExecutor, role: str, some: Models, micro_batch: tuple[Rng, Batch]) -> Answered:
-            return thread.submit(answers, objective, some, role, *micro_batch).result
+        def ask(thread: ThreadPoolExecutor, role: str, rng: Rng, batch: Batch, some: Models) -> Answered:
+            return thread.submit(answers, objective, some, role, rng, batch).result
 
         given = iter(micro_batches)
         now = next(given, None)
-        teacher = now and ask(self.frozen, "teacher", only(models, "teacher"), now)
+        teacher = now and ask(self.frozen, "teacher", now[0], now[1], only(now[2], "teacher"))
         while now is not None and teacher is not None:
+            rng, batch, models = now
             led = replace(only(models, "target"), teacher=repeating(teacher))
-            target = ask(self.frozen, "target", led, now)
-            student = ask(self._student, "student", only(models, "student"), now)
+            target = ask(self.frozen, "target", rng, batch, led)
+            student = ask(self._student, "student", rng, batch, only(models, "student"))
             told = replace(models, teacher=repeating(teacher), target=repeating(target), student=repeating(student))
-            following = next(given, None)
-            teacher = following and ask(self.frozen, "teacher", only(models, "teacher"), following)
-            rng, batch = now
+            now = next(given, None)
+            teacher = now and ask(self.frozen, "teacher", now[0], now[1], only(now[2], "teacher"))
             yield rng, batch, told
-            now = following
 
     def student(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do the rest of the student's work in its thread: the loss, and the way back."""
-        return self._student.submit(work).result()
+        """Do the rest of the student's work: the loss, and the way back."""
+        return self._student.submit(work).result() if self.asks else work()
 
 
 def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
@@ -132,7 +133,6 @@ def division(
     threads = torch.get_num_threads()
     if threads == 1 or parameters >= SMALL:
         return None
+    asks = asks and forwards(objective, models.schedule).get("teacher", 0) > 0
     count = min(threads, batch_size // LEAST)
-    if asks and count <= 2 and forwards(objective, models.schedule).get("teacher"):
-        return Ahead()
-    return Parts(count) if count > 1 else None
+    return Parts(count) if count > (2 if asks else 1) else Ahead(asks=asks)

@@ -193,8 +193,10 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
         (Ahead, {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3}),
         (Ahead, {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"}),
         (Ahead, {"objective__name": "cd", "objective__scales": 3}),
-        (Parts, {"data__teacher_draws": 2}),
-        (Parts, {"objective__name": "ct"}),
+        (Ahead, {"data__teacher_draws": 2, "optim__batch_size": 3}),
+        (Ahead, {"objective__name": "ct"}),
+        (Parts, {"data__teacher_draws": 2, "optim__batch_size": 32}),
+        (Parts, {"objective__name": "ct", "optim__batch_size": 32}),
     ],
 )
 def test_work_side_by_side_is_the_whole_micro_batch_s(how: type[Any], own: Settings, settings: Settings) -> None:
@@ -217,10 +219,9 @@ def test_work_side_by_side_is_the_whole_micro_batch_s(how: type[Any], own: Setti
 
 @pytest.mark.usefixtures("two_cores")
 def test_what_threads_would_share_is_left_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter is switched on and off in one network; few samples are no more than a part; a large network needs none."""
+    """An adapter is switched on and off in one network; a large network needs no threads of its own."""
     assert built(settings).side_by_side is not None
     assert built(settings, student__kind="lora").side_by_side is None
-    assert built(settings, data__teacher_draws=1, optim__batch_size=15).side_by_side is None
     monkeypatch.setattr(side_by_side, "SMALL", 1000)
     assert built(settings).side_by_side is None
 

@@ -211,7 +211,8 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         clock.thread = 1 / run.side_by_side.count
         torch.autograd.grad = timed("student, forward and backward", torch.autograd.grad)
     elif run.side_by_side is not None:
-        clock.main = clock.thread = 1 / 2  # the optimiser steps while the teacher is asked
+        clock.thread = 1 / 2
+        clock.main = 1 / 2 if run.side_by_side.asks else 1.0  # the optimiser steps while the teacher is asked
     update = "clip, AdamW, EMA"
     run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_)
     run.optimizer.step = timed(update, run.optimizer.step)
