@@ -57,7 +57,8 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25)  # older ones refuse so much
+        if not mallopt(m_mmap_threshold, 2**30):
+            mallopt(m_mmap_threshold, 2**25)  # all that an older one allows
         mallopt(m_trim_threshold, 2**31 - 1)
 
 

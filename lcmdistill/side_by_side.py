@@ -7,6 +7,7 @@ divided by network, `Ahead`, or where samples are many by sample, `Parts`.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,17 +52,22 @@ class Ahead:
         def ask(thread: ThreadPoolExecutor, role: str, rng: Rng, batch: Batch, some: Models) -> Answered:
             return thread.submit(answers, objective, some, role, rng, batch).result
 
-        given = iter(micro_batches)
+        def begun() -> Iterator[tuple[Rng, Batch, Models, Callable[[], Network]]]:
+            for rng, batch, models in micro_batches:
+                if self.asks:
+                    answered = ask(self.frozen, "teacher", rng, batch, only(models, "teacher"))
+                    yield rng, batch, models, partial(repeating, answered)
+                else:
+                    yield rng, batch, models, partial(getattr, models, "teacher")
+
+        given = begun()
         now = next(given, None)
-        teacher = now and ask(self.frozen, "teacher", now[0], now[1], only(now[2], "teacher"))
-        while now is not None and teacher is not None:
-            rng, batch, models = now
-            led = replace(only(models, "target"), teacher=repeating(teacher))
-            target = ask(self.frozen, "target", rng, batch, led)
+        while now is not None:
+            rng, batch, models, teacher = now
+            target = ask(self.frozen, "target", rng, batch, replace(only(models, "target"), teacher=teacher()))
             student = ask(self._student, "student", rng, batch, only(models, "student"))
-            told = replace(models, teacher=repeating(teacher), target=repeating(target), student=repeating(student))
+            told = replace(models, teacher=teacher(), target=repeating(target), student=repeating(student))
             now = next(given, None)
-            teacher = now and ask(self.frozen, "teacher", now[0], now[1], only(now[2], "teacher"))
             yield rng, batch, told
 
     def student(self, work: Callable[[], Tensor]) -> Tensor:
