@@ -231,7 +231,7 @@ class RunSection:
     gradient_checkpointing: bool = False
     "recompute activations in the backward pass: less memory, about a third more time"
     compile: Wish = Wish.auto
-    "compile the networks: faster steps, minutes before the first; auto compiles full students on CUDA in runs of 2000 steps on"
+    "compile the networks: faster steps, minutes before the first; auto: full students on CUDA, from 2000 steps a shape on"
     log_every: int = 10
     "steps between two lines of metrics"
     checkpoint_every: int = 200
