@@ -44,7 +44,7 @@ class Ahead:
     def asked(
         self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Models]]
     ) -> Iterator[tuple[Rng, Batch, Models]]:
-        """Micro-batches in their order, each with models that have their own models' answers, or are being asked for them.
+        """The same micro-batches in their order, their networks being asked already, or asked by now.
 
         The next one is to be taken only when the optimiser has stepped and the target has followed.
         """
@@ -141,4 +141,5 @@ def division(
         return None
     asks = asks and forwards(objective, models.schedule).get("teacher", 0) > 0
     count = min(threads, batch_size // LEAST)
+    # By network two threads have as much to do as each other where a teacher is asked; else the student's way back is shared.
     return Parts(count) if count > (2 if asks else 1) else Ahead(asks=asks)

@@ -287,6 +287,7 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
     """All sides in turn, `rounds` steps each. given: settings besides the benchmark's own."""
     if name != "tiny" and not torch.cuda.is_available():
         raise SystemExit(f"BENCH={name} needs a CUDA GPU, and torch sees none here")
+    config = settings(name, **given)
     names = list(SIDES) if name == "tiny" else ["naive", "product"]  # random images have no answers to keep
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, __file__, "side"]
@@ -316,7 +317,7 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
         process.wait()
     rate, flops = sum(each["rate"] for each in told["product"]) / rounds, told["product"][0]["flops"]
     seconds = {side: sum(each["seconds"] for each in told[side]) for side in names}
-    config, found = settings(name, **given), {}
+    found = {}
     for side in names:
         parts = told[side][-1]["parts"]
         parts["the rest"] = seconds[side] - sum(parts.values())
@@ -474,7 +475,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of both sides, such as run.precision=fp32 or run.compile=off; implies --dry",
+        help="a setting of both sides, as far as the plain loop knows it, such as run.precision=fp32; implies --dry",
     )
     arguments = parser.parse_args()
     given = dict(parse_assignment(text) for text in arguments.set)
