@@ -95,11 +95,6 @@ def recognise(path: Path, header: Header) -> Recognised:
         refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
         what = "is SDXL's refiner" if refiner else "holds no text encoder that is known here"
         raise UsageError(f"{path} {what}; give a whole checkpoint of Stable Diffusion 1, 2 or XL base")
-    if layout == "sd1" and not any(name.startswith(f"{LAYOUTS[layout][0]}text_model.") for name in names):
-        raise UsageError(
-            f"{path} names its text encoder's weights as files of 2022 do, without text_model, which is not read here; save it "
-            "anew with a program that opens it (A1111's checkpoint merger), or give a diffusers folder"
-        )
     if not any(name.startswith("first_stage_model.") for name in names):
         raise UsageError(f"{path} holds no VAE (first_stage_model...); give a checkpoint with its VAE in it")
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:

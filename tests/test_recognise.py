@@ -132,13 +132,11 @@ def test_what_a_file_says_of_itself_is_heard(
 # -- what is none ------------------------------------------------------------------------------------------------------
 
 U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
-OLD = "cond_stage_model.transformer.embeddings.token_embedding.weight"
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
     ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; give the checkpoint"),
     ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
     ({U: (8, 4, 3, 3)}, "holds no text encoder"),
     ({U: (8, 4, 3, 3), "conditioner.embedders.0.model.x": (1,)}, "is SDXL's refiner"),
-    ({U: (8, 4, 3, 3), OLD: (1,)}, "as files of 2022 do"),
     ({U: (8, 4, 3, 3), C: (1,)}, "holds no VAE"),
     ({U: (8, 8, 3, 3), C: (1,), "first_stage_model.x": (1,)}, "takes 8 channels"),
     ({U: (8, 4, 3, 3), C: (1,), "first_stage_model.x": (1,), "edm_mean": (1,)}, "EDM's frame"),
@@ -245,3 +243,23 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path: Path, small_teacher: Pat
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "c.safetensors")
     with pytest.raises(UsageError, match=r"c.safetensors .*: weights are missing, or there are fewer blocks"):
         load_single_file(tmp_path / "c.safetensors", configs=small_teacher)
+
+
+def test_a_text_encoder_named_as_in_2022_is_read(tmp_path: Path, small_teacher: Path) -> None:
+    pipeline = opened(small_teacher)
+    write_single_file(pipeline, tmp_path / "a.safetensors", dtype=torch.float16)
+    tensors = {name.replace("text_model.", ""): value for name, value in load_file(tmp_path / "a.safetensors").items()}
+    positions = "cond_stage_model.transformer.embeddings.position_ids"
+    tensors[positions] = tensors[positions].half() - 1  # as merging left them in many a file
+    save_file(tensors, tmp_path / "old.safetensors")
+    encoder = load_single_file(tmp_path / "old.safetensors", configs=small_teacher).text_encoder
+    within = getattr(encoder, "text_model", encoder)  # with the version of transformers
+    assert within.embeddings.position_ids.tolist() == [list(range(77))]
+    state = encoder.state_dict()
+    assert all(
+        torch.equal(state[name], each.half().float()) for name, each in pipeline.text_encoder.state_dict().items()
+    )
+    lost = "cond_stage_model.transformer.final_layer_norm.weight"
+    save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match=r"b.safetensors lacks 1 weights of its CLIPTextModel, such as .*final_layer"):
+        load_single_file(tmp_path / "b.safetensors", configs=small_teacher)

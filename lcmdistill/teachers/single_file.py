@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.errors import UsageError
-from lcmdistill.recognise import Recognised, read_header, recognise
+from lcmdistill.recognise import LAYOUTS, Recognised, read_header, recognise
 
 CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
 
@@ -29,16 +29,21 @@ def load_single_file(path: Path, prediction_type: str | None = None, configs: Pa
     import diffusers
     import torch
 
-    found = recognise(path, read_header(path))
+    header = read_header(path)
+    found = recognise(path, header)
+    start = LAYOUTS["sd1"][0]
+    of_2022 = found.layout == "sd1" and not any(name.startswith(f"{start}text_model.") for name in header.tensors)
     kind = "StableDiffusionXL" if found.layout == "sdxl" else "StableDiffusion"
     pipeline_class: Any = getattr(diffusers, f"{kind}{'Inpaint' * found.inpaints}Pipeline")
-    absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    given: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if found.layout != "sdxl":
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
+        given |= {"safety_checker": None, "requires_safety_checker": False}
     with _config_folder(found, prediction_type, configs or CONFIGS / found.layout) as folder:
         try:
+            if of_2022:
+                given["text_encoder"] = _text_encoder_of_2022(path, start, folder / "text_encoder")
             pipeline = pipeline_class.from_single_file(
-                str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **absent
+                str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **given
             )
         except Exception as error:  # a loader that is fed something else raises whatever it stumbles over
             said = str(error).strip().split("\n")[0]
@@ -51,6 +56,26 @@ def load_single_file(path: Path, prediction_type: str | None = None, configs: Pa
             if lost:
                 raise UsageError(f"{path} lacks {len(lost)} weights of its {type(part).__name__}, such as {lost[0]}")
     return pipeline
+
+
+def _text_encoder_of_2022(path: Path, start: str, config: Path) -> Any:
+    """CLIP from keys without the `text_model.` that diffusers looks for, in fp32; what the file lacks is left on meta.
+
+    Stable Diffusion's keys were so at first, and what was merged of that year's models is so still.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    encoder: Any = CLIPTextModel(CLIPTextConfig.from_pretrained(config)).eval()
+    state = {name: torch.empty_like(value, device="meta") for name, value in encoder.state_dict().items()}
+    with safe_open(path, "pt") as file:
+        stored = set(file.keys())
+        for name in state:
+            if (key := start + name.removeprefix("text_model.")) in stored:
+                state[name] = file.get_tensor(key).float()
+    encoder.load_state_dict(state, assign=True)
+    return encoder
 
 
 @contextmanager
