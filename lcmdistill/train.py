@@ -41,7 +41,7 @@ from lcmdistill.rundir import check_run, finished, mark_finished, open_run, sett
 from lcmdistill.settings import RunConfig
 from lcmdistill.teachers import load_teacher
 from lcmdistill.tracking import Metrics, check_tracker, progress, say
-from lcmdistill.validate import Validation
+from lcmdistill.validate import STEPS, Validation
 
 SLOW_DATA = 0.05
 "the share of its time that a run may wait for data in silence"
@@ -146,11 +146,11 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
     """Go through the steps; log, check, validate and save at their times."""
     config, accelerator = run.config.run, run.accelerator
     total = run.config.optim.max_train_steps
-    count, since = 0, time.monotonic()
-    if validation is not None and _due(run.step, config.validate_every, total) and validation.is_missing(run.step):
-        _validate(run, validation, metrics)
     with progress("distilling", total, enabled=validation is not None) as bar:
         bar.update(run.step)
+        if validation is not None and _due(run.step, config.validate_every, total) and validation.is_missing(run.step):
+            _validate(run, validation, metrics)
+        count, since = 0, time.monotonic()
         agreement = Agreement(stop, accelerator)
         memory = MemoryCheck(run.needed if validation is not None else None, accelerator.device)
         for loss, norm in train_steps(run, run.config.objective):
@@ -199,7 +199,9 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _validate(run: Run, validation: Validation, metrics: Metrics | None) -> None:
-    validation.draw(run.step, run.student.for_drawing(), metrics)
+    numbers = validation.draw(run.step, run.student.for_drawing(), metrics)
+    far = ", ".join(f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS) if numbers else ""
+    say(f"step {run.step} drawn: {validation.picture(run.step)}{f'  RMSE to the teacher {far} steps' if far else ''}")
     if run.config.run.best_metric != "none":
         weights = run.student.averaged or run.student.trainable
         if worry := keep_best(run.folder, run.config.run.best_metric, run.step, weights):

@@ -22,7 +22,7 @@ from lcmdistill.settings import RunConfig
 from lcmdistill.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pixel import class_names
-from lcmdistill.tracking import Metrics, read_metrics
+from lcmdistill.tracking import Metrics, read_metrics, say
 
 STEPS = (1, 2, 4, 8)
 SHOWN = 4
@@ -73,6 +73,8 @@ class Validation:
         place = cache_root(config.data) / "evaluation" / f"validation-{digest([*about, str(dtype)])}.safetensors"
 
         def draw() -> Tensor:
+            count = len(self._prompts)
+            say(f"the teacher draws the {count} validation pictures in {TEACHER_STEPS} steps, once: they are kept")
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
 
@@ -96,7 +98,7 @@ class Validation:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
         picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
-        with file_written_aside(self._folder / "samples" / f"step-{step:06d}.png") as aside:
+        with file_written_aside(self.picture(step)) as aside:
             picture.save(aside)
         for i, (prompt, image) in enumerate(zip(self._prompts, columns[STEPS.index(SHOWN)], strict=True)):
             info = PngInfo()
@@ -113,7 +115,11 @@ class Validation:
         done = self._reference is None or any(
             line["step"] == step and "val/rmse_1" in line for line in read_metrics(self._folder)
         )
-        return not (done and (self._folder / "samples" / f"step-{step:06d}.png").is_file())
+        return not (done and self.picture(step).is_file())
+
+    def picture(self, step: int) -> Path:
+        """Where the grid of a step lies."""
+        return self._folder / "samples" / f"step-{step:06d}.png"
 
     def _latents(self, pipeline: Any, steps: int) -> Tensor:
         return student_latents(

@@ -284,6 +284,15 @@ def test_help_is_told_at_once() -> None:
         assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_waiting_threads_leave_their_core_before_torch_makes_any(given: dict[str, str], expected: str) -> None:
+    told = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = f"import os, sys; from lcmdistill import cli; cli.app = lambda **_: {told}; cli.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stdout == f"{expected} False\n"
+
+
 @pytest.mark.parametrize("offline", [pytest.param("1", marks=pytest.mark.slow), "0"])
 def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path, offline: str) -> None:
     arguments = ["distill", "--teacher", "owner/no-such-teacher", "--output", str(tmp_path / "out")]

@@ -13,6 +13,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -291,9 +292,11 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
     names = list(SIDES) if name == "tiny" else ["naive", "product"]  # random images have no answers to keep
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, __file__, "side"]
-    sides: dict[str, Any] = {
-        side: subprocess.Popen([*command, side, name, json.dumps(given)], **pipes) for side in names
-    }
+    sides: dict[str, Any] = {}
+    for side in names:
+        # What the command line sets before it loads torch.
+        own = {} if side == "naive" else {"OMP_WAIT_POLICY": "passive"}
+        sides[side] = subprocess.Popen([*command, side, name, json.dumps(given)], env={**os.environ, **own}, **pipes)
 
     def step(side: str) -> dict[str, Any]:
         process = sides[side]

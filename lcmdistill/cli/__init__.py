@@ -48,6 +48,9 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
+    # Threads that wait for one another sleep. Else each waits by running, beside another program on the very core that the
+    # one it waits for is to have, and a CPU's step can take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
     gc.set_threshold(100_000, 50, 50)
     try:
