@@ -100,7 +100,9 @@ def estimator(asked: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int
 
     def needed(config: RunConfig) -> Breakdown:
         optim, top = config.optim, asked.optim.batch_size
-        plain = with_values(config, {"student.offload_target": False, "optim.optimizer": "adamw"})
+        # Gradients lie there before a backward pass or they do not: more micro-batches than two change nothing.
+        few = {"optim.accumulate": min(optim.accumulate, 2)}
+        plain = with_values(config, {"student.offload_target": False, "optim.optimizer": "adamw", **few})
         if optim.batch_size in (1, top):
             memory = step(plain)
         else:
@@ -117,8 +119,10 @@ def estimator(asked: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int
     return needed
 
 
-def planned(config: RunConfig, teacher: Teacher, device: torch.device, *, free: float, world: int = 1) -> Plan | None:
-    """The plan that `run.memory` asks for; None if it asks for none.
+def planned(
+    config: RunConfig, teacher: Teacher, device: torch.device, *, free: float, world: int = 1, loud: bool = False
+) -> Plan | None:
+    """The plan that `run.memory` asks for; None if it asks for none. loud: whether to say that it is being made.
 
     free: bytes that the device has left, which `auto` goes by. A run that goes on with the memory it was planned for is left
     as it is, and one that is planned anew keeps its optimiser. Raises UsageError where nothing fits in what was said.
@@ -126,6 +130,8 @@ def planned(config: RunConfig, teacher: Teacher, device: torch.device, *, free: 
     said = config.run.memory
     if said == "off" or (said == "auto" and device.type != "cuda"):
         return None
+    if loud:
+        say("memory: working out what a step takes")  # half a minute for the largest networks
     dtype, before = compute_dtype(config.run.precision, device), begun(Path(config.run.output or ""))
     needed = estimator(config, teacher, dtype, world)
     whole_card = said != "auto"

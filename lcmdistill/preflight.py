@@ -160,7 +160,7 @@ def dry_run(config: RunConfig) -> None:
     config = settle(config, 1, teacher)
     check_run(config)
     guard(config, teacher)
-    plan = planned(config, teacher, device, free=free_memory(device))
+    plan = planned(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
     say(to_toml(config))
     say(f"output: {folder} ({state})")

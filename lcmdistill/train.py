@@ -86,7 +86,7 @@ def _distill(asked: RunConfig, accelerator: Accelerator, stop: Stop) -> Path:
     if loud:
         check_run(config)
     guard(config, teacher)
-    plan = planned(config, teacher, accelerator.device, free=least_free(accelerator), world=world)
+    plan = planned(config, teacher, accelerator.device, free=least_free(accelerator), world=world, loud=loud)
     if plan is not None:
         config = plan.config
         if loud:

@@ -171,6 +171,25 @@ def test_storages_are_counted_as_long_as_they_live() -> None:
     assert live.peak == 600
 
 
+def test_what_an_operation_gave_once_is_not_worked_out_again() -> None:
+    x, live = torch.empty(2, 4, 8, 8, device="meta"), Live()
+
+    def once(x: Tensor) -> list[Tensor]:
+        low, high = torch.var_mean(x, (2, 3))
+        return [x.half() @ x.half().mT, low, high, x.to(memory_format=torch.channels_last), x.mT, x.add_(1)]
+
+    with live:
+        first, held = once(x), live.now
+        again = once(x)
+    assert [(y.shape, y.stride(), y.dtype) for y in first] == [(y.shape, y.stride(), y.dtype) for y in again]
+    storages = [y.untyped_storage()._cdata for y in (*first, *again)]
+    # The transposed x and the x that was added to are x itself, each time; all else is new.
+    own = x.untyped_storage()._cdata
+    assert [key == own for key in storages] == 2 * [False, False, False, False, True, True]
+    assert len(set(storages)) == 9
+    assert live.now == 2 * held - x.untyped_storage().nbytes()
+
+
 # -- the plan, which is a pure function -------------------------------------------------------------------------------
 
 
@@ -246,7 +265,6 @@ def test_room_is_left_for_what_is_not_tensors() -> None:
     assert usable(12 * GIB, whole_card=True) < usable(12 * GIB, whole_card=False) < 12 * GIB
 
 
-@pytest.mark.slow
 def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
     small_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +280,7 @@ def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
     for values in candidates(asked, eight_bits=False):  # eight bits change the optimiser's bytes alone, by a formula
         config = plan.with_values(asked, values)
         assert needed(config).total >= 0.999 * step_memory(config, teacher, torch.bfloat16).total
-    assert len(calls) <= 6
+    assert len(calls) <= 4
 
 
 def test_auto_goes_by_what_a_gpu_has_free_and_leaves_a_cpu_alone(
