@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from conftest import build_teacher
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.teachers import ALIASES, FAMILIES, load_pipeline, load_teacher
+from lcmdistill.teachers import ALIASES, FAMILIES, base, load_pipeline, load_teacher
 
 
 def edited(folder: Path, to: Path, file: str, edit: Callable[[Any], Any]) -> Path:
@@ -208,6 +210,29 @@ def test_a_pickle_is_refused_unless_asked_for(tmp_path: Path, small_teacher: Pat
     loaded = load_teacher(str(folder), allow_pickle=True)
     expected = load_teacher(str(small_teacher))
     assert loaded.fingerprint(with_network=True) == expected.fingerprint(with_network=True)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_are_hashed_again_only_when_they_were_written_to(
+    small_teacher: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_teacher(str(small_teacher))
+    before = teacher.fingerprint(with_network=True)
+    assert load_teacher(str(small_teacher)).fingerprint(with_network=True) == before
+    hashed = []
+    monkeypatch.setattr(base.hashlib, "blake2b", lambda *a, **k: hashed.append(a) or blake2b(*a, **k))
+    assert teacher.fingerprint(with_network=True) == before
+    assert len(hashed) == 1  # what is not a weight
+    module = teacher.pipeline.components[part]
+    last = max(module.parameters(), key=Tensor.numel).detach().view(-1)[-1]
+    kept = last.clone()
+    last += 1
+    assert teacher.fingerprint(with_network=True) != before
+    assert len(hashed) == 2 + len(module.state_dict())
+    last.copy_(kept)
+    assert teacher.fingerprint(with_network=True) == before
+    module.half()
+    assert teacher.fingerprint(with_network=True) != before
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
