@@ -101,8 +101,8 @@ class Live(TorchDispatchMode):
             made = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in shapes]
             return made[0] if len(made) == 1 else tuple(made)
         out = func(*args, **kwargs)
-        own = [out] if isinstance(out, Tensor) else out
-        if _makes_new(func) and isinstance(own, list | tuple) and all(isinstance(x, Tensor) and x.is_meta for x in own):
+        own = (out,) if isinstance(out, Tensor) else out
+        if _makes_new(func) and isinstance(own, tuple) and all(isinstance(x, Tensor) and x.is_meta for x in own):
             _KNOWN[key] = [(x.shape, x.stride(), x.dtype) for x in own]
         return out
 
