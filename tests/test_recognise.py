@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,8 @@ def test_the_vocabulary_is_clip_s(tmp_path: Path) -> None:
         "naïve": [1097, 35689, 563],
         "日本 émoji 😀 it's 12": [39121, 19277, 361, 3459, 617, 2697, 7334, 585, 568, 272, 273],
     }.items():
-        assert tokenizer(text).input_ids[1:-1] == ids
+        if version("transformers") >= "5" or "日" not in text:  # 4 parts Chinese words, without ftfy
+            assert tokenizer(text).input_ids[1:-1] == ids
 
 
 def test_what_it_was_taken_for_is_said_before_anything_is_loaded(

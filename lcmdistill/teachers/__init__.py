@@ -202,7 +202,9 @@ def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception
         )
     if is_folder:
         return UsageError(f"{model} cannot be loaded as a diffusers pipeline: {first}")
-    if "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower():
+    text += str(error.__cause__ or "")  # where older versions of diffusers tell what happened
+    unreached = "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower()
+    if unreached or ("not cached locally" in text and "Not Found" not in text):
         from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"
