@@ -1,10 +1,13 @@
 """Small random models of every family, built from their real classes."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokenizers
+import transformers
 from conftest import build_teacher, write_tokenizer
 from torch import nn
 from transformers import (
@@ -157,7 +160,14 @@ def build_pixart(folder: Path) -> Path:
     )
     text = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
-    tokenizer = T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=120)
+    told: dict[str, Any] = {"extra_ids": 0, "model_max_length": 120}
+    if version("transformers") >= "5":
+        tokenizer = T5Tokenizer(vocab=letters, **told)
+    else:
+        fast = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        fast.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer = transformers.T5TokenizerFast(tokenizer_object=fast, **told)  # pyright: ignore[reportAttributeAccessIssue]
     PixArtPipeline(
         tokenizer=tokenizer,
         text_encoder=text,

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from lcmdistill import cli, hub, publish
@@ -75,6 +75,8 @@ class StubHub:
                 for f in files
             ]
             return 200, {"files": modes}
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/main", path):  # which older versions ask
+            return 200, {"id": found[1], "sha": "0" * 40, "private": False, "tags": [], "siblings": []}
         if path.endswith(".git/info/lfs/objects/batch"):
             objects = [
                 {**each, "actions": {"upload": {"href": f"{self.endpoint}/put/{each['oid']}"}}}

@@ -272,10 +272,10 @@ def test_tiles_are_of_half_a_thousand_pixels_and_one_image_at_a_time(
 def test_prompts_are_what_diffusers_makes_of_them_without_clip_s_last_layers(
     family: str, skip: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # diffusers 0.42 looks for what transformers from 5.6 on have no more.
-    if not hasattr(CLIPTextModel, "text_model"):
-        monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
     pipeline = opened(folders[family])
+    # diffusers 0.42 looks for what transformers from 5.6 on have no more.
+    if not hasattr(pipeline.text_encoder, "text_model"):
+        monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
     options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with torch.no_grad():
         expected = pipeline.encode_prompt(["a cat", "a dog"], **options, clip_skip=skip)

@@ -71,6 +71,7 @@ def adapter_config(lora: Lora) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(lora),
+        "rank_pattern": {},  # diffusers 0.35 asks for it
     }
 
 
