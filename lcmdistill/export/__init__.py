@@ -9,7 +9,7 @@ import torch
 
 from lcmdistill.checkpoint import file_written_aside, written_aside
 from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.lora_files import Lora, header, write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.lora_files import DIFFUSERS_LORA, Lora, header, write_diffusers_lora, write_kohya, write_peft
 from lcmdistill.export.onnx_files import cases_of, need_onnx, verify_onnx, write_onnx
 from lcmdistill.export.pipeline import write_pipeline
 from lcmdistill.export.product import Product, load_product
@@ -134,7 +134,7 @@ def _verified_lora(product: Product, request: Request, expected: Outputs, folder
         return f"{request.output}: not verified"
     fresh = product.base_pipeline()
     bare = network_outputs(fresh.unet, request.guidance_scale)
-    fresh.load_lora_weights(str(folder), weight_name=name)
+    fresh.load_lora_weights(str(folder), weight_name=name or DIFFUSERS_LORA)
     # The base is in fp32 on both sides, and half precision rounds no more than what the LoRA adds, which may be little.
     bound = BOUNDS[torch.float32]
     if name and request.dtype != torch.float32:

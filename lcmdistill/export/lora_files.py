@@ -62,6 +62,10 @@ def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+"the file that diffusers looks for in a folder; offline, older versions have to be told"
+
+
 def adapter_config(lora: Lora) -> dict[str, Any]:
     """peft's LoraConfig as plain values; target_modules is a list of whole paths, so that nothing else can match."""
     return {
@@ -129,7 +133,7 @@ def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) 
     """`pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
     adapter = {f"unet.{key}": value for key, value in adapter_config(lora).items()}
     described = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    save_file(peft_tensors(lora, "unet"), folder / "pytorch_lora_weights.safetensors", metadata=described)
+    save_file(peft_tensors(lora, "unet"), folder / DIFFUSERS_LORA, metadata=described)
 
 
 def write_peft(lora: Lora, folder: Path, base_model: str, scheduler: str) -> None:
