@@ -101,14 +101,18 @@ def estimator(asked: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int
     def needed(config: RunConfig) -> Breakdown:
         optim, top = config.optim, asked.optim.batch_size
         # Gradients lie there before a backward pass or they do not: more micro-batches than two change nothing.
-        few = {"optim.accumulate": min(optim.accumulate, 2)}
-        plain = with_values(config, {"student.offload_target": False, "optim.optimizer": "adamw", **few})
+        plain = with_values(
+            config,
+            {
+                "student.offload_target": False,
+                "optim.optimizer": "adamw",
+                "optim.accumulate": min(optim.accumulate, 2),
+            },
+        )
         if optim.batch_size in (1, top):
             memory = step(plain)
         else:
-            one, most = (
-                step(with_values(plain, {"optim.batch_size": size, "optim.accumulate": 2})) for size in (1, top)
-            )
+            one, most = (step(with_values(plain, {"optim.batch_size": size})) for size in (1, top))
             share = (optim.batch_size - 1) / (top - 1)
             between = round(one.activations + share * (most.activations - one.activations))
             memory = replace(one, activations=between)

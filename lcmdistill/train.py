@@ -200,8 +200,11 @@ def _due(step: int, every: int, total: int) -> bool:
 
 def _validate(run: Run, validation: Validation, metrics: Metrics | None) -> None:
     numbers = validation.draw(run.step, run.student.for_drawing(), metrics)
-    far = ", ".join(f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS) if numbers else ""
-    say(f"step {run.step} drawn: {validation.picture(run.step)}{f'  RMSE to the teacher {far} steps' if far else ''}")
+    told = f"step {run.step} drawn: {validation.picture(run.step)}"
+    if numbers:
+        distances = (f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS)
+        told += f"  RMSE to the teacher {', '.join(distances)} steps"
+    say(told)
     if run.config.run.best_metric != "none":
         weights = run.student.averaged or run.student.trainable
         if worry := keep_best(run.folder, run.config.run.best_metric, run.step, weights):

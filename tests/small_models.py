@@ -20,6 +20,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+TRANSFORMERS_5 = int(version("transformers").partition(".")[0]) >= 5
 # diffusers annotates its tuples with one element only.
 UNet: Any = diffusers.UNet2DConditionModel
 AutoencoderKL: Any = diffusers.AutoencoderKL
@@ -161,7 +162,7 @@ def build_pixart(folder: Path) -> Path:
     text = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
     told: dict[str, Any] = {"extra_ids": 0, "model_max_length": 120}
-    if version("transformers") >= "5":
+    if TRANSFORMERS_5:
         tokenizer = T5Tokenizer(vocab=letters, **told)
     else:
         fast = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))

@@ -30,6 +30,8 @@ BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 SCHEDULER_KEY = "lcmdistill.scheduler"
 "where a file's header names the class of diffusers that draws with it"
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+"the file that diffusers looks for in a folder; offline, older versions have to be told"
 
 
 def rank_of(lora: Lora) -> int:
@@ -60,10 +62,6 @@ def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
         tensors[f"{prefix}.{path}.lora_A.weight"] = layer.down.contiguous()
         tensors[f"{prefix}.{path}.lora_B.weight"] = layer.up.contiguous()
     return tensors
-
-
-DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
-"the file that diffusers looks for in a folder; offline, older versions have to be told"
 
 
 def adapter_config(lora: Lora) -> dict[str, Any]:
