@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a toke
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,10 +34,6 @@ class Conditioning:
     def expand(self, size: int) -> "Conditioning":
         """One sample's conditioning repeated for a batch of `size`, without a copy."""
         return self._each(lambda value: value.expand(size, *value.shape[1:]))
-
-    def rows(self, start: int, stop: int) -> "Conditioning":
-        """The samples from start to stop."""
-        return self._each(lambda value: value[start:stop])
 
     def cat(self, other: "Conditioning") -> "Conditioning":
         """Both, one after the other, along the batch."""
@@ -72,10 +68,6 @@ class Batch:
 
     latents: Tensor
     cond: Conditioning
-
-    def rows(self, start: int, stop: int) -> "Batch":
-        """The samples from start to stop."""
-        return Batch(self.latents[start:stop], self.cond.rows(start, stop))
 
 
 # (z, t, c, w) -> (x0, eps); w is None for a network without an omega input.
@@ -143,11 +135,6 @@ class Rng:
         """Uniform draws from 0 to high - 1, (B,) int64."""
         draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
         return onto(torch.cat(draws), self.device)
-
-    def rows(self, start: int, stop: int) -> "Rng":
-        """The draws of the samples from start to stop."""
-        kept = None if self.kept is None else self.kept[start:stop]
-        return replace(self, places=self.places[start:stop], kept=kept)
 
     def _generators(self, stream: str) -> list[torch.Generator]:
         if self.kept is not None and stream in KEPT:

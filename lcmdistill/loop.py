@@ -27,7 +27,7 @@ from lcmdistill.objectives.shared import place_of
 from lcmdistill.optimizer import learning_rate_at, make_optimizer
 from lcmdistill.processes import Accelerator
 from lcmdistill.settings import RunConfig
-from lcmdistill.side_by_side import Ahead, Parts, division
+from lcmdistill.side_by_side import Ahead, division
 from lcmdistill.student import Student, make_student, raw_network
 from lcmdistill.teachers.base import Teacher
 
@@ -62,7 +62,7 @@ class Run:
     "what the teacher was asked beforehand, if it was"
     compiled: bool = False
     "whether the first step compiles the networks"
-    side_by_side: Ahead | Parts | None = None
+    side_by_side: Ahead | None = None
     "how a CPU divides the micro-batches of a small network"
     waited: float = 0.0
     "seconds that the loop has waited for data since the last line of metrics"
@@ -151,12 +151,12 @@ def build(
     if compiled:
         compile_blocks(networks, shapes)
     side_by_side = None
-    # Processes have the cores to themselves already, adapters are switched in a network that all threads would share, and
-    # dropout draws from one generator.
-    if device.type == "cpu" and not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or compiled):
+    # Processes have the cores to themselves already, adapters are switched in a network that all threads would share,
+    # dropout draws from one generator, and what is recomputed must be what was computed.
+    shared = accelerator.num_processes > 1 or is_adapter or student.has_dropout or config.run.gradient_checkpointing
+    if device.type == "cpu" and not (shared or compiled):
         parameters = sum(p.numel() for p in student.trainable.values())
-        batch_size, asks = config.optim.batch_size, answers is None
-        side_by_side = division(config.objective, models, parameters, batch_size, asks=asks)
+        side_by_side = division(config.objective, models, parameters, asks=answers is None)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(
@@ -191,7 +191,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             rng, batch, models = next(micro_batches)
             last = micro == optim.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
-                each = _backward(run, objective, models, batch, rng, parameters)
+                each = _backward(run, objective, models, batch, rng)
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
@@ -204,11 +204,9 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         yield total, torch.as_tensor(norm)
 
 
-def _backward(
-    run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng, parameters: list[Tensor]
-) -> Tensor:
+def _backward(run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng) -> Tensor:
     """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
-    size, accumulate = len(batch.latents), run.config.optim.accumulate
+    accumulate = run.config.optim.accumulate
 
     def whole() -> Tensor:
         models.seed_dropout(rng)
@@ -216,12 +214,6 @@ def _backward(
         run.accelerator.backward(each.mean() / accumulate)
         return each.detach()
 
-    def losses(start: int, stop: int) -> Tensor:
-        some = rng.rows(start, stop)
-        return objective.loss(_answered(run, some), batch.rows(start, stop), some)
-
-    if isinstance(run.side_by_side, Parts):
-        return run.side_by_side.add_gradients(losses, size, 1 / (size * accumulate), parameters)
     return whole() if run.side_by_side is None else run.side_by_side.student(whole)
 
 
@@ -259,7 +251,7 @@ def _asked(
 ) -> Iterator[tuple[Rng, Batch, Models]]:
     """Each with the networks that its loss is to ask."""
     answered = ((rng, batch, _answered(run, rng)) for rng, batch in micro_batches)
-    return run.side_by_side.asked(objective, answered) if isinstance(run.side_by_side, Ahead) else answered
+    return run.side_by_side.asked(objective, answered) if run.side_by_side is not None else answered
 
 
 def _answered(run: Run, rng: Rng) -> Models:

@@ -1,25 +1,29 @@
-"""A small network's micro-batch on a CPU, as work that goes side by side: a thread with a share of the cores for each.
+"""A small network's micro-batch on a CPU, as work that goes side by side: two threads, each with half of the cores.
 
-The operations of such a network are so short that the cores, sharing each of them, mostly wait for one another. The work is
-divided by network, `Ahead`, or where samples are many by sample, `Parts`.
+The operations of such a network are so short that the cores, sharing each of them, mostly wait for one another.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.overrides import TorchFunctionMode
 
 from lcmdistill.batch import Batch, Conditioning, Models, Network, Rng
 from lcmdistill.objectives import Objective, forwards, only
 from lcmdistill.prediction import X0Eps
 
 SMALL = 2**25
-"parameters of a network whose operations one core does as well, and of whose gradients each part may have its own"
-LEAST = 16
-"samples of a part, below which an operation's start costs too much beside its arithmetic"
+"parameters of a network whose operations one core does as well"
 
 
 Answered = Callable[[], list[X0Eps]]
@@ -27,11 +31,11 @@ Answered = Callable[[], list[X0Eps]]
 
 
 class Ahead:
-    """Two threads: one asks the frozen networks while the other takes the student forward and, if there is a teacher, back.
+    """Two threads: one asks the frozen networks while the other takes the student forward and back.
 
-    The target of a micro-batch is asked when the step before is done, and its teacher one micro-batch earlier: in an
-    LCM's step each thread has three forwards' worth. Where no teacher is asked, the way back has all cores to itself.
-    The networks must draw no dropout.
+    The target of a micro-batch is asked when the step before is done, and its teacher one micro-batch earlier: in an LCM's
+    step each thread has three forwards' worth. Where no teacher is asked, both find gradients of the student's weights.
+    The networks must draw no dropout, and recompute nothing.
     """
 
     def __init__(self, *, asks: bool) -> None:
@@ -40,6 +44,7 @@ class Ahead:
         self.frozen, self._student = (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(cores,)) for _ in range(2)
         )
+        self._weights = WeightGradients()
 
     def asked(
         self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Models]]
@@ -49,30 +54,50 @@ class Ahead:
         The next one is to be taken only when the optimiser has stepped and the target has followed.
         """
 
-        def ask(thread: ThreadPoolExecutor, role: str, rng: Rng, batch: Batch, some: Models) -> Answered:
-            return thread.submit(answers, objective, some, role, rng, batch).result
-
         def begun() -> Iterator[tuple[Rng, Batch, Models, Callable[[], Network]]]:
             for rng, batch, models in micro_batches:
+                teacher: Callable[[], Network] = partial(getattr, models, "teacher")
                 if self.asks:
-                    answered = ask(self.frozen, "teacher", rng, batch, only(models, "teacher"))
-                    yield rng, batch, models, partial(repeating, answered)
-                else:
-                    yield rng, batch, models, partial(getattr, models, "teacher")
+                    asked = self.frozen.submit(answers, objective, only(models, "teacher"), "teacher", rng, batch)
+                    teacher = partial(repeating, asked.result)
+                yield rng, batch, models, teacher
 
         given = begun()
         now = next(given, None)
         while now is not None:
             rng, batch, models, teacher = now
-            target = ask(self.frozen, "target", rng, batch, replace(only(models, "target"), teacher=teacher()))
-            student = ask(self._student, "student", rng, batch, only(models, "student"))
-            told = replace(models, teacher=teacher(), target=repeating(target), student=repeating(student))
+            of_target = replace(only(models, "target"), teacher=teacher())
+            target = self.frozen.submit(answers, objective, of_target, "target", rng, batch)
+            of_student = partial(answers, objective, only(models, "student"), "student", rng, batch)
+            if not self.asks:
+                self._weights = WeightGradients()
+                of_student = partial(self._weights.put_off_by, of_student)
+            student = self._student.submit(of_student)
+            told = replace(
+                models, teacher=teacher(), target=repeating(target.result), student=repeating(student.result)
+            )
             now = next(given, None)
             yield rng, batch, told
 
     def student(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the rest of the student's work: the loss, and the way back."""
-        return self._student.submit(work).result() if self.asks else work()
+        if self.asks:
+            return self._student.submit(work).result()
+        weights = self._weights
+
+        def back() -> Tensor:
+            try:
+                done = work()
+            finally:
+                weights.close()
+            weights.find()
+            return done
+
+        helped, done = self.frozen.submit(weights.find), self._student.submit(back)
+        found = done.result()
+        helped.result()
+        weights.add()
+        return found
 
 
 def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
@@ -98,48 +123,118 @@ def repeating(answered: Answered) -> Network:
     return lambda z, t, c, w: next(told)
 
 
-class Parts:
-    """A thread for each part of a micro-batch. What they compute with must not change in between, and draw no dropout."""
+class WeightGradients:
+    """Gradients of weights, put off on the way back, which does not need them, and found by as many threads as like to.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        cores = torch.get_num_threads() // count
-        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores,))
+    Those of linear maps and 2-D convolutions, once each micro-batch (Qi et al. 2023, "Zero Bubble Pipeline Parallelism",
+    section 2: B before W).
+    """
 
-    def add_gradients(
-        self, losses: Callable[[int, int], Tensor], size: int, weight: float, parameters: Sequence[Tensor]
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._found: list[list[tuple[Tensor, Tensor]]] = []
+
+    def put_off_by(self, work: Callable[[], Any]) -> Any:
+        """Take a network forward by work; its way back will leave them for `find`."""
+        with _Apart(self):
+            return work()
+
+    def put_off(self, parameters: Sequence[Tensor | None], gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """Leave the gradients of some parameters for `find`. None is a parameter that is not there."""
+        place: list[tuple[Tensor, Tensor]] = []
+        self._found.append(place)
+
+        def find() -> None:
+            pairs = zip(parameters, gradients(), strict=True)
+            place.extend(
+                (parameter, gradient.to(parameter.dtype)) for parameter, gradient in pairs if parameter is not None
+            )
+
+        self._queue.put(find)
+
+    def close(self) -> None:
+        """Say that nothing more is put off."""
+        self._queue.put(None)
+
+    @torch.no_grad()
+    def find(self) -> None:
+        """Find what was put off, and what will be, until it is closed."""
+        while (find := self._queue.get()) is not None:
+            find()
+        self.close()  # for whoever else is at it
+
+    def add(self) -> None:
+        """Add what was found to the parameters' own, in the way back's order: a sum in another one is rounded otherwise."""
+        for parameter, gradient in itertools.chain(*self._found):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+class _Apart(TorchFunctionMode):
+    """Linear maps and convolutions, as torch.nn calls them, by functions whose way back puts the weights' gradients off."""
+
+    def __init__(self, weights: WeightGradients) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        apart = APART.get(func)
+        if apart is None or kwargs or not args[1].requires_grad or any(isinstance(value, str) for value in args):
+            return func(*args, **(kwargs or {}))
+        return apart.apply(self._weights, *args)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, weights: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.weights, ctx.parameters = weights, (weight, bias)
+        x, weight, bias = _computed(x, weight, bias)
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        ctx.weights.put_off(ctx.parameters, lambda: (rows.t() @ x.reshape(-1, x.shape[-1]), rows.sum(0)))
+        return None, grad @ weight if ctx.needs_input_grad[1] else None, None, None
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weights: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any
     ) -> Tensor:
-        """Add the gradients of weight x the sum of all losses to the parameters' own; returns the losses, (size,).
+        ctx.weights, ctx.parameters, ctx.how = weights, (weight, bias), how
+        x, weight, bias = _computed(x, weight, bias)
+        ctx.save_for_backward(x, weight)
+        return functional.conv2d(x, weight, bias, *how)
 
-        losses: (n,), of the samples from one place to another.
-        """
-
-        def part(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
-            each = losses(start, stop)
-            return each.detach(), list(torch.autograd.grad(weight * each.sum(), parameters, materialize_grads=True))
-
-        cuts = [size * i // self.count for i in range(self.count + 1)]
-        found = list(self._pool.map(part, cuts[:-1], cuts[1:]))
-        # In their order, whoever was first: a sum in another one is rounded otherwise.
-        sums = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for _, gradients in found:
-            sums = list(torch._foreach_add(sums, gradients)) if sums else gradients
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            parameter.grad = gradient
-        return torch.cat([each for each, _ in found])
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        how = ctx.how
+        ctx.weights.put_off(ctx.parameters, lambda: (conv2d_weight(x, weight.shape, grad, *how), grad.sum((0, 2, 3))))
+        of_x = conv2d_input(x.shape, weight, grad, *how) if ctx.needs_input_grad[1] else None
+        return None, of_x, None, None, *[None] * len(how)
 
 
-def division(
-    objective: Objective, models: Models, parameters: int, batch_size: int, *, asks: bool
-) -> Ahead | Parts | None:
+APART = {functional.linear: _Linear, functional.conv2d: _Conv2d}
+
+
+def _computed(*tensors: Tensor | None) -> list[Any]:
+    """In the dtype that autocast computes in."""
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    return [tensor if tensor is None else tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+
+
+def division(objective: Objective, models: Models, parameters: int, *, asks: bool) -> Ahead | None:
     """How this CPU best divides the micro-batches of a network; None leaves them whole.
 
     parameters: of what is trained; asks: whether the teacher is asked at every step.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or parameters >= SMALL:
+    if torch.get_num_threads() == 1 or parameters >= SMALL:
         return None
-    asks = asks and forwards(objective, models.schedule).get("teacher", 0) > 0
-    count = min(threads, batch_size // LEAST)
-    # By network two threads have as much to do as each other where a teacher is asked; else the student's way back is shared.
-    return Parts(count) if count > (2 if asks else 1) else Ahead(asks=asks)
+    return Ahead(asks=asks and forwards(objective, models.schedule).get("teacher", 0) > 0)

@@ -485,7 +485,7 @@ def algorithm_1(
         t = int(drawn["t"][i])
         s = t - k if t > k else 0
         w = float(drawn["w"][i])
-        prompt = batch.cond.rows(i, i + 1)
+        prompt = Conditioning({k: v[i : i + 1] for k, v in batch.cond.values.items()})
         x, noise = batch.latents[i : i + 1], drawn["noise"][i : i + 1]
         a_t, b_t = math.sqrt(abar[t]), math.sqrt(1 - abar[t])
         a_s, b_s = math.sqrt(abar[s]), math.sqrt(1 - abar[s])

@@ -31,7 +31,6 @@ from lcmdistill.objectives import OBJECTIVES, forwards
 from lcmdistill.preflight import dry_run
 from lcmdistill.processes import make_accelerator
 from lcmdistill.schedule import vp_schedule
-from lcmdistill.side_by_side import Ahead, Parts
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.single_file import CONFIGS
 from lcmdistill.train import _restore, distill
@@ -186,35 +185,37 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
 
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize(
-    ("how", "own"),
+    "own",
     [
         # Some of whose pairs end at the first time, where the target is what the teacher's step led to.
-        (Ahead, {"objective__skip": 500}),
-        (Ahead, {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3}),
-        (Ahead, {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"}),
-        (Ahead, {"objective__name": "cd", "objective__scales": 3}),
-        (Ahead, {"data__teacher_draws": 2, "optim__batch_size": 3}),
-        (Ahead, {"objective__name": "ct"}),
-        (Parts, {"data__teacher_draws": 2, "optim__batch_size": 32}),
-        (Parts, {"objective__name": "ct", "optim__batch_size": 32}),
+        {"objective__skip": 500},
+        {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3},
+        {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"},
+        {"objective__name": "cd", "objective__scales": 3},
+        {"data__teacher_draws": 2, "optim__batch_size": 3},
+        {"data__teacher_draws": 2, "optim__batch_size": 32},
+        {"objective__name": "ct"},
+        {"run__precision": "bf16", "optim__batch_size": 4},
     ],
+    ids=str,
 )
-def test_work_side_by_side_is_the_whole_micro_batch_s(how: type[Any], own: Settings, settings: Settings) -> None:
+def test_work_side_by_side_is_the_whole_micro_batch_s(own: Settings, settings: Settings) -> None:
     if own.get("objective__name") in ("cd", "ct"):
         settings = {key: value for key, value in settings.items() if "w_m" not in key}
     own = {"optim__batch_size": 16, "optim__accumulate": 2, **own}
     own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(settings, **own) for _ in range(3))
-    assert isinstance(run.side_by_side, how)
+    assert run.side_by_side is not None
     whole.side_by_side = None
     (losses, weights), (others, their), (plain, _) = map(stepped, (run, again, whole))
     assert losses == others
     assert all(map(torch.equal, weights, their))
-    assert losses == pytest.approx(plain, rel=1e-5)
-    torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=1e-5, atol=1e-6)
+    near = 1e-5 if run.config.run.precision == "fp32" else 5e-3
+    assert losses == pytest.approx(plain, rel=near)
+    torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=near, atol=near / 10)
     means, its = ([state["exp_avg"] for state in each.optimizer.state.values()] for each in (run, whole))
     largest = max(float(value.abs().max()) for value in its)
-    torch.testing.assert_close(means, its, rtol=0, atol=1e-4 * largest)
+    torch.testing.assert_close(means, its, rtol=0, atol=10 * near * largest)
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -222,6 +223,7 @@ def test_what_threads_would_share_is_left_whole(settings: Settings, monkeypatch:
     """An adapter is switched on and off in one network; a large network needs no threads of its own."""
     assert built(settings).side_by_side is not None
     assert built(settings, student__kind="lora").side_by_side is None
+    assert built(settings, run__gradient_checkpointing=True).side_by_side is None
     monkeypatch.setattr(side_by_side, "SMALL", 1000)
     assert built(settings).side_by_side is None
 

@@ -45,7 +45,7 @@ from lcmdistill.objectives import forwards
 from lcmdistill.objectives.shared import draw_omega
 from lcmdistill.processes import make_accelerator
 from lcmdistill.settings import RunConfig
-from lcmdistill.side_by_side import Ahead, Parts
+from lcmdistill.side_by_side import WeightGradients
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 
@@ -208,10 +208,8 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         student=timed("student, forward and backward", models.student),
     )
     run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    if isinstance(run.side_by_side, Parts):
-        clock.thread = 1 / run.side_by_side.count
-        torch.autograd.grad = timed("student, forward and backward", torch.autograd.grad)
-    elif run.side_by_side is not None:
+    if run.side_by_side is not None:
+        WeightGradients.find = timed("student, forward and backward", WeightGradients.find)
         clock.thread = 1 / 2
         clock.main = 1 / 2 if run.side_by_side.asks else 1.0  # the optimiser steps while the teacher is asked
     update = "clip, AdamW, EMA"
@@ -219,7 +217,7 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
     run.optimizer.step = timed(update, run.optimizer.step)
     object.__setattr__(student, "follow", timed(update, student.follow))
     for loss, _ in train_steps(run, run.config.objective):
-        if isinstance(run.side_by_side, Ahead):  # whatever is asked for the next step belongs to this one's time
+        if run.side_by_side is not None:  # whatever is asked for the next step belongs to this one's time
             run.side_by_side.frozen.submit(int).result()
         yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
 
