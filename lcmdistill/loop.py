@@ -183,6 +183,15 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
     accelerator, device = run.accelerator, run.accelerator.device
     parameters = list(run.student.trainable.values())
     micro_batches = _asked(run, objective, _read(run))
+
+    def update() -> Tensor:
+        # An infinite limit clips nothing and still measures.
+        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.student.follow(objective.mu(run.step))
+        return torch.as_tensor(norm)
+
     while run.step < optim.max_train_steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, optim)
@@ -195,13 +204,9 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
-        # An infinite limit clips nothing and still measures.
-        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.student.follow(objective.mu(run.step))
+        norm = update() if run.side_by_side is None else run.side_by_side.in_thread(update)
         run.step += 1
-        yield total, torch.as_tensor(norm)
+        yield total, norm
 
 
 def _backward(run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng) -> Tensor:

@@ -82,7 +82,7 @@ class Ahead:
     def student(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the rest of the student's work: the loss, and the way back."""
         if self.asks:
-            return self._student.submit(work).result()
+            return self.in_thread(work)
         weights = self._weights
 
         def back() -> Tensor:
@@ -98,6 +98,10 @@ class Ahead:
         helped.result()
         weights.add()
         return found
+
+    def in_thread(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do work in the student's thread."""
+        return self._student.submit(work).result()
 
 
 def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:

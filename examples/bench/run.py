@@ -66,20 +66,17 @@ FULL_SIZE = {
 
 
 class Clock:
-    """Seconds of each part, by its name; a GPU's own, told by events in its stream, so that nothing waits for anything.
-
-    Of threads that go side by side each counts its share: `thread` is a worker's, `main` the main thread's.
-    """
+    """Seconds of each part, by its name; a GPU's own, told by events in its stream, so that nothing waits for anything."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.main = self.thread = 1.0
         self._device = device
         self._one_at_a_time = threading.Lock()
         self._events: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, part: str, share: float = 1.0) -> Iterator[None]:
+        """Time a part. share: what of the machine it has, beside other threads."""
         if self._device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -91,8 +88,7 @@ class Clock:
         yield
         seconds = time.perf_counter() - began
         with self._one_at_a_time:
-            in_main = threading.current_thread() is threading.main_thread()
-            self.seconds[part] += seconds * (self.main if in_main else self.thread)
+            self.seconds[part] += seconds * share
 
     def wait(self) -> None:
         """Until the device has nothing left to do, and all parts are counted."""
@@ -193,9 +189,12 @@ def naive(name: str, device: torch.device, config: RunConfig, clock: Any) -> Ite
 def timed_product(run: Run, clock: Clock) -> Iterator[float]:
     """The product's loop, its parts timed: what is around the networks is the rest."""
 
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    ahead = run.side_by_side
+    half = 1.0 if ahead is None else 0.5
+
+    def timed(part: str, function: Callable[..., Any], share: float = half) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with clock(part):
+            with clock(part, share):
                 return function(*args, **kwargs)
 
         return call
@@ -208,17 +207,15 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         student=timed("student, forward and backward", models.student),
     )
     run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    if run.side_by_side is not None:
-        WeightGradients.find = timed("student, forward and backward", WeightGradients.find)
-        clock.thread = 1 / 2
-        clock.main = 1 / 2 if run.side_by_side.asks else 1.0  # the optimiser steps while the teacher is asked
-    update = "clip, AdamW, EMA"
-    run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_)
-    run.optimizer.step = timed(update, run.optimizer.step)
-    object.__setattr__(student, "follow", timed(update, student.follow))
+    WeightGradients.find = timed("student, forward and backward", WeightGradients.find)
+    # The optimiser steps while the teacher is asked, if it is.
+    update, alone = "clip, AdamW, EMA", half if ahead is not None and ahead.asks else 1.0
+    run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_, alone)
+    run.optimizer.step = timed(update, run.optimizer.step, alone)
+    object.__setattr__(student, "follow", timed(update, student.follow, alone))
     for loss, _ in train_steps(run, run.config.objective):
-        if run.side_by_side is not None:  # whatever is asked for the next step belongs to this one's time
-            run.side_by_side.frozen.submit(int).result()
+        if ahead is not None:  # whatever is asked for the next step belongs to this one's time
+            ahead.frozen.submit(int).result()
         yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
 
 
