@@ -1,5 +1,7 @@
 """The validation grid: fixed prompts, fixed noise, drawn every so many steps with the EMA student."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
-from lcmdistill.checkpoint import file_written_aside
+from lcmdistill.checkpoint import file_written_aside, write_text
 from lcmdistill.config import flatten
 from lcmdistill.data.cache import cache_root
 from lcmdistill.data.sources import read_prompts
 from lcmdistill.evaluate.drawing import TEACHER_STEPS, Tell, student_latents, teacher_latents
 from lcmdistill.evaluate.metrics import FREE
-from lcmdistill.evaluate.sweep import Pixels, as_image, digest, drawn, numbers_of
+from lcmdistill.evaluate.sweep import FORMAT, MEASURED, Pixels, as_image, digest, drawn, numbers_of
 from lcmdistill.export.pipeline import student_pipeline
 from lcmdistill.methods import METHODS, omega_range
 from lcmdistill.sample import grid
@@ -51,11 +53,17 @@ class Validation:
         seeds = [derive_seed(config.run.seed, "validation", prompt) for prompt in self._prompts]
         self._noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         self._reference: Pixels | None = None
+        self._about: list[Any] = []
+        "what decides how the teacher's pictures look"
 
     @property
     def _batch_size(self) -> int:
         """As many at once as training takes, which the memory is known to hold."""
         return self._config.optim.batch_size
+
+    @property
+    def _cache(self) -> Path:
+        return cache_root(self._config.data) / "evaluation"
 
     def see_teacher(self, dtype: torch.dtype, tell: Tell) -> None:
         """Draw what the student is to come to: the teacher's full steps, once; a resumed run finds it in the cache.
@@ -63,14 +71,15 @@ class Validation:
         To be called while the teacher's network is its own: a LoRA's adapters come later. dtype: of its arithmetic.
         """
         config, teacher = self._config, self._teacher
-        if config.objective_name == "lcf":
-            return  # what it starts from is a student itself
         scale = config.run.validation_guidance_scale or 1.0
         if guidance_of(teacher, config.student, config.objective.omega) == "baked" and not teacher.in_pixels:
             omegas = omega_range(flatten(config))
             scale = omegas.middle if omegas else 1.0
-        about = [teacher.fingerprint(with_network=True), self._prompts, config.run.seed, config.data.resolution, scale]
-        place = cache_root(config.data) / "evaluation" / f"validation-{digest([*about, str(dtype)])}.safetensors"
+        drawing = [self._prompts, config.run.seed, config.data.resolution, scale, str(dtype)]
+        self._about = [teacher.fingerprint(with_network=True), *drawing]
+        if config.objective_name == "lcf":
+            return  # what it starts from is a student itself
+        place = self._cache / f"validation-{digest(self._about)}.safetensors"
 
         def draw() -> Tensor:
             count = len(self._prompts)
@@ -81,7 +90,10 @@ class Validation:
         self._reference = Pixels(teacher, drawn(place, draw).latents, self._batch_size, [])
 
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
-        """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device."""
+        """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device.
+
+        What a student draws that has learnt nothing is kept, for every run that begins so.
+        """
         teacher, device = self._teacher, network.device
         scheduler = METHODS[self._config.objective_name].scheduler
         pipeline = student_pipeline(teacher, network, self._config.data.resolution, scheduler=scheduler)
@@ -89,11 +101,15 @@ class Validation:
         resting = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
         for part in resting:
             part.to(device)
+        kept = None if step else self._beginning(network)
         columns, numbers = [], {}
         for n in STEPS:
-            pixels = Pixels(teacher, self._latents(pipeline, n), self._batch_size, [])
+            draw = partial(self._latents, pipeline, n)
+            latents = drawn(kept / f"{n}.safetensors", draw).latents if kept else draw()
+            pixels = Pixels(teacher, latents, self._batch_size, [])
             columns.append([image for _, some in pixels.parts() for image in map(as_image, some)])
-            numbers |= {f"val/{name}_{n}": value for name, value in self._numbers(pixels).items()}
+            found = self._numbers(pixels, kept / f"{n}.json" if kept else None)
+            numbers |= {f"val/{name}_{n}": value for name, value in found.items()}
         for part in resting:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
@@ -132,11 +148,23 @@ class Validation:
             batch_size=self._batch_size,
         )
 
-    def _numbers(self, pixels: Pixels) -> dict[str, float]:
+    def _beginning(self, network: Any) -> Path:
+        """Where it is kept what a student draws before it has learnt anything, by all that decides it."""
+        config = self._config
+        told = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
+        how = [config.run.validation_guidance_scale, str(network.dtype), network.device.type]
+        return self._cache / f"beginning-{digest([FORMAT, MEASURED, sorted(FREE), self._about, told, how])}"
+
+    def _numbers(self, pixels: Pixels, kept: Path | None) -> dict[str, float]:
         """What takes no weights, of one number of steps; nothing if the teacher was not seen."""
         if self._reference is None:
             return {}
-        return numbers_of(pixels, self._reference, self._prompts, FREE)
+        if kept and kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        numbers = numbers_of(pixels, self._reference, self._prompts, FREE)
+        if kept:
+            write_text(kept, json.dumps(numbers))
+        return numbers
 
 
 def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:

@@ -442,6 +442,30 @@ def test_the_weights_of_the_best_validation_are_kept(run: Runner, monkeypatch: p
         assert found is None
 
 
+def test_what_a_student_draws_at_first_is_drawn_once(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    latents = Validation._latents
+
+    def noting(self: Validation, pipeline: Any, steps: int) -> Tensor:
+        asked.append(steps)
+        return latents(self, pipeline, steps)
+
+    monkeypatch.setattr(Validation, "_latents", noting)
+    options = {"run__validate_every": 4, "run__validation_prompts": ("red heart", "apple"), "optim__max_train_steps": 4}
+    first = run("first", **options)
+    assert asked == [1, 2, 4, 8] * 2
+    again = run("again", **options)
+    assert len(asked) == 8 + 4
+    assert_same(first, again)
+    for name in ("samples/step-000000.png", "samples/step-000004.png"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert metrics(again)[0]["val/rmse_4"] > 0
+    for n, other in enumerate(({"objective__w_max": 9.0}, {"run__seed": 7}, {"run__validation_guidance_scale": 2.0})):
+        asked.clear()
+        run(f"other-{n}", **options, **other)
+        assert asked == [1, 2, 4, 8] * 2
+
+
 def test_a_validation_that_a_signal_cut_off_is_made_up_for(run: Runner) -> None:
     options = {"run__validate_every": 2, "run__validation_prompts": ("red heart",)}
     whole = run("whole", **options)
