@@ -155,8 +155,7 @@ def build(
     # dropout draws from one generator, and what is recomputed must be what was computed.
     shared = accelerator.num_processes > 1 or is_adapter or student.has_dropout or config.run.gradient_checkpointing
     if device.type == "cpu" and not (shared or compiled):
-        parameters = sum(p.numel() for p in student.trainable.values())
-        side_by_side = division(config.objective, models, parameters, asks=answers is None)
+        side_by_side = division(config.objective, models, student.online, asks=answers is None)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(

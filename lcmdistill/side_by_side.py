@@ -5,18 +5,17 @@ The operations of such a network are so short that the cores, sharing each of th
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
-from torch.overrides import TorchFunctionMode
 
 from lcmdistill.batch import Batch, Conditioning, Models, Network, Rng
 from lcmdistill.objectives import Objective, forwards, only
@@ -38,13 +37,14 @@ class Ahead:
     The networks must draw no dropout, and recompute nothing.
     """
 
-    def __init__(self, *, asks: bool) -> None:
+    def __init__(self, network: nn.Module, *, asks: bool) -> None:
         cores = max(1, torch.get_num_threads() // 2)
         self.asks = asks
+        self._maps = [module for module in network.modules() if is_put_off(module)]
         self.frozen, self._student = (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(cores,)) for _ in range(2)
         )
-        self._weights = WeightGradients()
+        self._weights = WeightGradients(self._maps)
 
     def asked(
         self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Models]]
@@ -62,22 +62,28 @@ class Ahead:
                     teacher = partial(repeating, asked.result)
                 yield rng, batch, models, teacher
 
+        def of_target() -> Future[list[X0Eps]]:
+            told = replace(only(models, "target"), teacher=teacher())
+            return self.frozen.submit(answers, objective, told, "target", rng, batch)
+
         given = begun()
         now = next(given, None)
         while now is not None:
             rng, batch, models, teacher = now
-            of_target = replace(only(models, "target"), teacher=teacher())
-            target = self.frozen.submit(answers, objective, of_target, "target", rng, batch)
-            of_student = partial(answers, objective, only(models, "student"), "student", rng, batch)
-            if not self.asks:
-                self._weights = WeightGradients()
-                of_student = partial(self._weights.put_off_by, of_student)
-            student = self._student.submit(of_student)
+            work = partial(answers, objective, only(models, "student"), "student", rng, batch)
+            if self.asks:
+                target, student = of_target(), self._student.submit(work)
+                following = next(given, None)
+            else:  # the student's thread has more to do: the others leave it the interpreter at first
+                self._weights = WeightGradients(self._maps)
+                student = self._student.submit(self._weights.put_off_by, work)
+                following = next(given, None)
+                target = of_target()
             told = replace(
                 models, teacher=teacher(), target=repeating(target.result), student=repeating(student.result)
             )
-            now = next(given, None)
             yield rng, batch, told
+            now = following
 
     def student(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the rest of the student's work: the loss, and the way back."""
@@ -130,18 +136,32 @@ def repeating(answered: Answered) -> Network:
 class WeightGradients:
     """Gradients of weights, put off on the way back, which does not need them, and found by as many threads as like to.
 
-    Those of linear maps and 2-D convolutions, once each micro-batch (Qi et al. 2023, "Zero Bubble Pipeline Parallelism",
+    maps: the modules whose weights they are, each `is_put_off` (Qi et al. 2023, "Zero Bubble Pipeline Parallelism",
     section 2: B before W).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, maps: Sequence[Any]) -> None:
+        self._maps = maps
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._found: list[list[tuple[Tensor, Tensor]]] = []
 
     def put_off_by(self, work: Callable[[], Any]) -> Any:
         """Take a network forward by work; its way back will leave them for `find`."""
-        with _Apart(self):
+        for module in self._maps:
+            module.forward = partial(self._forward, module)
+        try:
             return work()
+        finally:
+            for module in self._maps:
+                del module.forward
+
+    def _forward(self, module: Any, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # another thread asks the same network as the target
+            return type(module).forward(module, x)
+        if isinstance(module, nn.Linear):
+            return _Linear.apply(self, x, module.weight, module.bias)
+        how = module.stride, module.padding, module.dilation, module.groups
+        return _Conv2d.apply(self, x, module.weight, module.bias, *how)
 
     def put_off(self, parameters: Sequence[Tensor | None], gradients: Callable[[], Sequence[Tensor]]) -> None:
         """Leave the gradients of some parameters for `find`. None is a parameter that is not there."""
@@ -173,23 +193,16 @@ class WeightGradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-class _Apart(TorchFunctionMode):
-    """Linear maps and convolutions, as torch.nn calls them, by functions whose way back puts the weights' gradients off."""
-
-    def __init__(self, weights: WeightGradients) -> None:
-        super().__init__()
-        self._weights = weights
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        apart = APART.get(func)
-        if apart is None or kwargs or not args[1].requires_grad or any(isinstance(value, str) for value in args):
-            return func(*args, **(kwargs or {}))
-        return apart.apply(self._weights, *args)
+def is_put_off(module: nn.Module) -> bool:
+    """Whether it is a linear map or a 2-D convolution whose weights learn."""
+    if type(module) is nn.Conv2d:
+        return module.weight.requires_grad and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear and module.weight.requires_grad
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, weights: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, weights: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weights, ctx.parameters = weights, (weight, bias)
         x, weight, bias = _computed(x, weight, bias)
         ctx.save_for_backward(x, weight)
@@ -224,9 +237,6 @@ class _Conv2d(Function):
         return None, of_x, None, None, *[None] * len(how)
 
 
-APART = {functional.linear: _Linear, functional.conv2d: _Conv2d}
-
-
 def _computed(*tensors: Tensor | None) -> list[Any]:
     """In the dtype that autocast computes in."""
     if not torch.is_autocast_enabled("cpu"):
@@ -234,11 +244,11 @@ def _computed(*tensors: Tensor | None) -> list[Any]:
     return [tensor if tensor is None else tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
 
 
-def division(objective: Objective, models: Models, parameters: int, *, asks: bool) -> Ahead | None:
-    """How this CPU best divides the micro-batches of a network; None leaves them whole.
+def division(objective: Objective, models: Models, network: nn.Module, *, asks: bool) -> Ahead | None:
+    """How this CPU best divides the micro-batches of what is trained, `network`; None leaves them whole.
 
-    parameters: of what is trained; asks: whether the teacher is asked at every step.
+    asks: whether the teacher is asked at every step.
     """
-    if torch.get_num_threads() == 1 or parameters >= SMALL:
+    if torch.get_num_threads() == 1 or sum(parameter.numel() for parameter in network.parameters()) >= SMALL:
         return None
-    return Ahead(asks=asks and forwards(objective, models.schedule).get("teacher", 0) > 0)
+    return Ahead(network, asks=asks and forwards(objective, models.schedule).get("teacher", 0) > 0)

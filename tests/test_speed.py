@@ -195,6 +195,7 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
         {"data__teacher_draws": 2, "optim__batch_size": 3},
         {"data__teacher_draws": 2, "optim__batch_size": 32},
         {"objective__name": "ct"},
+        {"objective__name": "ct", "student__target": "live"},
         {"run__precision": "bf16", "optim__batch_size": 4},
     ],
     ids=str,
