@@ -337,4 +337,9 @@ def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
     """The `timestep_cond` that a network is to be given for omega, in its own dtype; None if it takes none. w: (B,)."""
     if w is None or not takes_omega(network):
         return None
-    return omega_embedding(w, network.config.time_cond_proj_dim).to(network.dtype)
+    return omega_embedding(w, network.config.time_cond_proj_dim).to(dtype_of(network))
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The dtype of a network's first weights. diffusers' own `dtype` goes through all modules, at every forward."""
+    return next(network.parameters()).dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning
-from lcmdistill.teachers.base import Shown, Teacher, vp_teacher
+from lcmdistill.teachers.base import Shown, Teacher, dtype_of, vp_teacher
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PUBLISHED: dict[str, Any] = {
@@ -31,9 +31,10 @@ def call_pixart(network: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: 
     The second half of its channels, a learned variance, is of no use to a deterministic sampler and left out.
     """
     sizes = {"resolution": c["resolution"], "aspect_ratio": c["aspect_ratio"]}
+    dtype = dtype_of(network)
     output = network(
-        z.to(network.dtype),
-        encoder_hidden_states=c["prompt_embeds"].to(network.dtype),
+        z.to(dtype),
+        encoder_hidden_states=c["prompt_embeds"].to(dtype),
         encoder_attention_mask=c["attention_mask"],
         timestep=t,
         # The 1024 px model is told sizes, the smaller ones are not.

@@ -24,7 +24,7 @@ from lcmdistill.errors import UsageError
 from lcmdistill.prediction import EDM, X0Eps, guided
 from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule, NoiseSchedule
 from lcmdistill.solvers import solve
-from lcmdistill.teachers.base import Teacher, vp_denoiser
+from lcmdistill.teachers.base import Teacher, dtype_of, vp_denoiser
 
 TIMESTEP_SCALE = 1000.0
 "how often a network's time input holds EDM's ln(sigma) / 4, in Consistency Models"
@@ -32,7 +32,7 @@ TIMESTEP_SCALE = 1000.0
 
 def call_unet_2d(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
     """A UNet2DModel's raw output, (B, C, H, W), in its own dtype. c: class_labels (B,) int64, or nothing."""
-    return unet(z.to(unet.dtype), t, c.get("class_labels"), return_dict=False)[0]
+    return unet(z.to(dtype_of(unet)), t, c.get("class_labels"), return_dict=False)[0]
 
 
 def class_names(unet: Any) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.errors import UsageError
-from lcmdistill.teachers.base import Teacher, omega_input, vp_teacher
+from lcmdistill.teachers.base import Teacher, dtype_of, omega_input, vp_teacher
 
 
 def call_unet(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
     """A UNet2DConditionModel's raw output, (B, C, h, w), in its own dtype."""
-    embeds = c["prompt_embeds"].to(unet.dtype)
-    return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega_input(unet, w), return_dict=False)[0]
+    dtype = dtype_of(unet)
+    embeds = c["prompt_embeds"].to(dtype)
+    return unet(z.to(dtype), t, embeds, timestep_cond=omega_input(unet, w), return_dict=False)[0]
 
 
 def stable_diffusion(pipeline: Any, more_channels: int = 0) -> Teacher:

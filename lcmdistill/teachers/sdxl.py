@@ -11,16 +11,17 @@ from torch import Tensor
 
 from lcmdistill.batch import Conditioning
 from lcmdistill.errors import UsageError
-from lcmdistill.teachers.base import Shown, Teacher, omega_input, vp_teacher
+from lcmdistill.teachers.base import Shown, Teacher, dtype_of, omega_input, vp_teacher
 from lcmdistill.teachers.prompts import sdxl_embeddings
 from lcmdistill.teachers.sd import check_channels
 
 
 def call_unet_xl(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
     """The raw output, (B, C, h, w), of a UNet2DConditionModel that is told pooled embeddings (B, P) and sizes (B, 6)."""
-    added = {"text_embeds": c["pooled"].to(unet.dtype), "time_ids": c["time_ids"]}
-    embeds, omega = c["prompt_embeds"].to(unet.dtype), omega_input(unet, w)
-    return unet(z.to(unet.dtype), t, embeds, timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
+    dtype = dtype_of(unet)
+    added = {"text_embeds": c["pooled"].to(dtype), "time_ids": c["time_ids"]}
+    embeds, omega = c["prompt_embeds"].to(dtype), omega_input(unet, w)
+    return unet(z.to(dtype), t, embeds, timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def stable_diffusion_xl(pipeline: Any, more_channels: int = 0) -> Teacher:
