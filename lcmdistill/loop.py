@@ -151,11 +151,11 @@ def build(
     if compiled:
         compile_blocks(networks, shapes)
     side_by_side = None
-    # Processes have the cores to themselves already, adapters are switched in a network that all threads would share,
-    # dropout draws from one generator, and what is recomputed must be what was computed.
-    shared = accelerator.num_processes > 1 or is_adapter or student.has_dropout or config.run.gradient_checkpointing
-    if device.type == "cpu" and not (shared or compiled):
-        side_by_side = division(config.objective, models, student.online, asks=answers is None)
+    # Processes have the cores to themselves already, adapters are switched in a network that all threads would share, and
+    # dropout draws from one generator.
+    if device.type == "cpu" and not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or compiled):
+        parameters = sum(p.numel() for p in student.trainable.values())
+        side_by_side = division(config.objective, models, parameters, asks=answers is None)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
     writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(
@@ -203,7 +203,7 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
-        norm = update() if run.side_by_side is None else run.side_by_side.in_thread(update)
+        norm = update() if run.side_by_side is None else run.side_by_side.student(update)
         run.step += 1
         yield total, norm
 

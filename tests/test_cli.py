@@ -284,11 +284,15 @@ def test_help_is_told_at_once() -> None:
         assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_waiting_threads_leave_their_core_before_torch_makes_any(given: dict[str, str], expected: str) -> None:
-    told = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, cli.SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_how_threads_wait_is_set_before_torch_makes_any(given: dict[str, str], expected: str | None) -> None:
+    told = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     code = f"import os, sys; from lcmdistill import cli; cli.app = lambda **_: {told}; cli.main()"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in own} | given
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.stdout == f"{expected} False\n"
 

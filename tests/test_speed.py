@@ -196,6 +196,7 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
         {"data__teacher_draws": 2, "optim__batch_size": 32},
         {"objective__name": "ct"},
         {"objective__name": "ct", "student__target": "live"},
+        {"run__gradient_checkpointing": True},
         {"run__precision": "bf16", "optim__batch_size": 4},
     ],
     ids=str,
@@ -224,7 +225,6 @@ def test_what_threads_would_share_is_left_whole(settings: Settings, monkeypatch:
     """An adapter is switched on and off in one network; a large network needs no threads of its own."""
     assert built(settings).side_by_side is not None
     assert built(settings, student__kind="lora").side_by_side is None
-    assert built(settings, run__gradient_checkpointing=True).side_by_side is None
     monkeypatch.setattr(side_by_side, "SMALL", 1000)
     assert built(settings).side_by_side is None
 

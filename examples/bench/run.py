@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import write_text
+from lcmdistill.cli import SPINS
 from lcmdistill.config import parse_assignment, resolve
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.order import SampleOrder
@@ -45,7 +46,6 @@ from lcmdistill.objectives import forwards
 from lcmdistill.objectives.shared import draw_omega
 from lcmdistill.processes import make_accelerator
 from lcmdistill.settings import RunConfig
-from lcmdistill.side_by_side import WeightGradients
 from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
 
@@ -207,7 +207,6 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         student=timed("student, forward and backward", models.student),
     )
     run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    WeightGradients.find = timed("student, forward and backward", WeightGradients.find)
     # The optimiser steps while the teacher is asked, if it is.
     update, alone = "clip, AdamW, EMA", half if ahead is not None and ahead.asks else 1.0
     run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_, alone)
@@ -290,7 +289,7 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side in names:
         # What the command line sets before it loads torch.
-        own = {} if side == "naive" else {"OMP_WAIT_POLICY": "passive"}
+        own = {} if side == "naive" else {"GOMP_SPINCOUNT": SPINS}
         sides[side] = subprocess.Popen([*command, side, name, json.dumps(given)], env={**os.environ, **own}, **pipes)
 
     def step(side: str) -> dict[str, Any]:

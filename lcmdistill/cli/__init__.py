@@ -20,6 +20,11 @@ from lcmdistill.interrupt import ends_on_sigterm
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+SPINS = "3000"
+"""how often a thread of the C library's OpenMP looks for another before it sleeps: some 30 microseconds, in which the next
+of a network's operations has come. The library's own 3 ms, beside another program, are on the very core that the one it
+waits for is to have; and to sleep at once costs more than most operations take"""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -48,9 +53,8 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
-    # Threads that wait for one another sleep. Else each waits by running, beside another program on the very core that the
-    # one it waits for is to have, and a CPU's step can take ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
     gc.set_threshold(100_000, 50, 50)
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from lcmdistill.batch import Batch, Conditioning, Rng, onto
@@ -15,7 +16,8 @@ Read = tuple[Tensor, Tensor, Conditioning]
 
 def read_ahead(dataset: LatentDataset, wanted: Iterable[Sequence[int]]) -> Iterator[Read]:
     """What `dataset.read` gives of each of the wanted lists of indices; a thread reads the next while one is computed."""
-    with ThreadPoolExecutor(1) as thread:
+    # One core: with helpers of its own the threads would be more than the cores, and OpenMP puts all of them to sleep at once.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         reading = None
         for indices in chain(wanted, [None]):
             done, reading = reading, None if indices is None else thread.submit(dataset.read, list(indices))
