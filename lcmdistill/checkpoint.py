@@ -49,10 +49,14 @@ def written_aside(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def file_written_aside(destination: Path) -> Iterator[Path]:
-    """The same for one file: a path to write to, with the destination's ending, by which some programs go."""
+def file_written_aside(destination: Path, *, shared: bool = False) -> Iterator[Path]:
+    """The same for one file: a path to write to, with the destination's ending, by which some programs go.
+
+    shared: other processes may write the same file at the same time, whose last one stays.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = destination.with_name(f".{destination.stem}.partial{destination.suffix}")
+    own = f".{os.getpid()}" if shared else ""
+    aside = destination.with_name(f".{destination.stem}{own}.partial{destination.suffix}")
     try:
         yield aside
         _sync(aside)

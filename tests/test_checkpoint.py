@@ -64,6 +64,18 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Bas
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache" / "drawn.json"
+    with file_written_aside(path, shared=True) as one:
+        one.write_text("one")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with file_written_aside(path, shared=True) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("way", [written_aside, file_written_aside])
 def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
     way: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

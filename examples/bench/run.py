@@ -206,9 +206,9 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
         target=timed("target", models.target),
         student=timed("student, forward and backward", models.student),
     )
-    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward)
-    # The optimiser steps while the teacher is asked, if it is.
+    # The way back and the optimiser's step go while the teacher is asked, or alone.
     update, alone = "clip, AdamW, EMA", half if ahead is not None and ahead.asks else 1.0
+    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward, alone)
     run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_, alone)
     run.optimizer.step = timed(update, run.optimizer.step, alone)
     object.__setattr__(student, "follow", timed(update, student.follow, alone))

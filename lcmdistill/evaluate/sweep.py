@@ -163,7 +163,7 @@ def drawn(path: Path, draw: Callable[[], Tensor], how: str = "") -> Drawn:
     began = time.perf_counter()
     latents = draw().contiguous()
     seconds = time.perf_counter() - began
-    with file_written_aside(path) as aside:
+    with file_written_aside(path, shared=True) as aside:
         save_file({"latents": latents}, aside, metadata={"seconds": f"{seconds:.4f}", "how": how})
     return Drawn(latents, seconds, how)
 
