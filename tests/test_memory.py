@@ -325,7 +325,8 @@ def test_a_run_is_planned_says_so_and_learns_the_same(run: Runner, capsys: pytes
     assert said["optim.batch_size"] * said["optim.accumulate"] == 4
     assert said["optim.batch_size"] < 4
     assert "  optim.batch_size = " in told
-    assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
+    # A sum taken in other parts is rounded otherwise, by some processors to 1e-4 after four steps.
+    assert losses(capped) == pytest.approx(losses(free), rel=5e-4)
 
 
 def test_a_planned_run_resumes_bit_for_bit_by_the_same_command(run: Runner) -> None:
