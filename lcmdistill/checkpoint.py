@@ -52,11 +52,12 @@ def written_aside(destination: Path) -> Iterator[Path]:
 def file_written_aside(destination: Path, *, shared: bool = False) -> Iterator[Path]:
     """The same for one file: a path to write to, with the destination's ending, by which some programs go.
 
-    shared: other processes may write the same file at the same time, whose last one stays.
+    shared: other processes may write the same file at the same time, whose last one stays; without the ending, so that
+    nobody takes another's for a whole one.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    own = f".{os.getpid()}" if shared else ""
-    aside = destination.with_name(f".{destination.stem}{own}.partial{destination.suffix}")
+    name = f".{destination.name}.{os.getpid()}" if shared else f".{destination.stem}.partial{destination.suffix}"
+    aside = destination.with_name(name)
     try:
         yield aside
         _sync(aside)

@@ -203,22 +203,26 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
             total += each.mean() / optim.accumulate
             t, _ = objective.pair(run.models.schedule, rng)
             run.by_noise += _binned(each, place_of(run.models.schedule, t))
-        norm = update() if run.side_by_side is None else run.side_by_side.student(update)
+        norm = _of_student(run, update)
         run.step += 1
         yield total, norm
 
 
 def _backward(run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng) -> Tensor:
     """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
-    accumulate = run.config.optim.accumulate
 
     def whole() -> Tensor:
         models.seed_dropout(rng)
         each = objective.loss(models, batch, rng)
-        run.accelerator.backward(each.mean() / accumulate)
+        run.accelerator.backward(each.mean() / run.config.optim.accumulate)
         return each.detach()
 
-    return whole() if run.side_by_side is None else run.side_by_side.student(whole)
+    return _of_student(run, whole)
+
+
+def _of_student(run: Run, work: Callable[[], Tensor]) -> Tensor:
+    """Do work of the student's, where the rest of its work is done."""
+    return work() if run.side_by_side is None else run.side_by_side.student(work)
 
 
 def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:

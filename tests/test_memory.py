@@ -318,15 +318,16 @@ def run(tmp_path: Path, small_teacher: Path, image_folder: Path) -> Runner:
 
 
 def test_a_run_is_planned_says_so_and_learns_the_same(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    free, capped = run("free", run__memory="off"), run("capped")
+    # A sum taken in other parts is rounded otherwise, which AdamW makes grow, on some processors to 1.2e-4 at its usual rate.
+    rate = {"optim__learning_rate": 3e-4}
+    free, capped = run("free", run__memory="off", **rate), run("capped", **rate)
     told = capsys.readouterr().out
     assert "memory, estimated: 0.01 GiB at the peak of a step (" in told
     said = read_toml(capped / "config.toml")
     assert said["optim.batch_size"] * said["optim.accumulate"] == 4
     assert said["optim.batch_size"] < 4
     assert "  optim.batch_size = " in told
-    # A sum taken in other parts is rounded otherwise, by some processors to 1e-4 after four steps.
-    assert losses(capped) == pytest.approx(losses(free), rel=5e-4)
+    assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
 
 
 def test_a_planned_run_resumes_bit_for_bit_by_the_same_command(run: Runner) -> None:

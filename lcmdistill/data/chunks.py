@@ -6,7 +6,6 @@ Shapes: n samples of a chunk, u distinct captions of it, C h w latents.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.batch import Conditioning, derive_seed
+from lcmdistill.checkpoint import file_written_aside
 from lcmdistill.data.transforms import Sample
 from lcmdistill.errors import RunError
 from lcmdistill.settings import DataConfig
@@ -81,12 +81,8 @@ def is_whole(path: Path) -> bool:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file of a cache, whole or not there, whoever else writes the same one at the same time."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with file_written_aside(path, shared=True) as aside:
         save_file({name: value.contiguous() for name, value in tensors.items()}, aside, metadata=metadata)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _kept(
