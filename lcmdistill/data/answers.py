@@ -61,17 +61,15 @@ class Answers:
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder
         self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
+        self._names = sorted(self._chunks[0].keys())  # "cond" first, as it is asked
 
     def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:
         """A network that has the answers to these (sample, draw) by heart: with the prompts, or with them and without."""
         rows = [(self._chunks[index // CHUNK], index % CHUNK, draw) for index, draw in asked]
-
-        def answers(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-            names = ("cond",) if len(z) == len(asked) else ("cond", "null")
-            kept = [chunk.get_slice(name)[i, draw] for name in names for chunk, i, draw in rows]
-            return onto(torch.stack(kept), device).float()
-
-        return answers
+        # Read now, ahead of the step, and once for all who ask.
+        read = [chunk.get_slice(name)[i, draw] for name in self._names for chunk, i, draw in rows]
+        kept = onto(torch.stack(read), device).float()
+        return lambda z, t, c, w: kept
 
 
 def ask_teacher(
