@@ -1,5 +1,6 @@
 """The validation grid: fixed prompts, fixed noise, drawn every so many steps with the EMA student."""
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -159,8 +160,9 @@ class Validation:
         """What takes no weights, of one number of steps; nothing if the teacher was not seen."""
         if self._reference is None:
             return {}
-        if kept and kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+        if kept:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is made again, as latents are
+                return json.loads(kept.read_text(encoding="utf-8"))
         numbers = numbers_of(pixels, self._reference, self._prompts, FREE)
         if kept:
             with file_written_aside(kept, shared=True) as aside:

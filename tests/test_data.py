@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcmdistill.data import cache, chunks
-from lcmdistill.data.cache import LatentDataset, cache_folder, prepare, survey, usable_count
+from lcmdistill.data.cache import LatentDataset, cache_folder, mark_whole, prepare, survey, usable_count
 from lcmdistill.data.order import SampleOrder, epoch_order
 from lcmdistill.data.sources import SOURCES, Member, kind_of, open_source, read_prompts
 from lcmdistill.data.transforms import Rejected, Sample, judge
@@ -647,6 +647,21 @@ def test_a_larger_count_adds_to_a_smaller_one(tmp_path: Path, teacher: Teacher, 
     assert len(LatentDataset([folder], [3])) == 3
     few = LatentDataset([folder], [6]).read(range(5))[0]
     torch.testing.assert_close(few, LatentDataset([folder], [11]).read(range(5))[0], rtol=2e-3, atol=1e-4)
+
+
+def test_members_that_were_removed_from_a_cache_are_missed(
+    tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None
+) -> None:
+    """By a run that made room, or by hand: fewer samples than were asked for must not go unnoticed."""
+    config = replace(config_for(spec, tmp_path / "cache"), count=11)
+    folder = prepare(spec, config, teacher, 0)
+    mark_whole(folder, 11)
+    for lost in (0, 1):
+        sorted(folder.glob("*.safetensors"))[lost].unlink()
+        with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
+            mark_whole(folder, 11)
+        assert len(LatentDataset([prepare(spec, config, teacher, 0)], [11])) == 10
+        mark_whole(folder, 11)
 
 
 @pytest.mark.parametrize("metadata", [False, True])

@@ -21,11 +21,11 @@ from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import Writer, checkpoints
 from lcmdistill.compiling import compile_blocks
 from lcmdistill.config import resolve
-from lcmdistill.data.answers import which_draw
+from lcmdistill.data.answers import ask_teacher, which_draw
 from lcmdistill.data.batches import batch_of, read_ahead
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.room import make_room
-from lcmdistill.errors import UsageError
+from lcmdistill.errors import RunError, UsageError
 from lcmdistill.loop import Run, build
 from lcmdistill.objectives import OBJECTIVES, forwards
 from lcmdistill.preflight import dry_run
@@ -124,6 +124,21 @@ def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
     ):
         built(settings, data__teacher_draws=2, **changed)
     assert len(list(folder.parent.iterdir())) == 5
+
+
+def test_answers_that_were_removed_while_they_were_asked_are_missed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_in_vain(*given: Any, **told: Any) -> Path:
+        folder = ask_teacher(*given, **told)
+        shutil.rmtree(folder)
+        return folder
+
+    monkeypatch.setattr(loop, "ask_teacher", asked_in_vain)
+    with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
+        built(settings, data__teacher_draws=1)
+    monkeypatch.undo()
+    assert built(settings, data__teacher_draws=1).answers is not None
 
 
 @pytest.mark.parametrize("kind", ["latents", "answers"])

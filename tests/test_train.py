@@ -442,7 +442,9 @@ def test_the_weights_of_the_best_validation_are_kept(run: Runner, monkeypatch: p
         assert found is None
 
 
-def test_what_a_student_draws_at_first_is_drawn_once(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_student_draws_at_first_is_drawn_once(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
     latents = Validation._latents
 
@@ -452,6 +454,7 @@ def test_what_a_student_draws_at_first_is_drawn_once(run: Runner, monkeypatch: p
 
     monkeypatch.setattr(Validation, "_latents", noting)
     options = {"run__validate_every": 4, "run__validation_prompts": ("red heart", "apple"), "optim__max_train_steps": 4}
+    options |= {"data__cache_dir": str(tmp_path / "cache")}
     first = run("first", **options)
     assert asked == [1, 2, 4, 8] * 2
     again = run("again", **options)
@@ -460,6 +463,12 @@ def test_what_a_student_draws_at_first_is_drawn_once(run: Runner, monkeypatch: p
     for name in ("samples/step-000000.png", "samples/step-000004.png"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
     assert metrics(again)[0]["val/rmse_4"] > 0
+    for left in (0, 9):  # bytes, as a full disk or a power cut may leave them
+        for path in (tmp_path / "cache" / "evaluation").glob("beginning-*/*"):
+            path.write_bytes(path.read_bytes()[:left])
+        asked.clear()
+        assert_same(first, run(f"damaged-{left}", **options))
+        assert len(asked) == 8
     for n, other in enumerate(({"objective__w_max": 9.0}, {"run__seed": 7}, {"run__validation_guidance_scale": 2.0})):
         asked.clear()
         run(f"other-{n}", **options, **other)

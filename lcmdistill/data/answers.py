@@ -22,6 +22,7 @@ from lcmdistill.batch import Batch, Conditioning, Models, RawNetwork, Rng, onto,
 from lcmdistill.data.batches import batch_of
 from lcmdistill.data.cache import LatentDataset
 from lcmdistill.data.chunks import is_whole, write_tensors
+from lcmdistill.data.room import emptied
 from lcmdistill.errors import UsageError
 from lcmdistill.objectives import Objective, forwards, only
 from lcmdistill.schedule import NoiseSchedule
@@ -59,8 +60,12 @@ class Answers:
     """The kept raw outputs of a teacher, memory-mapped."""
 
     def __init__(self, folder: Path, size: int) -> None:
+        """Raises RunError if some of them are no longer there."""
         self.folder = folder
-        self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
+        try:
+            self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
+        except FileNotFoundError:
+            raise emptied(folder) from None
         self._names = sorted(self._chunks[0].keys())  # "cond" first, as it is asked
 
     def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:

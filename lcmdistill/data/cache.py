@@ -28,6 +28,7 @@ from lcmdistill.data.buckets import Size, bucket_sizes
 from lcmdistill.data.chunks import PROMPT, SAMPLE, draw_spacing, is_whole, size_of, write_chunk
 from lcmdistill.data.order import Shape
 from lcmdistill.data.remote import REMOTE, check_reachable
+from lcmdistill.data.room import emptied
 from lcmdistill.data.sources import Member, kind_of, listed, open_source, read_prompts, shard_urls
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.errors import UsageError
@@ -223,7 +224,8 @@ def prepare(
     """
     folder = cache_folder(spec, config, teacher, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    if _whole(folder, config.count).is_file() and all(map(is_whole, _chunks_up_to(folder, config.count))):
+    chunks = _chunks_up_to(folder, config.count)
+    if _whole(folder, config.count).is_file() and _unbroken(chunks) and all(map(is_whole, chunks)):
         return folder
     members = enumerate(_members(spec, config, seed, teacher.own_prompts))
     kept, rejected, sizes = 0, Counter(), _sizes(spec, config, teacher)
@@ -250,7 +252,12 @@ def prepare(
 
 
 def mark_whole(folder: Path, count: int | None) -> None:
-    """Note, once every rank is done, that the first `count` members are there: a later run need not read the source."""
+    """Note, once every rank is done, that the first `count` members are there: a later run need not read the source.
+
+    Raises RunError if some are no longer there.
+    """
+    if not _unbroken(_chunks_up_to(folder, count)):
+        raise emptied(folder)
     _whole(folder, count).touch()
 
 
@@ -310,3 +317,13 @@ def _chunks_up_to(folder: Path, count: int | None) -> list[Path]:
         if count is None or end <= count:
             by_start[start] = max(by_start.get(start, (0, path)), (end, path))
     return [path for _, (_, path) in sorted(by_start.items())]
+
+
+def _unbroken(chunks: Sequence[Path]) -> bool:
+    """Whether each of the chunks begins where the one before it ends, and the first at the first member."""
+    end = 0
+    for start, following in (map(int, path.stem.split("-")) for path in chunks):
+        if start != end:
+            return False
+        end = following
+    return True

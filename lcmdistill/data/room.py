@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from lcmdistill.errors import RunError
 from lcmdistill.tracking import say
 
 KINDS = ("latents", "answers")
@@ -16,7 +17,7 @@ def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
     """Note that the needed folders are used, and remove others, the longest unused first, until all take `limit` bytes.
 
     Returns how many bytes were removed. A run that still reads a removed one goes on: its files are mapped, and the system
-    keeps them until it ends.
+    keeps them until it ends. One that still fills it ends with `emptied`.
     """
     kept = {path.resolve() for path in needed}
     for path in kept:
@@ -39,6 +40,14 @@ def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
     if removed:
         say(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
     return removed
+
+
+def emptied(folder: Path) -> RunError:
+    """What a run says that finds a folder no longer whole that it has just filled."""
+    return RunError(
+        f"{folder}: files of this cache were removed while this run filled it, by another run that made room or by hand; "
+        "raise data.cache_limit, and the same command makes what is missing"
+    )
 
 
 def _size(folder: Path) -> int:
