@@ -66,9 +66,9 @@ def file_written_aside(destination: Path, *, shared: bool = False) -> Iterator[P
         aside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A small text file, whole or not there."""
-    with file_written_aside(path) as aside:
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """A small text file, whole or not there. shared: as `file_written_aside`."""
+    with file_written_aside(path, shared=shared) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcmdistill.batch import derive_seed
-from lcmdistill.checkpoint import file_written_aside
+from lcmdistill.checkpoint import file_written_aside, write_text
 from lcmdistill.config import flatten
 from lcmdistill.data.cache import cache_root
 from lcmdistill.data.sources import read_prompts
@@ -165,8 +165,7 @@ class Validation:
                 return json.loads(kept.read_text(encoding="utf-8"))
         numbers = numbers_of(pixels, self._reference, self._prompts, FREE)
         if kept:
-            with file_written_aside(kept, shared=True) as aside:
-                aside.write_text(json.dumps(numbers), encoding="utf-8")
+            write_text(kept, json.dumps(numbers), shared=True)
         return numbers
 
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcmdistill.batch import Rng
 from lcmdistill.checkpoint import write_text
-from lcmdistill.cli import SPINS
+from lcmdistill.cli import with_spins
 from lcmdistill.config import parse_assignment, resolve
 from lcmdistill.data.cache import LatentDataset, prepare
 from lcmdistill.data.order import SampleOrder
@@ -289,8 +289,8 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side in names:
         # What the command line sets before it loads torch.
-        own = {} if side == "naive" else {"GOMP_SPINCOUNT": SPINS}
-        sides[side] = subprocess.Popen([*command, side, name, json.dumps(given)], env={**os.environ, **own}, **pipes)
+        environment = dict(os.environ) if side == "naive" else with_spins(os.environ)
+        sides[side] = subprocess.Popen([*command, side, name, json.dumps(given)], env=environment, **pipes)
 
     def step(side: str) -> dict[str, Any]:
         process = sides[side]

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -50,11 +51,15 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # between two of them
 
 
+def with_spins(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which threads wait as SPINS says, unless it says already how they wait."""
+    return dict(environment) if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": SPINS, **environment}
+
+
 def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    os.environ |= with_spins(os.environ)
     # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
     gc.set_threshold(100_000, 50, 50)
     try:

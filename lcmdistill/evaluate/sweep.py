@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lcmdistill.checkpoint import file_written_aside, written_aside
+from lcmdistill.checkpoint import written_aside
+from lcmdistill.data.chunks import write_tensors
 from lcmdistill.evaluate.drawing import TEACHER_STEPS, Tell, student_latents, teacher_latents
 from lcmdistill.evaluate.metrics import Measure, Shown
 from lcmdistill.teachers.base import Teacher
@@ -163,8 +163,7 @@ def drawn(path: Path, draw: Callable[[], Tensor], how: str = "") -> Drawn:
     began = time.perf_counter()
     latents = draw().contiguous()
     seconds = time.perf_counter() - began
-    with file_written_aside(path, shared=True) as aside:
-        save_file({"latents": latents}, aside, metadata={"seconds": f"{seconds:.4f}", "how": how})
+    write_tensors(path, {"latents": latents}, {"seconds": f"{seconds:.4f}", "how": how})
     return Drawn(latents, seconds, how)
 
 
