@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcmdistill.checkpoint import write_text
-from lcmdistill.data.sources import read_prompts
-from lcmdistill.device import pick_device
-from lcmdistill.evaluate import drawing, features, metrics
-from lcmdistill.evaluate.program import real_images
-from lcmdistill.evaluate.sweep import as_image
-from lcmdistill.methods import omega_range
-from lcmdistill.rundir import recorded, teacher_of
-from lcmdistill.sample import find_model, grid, load_student
-from lcmdistill.teachers import ALIASES, load_teacher
+from lcmdistill.config.methods import omega_range
+from lcmdistill.config.recorded import recorded, teacher_of
+from lcmdistill.data.sources.teacher import read_prompts
+from lcmdistill.evaluation import latents as drawing
+from lcmdistill.evaluation.evaluate import real_images
+from lcmdistill.evaluation.metrics import features
+from lcmdistill.evaluation.metrics import measures as metrics
+from lcmdistill.evaluation.sweep import as_image
+from lcmdistill.sampling.generate import find_model, grid, load_student
+from lcmdistill.sampling.prompts import default_prompts
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.validate import default_prompts
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.naming import ALIASES
+from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.device import pick_device
 
 SEED = 2026
 STEPS = (1, 2, 4)

@@ -17,21 +17,22 @@ from typing import Any
 import diffusers
 import torch
 
-from lcmdistill.batch import Conditioning
-from lcmdistill.config import resolve
-from lcmdistill.device import peak_memory
-from lcmdistill.errors import UsageError
-from lcmdistill.loop import build, train_steps
-from lcmdistill.memory import GIB, usable
-from lcmdistill.plan import Plan, choose, estimator, planned
-from lcmdistill.processes import make_accelerator
-from lcmdistill.rundir import settle
-from lcmdistill.schedule import vp_schedule
-from lcmdistill.settings import RunConfig
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Teacher, nothing_else
 from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
 from lcmdistill.teachers.sd import call_unet
 from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
+from lcmdistill.training.distributed import make_accelerator
+from lcmdistill.training.memory.estimate import GIB, usable
+from lcmdistill.training.memory.plan import Plan, choose, estimator, planned
+from lcmdistill.training.run_settings import settle
+from lcmdistill.training.setup import build
+from lcmdistill.training.trainer import train_steps
+from lcmdistill.utils.device import peak_memory
+from lcmdistill.utils.errors import UsageError
 
 LIMITS = (8, 12, 16, 24)
 ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-lora", "pixart-full")

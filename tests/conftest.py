@@ -51,7 +51,7 @@ def fill(module: Any, seed: int) -> None:
     """Random weights that depend on the seed and their names alone, so that golden values outlive a library's release."""
     import torch
 
-    from lcmdistill.batch import derive_seed
+    from lcmdistill.diffusion.random import derive_seed
 
     for name, parameter in module.named_parameters():
         draws = torch.randn(
@@ -141,7 +141,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve real emoji of the bundled shards as PNGs with captions beside them."""
     from itertools import islice
 
-    from lcmdistill.data.sources import open_source
+    from lcmdistill.data.sources.registry import open_source
 
     folder = tmp_path_factory.mktemp("images")
     for i, member in enumerate(islice(open_source("tiny", None), 12)):
@@ -154,8 +154,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
     """The folder of a finished run on the small teacher, with validation grids."""
-    from lcmdistill.config import resolve
-    from lcmdistill.train import distill
+    from lcmdistill.config.resolve import resolve
+    from lcmdistill.training.trainer import distill
 
     folder = tmp_path_factory.mktemp("runs") / "runs" / "small-lcm"
     own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),), "run.output": str(folder)}
@@ -188,7 +188,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, sma
     """A copy of the small run with an evaluation of few images."""
     import shutil
 
-    from lcmdistill.evaluate.program import Wish, evaluate
+    from lcmdistill.evaluation.evaluate import Wish, evaluate
 
     folder = tmp_path_factory.mktemp("evaluated") / "small-lcm"
     shutil.copytree(small_run, folder)

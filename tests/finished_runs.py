@@ -6,16 +6,18 @@ from typing import Any
 from conftest import fill
 from torch import nn
 
-from lcmdistill.checkpoint import save_checkpoint
-from lcmdistill.config import flatten, resolve, to_toml
-from lcmdistill.export.lora_files import from_checkpoint, header, write_kohya
-from lcmdistill.export.pipeline import save_pipeline, student_pipeline
-from lcmdistill.lora import ONLINE, adapter_parameters, add_lora
-from lcmdistill.modelcard import write_run_card
-from lcmdistill.settings import StudentConfig
-from lcmdistill.student import full_student
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import StudentConfig
+from lcmdistill.config.toml import flatten, to_toml
+from lcmdistill.export.diffusers_pipeline import save_pipeline
+from lcmdistill.export.lora_formats import from_checkpoint, header, write_kohya
+from lcmdistill.hub.model_card import write_run_card
+from lcmdistill.sampling.student_pipeline import student_pipeline
+from lcmdistill.students.full import full_student
+from lcmdistill.students.lora import ONLINE, adapter_parameters, add_lora
 from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.checkpoint import save_checkpoint
 
 
 def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, Models, Network
-from lcmdistill.prediction import X0Eps
-from lcmdistill.schedule import NoiseSchedule, VPSchedule
+from lcmdistill.diffusion.parameterization import X0Eps
+from lcmdistill.diffusion.schedules import NoiseSchedule, VPSchedule
+from lcmdistill.diffusion.types import Conditioning, Models, Network
 
 
 @dataclass(frozen=True)

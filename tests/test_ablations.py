@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lcmdistill.config import resolve
+from lcmdistill.config.resolve import resolve
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ablations"
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, Rng, derive_seed, x0_eps_network
-from lcmdistill.prediction import to_x0_eps
-from lcmdistill.schedule import vp_schedule
+from lcmdistill.diffusion.parameterization import to_x0_eps
+from lcmdistill.diffusion.random import Rng, derive_seed
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.diffusion.types import Conditioning, x0_eps_network
 
 DRAWS: dict[str, Callable[[Rng, str], Tensor]] = {
     "normal": lambda rng, stream: rng.normal(stream, (4, 8, 8)),

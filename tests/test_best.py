@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcmdistill.best import BEST, advice, best_of, concern, history, keep_best, load_best
-from lcmdistill.checkpoint import checkpoints, prune, save_checkpoint
+from lcmdistill.training.best import advice, best_of, concern, history, keep_best
+from lcmdistill.utils.checkpoint import BEST, load_best, prune, save_checkpoint
+from lcmdistill.utils.run_dir import checkpoints
 
 
 def validated(*values: float) -> list[tuple[int, float]]:

@@ -13,19 +13,21 @@ from PIL import Image, ImageOps
 from small_models import FAMILY_BUILDERS
 from test_data import encoded, picture, write_tar
 
-from lcmdistill.compiling import PAYS_FROM, pays
-from lcmdistill.config import resolve
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.buckets import bucket_sizes, equal_areas, largest, nearest
-from lcmdistill.data.cache import LatentDataset, cache_folder, prepare, survey
-from lcmdistill.data.order import SampleOrder, Shape
-from lcmdistill.data.sources import open_source
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import cache_folder, prepare
+from lcmdistill.data.sampler import SampleOrder, Shape
+from lcmdistill.data.sources.registry import open_source
+from lcmdistill.data.survey import survey
 from lcmdistill.data.transforms import Sample, judge, transform
-from lcmdistill.errors import UsageError
-from lcmdistill.memory import step_memory
-from lcmdistill.preflight import guard
-from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_teacher
-from lcmdistill.train import distill
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.compile import PAYS_FROM, pays
+from lcmdistill.training.memory.estimate import step_memory
+from lcmdistill.training.preflight import guard
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.errors import UsageError
 
 SIZES = [(48, 64), (40, 40), (64, 48), (30, 64), (64, 31)]
 
@@ -120,7 +122,7 @@ def test_a_frame_says_where_in_the_resized_image_the_bucket_lies(
 def test_each_sample_is_kept_at_its_bucket_s_size(
     kind: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcmdistill.data import cache
+    from lcmdistill.data import latent_cache as cache
 
     monkeypatch.setattr(cache, "CHUNK", 8)
     teacher, data = load_teacher(str(folders["sdxl"])), shapes_folder
@@ -251,7 +253,8 @@ def settings(teacher: Path, data: Path, folder: Path, **options: Any) -> Any:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    from lcmdistill.checkpoint import checkpoints, load_checkpoint
+    from lcmdistill.utils.checkpoint import load_checkpoint
+    from lcmdistill.utils.run_dir import checkpoints
 
     groups, _ = load_checkpoint(checkpoints(run / "checkpoints")[-1])
     return {f"{group}.{key}": value for group, tensors in groups.items() for key, value in tensors.items()}

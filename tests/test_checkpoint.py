@@ -11,18 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill import checkpoint
-from lcmdistill.checkpoint import (
-    checkpoints,
-    file_written_aside,
-    load_checkpoint,
-    optimizer_tensors,
-    prune,
-    restore_optimizer,
-    save_checkpoint,
-    write_text,
-    written_aside,
-)
-from lcmdistill.errors import RunError
+from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
+from lcmdistill.utils.atomic import file_written_aside, write_text, written_aside
+from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
+from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.run_dir import checkpoints
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -14,10 +14,12 @@ import torch
 from conftest import SMALL, Command
 from safetensors.torch import load_file
 
-from lcmdistill import checkpoint, cli, errors, preflight
-from lcmdistill.config import read_toml, resolve
-from lcmdistill.rundir import settle
-from lcmdistill.teachers import load_teacher
+from lcmdistill import checkpoint, cli, errors
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.toml import read_toml
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training import preflight
+from lcmdistill.training.run_settings import settle
 
 ROOT = Path(__file__).parent.parent
 

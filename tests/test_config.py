@@ -9,13 +9,15 @@ import pytest
 import tomli_w
 
 from lcmdistill import cli
-from lcmdistill.cli.options import SETTINGS
-from lcmdistill.config import flatten, parse_assignment, read_toml, resolve, to_toml
-from lcmdistill.errors import UsageError
-from lcmdistill.methods import METHODS
+from lcmdistill.cli._options import SETTINGS
+from lcmdistill.config.defaults import ALIAS_DEFAULTS
+from lcmdistill.config.methods import METHODS
+from lcmdistill.config.resolve import parse_assignment, resolve
+from lcmdistill.config.schema import ObjectiveName, RunConfig, SolverName
+from lcmdistill.config.toml import flatten, read_toml, to_toml
+from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.settings import ALIAS_DEFAULTS, ObjectiveName, RunConfig, SolverName
-from lcmdistill.solvers import SOLVERS
+from lcmdistill.utils.errors import UsageError
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
 KEYS = """

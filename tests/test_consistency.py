@@ -10,9 +10,9 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-from lcmdistill.consistency import OMEGA_DIM, consistency_function, omega_embedding
-from lcmdistill.prediction import EDM, network_input, to_x0_eps
-from lcmdistill.schedule import KarrasSchedule, vp_schedule
+from lcmdistill.diffusion.consistency import OMEGA_DIM, consistency_function, omega_embedding
+from lcmdistill.diffusion.parameterization import EDM, network_input, to_x0_eps
+from lcmdistill.diffusion.schedules import KarrasSchedule, vp_schedule
 
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SD15 = vp_schedule(BETAS)

@@ -19,15 +19,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.data import cache, chunks
-from lcmdistill.data.cache import LatentDataset, cache_folder, mark_whole, prepare, survey, usable_count
-from lcmdistill.data.order import SampleOrder, epoch_order
-from lcmdistill.data.sources import SOURCES, Member, kind_of, open_source, read_prompts
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data import chunks
+from lcmdistill.data import latent_cache as cache
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import cache_folder, mark_whole, prepare
+from lcmdistill.data.sampler import SampleOrder, epoch_order
+from lcmdistill.data.sources.base import Member
+from lcmdistill.data.sources.registry import SOURCES, kind_of, open_source
+from lcmdistill.data.sources.teacher import read_prompts
+from lcmdistill.data.survey import survey, usable_count
 from lcmdistill.data.transforms import Rejected, Sample, judge
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_teacher
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.errors import RunError, UsageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lcmdistill.distances import DISTANCES, l2, pseudo_huber
+from lcmdistill.diffusion.losses import DISTANCES, l2, pseudo_huber
 
 
 def filled(*differences: float) -> tuple[torch.Tensor, torch.Tensor]:

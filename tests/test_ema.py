@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcmdistill.ema import ema_update
+from lcmdistill.diffusion.ema import ema_update
 
 
 def test_update_is_in_place_and_mu_weighs_the_target() -> None:

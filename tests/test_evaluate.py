@@ -6,8 +6,10 @@ import pytest
 import torch
 from pixel_models import LABELS, build_pixel
 
-from lcmdistill.evaluate import drawing, features, metrics
-from lcmdistill.teachers import load_teacher
+from lcmdistill.evaluation import latents as drawing
+from lcmdistill.evaluation.metrics import features
+from lcmdistill.evaluation.metrics import measures as metrics
+from lcmdistill.teachers.loading import load_teacher
 
 PROMPTS = ["a red apple", "a blue car", "a green tree"]
 
@@ -59,8 +61,8 @@ def test_start_noise_of_an_image_does_not_depend_on_how_many_there_are(small_tea
 
 
 def test_latents_do_not_depend_on_the_batch_size(small_teacher: Path, small_run: Path):
-    from lcmdistill.device import pick_device
-    from lcmdistill.sample import load_student
+    from lcmdistill.sampling.generate import load_student
+    from lcmdistill.utils.device import pick_device
 
     teacher, student = load_teacher(str(small_teacher)), load_student(str(small_run / "pipeline"), pick_device("cpu"))
     noise = drawing.start_noise(teacher, 16, 3, seed=0)
@@ -74,8 +76,8 @@ def test_latents_do_not_depend_on_the_batch_size(small_teacher: Path, small_run:
 
 def test_an_untrained_student_without_guidance_is_the_unguided_teacher(small_teacher: Path):
     """Omega has no effect before training: one LCM step from T - 1 is the teacher's own x0 there."""
-    from lcmdistill.export.pipeline import student_pipeline
-    from lcmdistill.student import full_student
+    from lcmdistill.sampling.student_pipeline import student_pipeline
+    from lcmdistill.students.full import full_student
 
     teacher = load_teacher(str(small_teacher))
     student = student_pipeline(teacher, full_student(teacher.network, "zero", 0).eval())
@@ -90,8 +92,8 @@ def test_an_untrained_student_without_guidance_is_the_unguided_teacher(small_tea
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_student_in_pixel_space_draws_as_its_pipeline_does(tmp_path: Path, steps: int):
-    from lcmdistill.batch import derive_seed
-    from lcmdistill.export.pipeline import student_pipeline
+    from lcmdistill.diffusion.random import derive_seed
+    from lcmdistill.sampling.student_pipeline import student_pipeline
 
     teacher = load_teacher(str(build_pixel(tmp_path / "t", channels=3)))
     pipeline, names = student_pipeline(teacher, teacher.network), list(LABELS)

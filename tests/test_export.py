@@ -12,12 +12,13 @@ from conftest import SMALL, build_teacher, write_tokenizer
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from lcmdistill.checkpoint import checkpoints
-from lcmdistill.config import resolve
-from lcmdistill.consistency import OMEGA_DIM
-from lcmdistill.export.pipeline import add_vocabularies, save_pipeline, student_pipeline, vp_scheduler
-from lcmdistill.teachers import load_teacher
-from lcmdistill.train import distill
+from lcmdistill.config.resolve import resolve
+from lcmdistill.diffusion.consistency import OMEGA_DIM
+from lcmdistill.export.diffusers_pipeline import add_vocabularies, save_pipeline
+from lcmdistill.sampling.student_pipeline import student_pipeline, vp_scheduler
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.run_dir import checkpoints
 
 
 def loaded(name: str, folder: Path) -> Any:

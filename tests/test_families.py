@@ -15,17 +15,20 @@ from safetensors.torch import load_file, save_file
 from small_models import FAMILY_BUILDERS
 from test_teachers import edited
 
-from lcmdistill.batch import Batch, Conditioning, Models, Rng, x0_eps_network
-from lcmdistill.data.cache import LatentDataset, prepare
+from lcmdistill.config.schema import DataConfig, StudentConfig
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.transforms import transform
-from lcmdistill.errors import UsageError
-from lcmdistill.objectives import LatentConsistency
-from lcmdistill.recognise import read_header
-from lcmdistill.settings import DataConfig, StudentConfig
-from lcmdistill.student import make_student, raw_network
-from lcmdistill.teachers import load_teacher
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.types import Batch, Conditioning, Models, x0_eps_network
+from lcmdistill.objectives.lcm import LatentConsistency
+from lcmdistill.students.build import make_student
+from lcmdistill.students.student import raw_network
 from lcmdistill.teachers.base import Shown, Teacher
 from lcmdistill.teachers.inpaint import draw_mask
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.single_file.inspect import read_header
+from lcmdistill.utils.errors import UsageError
 
 each_family = pytest.mark.parametrize("family", list(FAMILY_BUILDERS))
 

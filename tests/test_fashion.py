@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lcmdistill.config import resolve
-from lcmdistill.data.sources import open_source
-from lcmdistill.teachers import load_teacher
-from lcmdistill.train import distill
+from lcmdistill.config.resolve import resolve
+from lcmdistill.data.sources.registry import open_source
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.trainer import distill
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 

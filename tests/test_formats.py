@@ -15,8 +15,8 @@ from safetensors import safe_open
 from small_models import BUILDERS, FAMILY_BUILDERS
 
 from lcmdistill import export as exporting
+from lcmdistill.config.schema import Format
 from lcmdistill.export.verify import network_inputs, network_output
-from lcmdistill.settings import Format
 
 FORMATS = {"full": ("pipeline", "single-file", "onnx"), "lora": tuple(f for f in Format if f != "pipeline")}
 CASES = [

@@ -17,8 +17,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from lcmdistill import cli, hub, publish
-from lcmdistill.errors import RunError, UsageError
+from lcmdistill import cli, publish
+from lcmdistill.hub import client as hub
+from lcmdistill.utils.errors import RunError, UsageError
 
 TOKEN = "hf_aTokenThatNobodyMaySee"
 

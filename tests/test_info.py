@@ -11,10 +11,10 @@ from finished_runs import finished_run
 from small_models import FAMILY_BUILDERS, opened
 
 from lcmdistill import export
-from lcmdistill.errors import RunError, UsageError
 from lcmdistill.export.single_file import write_single_file
-from lcmdistill.info import NETWORKS, describe
-from lcmdistill.teachers import FAMILIES
+from lcmdistill.report.info import NETWORKS, describe
+from lcmdistill.teachers.loading import FAMILIES
+from lcmdistill.utils.errors import RunError, UsageError
 
 
 def test_every_family_has_a_name() -> None:
@@ -63,7 +63,7 @@ def test_a_single_file_says_what_it_was_recognised_as(tmp_path: Path, small_teac
 
 
 def test_the_bundled_teacher_has_its_licence_and_is_told_without_torch() -> None:
-    from lcmdistill.teachers import ALIASES
+    from lcmdistill.teachers.naming import ALIASES
 
     code = f"import sys; from lcmdistill.info import describe; print(describe({ALIASES['tiny']!r}), 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

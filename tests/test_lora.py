@@ -17,22 +17,25 @@ from small_models import BUILDERS, opened
 from typer.testing import CliRunner
 
 from lcmdistill import export as exporting
-from lcmdistill.batch import Rng
-from lcmdistill.checkpoint import checkpoints, load_checkpoint
 from lcmdistill.cli import app
-from lcmdistill.config import flatten, read_toml, resolve
-from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import SCHEDULER_KEY, header, load_lora
-from lcmdistill.export.product import load_product, write_product
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import StudentConfig
+from lcmdistill.config.toml import flatten, read_toml
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.export.lora_formats import header
+from lcmdistill.export.trained_student import load_product, write_product
 from lcmdistill.export.verify import network_inputs, network_output
-from lcmdistill.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
-from lcmdistill.modelcard import model_card, write_run_card
-from lcmdistill.sample import chosen_scheduler, find_model, load_student
-from lcmdistill.settings import StudentConfig
-from lcmdistill.student import make_student
-from lcmdistill.teachers import load_teacher
+from lcmdistill.hub.model_card import model_card, write_run_card
+from lcmdistill.sampling.generate import chosen_scheduler, find_model, load_student
+from lcmdistill.sampling.prompts import PROMPTS
+from lcmdistill.students.build import make_student
+from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
+from lcmdistill.students.lora_files import SCHEDULER_KEY, load_lora
+from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.sd import call_unet
-from lcmdistill.validate import PROMPTS
+from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import checkpoints
 
 SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -323,8 +326,8 @@ def test_the_header_tells_the_bases_architecture(
 
 
 def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lcmdistill.errors import RunError
-    from lcmdistill.export import lora_files
+    from lcmdistill.export import lora_formats as lora_files
+    from lcmdistill.utils.errors import RunError
 
     whole = lora_files.kohya_tensors
 
@@ -342,8 +345,9 @@ def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
     lora_run: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     """It adds less than a whole model's weights lose by being rounded."""
-    from lcmdistill.errors import RunError
-    from lcmdistill.export import lora_files, product
+    from lcmdistill.export import lora_formats as lora_files
+    from lcmdistill.export import trained_student as product
+    from lcmdistill.utils.errors import RunError
 
     loaded = product.from_checkpoint
 
@@ -523,7 +527,7 @@ def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
 def test_the_best_validation_s_weights_are_exported_where_they_are_asked_for(
     kind: str, lora_run: Path, small_run: Path, tmp_path: Path, command: Command
 ):
-    from lcmdistill.best import keep_best
+    from lcmdistill.training.best import keep_best
 
     run = tmp_path / "run"
     shutil.copytree(lora_run if kind == "lora" else small_run, run)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from small_models import BUILDERS, opened
 from torch import Tensor, nn
 
-from lcmdistill.errors import UsageError
-from lcmdistill.export.lora_files import load_lora
 from lcmdistill.export.verify import difference, network_inputs, network_output
+from lcmdistill.students.lora_files import load_lora
+from lcmdistill.utils.errors import UsageError
 
 ALPHA, RANK = 1.5, 2
 ENCODERS = {"text_encoder": "lora_te", "text_encoder_2": "lora_te2"}

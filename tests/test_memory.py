@@ -16,19 +16,23 @@ from safetensors.torch import load_file
 from test_train import assert_same, losses
 from torch import Tensor, nn
 
-from lcmdistill import loop, plan, train
-from lcmdistill.checkpoint import checkpoints, load_checkpoint, optimizer_tensors, restore_optimizer
-from lcmdistill.config import flatten, read_toml, resolve
-from lcmdistill.errors import UsageError
-from lcmdistill.memory import GIB, Breakdown, Live, optimizer_bytes, step_memory, usable
+from lcmdistill import loop, plan
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import OptimConfig, RunConfig
+from lcmdistill.config.toml import flatten, read_toml
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.optimizer import check_optimizer, make_optimizer
-from lcmdistill.plan import MemoryCheck, Plan, candidates, choose, estimator, planned
-from lcmdistill.processes import make_accelerator
-from lcmdistill.settings import OptimConfig, RunConfig
-from lcmdistill.student import Student
-from lcmdistill.teachers import load_teacher
+from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training import trainer as train
+from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
+from lcmdistill.training.distributed import make_accelerator
+from lcmdistill.training.memory.estimate import GIB, Breakdown, Live, optimizer_bytes, step_memory, usable
+from lcmdistill.training.memory.plan import MemoryCheck, Plan, candidates, choose, estimator, planned
+from lcmdistill.training.optimizer import check_optimizer, make_optimizer
+from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import checkpoints
 
 Runner = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -13,22 +13,22 @@ from diffusers.schedulers.scheduling_tcd import TCDScheduler
 from safetensors import safe_open
 from test_train import assert_same, losses
 
-from lcmdistill.config import resolve
-from lcmdistill.errors import UsageError
-from lcmdistill.evaluate.program import Wish, evaluate
-from lcmdistill.evaluate.results import read_results
-from lcmdistill.export import export
-from lcmdistill.methods import METHODS
+from lcmdistill.config.methods import METHODS
+from lcmdistill.config.recorded import recorded
+from lcmdistill.config.resolve import resolve
+from lcmdistill.diffusion.parameterization import to_x0_eps
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.evaluation.evaluate import Wish, evaluate
+from lcmdistill.evaluation.results import read_results
+from lcmdistill.export.registry import export
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives import forwards as evaluations
-from lcmdistill.prediction import to_x0_eps
+from lcmdistill.objectives.base import forwards as evaluations
 from lcmdistill.report.uses import uses
-from lcmdistill.rundir import recorded
-from lcmdistill.sample import draw, find_model, load_student
-from lcmdistill.schedule import vp_schedule
-from lcmdistill.teachers import load_teacher
-from lcmdistill.teachers.drawing import also_told
-from lcmdistill.train import distill
+from lcmdistill.sampling.generate import draw, find_model, load_student
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.pipelines import also_told
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.errors import UsageError
 
 Runner = Callable[..., Path]
 

@@ -13,16 +13,18 @@ from test_solvers import ORDER
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lcmdistill.batch import Batch, Conditioning, Models, Network, RawNetwork, Rng, x0_eps_network
-from lcmdistill.consistency import OMEGA_DIM, omega_embedding
-from lcmdistill.distances import DISTANCES
-from lcmdistill.objectives import OBJECTIVES, forwards
+from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
+from lcmdistill.diffusion.losses import DISTANCES
+from lcmdistill.diffusion.parameterization import X0Eps
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, VPSchedule, vp_schedule
+from lcmdistill.diffusion.solvers import SOLVERS
+from lcmdistill.diffusion.types import Batch, Conditioning, Models, Network, RawNetwork, x0_eps_network
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import forwards
+from lcmdistill.objectives.common import draw_times, draw_up_to
 from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.objectives.shared import draw_times, draw_up_to
-from lcmdistill.prediction import X0Eps
-from lcmdistill.schedule import KarrasSchedule, NoiseSchedule, VPSchedule, vp_schedule
-from lcmdistill.solvers import SOLVERS
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NULL = Conditioning({"prompt_embeds": torch.full((1, 3, 2), -0.2)})

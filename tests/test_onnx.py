@@ -14,11 +14,11 @@ import torch
 from finished_runs import finished_run
 
 from lcmdistill import cli, export
-from lcmdistill.consistency import omega_embedding
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export import onnx_files
-from lcmdistill.export.product import load_product
+from lcmdistill.diffusion.consistency import omega_embedding
+from lcmdistill.export import onnx as onnx_files
+from lcmdistill.export.trained_student import load_product
 from lcmdistill.export.verify import network_output
+from lcmdistill.utils.errors import RunError, UsageError
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -175,10 +175,12 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is the tiny teacher: trained weights, unlike random ones, do not pass rounding on."""
-    from lcmdistill.config import resolve, to_toml
-    from lcmdistill.export.pipeline import save_pipeline, student_pipeline
-    from lcmdistill.student import full_student
-    from lcmdistill.teachers import load_teacher
+    from lcmdistill.config.resolve import resolve
+    from lcmdistill.config.toml import to_toml
+    from lcmdistill.export.diffusers_pipeline import save_pipeline
+    from lcmdistill.sampling.student_pipeline import student_pipeline
+    from lcmdistill.students.full import full_student
+    from lcmdistill.teachers.loading import load_teacher
 
     run, teacher = tmp_path_factory.mktemp("trained") / "run", load_teacher("tiny")
     student = full_student(teacher.network, "zero", seed=0).eval().requires_grad_(False)

@@ -10,13 +10,7 @@ from small_models import BUILDERS, AutoencoderKL, UNet, models_of, opened, text_
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lcmdistill.export.original_layout import (
-    original_clip,
-    original_openclip,
-    original_sd2_text,
-    original_unet,
-    original_vae,
-)
+from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
 from lcmdistill.export.single_file import original_tensors
 
 

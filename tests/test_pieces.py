@@ -16,15 +16,17 @@ from test_teachers import edited
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
-from lcmdistill.data.cache import cache_folder, prepare
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.original_layout import original_vae
-from lcmdistill.export.pipeline import save_pipeline, student_pipeline
-from lcmdistill.sample import draw, load_student
-from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_pipeline, load_teacher, pieces
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.latent_cache import cache_folder, prepare
+from lcmdistill.export.diffusers_pipeline import save_pipeline
+from lcmdistill.export.sd_keys import original_vae
+from lcmdistill.sampling.generate import draw, load_student
+from lcmdistill.sampling.student_pipeline import student_pipeline
+from lcmdistill.teachers import overrides as pieces
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.drawing import pipeline_latents
+from lcmdistill.teachers.loading import load_pipeline, load_teacher
+from lcmdistill.teachers.pipelines import pipeline_latents
+from lcmdistill.utils.errors import RunError, UsageError
 
 
 def built(folder: Path, family: str) -> Path:

@@ -13,21 +13,23 @@ from PIL import Image
 from pixel_models import LABELS, build_pixel
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, x0_eps_network
-from lcmdistill.checkpoint import load_checkpoint
-from lcmdistill.config import resolve
-from lcmdistill.consistency import consistency_function
-from lcmdistill.data.cache import LatentDataset, prepare, survey
-from lcmdistill.errors import UsageError
-from lcmdistill.prediction import EDM
-from lcmdistill.preflight import check_early, guard
-from lcmdistill.rundir import settle
-from lcmdistill.schedule import KarrasSchedule, VPSchedule
-from lcmdistill.settings import DataConfig, StudentConfig
-from lcmdistill.student import make_student
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import DataConfig, StudentConfig
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import prepare
+from lcmdistill.data.survey import survey
+from lcmdistill.diffusion.consistency import consistency_function
+from lcmdistill.diffusion.parameterization import EDM
+from lcmdistill.diffusion.schedules import KarrasSchedule, VPSchedule
+from lcmdistill.diffusion.types import Conditioning, x0_eps_network
+from lcmdistill.students.build import make_student
+from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pixel import class_names
-from lcmdistill.train import distill
+from lcmdistill.training.preflight import check_early, guard
+from lcmdistill.training.run_settings import settle
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.errors import UsageError
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmdistill.prediction import EDM, PREDICTION_TYPES, X0Eps, guided, to_x0_eps
-from lcmdistill.schedule import vp_schedule
+from lcmdistill.diffusion.parameterization import EDM, PREDICTION_TYPES, X0Eps, guided, to_x0_eps
+from lcmdistill.diffusion.schedules import vp_schedule
 
 # What a perfect network of each type puts out.
 OUTPUTS = {

@@ -12,12 +12,13 @@ import pytest
 from conftest import SMALL, Command
 from small_models import build_sdxl
 
-from lcmdistill.config import flatten, preset_changes, read_toml, resolve, with_values
-from lcmdistill.errors import UsageError
-from lcmdistill.presets import PRESETS, PresetName
-from lcmdistill.rundir import settle
-from lcmdistill.settings import RunConfig
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.presets import PRESETS, PresetName
+from lcmdistill.config.resolve import preset_changes, resolve, with_values
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.toml import flatten, read_toml
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.run_settings import settle
+from lcmdistill.utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*.toml"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcmdistill.public import in_python, licence_name, licence_of, public_name, without_folders
+from lcmdistill.teachers.naming import in_python, licence_name, licence_of, public_name, without_folders
 
 OWN, NAMED = "license: other\nlicense_name: my-own", {"license": "other", "license_name": "my-own"}
 

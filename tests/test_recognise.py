@@ -13,18 +13,13 @@ from small_models import BUILDERS, TRANSFORMERS_5, AutoencoderKL, PixArt, UNet, 
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcmdistill.errors import UsageError
-from lcmdistill.export.original_layout import (
-    original_clip,
-    original_openclip,
-    original_sd2_text,
-    original_unet,
-    original_vae,
-)
+from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
 from lcmdistill.export.single_file import write_single_file
-from lcmdistill.recognise import LAYOUTS, Header, recognise
-from lcmdistill.teachers import load_teacher, recognised_as, single_file
-from lcmdistill.teachers.single_file import CONFIGS, load_single_file, write_vocabulary
+from lcmdistill.teachers.loading import load_teacher, recognised_as
+from lcmdistill.teachers.single_file import load as single_file
+from lcmdistill.teachers.single_file.inspect import LAYOUTS, Header, recognise
+from lcmdistill.teachers.single_file.load import CONFIGS, load_single_file, write_vocabulary
+from lcmdistill.utils.errors import UsageError
 
 each_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
 SIZES = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}

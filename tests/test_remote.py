@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from test_data import captions, config_for, contents, good, reasons, write_tar
 
-from lcmdistill.data import cache, remote
-from lcmdistill.data.cache import cache_folder, prepare, survey
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data import latent_cache as cache
+from lcmdistill.data.latent_cache import cache_folder, prepare
+from lcmdistill.data.sources import remote
+from lcmdistill.data.survey import survey
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.errors import RunError, UsageError
 
 
 @pytest.fixture

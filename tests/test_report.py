@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from lcmdistill.errors import UsageError
-from lcmdistill.evaluate.results import Results, read_results
-from lcmdistill.evaluate.verdict import seconds, verdict
-from lcmdistill.report import told, write_comparison, write_report
+from lcmdistill.evaluation.results import Results, read_results
+from lcmdistill.evaluation.verdict import seconds, verdict
 from lcmdistill.report.card import add_to_card
 from lcmdistill.report.charts import Chart, Series, described, short, ticks, to_svg
+from lcmdistill.report.comparison import write_comparison
 from lcmdistill.report.curves import loss_by_noise, training_charts
 from lcmdistill.report.guidance import guidance_note
+from lcmdistill.report.page import told, write_report
 from lcmdistill.report.uses import uses
+from lcmdistill.utils.errors import UsageError
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 

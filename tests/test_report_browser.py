@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lcmdistill.report import write_comparison, write_report
+from lcmdistill.report.comparison import write_comparison
+from lcmdistill.report.page import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]

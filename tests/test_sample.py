@@ -12,8 +12,8 @@ import torch
 from conftest import Command
 from PIL import Image
 
-from lcmdistill.errors import UsageError
-from lcmdistill.sample import Drawing, draw, find_model, grid, load_student, write_drawings
+from lcmdistill.sampling.generate import Drawing, draw, find_model, grid, load_student, write_drawings
+from lcmdistill.utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")

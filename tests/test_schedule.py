@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-from lcmdistill.schedule import KarrasSchedule, NoiseSchedule, ddim_grid, vp_schedule
+from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, ddim_grid, vp_schedule
 
 SD15: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from small_models import BUILDERS, models_of, opened, text_config
 from transformers import CLIPTextModel
 
-from lcmdistill.consistency import omega_embedding
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.omega import bake_omega
+from lcmdistill.diffusion.consistency import omega_embedding
+from lcmdistill.export.bake_guidance import bake_omega
 from lcmdistill.export.single_file import configs_of, original_tensors, read_back, write_single_file
 from lcmdistill.export.verify import BOUNDS, compared, pipeline_outputs
-from lcmdistill.student import full_student
+from lcmdistill.students.full import full_student
+from lcmdistill.utils.errors import RunError, UsageError
 
 each_layout = pytest.mark.parametrize("layout", list(BUILDERS))
 GUIDANCE = 7.5

@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from oracle import Gaussian, slope, smooth_schedule
 from torch import Tensor
 
-from lcmdistill.prediction import PREDICTION_TYPES, X0Eps, to_x0_eps
-from lcmdistill.schedule import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.solvers import SOLVERS, Denoiser, ddim, euler, heun, solve
+from lcmdistill.diffusion.parameterization import PREDICTION_TYPES, X0Eps, to_x0_eps
+from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
+from lcmdistill.diffusion.solvers import SOLVERS, Denoiser, ddim, euler, heun, solve
 
 ORDER = {"ddim": 1, "euler": 1, "heun": 2, "dpm-solver": 2, "dpm-solver++": 2}
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -17,23 +17,26 @@ from safetensors.torch import load_file
 from test_train import assert_same, losses
 
 from lcmdistill import checkpoint, loop, side_by_side
-from lcmdistill.batch import Rng
-from lcmdistill.checkpoint import Writer, checkpoints
-from lcmdistill.compiling import compile_blocks
-from lcmdistill.config import resolve
-from lcmdistill.data.answers import ask_teacher, which_draw
-from lcmdistill.data.batches import batch_of, read_ahead
-from lcmdistill.data.cache import LatentDataset, prepare
-from lcmdistill.data.room import make_room
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.loop import Run, build
-from lcmdistill.objectives import OBJECTIVES, forwards
-from lcmdistill.preflight import dry_run
-from lcmdistill.processes import make_accelerator
-from lcmdistill.schedule import vp_schedule
-from lcmdistill.teachers import load_teacher
-from lcmdistill.teachers.single_file import CONFIGS
-from lcmdistill.train import _restore, distill
+from lcmdistill.config.resolve import resolve
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.eviction import make_room
+from lcmdistill.data.latent_cache import prepare
+from lcmdistill.data.loader import batch_of, read_ahead
+from lcmdistill.data.teacher_cache import ask_teacher, which_draw
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import forwards
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.single_file.load import CONFIGS
+from lcmdistill.training.checkpoint import Writer
+from lcmdistill.training.compile import compile_blocks
+from lcmdistill.training.distributed import make_accelerator
+from lcmdistill.training.preflight import dry_run
+from lcmdistill.training.setup import Run, build
+from lcmdistill.training.trainer import _restore, distill
+from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.run_dir import checkpoints
 
 CPU = torch.device("cpu")
 Settings = dict[str, Any]

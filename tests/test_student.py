@@ -8,15 +8,17 @@ import torch
 from test_teachers import edited
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning
-from lcmdistill.config import resolve
-from lcmdistill.consistency import OMEGA_DIM
-from lcmdistill.memory import step_memory
-from lcmdistill.settings import StudentConfig
-from lcmdistill.student import Door, Student, full_student, make_student, raw_network, target_of
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import StudentConfig
+from lcmdistill.diffusion.consistency import OMEGA_DIM
+from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.students.build import make_student
+from lcmdistill.students.full import full_student, target_of
+from lcmdistill.students.student import Door, Student, raw_network
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.sd import call_unet
+from lcmdistill.training.memory.estimate import step_memory
 
 PROJECTION = "time_embedding.cond_proj.weight"
 

@@ -10,14 +10,15 @@ import torch
 from finished_runs import finished_run
 from safetensors.torch import load_file, save_file
 
-from lcmdistill.config import resolve
-from lcmdistill.errors import UsageError
-from lcmdistill.evaluate import program, sweep
-from lcmdistill.evaluate.metrics import FREE, Shown
-from lcmdistill.evaluate.program import Wish, evaluate
-from lcmdistill.evaluate.results import Results, read_results
-from lcmdistill.evaluate.verdict import verdict
-from lcmdistill.train import distill
+from lcmdistill.config.resolve import resolve
+from lcmdistill.evaluation import evaluate as program
+from lcmdistill.evaluation import sweep
+from lcmdistill.evaluation.evaluate import Wish, evaluate
+from lcmdistill.evaluation.metrics.measures import FREE, Shown
+from lcmdistill.evaluation.results import Results, read_results
+from lcmdistill.evaluation.verdict import verdict
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.errors import UsageError
 
 WISH: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_images": 5, "device": "cpu"}
 
@@ -235,7 +236,7 @@ def alike(pixels: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def spoilt(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     """What is measured of the untrained student if all that it draws is spoilt in one way."""
-    from lcmdistill.teachers import load_teacher
+    from lcmdistill.teachers.loading import load_teacher
 
     teacher, equal, draw, found = (
         load_teacher("tiny"),
@@ -315,7 +316,7 @@ def test_an_untrained_student_is_more_consistent_than_a_broken_one(ranked: tuple
 def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
     small_run: Path, small_teacher: Path, tmp_path: Path
 ):
-    from lcmdistill.teachers import load_teacher
+    from lcmdistill.teachers.loading import load_teacher
 
     each, teacher = program.subject(small_run), load_teacher(str(small_teacher))
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")

@@ -12,15 +12,16 @@ from test_schedule import CONFIGS
 from test_solvers import network_denoiser, noise
 from test_teachers import edited
 
-from lcmdistill.consistency import consistency_function
-from lcmdistill.data.cache import LatentDataset, prepare
+from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.chunks import draw_spacing
-from lcmdistill.errors import UsageError
-from lcmdistill.export.pipeline import vp_scheduler
-from lcmdistill.schedule import ddim_grid, vp_schedule
-from lcmdistill.settings import DataConfig
-from lcmdistill.solvers import SOLVERS
-from lcmdistill.teachers import load_teacher
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import prepare
+from lcmdistill.diffusion.consistency import consistency_function
+from lcmdistill.diffusion.schedules import ddim_grid, vp_schedule
+from lcmdistill.diffusion.solvers import SOLVERS
+from lcmdistill.sampling.student_pipeline import vp_scheduler
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.errors import UsageError
 
 each_config = pytest.mark.parametrize("name", list(CONFIGS))
 DDIMScheduler: Any = diffusers.DDIMScheduler

@@ -15,8 +15,10 @@ from conftest import build_teacher
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.teachers import ALIASES, FAMILIES, base, load_pipeline, load_teacher
+from lcmdistill.teachers import base
+from lcmdistill.teachers.loading import FAMILIES, load_pipeline, load_teacher
+from lcmdistill.teachers.naming import ALIASES
+from lcmdistill.utils.errors import RunError, UsageError
 
 
 def edited(folder: Path, to: Path, file: str, edit: Callable[[Any], Any]) -> Path:

@@ -22,22 +22,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcmdistill import checkpoint, cli, train
-from lcmdistill.batch import Batch, Models, Rng
-from lcmdistill.best import load_best
-from lcmdistill.checkpoint import checkpoints
-from lcmdistill.config import resolve
-from lcmdistill.errors import Interrupted, RunError, UsageError
-from lcmdistill.export import product
-from lcmdistill.interrupt import Stop
+from lcmdistill import checkpoint, cli
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import OptimConfig
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.export import trained_student as product
 from lcmdistill.objectives import lcm
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.processes import Agreement
-from lcmdistill.settings import OptimConfig
-from lcmdistill.teachers import load_teacher
-from lcmdistill.tracking import Metrics
-from lcmdistill.train import distill, learning_rate_at
-from lcmdistill.validate import Validation
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training import trainer as train
+from lcmdistill.training.distributed import Agreement
+from lcmdistill.training.optimizer import learning_rate_at
+from lcmdistill.training.signals import Stop
+from lcmdistill.training.trainer import distill
+from lcmdistill.training.validation import Validation
+from lcmdistill.utils.checkpoint import load_best
+from lcmdistill.utils.errors import Interrupted, RunError, UsageError
+from lcmdistill.utils.metrics_log import Metrics
+from lcmdistill.utils.run_dir import checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -305,7 +308,7 @@ def test_a_run_leaves_everything_that_is_promised(run: Runner, capsys: pytest.Ca
 
 
 def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(run: Runner, tmp_path: Path) -> None:
-    from lcmdistill.config import read_toml
+    from lcmdistill.config.toml import read_toml
 
     first = run("first")
     again = distill(resolve(read_toml(first / "config.toml"), {"run.output": str(tmp_path / "again")}))
@@ -769,7 +772,7 @@ def test_wandb_knows_a_run_again_by_an_id_that_no_other_has(tmp_path: Path, monk
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcmdistill.tracking import progress
+    from lcmdistill.utils.logging import progress
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

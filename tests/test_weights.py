@@ -8,11 +8,11 @@ import torch
 from conftest import write_tokenizer
 from torch import Tensor, nn
 
-from lcmdistill.errors import UsageError
-from lcmdistill.evaluate.features import ScriptedFeatures
-from lcmdistill.evaluate.metrics import Shown
-from lcmdistill.evaluate.weights import clip_measure, fid_measure, lpips_measure, perceptual_distance
+from lcmdistill.evaluation.metrics.features import ScriptedFeatures
+from lcmdistill.evaluation.metrics.measures import Shown
+from lcmdistill.evaluation.metrics.pretrained import clip_measure, fid_measure, lpips_measure, perceptual_distance
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.utils.errors import UsageError
 
 
 def shown(count: int = 3, side: int = 64) -> Shown:

@@ -20,7 +20,7 @@ from run import (
     STEPS,
 )
 
-from lcmdistill.checkpoint import write_text
+from lcmdistill.utils.atomic import write_text
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
 TITLES = {

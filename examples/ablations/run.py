@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from lcmdistill.checkpoint import write_text
-from lcmdistill.config import resolve
-from lcmdistill.data.cache import cache_root
-from lcmdistill.evaluate.drawing import start_noise
-from lcmdistill.evaluate.features import MobileNetV2Features
-from lcmdistill.evaluate.metrics import Measure, Shown, eight_bit, kid
-from lcmdistill.evaluate.program import Wish, chosen_measures, chosen_prompts, fingerprint, real_source, subject
-from lcmdistill.evaluate.sweep import Contestants, Sweep, sweep_run
-from lcmdistill.sample import load_student
-from lcmdistill.settings import DataConfig
-from lcmdistill.teachers import load_teacher
+from lcmdistill.config.resolve import resolve
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.latent_cache import cache_root
+from lcmdistill.evaluation.evaluate import Wish, chosen_measures, chosen_prompts, fingerprint, real_source, subject
+from lcmdistill.evaluation.latents import start_noise
+from lcmdistill.evaluation.metrics.features import MobileNetV2Features
+from lcmdistill.evaluation.metrics.measures import Measure, Shown, eight_bit, kid
+from lcmdistill.evaluation.sweep import Contestants, Sweep, sweep_run
+from lcmdistill.sampling.generate import load_student
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.train import distill
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.trainer import distill
+from lcmdistill.utils.atomic import write_text
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/ablations")

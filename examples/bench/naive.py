@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lcmdistill.settings import LORA_MODULES
+from lcmdistill.config.schema import LORA_MODULES
 
 Clock = Callable[[str], Any]
 "a context that times a part by its name"

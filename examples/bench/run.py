@@ -32,22 +32,24 @@ from naive import Draws, naive_steps, untimed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcmdistill.batch import Rng
-from lcmdistill.checkpoint import write_text
 from lcmdistill.cli import with_spins
-from lcmdistill.config import parse_assignment, resolve
-from lcmdistill.data.cache import LatentDataset, prepare
-from lcmdistill.data.order import SampleOrder
-from lcmdistill.data.sources import open_source
+from lcmdistill.config.resolve import parse_assignment, resolve
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import prepare
+from lcmdistill.data.sampler import SampleOrder
+from lcmdistill.data.sources.registry import open_source
 from lcmdistill.data.transforms import Sample, judge
-from lcmdistill.device import compute_dtype, peak_memory, pick_device
-from lcmdistill.loop import Run, build, train_steps
-from lcmdistill.objectives import forwards
-from lcmdistill.objectives.shared import draw_omega
-from lcmdistill.processes import make_accelerator
-from lcmdistill.settings import RunConfig
-from lcmdistill.teachers import load_teacher
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.objectives.base import forwards
+from lcmdistill.objectives.common import draw_omega
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.distributed import make_accelerator
+from lcmdistill.training.setup import Run, build
+from lcmdistill.training.trainer import train_steps
+from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.device import compute_dtype, peak_memory, pick_device
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))

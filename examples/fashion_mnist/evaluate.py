@@ -21,13 +21,13 @@ from data import LABELS, load
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.checkpoint import write_text
-from lcmdistill.evaluate.drawing import start_noise, student_latents, teacher_latents
-from lcmdistill.evaluate.features import MobileNetV2Features, features_of
-from lcmdistill.evaluate.metrics import kid
-from lcmdistill.sample import grid, load_student
-from lcmdistill.teachers import load_teacher
+from lcmdistill.evaluation.latents import start_noise, student_latents, teacher_latents
+from lcmdistill.evaluation.metrics.features import MobileNetV2Features, features_of
+from lcmdistill.evaluation.metrics.measures import kid
+from lcmdistill.sampling.generate import grid, load_student
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.atomic import write_text
 
 SEED, SIDE, BATCH, BLOCK = 2026, 32, 100, 500
 TEACHER_STEPS = 18

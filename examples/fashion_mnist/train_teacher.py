@@ -20,23 +20,19 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, Network, Rng, x0_eps_network
-from lcmdistill.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    optimizer_tensors,
-    prune,
-    restore_optimizer,
-    save_checkpoint,
-    written_aside,
-)
-from lcmdistill.data.order import SampleOrder
-from lcmdistill.ema import ema_update
-from lcmdistill.prediction import EDM
-from lcmdistill.sample import grid
-from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule
-from lcmdistill.solvers import solve
+from lcmdistill.data.sampler import SampleOrder
+from lcmdistill.diffusion.ema import ema_update
+from lcmdistill.diffusion.parameterization import EDM
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+from lcmdistill.diffusion.solvers import solve
+from lcmdistill.diffusion.types import Conditioning, Network, x0_eps_network
+from lcmdistill.sampling.generate import grid
 from lcmdistill.teachers.pixel import TIMESTEP_SCALE, call_unet_2d
+from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
+from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
+from lcmdistill.utils.run_dir import checkpoints
 
 P_MEAN, P_STD = -1.2, 1.2
 "of ln(sigma) in training (Karras et al. 2022, Table 1)"

@@ -10,13 +10,13 @@ from typing import Any
 
 import typer
 
-from lcmdistill.cli.drawing import sample
-from lcmdistill.cli.evaluating import evaluate, report
-from lcmdistill.cli.exporting import export
-from lcmdistill.cli.informing import info
-from lcmdistill.cli.training import distill, distill_lora
-from lcmdistill.errors import explain
-from lcmdistill.interrupt import ends_on_sigterm
+from lcmdistill.cli.distill import distill, distill_lora
+from lcmdistill.cli.evaluate import evaluate, report
+from lcmdistill.cli.export import export
+from lcmdistill.cli.info import info
+from lcmdistill.cli.sample import sample
+from lcmdistill.training.signals import ends_on_sigterm
+from lcmdistill.utils.errors import explain
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from lcmdistill.errors import UsageError
-from lcmdistill.settings import DataConfig
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.utils.errors import UsageError
 
 Size = tuple[int, int]
 "height and width in pixels"

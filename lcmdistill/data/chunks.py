@@ -16,15 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning, derive_seed
-from lcmdistill.checkpoint import file_written_aside
+from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.transforms import Sample
-from lcmdistill.errors import RunError
-from lcmdistill.settings import DataConfig
+from lcmdistill.diffusion.random import derive_seed
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Shown, Teacher, ends_in_noise
 from lcmdistill.teachers.prompts import count_cut, token_limit
+from lcmdistill.utils.atomic import file_written_aside
+from lcmdistill.utils.errors import RunError
 
 _PIXELS_AT_ONCE = 4 * 512 * 512
+
 PROMPT, SAMPLE = "prompt.", "sample."
 "before the names of what is kept once a caption, and of what is kept once a sample"
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lcmdistill.batch import derive_seed
+from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.buckets import Size, nearest
-from lcmdistill.data.sources import Member
-from lcmdistill.settings import DataConfig
+from lcmdistill.data.sources.base import Member
+from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
 
 

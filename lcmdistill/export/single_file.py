@@ -12,19 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lcmdistill.errors import RunError, UsageError
-from lcmdistill.export.omega import bake_omega
-from lcmdistill.export.original_layout import (
-    original_clip,
-    original_openclip,
-    original_sd2_text,
-    original_unet,
-    original_vae,
-)
-from lcmdistill.export.pipeline import STEPS
-from lcmdistill.methods import METHODS, Method
-from lcmdistill.public import licence_name, licence_of, public_name
-from lcmdistill.teachers.drawing import inpaints
+from lcmdistill.config.methods import METHODS, Method
+from lcmdistill.export.bake_guidance import bake_omega
+from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
+from lcmdistill.sampling.student_pipeline import STEPS
+from lcmdistill.teachers.naming import licence_name, licence_of, public_name
+from lcmdistill.teachers.pipelines import inpaints
+from lcmdistill.utils.errors import RunError, UsageError
 
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
@@ -34,6 +28,7 @@ ARCHITECTURES = {
     ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base",
     ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base",
 }
+
 INPAINTING = {"sd1": "stable-diffusion-v1-inpainting", "sd2": "stable-diffusion-v2-inpainting"}
 "ModelSpec has a name of its own for these alone"
 
@@ -172,9 +167,6 @@ def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         if not torch.isfinite(value).all():
             raise RunError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}; choose another --dtype")
     return value.cpu().contiguous()
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

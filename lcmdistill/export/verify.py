@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.consistency import omega_embedding
-from lcmdistill.errors import RunError
+from lcmdistill.diffusion.consistency import omega_embedding
 from lcmdistill.teachers.base import takes_omega
-from lcmdistill.teachers.drawing import network_of
+from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.utils.errors import RunError
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """of the largest difference that passes, as a part of the reference's largest magnitude; half precisions round the weights
@@ -21,6 +21,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Outputs = Mapping[str, Sequence[Tensor]]
 "part of a pipeline -> what it gives on fixed inputs"
+
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 "the inputs that diffusers' networks take inside `added_cond_kwargs`"
 

@@ -6,11 +6,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng, onto
-from lcmdistill.consistency import consistency_function
-from lcmdistill.objectives.shared import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
-from lcmdistill.schedule import NoiseSchedule
-from lcmdistill.solvers import SOLVERS
+from lcmdistill.diffusion.consistency import consistency_function
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.solvers import SOLVERS
+from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.objectives.common import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
+from lcmdistill.utils.device import onto
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng
-from lcmdistill.consistency import consistency_function
-from lcmdistill.distances import DISTANCES
-from lcmdistill.objectives.shared import check_decay, check_omega, check_skip, draw_omega, draw_times
-from lcmdistill.schedule import NoiseSchedule
+from lcmdistill.diffusion.consistency import consistency_function
+from lcmdistill.diffusion.losses import DISTANCES
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.objectives.common import check_decay, check_omega, check_skip, draw_omega, draw_times
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Batch, Models, Rng
-from lcmdistill.consistency import consistency_function
-from lcmdistill.distances import DISTANCES
-from lcmdistill.objectives.shared import (
+from lcmdistill.diffusion.consistency import consistency_function
+from lcmdistill.diffusion.losses import DISTANCES
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.solvers import SOLVERS
+from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
     check_skip,
@@ -18,8 +21,6 @@ from lcmdistill.objectives.shared import (
     draw_times,
     teacher_denoiser,
 )
-from lcmdistill.schedule import NoiseSchedule
-from lcmdistill.solvers import SOLVERS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from lcmdistill.checkpoint import write_text
-from lcmdistill.evaluate.results import Results, read_results
-from lcmdistill.evaluate.verdict import verdict
+from lcmdistill.config.recorded import recorded
+from lcmdistill.evaluation.results import Results, read_results
+from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.report.curves import consistency_charts, quality_charts, training_charts
 from lcmdistill.report.plots import write_plots
-from lcmdistill.rundir import recorded
-from lcmdistill.tracking import read_metrics
+from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.metrics_log import read_metrics
 
 _SECTION = re.compile(r"\n## Measured\n.*?(?=\n## Use\n)", re.DOTALL)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 380, 240
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 14, 40
 
 

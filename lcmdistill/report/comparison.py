@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.errors import UsageError
-from lcmdistill.evaluate.drawing import TEACHER_STEPS
-from lcmdistill.evaluate.results import Results, read_results
-from lcmdistill.evaluate.verdict import seconds, verdict
-from lcmdistill.report import drawn, picture_of, table, what_it_is
+from lcmdistill.config.recorded import recorded
+from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.evaluation.results import Results, read_results
+from lcmdistill.evaluation.verdict import seconds, verdict
 from lcmdistill.report.charts import Chart, Series
 from lcmdistill.report.curves import good
-from lcmdistill.rundir import recorded
+from lcmdistill.report.page import drawn, picture_of, rendered, table, what_it_is
+from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.errors import UsageError
 
 LOOKS = (0, 3, 4, 5, 2)
 "of the runs' lines, in their order"
@@ -97,3 +98,9 @@ def _charts(found: dict[str, Results]) -> list[Chart]:
 def _line(results: Results, measure: str, sampler: Any, name: str, look: int) -> Series:
     values = [(float(n), results.number(measure, sampler, n)) for n in results.steps]
     return Series(name, tuple((n, v) for n, v in values if v is not None), look)
+
+
+def write_comparison(runs: Sequence[Path], output: Path) -> Path:
+    """Write a page that shows evaluated runs side by side; returns its path."""
+    write_text(output, rendered("comparison.html", comparison(runs)))
+    return output

@@ -4,14 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcmdistill.evaluate.drawing import TEACHER_STEPS
-from lcmdistill.evaluate.metrics import FREE
-from lcmdistill.evaluate.results import Results
+from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.evaluation.metrics.measures import FREE
+from lcmdistill.evaluation.results import Results
 from lcmdistill.report.charts import Chart, Series
 
 RAW = 9
 "the look of a line of single values behind its average"
+
 _RATIOS = ("sharpness", "saturation", "diversity")
+
 _GOOD = {"lower": "Lower is better.", "higher": "Higher is better.", "one": "1 is the teacher's own."}
 
 

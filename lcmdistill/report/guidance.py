@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcmdistill.evaluate.drawing import TEACHER_STEPS
-from lcmdistill.evaluate.results import Results
+from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.evaluation.results import Results
 
 BARELY = 0.25
 "as a part of what it does to the teacher's pictures"
+
 UNSEEN = 0.01
 "mean difference of pixels, of 1, that nobody sees"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 MOST_GRIDS = 12
+
 _GRID_WIDTH = 900
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from lcmdistill.report.charts import Chart, short
 
 COLOURS = ("#0b7f84", "#c8640f", "#7c7f88", "#7a4fb5", "#3d7a2f", "#b83280")
+
 _DASHES = {1: (4, 2), 2: (1, 2)}
+
 COLUMNS = 3
 
 

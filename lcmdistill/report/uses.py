@@ -5,9 +5,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lcmdistill.methods import ETA, METHODS, omega_range
-from lcmdistill.public import in_python
-from lcmdistill.recognise import read_header
+from lcmdistill.config.methods import ETA, METHODS, omega_range
+from lcmdistill.teachers.naming import in_python
+from lcmdistill.teachers.single_file.inspect import read_header
 
 
 def _class_of(lora: Path) -> str:

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.batch import Conditioning
-from lcmdistill.consistency import OMEGA_DIM, omega_embedding
-from lcmdistill.errors import UsageError
-from lcmdistill.prediction import PREDICTION_TYPES
-from lcmdistill.schedule import NoiseSchedule, vp_schedule
-from lcmdistill.teachers.drawing import pipeline_latents
+from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
+from lcmdistill.diffusion.parameterization import PREDICTION_TYPES
+from lcmdistill.diffusion.schedules import NoiseSchedule, vp_schedule
+from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.teachers.pipelines import pipeline_latents
+from lcmdistill.utils.errors import UsageError
 
 # (network, z, t, c, w) -> raw output: how a family's network is asked. c: a Conditioning's values; w is ignored by a
 # network without an omega input.

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Shown, Teacher
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
 
 ALL_MASKED = 0.25
 "how often everything is masked (model card of Stable Diffusion Inpainting); else one rectangle is"
+
 SMALLEST = 0.125
 "the least side of such a rectangle, as a part of the image's"
 

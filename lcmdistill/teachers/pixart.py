@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Shown, Teacher, dtype_of, vp_teacher
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
 PUBLISHED: dict[str, Any] = {
     # Its own guidance, fixed: the student has no input for another, and is drawn as it is.
     "data.guidance_scale": 4.5,

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.batch import Conditioning, x0_eps_network
-from lcmdistill.errors import UsageError
-from lcmdistill.prediction import EDM, X0Eps, guided
-from lcmdistill.schedule import SIGMA_DATA, KarrasSchedule, NoiseSchedule
-from lcmdistill.solvers import solve
+from lcmdistill.diffusion.parameterization import EDM, X0Eps, guided
+from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule, NoiseSchedule
+from lcmdistill.diffusion.solvers import solve
+from lcmdistill.diffusion.types import Conditioning, x0_eps_network
 from lcmdistill.teachers.base import Teacher, dtype_of, vp_denoiser
+from lcmdistill.utils.errors import UsageError
 
 TIMESTEP_SCALE = 1000.0
 "how often a network's time input holds EDM's ln(sigma) / 4, in Consistency Models"

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning
-from lcmdistill.errors import UsageError
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Teacher, dtype_of, omega_input, vp_teacher
+from lcmdistill.utils.errors import UsageError
 
 
 def call_unet(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:

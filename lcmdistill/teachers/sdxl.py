@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lcmdistill.batch import Conditioning
-from lcmdistill.errors import UsageError
+from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.teachers.base import Shown, Teacher, dtype_of, omega_input, vp_teacher
 from lcmdistill.teachers.prompts import sdxl_embeddings
 from lcmdistill.teachers.sd import check_channels
+from lcmdistill.utils.errors import UsageError
 
 
 def call_unet_xl(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:

@@ -1,0 +1,60 @@
+"""`lcmdistill distill` and `lcmdistill distill-lora`: settle the configuration, check it, run it."""
+
+import os
+from typing import Any
+
+from lcmdistill.cli._options import FULL, HOW, LORA, SETTINGS, WHAT, takes
+from lcmdistill.config.presets import PRESETS
+from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
+from lcmdistill.config.toml import read_toml
+from lcmdistill.utils.errors import UsageError
+
+
+@takes({**WHAT, **FULL, **HOW})
+def distill(**options: Any) -> None:
+    """Distil a teacher into a Latent Consistency Model. Run the same command again to resume."""
+    _train("full", options)
+
+
+@takes({**WHAT, **LORA, **HOW})
+def distill_lora(**options: Any) -> None:
+    """Train an LCM-LoRA: a small file that makes the checkpoint it was trained on draw in 2 to 8 steps."""
+    _train("lora", options)
+
+
+def _train(kind: str, options: dict[str, Any]) -> None:
+    """Settle the configuration and run it. options: a training command's own, by name."""
+    flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
+    flags |= {key: options[name] for name, key in SETTINGS.items() if options.get(name) not in (None, [])}
+    if "student.kind" in flags:
+        raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
+    flags["student.kind"] = kind
+    file = read_toml(options["config"]) if options["config"] else {}
+    if (recorded := file.get("student.kind", kind)) != kind:
+        command = "distill-lora" if recorded == "lora" else "distill"
+        raise UsageError(
+            f"--config {options['config']} is for {command}: its student.kind is {recorded!r}; run lcmdistill {command}"
+        )
+    preset = options["preset"]
+    from lcmdistill.hub.client import check_login
+    from lcmdistill.objectives import OBJECTIVES
+
+    resolved = resolve(file, flags, preset, objectives=OBJECTIVES)
+    from lcmdistill.training import preflight
+    from lcmdistill.utils.logging import say
+
+    if preset and os.environ.get("RANK", "0") == "0":
+        changes = preset_changes({**file, **flags}, preset, objectives=OBJECTIVES)
+        say(f"preset {preset} ({PRESETS[preset].source}), against the defaults:{'' if changes else ' no difference'}")
+        for change in changes:
+            say(f"  {change}")
+
+    if resolved.run.push_to_hub and os.environ.get("RANK", "0") == "0":
+        check_login(resolved.run.push_to_hub)
+    preflight.check_early(resolved)
+    if options["dry_run"]:
+        preflight.dry_run(resolved)
+        return
+    from lcmdistill import run
+
+    run(resolved)

@@ -1,0 +1,54 @@
+"""`lcmdistill export`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lcmdistill.cli._options import Debug, PushToHub, finite
+from lcmdistill.config.schema import Format
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format_: Annotated[Format, typer.Option("--format", help="What to write.")],
+    output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"],
+        typer.Option(help="What the weights are cast to; diffusers-lora, peft and onnx are fp32."),
+    ] = "fp16",
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]", callback=finite),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="onnx: int8 for the weights of matrix products and what they are multiplied with."),
+    ] = None,
+    weights: Annotated[
+        Literal["last", "best"], typer.Option(help="Those of the run's end, or of its best validation.")
+    ] = "last",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
+    ] = True,
+    push_to_hub: PushToHub = None,
+    debug: Debug = False,
+) -> None:
+    """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
+    from lcmdistill.export.registry import export as write_export
+    from lcmdistill.hub import client as hub
+    from lcmdistill.hub import publish
+    from lcmdistill.hub.model_card import put_export_card
+    from lcmdistill.utils.logging import say
+
+    if push_to_hub:
+        hub.check_login(push_to_hub)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "guidance_scale": guidance_scale,
+        "quantize": quantize,
+        "weights": weights,
+    }
+    say(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
+    if push_to_hub:
+        publish.publish_export(run, format_, output, push_to_hub)

@@ -1,0 +1,22 @@
+"""`lcmdistill info`."""
+
+from typing import Annotated
+
+import typer
+
+from lcmdistill.cli._options import Debug
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A run, a pipeline or LoRA folder, a .safetensors file, an alias or hub id.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Say what a model, a run or a LoRA is: family, prediction type, schedule, sizes, licence, and what made it."""
+    from lcmdistill.report.info import describe
+
+    rows = describe(model)
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")

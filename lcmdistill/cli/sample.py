@@ -1,0 +1,120 @@
+"""`lcmdistill sample`."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmdistill.cli._options import Debug, Device, finite
+from lcmdistill.utils.errors import UsageError
+
+
+def sample(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Run folder, pipeline folder or hub id.  [default: the newest run under runs/]"),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="The same as MODEL: what the LoRAs of --lora are put on.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA file or folder (kohya, diffusers, peft); repeatable: a style with an LCM-LoRA."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="Weight of each --lora, in their order.  [default: 1]")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Network evaluations an image; 1 to 8 for a student.")
+    ] = 4,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5; with a LoRA 1]",
+            callback=finite,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="What not to draw; for latent students of --guidance free, and of cd, ct and ict."),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="gamma of TCD: the share of fresh noise in a step, 0 to 1.  [default: 0.3, of TCD students]"),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2, and 3 of SDXL.  "
+            "[default: the run's own]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
+    ] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: the run's own]")] = None,
+    image: Annotated[Path | None, typer.Option(help="Inpainting models: the image to paint into.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Inpainting models: an image, white where it is painted.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Draw images with a student: PNGs with their settings inside, and a grid."""
+    from lcmdistill.data.sources.teacher import read_prompts
+    from lcmdistill.sampling import generate as sampling
+    from lcmdistill.sampling.prompts import default_prompts
+    from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
+    from lcmdistill.teachers.prompts import count_cut, token_limit
+    from lcmdistill.utils.device import pick_device
+    from lcmdistill.utils.logging import progress, say
+
+    if model and base:
+        raise UsageError("MODEL and --model say the same; give one of them")
+    if len(lora_scale or ()) > len(lora or ()):
+        raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
+    if not all(math.isfinite(scale) for scale in lora_scale or ()):
+        raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
+    shown = sampling.read_shown(image, mask)
+    found = sampling.find_model(model or base)
+    loras = [*found.loras, *(lora or ())]
+    texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
+    scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
+    scales += [1.0] * (len(loras) - len(scales))
+    options = {**found.options, **({} if clip_skip is None else {"clip_skip": clip_skip})}
+    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, options, found.scheduler)
+    own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
+    guidance = guidance_scale if guidance_scale is not None else own
+    texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
+    if cut := count_cut(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
+        say(f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there")
+    wanted = [text for text in texts for _ in range(num_images)]
+    with progress("drawing", len(wanted)) as bar:
+        drawings = sampling.draw(
+            pipeline,
+            wanted,
+            [seed + i for i in range(len(wanted))],
+            steps=steps,
+            guidance_scale=guidance,
+            resolution=resolution or found.resolution,
+            shown=shown,
+            eta=eta,
+            negative_prompt=negative_prompt,
+            batch_size=batch_size,
+            on_progress=bar.update,
+        )
+    grid = sampling.write_drawings(
+        drawings,
+        output,
+        model=found.path,
+        steps=steps,
+        guidance_scale=guidance,
+        sampler=sampling.sampler_of(pipeline),
+        loras=list(zip(loras, scales, strict=True)),
+    )
+    say(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")

@@ -1,0 +1,54 @@
+"""Defaults that depend on the teacher, the objective and the kind of student."""
+
+from typing import Any
+
+from lcmdistill.config.schema import TargetKind
+
+# What a bare command means for a teacher known by name. Any other starts from the dataclasses' defaults and `Teacher.usual`.
+ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "data.sources": ("tiny",),
+        "data.resolution": 64,
+        "data.guidance_scale": 4.5,
+        "objective.w_min": 1.0,
+        "objective.w_max": 5.0,
+        "optim.batch_size": 32,
+        "optim.accumulate": 1,
+        "optim.learning_rate": 1e-4,
+        "optim.max_train_steps": 400,
+        "run.checkpoint_every": 200,
+        "run.validate_every": 200,
+    },
+    "sd21": {"data.resolution": 768},
+    "sdxl": {"data.resolution": 1024},
+    "ssd1b": {"data.resolution": 1024},
+}
+
+# What an objective means for the other sections. Without guidance the empty prompt is trained too, for CFG to pull from.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cd": {"data.caption_drop": 0.1},
+    "ct": {"data.caption_drop": 0.1},
+    "ict": {"data.caption_drop": 0.1, "student.target": TargetKind.live},
+}
+
+FREE_GUIDANCE_DEFAULTS: dict[str, Any] = {"data.caption_drop": 0.1}
+
+# What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,
+# and the LCM-LoRA report fixes omega, which an adapter has no input for.
+LORA_DEFAULTS: dict[str, Any] = {
+    "student.target": TargetKind.live,
+    "objective.w_min": 7.5,
+    "objective.w_max": 7.5,
+    "optim.learning_rate": 1e-4,
+}
+
+LORA_ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "student.rank": 16,
+        "student.alpha": 16.0,
+        "student.target": TargetKind.ema,
+        "objective.w_min": 3.5,
+        "objective.w_max": 3.5,
+        "optim.learning_rate": 1e-3,
+    }
+}

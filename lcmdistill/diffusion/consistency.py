@@ -1,0 +1,33 @@
+"""The consistency function f(z, t) = c_skip(t) z + c_out(t) x0, and the omega embedding of a Latent Consistency Model."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lcmdistill.diffusion.schedules import NoiseSchedule
+
+OMEGA_DIM = 256
+
+
+def consistency_function(schedule: NoiseSchedule, z: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0, in fp32, with the schedule's own boundary scalings.
+
+    Luo et al. 2023, Eq. 9, on a VP schedule; Song et al. 2023, Eq. 5, on Karras's. z, x0: (B, C, h, w).
+    """
+    c_skip, c_out = schedule.boundary(t)
+    return c_skip * z.float() + c_out * x0
+
+
+def omega_embedding(w: Tensor, dim: int = OMEGA_DIM) -> Tensor:
+    """The sinusoidal embedding of omega, (B, dim) fp32, that `time_cond_proj` of the U-Net takes.
+
+    w: (B,) fp32, which is `guidance_scale - 1`; 1000 w times the frequencies exp(-ln(1e4) i / (dim / 2 - 1)), sines then
+    cosines (as in the public LCM code, so that diffusers' pipelines compute the same one).
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, device=w.device, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))
+    )
+    phase = 1000.0 * w.float()[:, None] * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=1)

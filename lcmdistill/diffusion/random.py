@@ -1,0 +1,65 @@
+"""Random draws that are a function of (seed, stream, step, place in the global batch)."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcmdistill.utils.device import onto
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Random draws that belong to (seed, stream, step, place): there is no state to save, to share or to lose.
+
+    places: each sample's place in the global batch. However a global batch is cut into processes and micro-batches, a
+    sample meets the same noise, times and omega; a resumed run needs its step number and nothing else. Draws are made
+    on the CPU, one generator a sample, so that they are the same on every device.
+    kept: where the teacher was asked beforehand, which sample of the data stands at each place, and for the how-manieth
+    time: the draws of what it was asked (KEPT) belong to these, and not to step and place.
+    """
+
+    seed: int
+    step: int
+    places: Sequence[int]
+    device: torch.device | str = "cpu"
+    kept: Sequence[tuple[int, int]] | None = None
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal draws, (B, *shape) fp32."""
+        return onto(torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]), self.device)
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform draws in [0, 1), (B,) fp32."""
+        return onto(torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]), self.device)
+
+    def integers(self, stream: str, high: int) -> Tensor:
+        """Uniform draws from 0 to high - 1, (B,) int64."""
+        draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
+        return onto(torch.cat(draws), self.device)
+
+    def _generators(self, stream: str) -> list[torch.Generator]:
+        if self.kept is not None and stream in KEPT:
+            owners = [("kept", *sample) for sample in self.kept]
+        else:
+            owners = [(self.step, place) for place in self.places]
+        return [torch.Generator().manual_seed(derive_seed(self.seed, stream, *owner)) for owner in owners]
+
+
+KEPT = ("posterior", "caption-drop", "times", "noise")
+"the streams that decide what a teacher is asked"
+
+
+def seed_dropout(rng: Rng) -> None:
+    """Give torch's global generators a seed of the rng's own: dropout layers draw from nowhere else."""
+    torch.random.default_generator.manual_seed(derive_seed(rng.seed, "dropout", rng.step, *rng.places))
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(derive_seed(rng.seed, "dropout", rng.step, *rng.places))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part: how one seed fans out into named streams."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,206 @@
+"""Measures that need weights which are on this machine already: FID, CLIP score, LPIPS and preference scorers.
+
+Nothing is downloaded. Shapes: B images, H W pixels, F features.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcmdistill.diffusion.losses import Distance
+from lcmdistill.evaluation.metrics.measures import Measure, Shown, eight_bit, mean
+from lcmdistill.utils.errors import RunError, UsageError
+
+FID_IMAGES = 10_000
+"the fewest images of which a FID is given: below, its bias is larger than what it measures"
+
+
+def fid_measure(network: nn.Module, name: str, reference: Tensor, against: str) -> Measure:
+    """FID to a set of images whose features are (M, F) (Heusel et al. 2017). Raises UsageError if M is too small."""
+    if len(reference) < FID_IMAGES:
+        raise UsageError(
+            f"FID needs at least {FID_IMAGES} real images and {against} has {len(reference)}: the covariance of "
+            f"{reference.shape[1]} features cannot be told from so few; name more with --real, or go by KID"
+        )
+    return Measure(
+        "FID",
+        "lower",
+        "How far the drawn images as a set lie from real ones, by Inception features.",
+        f"{name}, {reference.shape[1]} features",
+        against,
+        lambda shown: network(eight_bit(shown.pixels)),
+        lambda kept: _frechet(kept, reference),
+        published="comparable with FIDs of the same number of images, prompts and real set, taken with the same Inception file",
+        decimals=2,
+        least=FID_IMAGES,
+    )
+
+
+class _Given(nn.Module):
+    """Features that are there already, as torchmetrics wants a network."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _frechet(features: Tensor, reference: Tensor) -> float:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(_Given(features.shape[1]))
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)
+    return float(metric.compute())
+
+
+def clip_measure(folder: str, *, scorer: bool = False) -> Measure:
+    """100 cos between CLIP's image and prompt, or a CLIP-shaped scorer's logit, such as PickScore's.
+
+    folder: of a transformers CLIPModel with its processor, or a hub id that is in the local cache. Raises UsageError if
+    it is no such model, RunError if it is not on this machine.
+    """
+    model, processor = _clip(folder, "--scorer" if scorer else "--clip")
+    name = Path(folder).name
+
+    def kept(shown: Shown) -> Tensor:
+        inputs = processor(
+            text=list(shown.prompts),
+            images=[image.permute(1, 2, 0).numpy() for image in eight_bit(shown.pixels)],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        )
+        out = model(**inputs)
+        cosine = nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+        return (cosine * model.logit_scale.exp() if scorer else 100 * cosine).view(-1, 1)
+
+    return Measure(
+        f"Score ({name})" if scorer else "CLIP score",
+        "higher",
+        "How well people would like the picture for its prompt, by a model of their choices."
+        if scorer
+        else "How well the picture fits its prompt, by CLIP.",
+        name,
+        "the prompt",
+        kept,
+        mean,
+        published="comparable with scores of the same model on the same prompts",
+    )
+
+
+def _clip(folder: str, option: str) -> tuple[Any, Any]:
+    from transformers import CLIPModel, CLIPProcessor
+
+    if Path(folder).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise UsageError(
+            f"{option} {folder} is a bare checkpoint, which does not say how it is run (ImageReward's and HPS's need "
+            "packages that this Python's transformers rules out); give the folder of a CLIPModel, such as CLIP or PickScore"
+        )
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True)
+        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise UsageError(
+                f"{option} {folder} holds no CLIP model; give the folder of a transformers CLIPModel with its processor"
+            ) from error
+        raise RunError(
+            f"{option} {folder} is neither a folder nor in the local hub cache; download it first (hf download {folder}), or "
+            "give the folder of a transformers CLIPModel with its processor"
+        ) from error
+    if type(model.config).model_type != "clip":
+        raise UsageError(f"{option} {folder} is a {model.config.model_type} model; a CLIPModel is needed")
+    return model.eval().requires_grad_(False), processor
+
+
+class Lpips(nn.Module):
+    """LPIPS with AlexNet (Zhang et al. 2018), version 0.1: images in [0, 1] twice, (B, 3, H, W) -> (B,).
+
+    The backbone is torchvision's file, the heads those that torchmetrics brings. Raises UsageError if the file is another.
+    """
+
+    def __init__(self, path: Path, option: str = "--lpips") -> None:
+        super().__init__()
+        widths, kernels, strides = (64, 192, 384, 256, 256), (11, 5, 3, 3, 3), (4, 1, 1, 1, 1)
+        layers: list[nn.Module] = []
+        before = 3
+        for i, (width, kernel, stride) in enumerate(zip(widths, kernels, strides, strict=True)):
+            layers += [nn.MaxPool2d(3, 2)] if i in (1, 2) else []
+            layers += [nn.Conv2d(before, width, kernel, stride, 2 if i < 2 else 1), nn.ReLU()]
+            before = width
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.load_state_dict({**_alexnet(path, self.features, option), **_heads()})
+        self.eval().requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        found = []
+        x = torch.cat([a, b])
+        x = (2 * x - 1 - self.get_buffer("shift")) / self.get_buffer("scale")
+        head = iter(self.heads)
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                of_a, of_b = (x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()).chunk(2)
+                found.append(next(head)((of_a - of_b).square()).mean((1, 2, 3)))
+        return torch.stack(found).sum(0)
+
+
+def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"{option} {path} is not there; give torchvision's file alexnet-owt-7be5be79.pth")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        own = {key: value for key, value in state.items() if key.startswith("features.")}
+        features.load_state_dict({key.removeprefix("features."): value for key, value in own.items()})
+    except Exception as error:  # of what is no pickle at all, nearly any
+        raise UsageError(
+            f"{option} {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
+        ) from error
+    return own
+
+
+def _heads() -> dict[str, Tensor]:
+    import torchmetrics
+
+    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    return {f"heads.{i}.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}
+
+
+def perceptual_distance(objective: Any, device: torch.device) -> Distance | None:
+    """LPIPS as a distance between two batches of pixels in [-1, 1], (B, 1 or 3, H, W), as (B,); None without weights.
+
+    Small images are enlarged to 224, as Consistency Models did (Song et al. 2023, app. C). Raises UsageError as Lpips.
+    """
+    path = getattr(objective, "lpips_weights", None)
+    if path is None:
+        return None
+    network = Lpips(Path(path).expanduser(), "objective.lpips_weights").to(device)
+
+    def shown(pixels: Tensor) -> Tensor:
+        side, images = max(pixels.shape[-1], 224), (pixels.float().expand(-1, 3, -1, -1) + 1) / 2
+        return nn.functional.interpolate(images, size=(side, side), mode="bilinear")
+
+    return lambda a, b: network(shown(a), shown(b))
+
+
+def lpips_measure(path: Path) -> Measure:
+    """LPIPS between the student's picture and the teacher's of the same noise."""
+    network = Lpips(path)
+    return Measure(
+        "LPIPS",
+        "lower",
+        "How different the picture looks from the teacher's of the same start noise.",
+        "LPIPS 0.1, AlexNet",
+        "the teacher's full steps from the same noise",
+        lambda shown: network(shown.pixels, shown.reference_pixels).view(-1, 1),
+        mean,
+    )

@@ -1,0 +1,31 @@
+"""Omega, fixed for good: a U-Net without its omega input, for files and programs that have no place for one."""
+
+from typing import Any
+
+import torch
+
+from lcmdistill.diffusion.consistency import omega_embedding
+from lcmdistill.utils.errors import UsageError
+
+
+@torch.no_grad()
+def bake_omega(unet: Any, guidance_scale: float) -> Any:
+    """A U-Net without `time_cond_proj_dim` that answers like `unet` does at this guidance.
+
+    guidance_scale: diffusers' convention, omega + 1. The result is frozen and shares every weight but one bias with
+    `unet`, which stays as it is. Raises UsageError if `unet` takes no omega.
+    """
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        raise UsageError("this U-Net has no omega input, so no guidance can be baked into it; leave the guidance out")
+    embedding = unet.time_embedding
+    # diffusers adds cond_proj(omega) to the time features before linear_1, so behind linear_1 it is a constant.
+    w = torch.tensor([guidance_scale - 1.0], device=embedding.cond_proj.weight.device)
+    shift = embedding.cond_proj.weight.double() @ omega_embedding(w, width)[0].double()
+    bias = embedding.linear_1.bias.double() + embedding.linear_1.weight.double() @ shift
+    weights = {key: value for key, value in unet.state_dict().items() if key != "time_embedding.cond_proj.weight"}
+    weights["time_embedding.linear_1.bias"] = bias.to(embedding.linear_1.bias.dtype)
+    with torch.device("meta"):
+        baked = type(unet).from_config({**unet.config, "time_cond_proj_dim": None})
+    baked.load_state_dict(weights, assign=True, strict=True)
+    return baked.eval().requires_grad_(False)

@@ -1,0 +1,302 @@
+"""ONNX graphs in the folders and with the input names that ONNX pipelines know, compared with torch in onnxruntime.
+
+The layout is that of optimum's ORTStableDiffusionPipeline and diffusers' OnnxStableDiffusionPipeline. Shapes: B batch,
+C channels, h w latent size, H W pixels, L tokens, D width of the prompt's embedding, W width of omega's.
+"""
+
+import importlib.util
+import itertools
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lcmdistill.export.diffusers_pipeline import add_vocabularies
+from lcmdistill.export.verify import compared, network_inputs, smallest_side
+from lcmdistill.utils.errors import UsageError
+
+OPSET = 20
+
+BOUNDS = {None: 1e-4, "int8": 0.08}
+"""the largest difference allowed, as a part of the largest value, by what was quantized; the tiny teacher's int8 is off by
+.042, with weights of five bits by .11, with one wrong scale in its middle by .1"""
+
+BATCHES = (1, 2, 3)
+
+INT8_OPERATORS = ["MatMul", "Gemm"]
+"convolutions stay in fp32: onnxruntime's int8 ones took 3 to 10 times as long on a CPU, and were 4 times as far off"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph. axes: the dynamic axes of each input; example: inputs for a batch and a size of latents."""
+
+    folder: str
+    module: nn.Module
+    config: Any
+    axes: Mapping[str, Mapping[int, str]]
+    outputs: tuple[str, ...]
+    example: Callable[[int, tuple[int, int]], dict[str, Tensor]]
+
+
+class Case(NamedTuple):
+    """Inputs of one graph, and what torch gives for them."""
+
+    folder: str
+    inputs: Mapping[str, Tensor]
+    expected: tuple[Tensor, ...]
+
+
+class _UNet(nn.Module):
+    """added_cond_kwargs, a dict to diffusers, as plain inputs. Their order is that of `network_inputs`."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        added = {} if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        options = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
+        return self.unet(sample, timestep, encoder_hidden_states, **options)[0]
+
+
+class _TextEncoder(nn.Module):
+    """outputs: the names of what it gives; "hidden_states.0" is the first layer's input."""
+
+    def __init__(self, encoder: Any, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.outputs = outputs
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.encoder(input_ids, output_hidden_states=True)
+        hidden = {f"hidden_states.{i}": value for i, value in enumerate(output.hidden_states)}
+        return tuple(hidden[name] if name in hidden else output[name] for name in self.outputs)
+
+
+class _VaeDecoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample, return_dict=False)[0]
+
+
+def need_onnx() -> None:
+    """Raise UsageError if the optional packages are not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UsageError("--format onnx needs: pip install 'lcmdistill[onnx]'")
+
+
+def parts_of(pipeline: Any, guidance_scale: float) -> list[Part]:
+    """U-Net, text encoders and VAE decoder of a diffusers pipeline, in fp32 on the CPU. guidance_scale: of the examples."""
+    is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+    encoders = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
+    return [
+        _unet(pipeline.unet.float().eval(), guidance_scale),
+        *(_text_encoder(getattr(pipeline, name).float().eval(), name, all_layers=is_xl) for name in encoders),
+        _vae_decoder(pipeline.vae.float().eval()),
+    ]
+
+
+def _unet(unet: Any, guidance_scale: float) -> Part:
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return network_inputs(unet, guidance_scale, batch=batch, size=size)
+
+    axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in example(1, _sizes(unet)[0])}
+    # The time is (1,) in ONNX pipelines and (B,) in ours: its axis is opened after the trace, see _open_timestep.
+    axes |= {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": {}}
+    axes["encoder_hidden_states"][1] = "sequence"
+    return Part("unet", _UNet(unet), unet.config, axes, ("out_sample",), example)
+
+
+def _text_encoder(encoder: Any, folder: str, *, all_layers: bool) -> Part:
+    """all_layers: give the layers' inputs too, which SDXL's pipelines take their embeddings from."""
+    config = encoder.config
+
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(batch)
+        # int32, as ONNX pipelines give them.
+        shape = (batch, config.max_position_embeddings)
+        return {"input_ids": torch.randint(config.vocab_size, shape, generator=rng, dtype=torch.int32)}
+
+    projects = hasattr(encoder, "text_projection")
+    outputs = ("text_embeds", "last_hidden_state") if projects else ("last_hidden_state", "pooler_output")
+    outputs += tuple(f"hidden_states.{i}" for i in range(config.num_hidden_layers) if all_layers)
+    return Part(folder, _TextEncoder(encoder, outputs), config, {"input_ids": {0: "batch"}}, outputs, example)
+
+
+def _vae_decoder(vae: Any) -> Part:
+    def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(batch)
+        return {"latent_sample": torch.randn(batch, vae.config.latent_channels, *size, generator=rng)}
+
+    axes = {"latent_sample": {0: "batch", 2: "height", 3: "width"}}
+    return Part("vae_decoder", _VaeDecoder(vae), vae.config, axes, ("sample",), example)
+
+
+def _sizes(unet: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two small sizes of latents that the U-Net can halve at each of its levels; the first is not square."""
+    side = smallest_side(unet)
+    return (side, 2 * side), (side, side)
+
+
+def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
+    """Write graphs, configs, tokenizer and scheduler into an existing folder.
+
+    quantize: "int8" for int8 weights in every matrix product, quantized activations with them. A U-Net must have its LoRA
+    fused. The encoder of the VAE and a safety checker are left out.
+    """
+    size = _sizes(pipeline.unet)[0]
+    for part in parts_of(pipeline, 1.0):
+        (folder / part.folder).mkdir()
+        with _quietly(), tempfile.TemporaryDirectory(dir=folder) as passing:
+            _trace(part, size, (Path(passing) if quantize else folder / part.folder) / "model.onnx")
+            if quantize:
+                _to_int8(Path(passing) / "model.onnx", folder / part.folder / "model.onnx")
+        config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+        text = json.dumps(config, indent=2, sort_keys=True, default=list)
+        (folder / part.folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).save_pretrained(folder / name)
+    add_vocabularies(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(_index(pipeline), indent=2) + "\n", encoding="utf-8")
+
+
+def _index(pipeline: Any) -> dict[str, Any]:
+    """model_index.json: optimum's class for this model; the parts are named for diffusers' OnnxStableDiffusionPipeline."""
+    import diffusers
+
+    graph, absent = ["diffusers", "OnnxRuntimeModel"], [None, None]
+    index = {
+        "_class_name": onnx_class(pipeline),
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": absent,
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "text_encoder": graph,
+        "tokenizer": ["transformers", type(pipeline.tokenizer).__name__],
+        "unet": graph,
+        "vae_decoder": graph,
+        "vae_encoder": absent,
+    }
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        return index | {"requires_safety_checker": False, "safety_checker": absent}
+    zeros = pipeline.config.force_zeros_for_empty_prompt
+    second = {"text_encoder_2": graph, "tokenizer_2": ["transformers", type(pipeline.tokenizer_2).__name__]}
+    return index | second | {"force_zeros_for_empty_prompt": zeros}
+
+
+def onnx_class(pipeline: Any) -> str:
+    """optimum's pipeline class for a diffusers pipeline, by which its card tells how it is loaded."""
+    return f"ORT{type(pipeline).__name__}"
+
+
+@torch.no_grad()
+def _trace(part: Part, size: tuple[int, int], path: Path) -> None:
+    """Trace with a batch of 2: an axis of length 1 would be taken for a constant. Weights over 2 GB go to a file beside."""
+    inputs = part.example(2, size)
+    if "timestep" in inputs:
+        inputs["timestep"] = inputs["timestep"][:1]
+    program = torch.onnx.export(
+        part.module,
+        kwargs=inputs,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        output_names=list(part.outputs),
+        dynamic_shapes={name: dict(axes) for name, axes in part.axes.items()},
+        verbose=False,
+    )
+    assert program is not None
+    _open_timestep(program.model)
+    program.save(path)
+
+
+def _open_timestep(model: Any) -> None:
+    """Let `timestep` be (1,) or (B,): the graph broadcasts it to the batch, and only its declaration is too narrow."""
+    import onnx_ir
+
+    for value in model.graph.inputs:
+        if value.name == "timestep":
+            value.shape = onnx_ir.Shape(["steps"])
+
+
+def _to_int8(source: Path, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        path,
+        op_types_to_quantize=INT8_OPERATORS,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        reduce_range=True,  # weights of seven bits: eight overflow on processors without VNNI, and are 4 times as far off
+        use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporter and the quantizer report on their own business; what goes wrong is raised all the same."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "root", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@torch.no_grad()
+def cases_of(pipeline: Any, guidance_scale: float) -> list[Case]:
+    """What every part of a pipeline gives in torch, at three batch sizes and two sizes of latents, in fp32."""
+    cases = []
+    for part in parts_of(pipeline, guidance_scale):
+        for batch in BATCHES:
+            for size in _sizes(pipeline.unet):
+                inputs = part.example(batch, size)
+                output = part.module(**inputs)
+                cases.append(Case(part.folder, inputs, (output,) if isinstance(output, Tensor) else output))
+    return cases
+
+
+def verify_onnx(folder: Path, cases: Sequence[Case], quantize: str | None, what: object) -> str:
+    """Run each graph in onnxruntime; a sentence with the largest difference from torch, as a part of the largest value.
+
+    cases: of the pipeline that it was made of, its LoRA, if any, on and not fused. Raises RunError above BOUNDS[quantize].
+    """
+    import onnxruntime
+
+    got: dict[str, list[Tensor]] = {}
+    expected: dict[str, list[Tensor]] = {}
+    for part, group in itertools.groupby(cases, key=lambda case: case.folder):
+        session = onnxruntime.InferenceSession(folder / part / "model.onnx", providers=["CPUExecutionProvider"])
+        for case in group:
+            names = [output.name for output in session.get_outputs()]
+            outputs = session.run(names, {name: value.numpy() for name, value in case.inputs.items()})
+            got.setdefault(part, []).extend(torch.from_numpy(output) for output in outputs)
+            expected.setdefault(part, []).extend(case.expected)
+    return compared(got, expected, BOUNDS[quantize], what)

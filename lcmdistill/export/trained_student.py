@@ -1,0 +1,139 @@
+"""What a run made, written and loaded again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lcmdistill.config.methods import METHODS, Method
+from lcmdistill.config.recorded import has_product, recorded, teacher_of
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.toml import flatten
+from lcmdistill.export.diffusers_pipeline import save_pipeline
+from lcmdistill.export.lora_formats import from_checkpoint, header, write_kohya, write_peft
+from lcmdistill.sampling.student_pipeline import student_pipeline
+from lcmdistill.students.lora import ONLINE, put_lora
+from lcmdistill.students.lora_files import Lora
+from lcmdistill.students.student import Student
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.loading import load_pipeline, load_teacher
+from lcmdistill.teachers.naming import public_name
+from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.checkpoint import load_best, load_checkpoint
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import checkpoints, lora_file
+
+
+@dataclass(frozen=True)
+class Product:
+    """A finished run. recorded: its settings, {"section.key": value}; lora: its adapter, None for a full student.
+
+    weights: of a full student, those that are to take the place of its last ones.
+    """
+
+    run: Path
+    recorded: Mapping[str, Any]
+    lora: Lora | None
+    weights: Mapping[str, Tensor] | None = None
+
+    @property
+    def method(self) -> Method:
+        """What the run's objective is called, and what samples its student."""
+        return METHODS[self.recorded["objective.name"]]
+
+    @property
+    def network_name(self) -> str:
+        """What the teacher's pipeline calls the network: "unet", or "transformer", whose adapters are peft's alone."""
+        return "transformer" if (self.run / "lora" / "adapter_config.json").is_file() else "unet"
+
+    @property
+    def guidance_scale(self) -> float:
+        """What the run recommends to draw with, in diffusers' convention."""
+        return float(self.recorded["run.validation_guidance_scale"])
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's, as far as the run's own files tell."""
+        if self.lora is None:
+            return (self.run / "pipeline" / "text_encoder_2").is_dir()
+        with safe_open(lora_file(self.run), framework="pt") as file:
+            return (file.metadata() or {}).get("ss_base_model_version", "").startswith("sdxl")
+
+    def teacher(self) -> Teacher:
+        """The teacher, loaded afresh."""
+        return load_teacher(**teacher_of(self.recorded))
+
+    def base_pipeline(self) -> Any:
+        """The teacher on the student's scheduler: what a LoRA is loaded into."""
+        teacher = self.teacher()
+        return student_pipeline(
+            teacher, teacher.network, self.recorded["data.resolution"], scheduler=self.method.scheduler
+        )
+
+    def pipeline(self) -> Any:
+        """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
+        if self.lora is None:
+            pipeline = load_pipeline(str(self.run / "pipeline"))
+            if self.weights is not None:
+                network_of(pipeline).load_state_dict(self.weights)
+            return pipeline
+        pipeline = self.base_pipeline()
+        put_lora(network_of(pipeline), self.lora, ONLINE)
+        return pipeline
+
+
+def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: Student, card: str) -> Path:
+    """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
+    if config.student.kind == "lora":
+        lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
+        name = f"{folder.name}.safetensors"
+        # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
+        with written_aside(folder / "lora") as aside:
+            if teacher.network_name == "unet":
+                write_kohya(lora, aside / name, header(lora, flatten(config), folder.name, teacher.pipeline))
+                return folder / "lora" / name
+            scheduler = METHODS[config.objective_name].scheduler
+            write_peft(lora, aside, public_name(config.teacher.model), scheduler)  # what a transformer's readers know
+            return folder / "lora"
+    scheduler = METHODS[config.objective_name].scheduler
+    pipeline = student_pipeline(teacher, student.for_export(), config.data.resolution, scheduler=scheduler).to("cpu")
+    save_pipeline(pipeline, folder / "pipeline", card)
+    return folder / "pipeline"
+
+
+def load_product(run: Path, weights: Literal["last", "best"] = "last") -> Product:
+    """A finished run's product. weights: those of its end, or of its best validation.
+
+    Raises UsageError if the folder is no run, the run has not finished, or it has kept no best.
+    """
+    found = recorded(run)
+    if not found:
+        raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
+    if found.get("student.kind", "full") == "full":
+        if not has_product(run):
+            raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
+        return Product(run, found, None, _best(run) if weights == "best" else None)
+    file, saved = lora_file(run), checkpoints(run / "checkpoints")
+    if not saved:
+        raise UsageError(
+            f"{run / 'checkpoints'} holds no checkpoint, from which a LoRA is exported in all its precision; put it back, or "
+            f"use {file} as it is"
+        )
+    alpha = float(found["student.alpha"])
+    if weights == "best":
+        return Product(run, found, from_checkpoint(_best(run), alpha))
+    groups, _ = load_checkpoint(saved[-1])
+    return Product(run, found, from_checkpoint(groups["target"] or groups["student"], alpha))
+
+
+def _best(run: Path) -> dict[str, Tensor]:
+    kept = load_best(run)
+    if kept is None:
+        raise UsageError(
+            f"--weights best: {run} has kept no best validation (run.validate_every and run.best_metric); export the last"
+        )
+    return kept[1]

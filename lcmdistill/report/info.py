@@ -1,0 +1,251 @@
+"""`lcmdistill info`: what a teacher, a run or a LoRA is, told by its files alone. No weights are loaded."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.config.methods import METHODS, omega_range, told_of
+from lcmdistill.teachers.naming import ALIASES, licence_name, licence_of, resolve_alias
+from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, is_lora, read_header, recognise
+from lcmdistill.utils.errors import RunError, UsageError
+
+Row = tuple[str, str]
+
+DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+NETWORKS = {
+    "StableDiffusionPipeline": "Stable Diffusion",
+    "StableDiffusionInpaintPipeline": "Stable Diffusion inpainting",
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusionXLInpaintPipeline": "Stable Diffusion XL inpainting",
+    "PixArtAlphaPipeline": "PixArt-alpha, a diffusion transformer",
+    "LatentConsistencyModelPipeline": "Stable Diffusion that takes omega: a student",
+    "DDPMPipeline": "pixel space",
+    "DDIMPipeline": "pixel space",
+    "ConsistencyModelPipeline": "pixel space",
+}
+
+_FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
+
+
+def describe(model: str) -> list[Row]:
+    """What a model is, as (label, text). model: a run, a pipeline or LoRA folder, a file, an alias, or a cached hub id.
+
+    Raises UsageError for what is none of these, RunError for a hub id that is not on this machine.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _file(path)
+    if (path / "config.toml").is_file():
+        return _run(path)
+    if (path / "model_index.json").is_file():
+        return _pipeline(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(files) == 1:
+        return _file(files[0])
+    if path.exists():
+        raise UsageError(f"{model} is no run, no diffusers folder and no LoRA; nothing is known of it")
+    return _on_the_hub(model)
+
+
+def _on_the_hub(model: str) -> list[Row]:
+
+    name = resolve_alias(model)
+    if Path(name).is_dir():
+        return _pipeline(Path(name))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"there is no model {model!r}; give a folder, a file, a hub id, or one of {', '.join(ALIASES)}"
+        )
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(name, "model_index.json")
+    if not isinstance(index, str):
+        raise RunError(
+            f"{name} is not in the local cache, and info reads files alone; download it first, or give a folder"
+        )
+    return [("hub id", name), *_pipeline(Path(index).parent)]
+
+
+def _file(path: Path) -> list[Row]:
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"{path} is no .safetensors file; a pickle can run any code when it is opened, and is not read"
+        )
+    header = read_header(path)
+    rows = _lora(path, header) if is_lora(header) else _checkpoint(path, header)
+    said = [
+        (key, value if len(value) <= 120 else f"{value[:117]}...") for key, value in sorted(header.metadata.items())
+    ]
+    return [("file", str(path)), *rows, *((f"header {key}", value) for key, value in said)]
+
+
+def _checkpoint(path: Path, header: Header) -> list[Row]:
+    parts = {
+        "U-Net": ("model.diffusion_model.",),
+        "VAE": ("first_stage_model.",),
+        "text encoders": ("cond_stage_model.", "conditioner."),
+    }
+    rows = [("what", "a single-file checkpoint"), ("recognised as", recognise(path, header).why)]
+    for name, starts in parts.items():
+        rows.append((name, _size({k: v for k, v in header.tensors.items() if k.startswith(starts)})))
+    return [*rows, ("licence", header.metadata.get("modelspec.license", "its header does not say"))]
+
+
+def _lora(path: Path, header: Header) -> list[Row]:
+    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith(LORA_DOWNS)}
+    adapter = path.with_name("adapter_config.json")
+    told = header.metadata
+    if adapter.is_file():
+        kind, config = "peft", json.loads(adapter.read_text(encoding="utf-8"))
+        alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
+    elif "lora_adapter_metadata" in told:
+        kind, config = "diffusers", json.loads(told["lora_adapter_metadata"])
+        alpha, base = config.get("unet.lora_alpha"), told.get("ss_sd_model_name")
+    else:
+        kind = "kohya" if any(key.endswith(".lora_down.weight") for key in downs) else "diffusers"
+        alpha, base = told.get("ss_network_alpha"), told.get("ss_sd_model_name")
+    in_file = "in its tensors" if f"{_stem(downs)}.alpha" in header.tensors else "none"
+    ranks = sorted({shape[0] for shape in downs.values()})
+    widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
+    fits = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+    guess = next((fits[width] for width in widths if width in fits), "not told by its layers")
+    return [
+        ("what", f"a LoRA, {kind} keys, on {len(downs)} layers"),
+        ("rank", ", ".join(map(str, ranks))),
+        ("alpha", in_file if alpha is None else str(alpha)),
+        ("base", str(base or "its file does not say")),
+        ("fits", told.get("modelspec.architecture", guess)),
+        ("weights", _size(header.tensors)),
+        ("licence", told.get("modelspec.license", "its header does not say")),
+    ]
+
+
+def _stem(downs: Mapping[str, Any]) -> str:
+    return next(iter(downs), "").removesuffix(".lora_down.weight").removesuffix(".lora_A.weight")
+
+
+def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Parameters and dtypes of some tensors."""
+    count, dtypes = 0, set()
+    for dtype, shape in tensors.values():
+        if dtype.startswith(("F", "BF")):
+            size = 1
+            for side in shape:
+                size *= side
+            count += size
+            dtypes.add(DTYPES.get(dtype, dtype.lower()))
+    return f"{count:,} parameters, {', '.join(sorted(dtypes)) or 'no floats'} on disk"
+
+
+def _pipeline(folder: Path) -> list[Row]:
+    index = _json(folder / "model_index.json")
+    kind = str(index.get("_class_name"))
+    network = "transformer" if (folder / "transformer").is_dir() else "unet"
+    config = _json(folder / network / "config.json")
+    rows = [("folder", str(folder)), ("what", f"a {kind}: {_family(kind, config)}")]
+    rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
+    side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
+    if isinstance(side, int):
+        rows.append(("resolution", f"{side * 2 ** (len(vae.get('block_out_channels', [0])) - 1)} px"))
+    if "time_cond_proj_dim" in config:
+        has = config["time_cond_proj_dim"] is not None
+        rows.append(("omega", "an input of the network: guidance costs nothing" if has else "no input"))
+    for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
+        rows += [(part, told) for told in [_weights(folder / part)] if told]
+    return [*rows, ("licence", _licence(folder))]
+
+
+def _family(kind: str, config: Mapping[str, Any]) -> str:
+    name = NETWORKS.get(kind, "a family that is not supported")
+    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        name = name.replace("Diffusion", "Diffusion 2" if config.get("use_linear_projection") else "Diffusion 1")
+    return name
+
+
+def _denoiser(config: Mapping[str, Any]) -> list[Row]:
+    if "beta_schedule" not in config and "trained_betas" not in config:
+        return [("schedule", f"{config.get('_class_name', 'none')}")]
+    betas = f"{config.get('beta_schedule')} betas {config.get('beta_start')} to {config.get('beta_end')}"
+    betas = "trained betas" if config.get("trained_betas") is not None else betas
+    zero = ", zero-terminal SNR" if config.get("rescale_betas_zero_snr") else ""
+    spacing = f", {config['timestep_spacing']} spacing" if "timestep_spacing" in config else ""
+    schedule = f"{betas}, T = {config.get('num_train_timesteps', 1000)}{zero}{spacing} ({config.get('_class_name')})"
+    return [("predicts", str(config.get("prediction_type", "epsilon"))), ("schedule", schedule)]
+
+
+def _weights(folder: Path) -> str:
+    """What the weight files of a part hold: of several variants the plain one."""
+    if not folder.is_dir():
+        return ""
+    named = {path: _FILE.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    variants: dict[str, list[Path]] = {}
+    for path, match in named.items():
+        variants.setdefault((match["variant"] or "") if match else "", []).append(path)
+    if not variants:
+        pickles = [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".ckpt")]
+        return "pickled weights, which are not opened" if pickles else ""
+    chosen = "" if "" in variants else next(iter(variants))
+    tensors = {key: value for path in variants[chosen] for key, value in read_header(path).tensors.items()}
+    others = [name or "plain" for name in variants if name != chosen]
+    return _size(tensors) + (f"; also {', '.join(others)}" if others else "")
+
+
+def _licence(folder: Path) -> str:
+
+    if told := licence_name(licence_of(str(folder))):
+        return told
+    files = [path.name for path in sorted(folder.iterdir()) if path.name.lower().startswith("licen")]
+    return f"see {', '.join(files)}" if files else "its files do not say"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _run(folder: Path) -> list[Row]:
+    from lcmdistill.config.recorded import has_product, recorded, takes_omega
+    from lcmdistill.utils.run_dir import checkpoints, step_of
+
+    found = recorded(folder)
+    if not found:
+        raise UsageError(f"{folder} is no run of lcmdistill: its config.toml is another program's")
+    method, lora = METHODS[found["objective.name"]], found.get("student.kind") == "lora"
+    saved = checkpoints(folder / "checkpoints")
+    done, asked = (step_of(saved[-1]) if saved else 0), found["optim.max_train_steps"]
+    omegas = omega_range(found)
+    guidance = (
+        f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
+    )
+    has_pipeline = (folder / "pipeline").is_dir()
+    if found["objective.name"] == "lcf" and omegas and has_pipeline and not takes_omega(folder):
+        guidance = "as its start had it"
+    rows = [
+        ("run", str(folder)),
+        (
+            "what",
+            f"a run: {method.lora if lora else method.full} ({method.paper}), {method.how} {found['teacher.model']}",
+        ),
+        ("steps", f"{done} of {asked}, of {found['optim.batch_size']} x {found['optim.accumulate']} samples a process"),
+        ("objective", told_of(found) or str(found["objective.name"])),
+        ("guidance", guidance),
+        *([("clip skip", f"{skip}, as diffusers counts")] if (skip := found.get("teacher.clip_skip")) else []),
+        ("data", f"{', '.join(found['data.sources'])}, {found['data.resolution']} px"),
+        (
+            "settings",
+            f"learning rate {found['optim.learning_rate']}, seed {found['run.seed']}, {found['run.precision']}",
+        ),
+    ]
+    if not has_product(folder):
+        return [*rows, ("product", "none yet: run its command again to finish it")]
+    if lora:
+        return [*rows, *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path))]
+    return [*rows, *_pipeline(folder / "pipeline")]

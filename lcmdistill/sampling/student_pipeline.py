@@ -1,0 +1,103 @@
+"""A student as a complete diffusers pipeline."""
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+from lcmdistill.teachers.base import Teacher, takes_omega
+from lcmdistill.teachers.pipelines import also_told, own_size
+from lcmdistill.teachers.pixel import class_labels
+from lcmdistill.teachers.prompts import in_words
+from lcmdistill.utils.errors import UsageError
+
+STEPS = 4
+"the steps that a pipeline is set for unless it is told otherwise"
+
+
+def vp_scheduler(config: dict[str, Any], name: str) -> Any:
+    """A student's scheduler, LCMScheduler or TCDScheduler, on the teacher's own betas and prediction type.
+
+    config: the teacher's scheduler config.
+    """
+    import diffusers
+
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    values = {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if key in config}
+    return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+
+
+def student_scheduler(teacher: Teacher, name: str) -> Any:
+    """What a student draws with: Consistency Models' scheduler on Karras's schedule, that of a name on a VP one."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    schedule = teacher.schedule
+    if not isinstance(schedule, KarrasSchedule):
+        return vp_scheduler(teacher.pipeline.scheduler.config, name)
+    return CMStochasticIterativeScheduler(
+        num_train_timesteps=schedule.num_steps,
+        sigma_min=schedule.sigma_min,
+        sigma_max=schedule.sigma_max,
+        sigma_data=SIGMA_DATA,
+        rho=schedule.rho,
+    )
+
+
+def is_pixel_pipeline(pipeline: Any) -> bool:
+    """Whether a student's pipeline draws pixels, by the names of classes or by nothing at all."""
+    return type(pipeline).__name__ == "ConsistencyModelPipeline"
+
+
+def call_options(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float | None,
+    resolution: int | None,
+    shown: tuple[Any, Any] | None = None,
+    negative_prompt: str | None = None,
+) -> dict[str, Any]:
+    """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
+
+    shown: image and mask, as in `also_told`. Raises UsageError for what a pipeline in pixel space cannot draw: a prompt that is
+    no class, or another size.
+    """
+    if not is_pixel_pipeline(pipeline):
+        height, width = (resolution, resolution) if resolution else own_size(pipeline)
+        told = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        told |= in_words(pipeline, prompts, negative_prompt)
+        return told | also_told(pipeline, len(prompts), height, width, shown)
+    own = pipeline.unet.config.sample_size
+    if resolution not in (None, own):
+        raise UsageError(f"--resolution is {resolution}; this model draws at {own} and nothing else")
+    return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
+
+
+def student_pipeline(
+    teacher: Teacher, network: Any, resolution: int | None = None, *, scheduler: str = "LCMScheduler"
+) -> Any:
+    """The student with everything around it, on its `student_scheduler`, in the class of the teacher's pipeline.
+
+    A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class can run no other, and
+    passes no eta on to a TCDScheduler. A ConsistencyModelPipeline in pixel space. A student with its guidance in its weights
+    is to be used at guidance scale 1. The teacher's safety checker goes along where it ships one, as its licence asks.
+    resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
+    """
+    from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
+
+    if resolution is not None and teacher.network_name == "unet":  # to a transformer the size means more than a default
+        network.register_to_config(sample_size=resolution // teacher.vae_factor)
+    kind, source = type(teacher.pipeline), teacher.pipeline
+    if kind is StableDiffusionPipeline and takes_omega(network) and scheduler == "LCMScheduler":
+        kind = LatentConsistencyModelPipeline
+    if teacher.in_pixels:
+        kind = ConsistencyModelPipeline
+    # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
+    options = {**source.config, **source.components, teacher.network_name: network}
+    options |= {"scheduler": student_scheduler(teacher, scheduler)}
+    options |= {"requires_safety_checker": options.get("safety_checker") is not None}
+    pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
+    pipeline.set_progress_bar_config(disable=True)
+    if "_clip_skip" in source.config:
+        pipeline.register_to_config(_clip_skip=source.config["_clip_skip"])
+    return pipeline

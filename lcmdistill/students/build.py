@@ -1,0 +1,87 @@
+"""Build the student that a configuration asks for."""
+
+import torch
+
+from lcmdistill.config.schema import StudentConfig
+from lcmdistill.objectives.base import Omega
+from lcmdistill.students.full import fresh_weights, full_student, target_of
+from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
+from lcmdistill.students.student import Door, Student, WithAdapter
+from lcmdistill.teachers.base import Teacher
+
+
+def make_student(
+    teacher: Teacher,
+    config: StudentConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    omega: Omega = "input",
+    same_dropout: bool = False,
+) -> Student:
+    """The student that the configuration asks for, on the teacher's device; the teacher's own weights go to `dtype`.
+
+    checkpointing: recompute the student's activations in the backward pass; omega, same_dropout: as an Objective says.
+    """
+    if config.kind == "lora":
+        return _lora(teacher, config, dtype, seed, checkpointing, same_dropout)
+    return _full(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
+
+
+def _full(
+    teacher: Teacher,
+    config: StudentConfig,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    omega: Omega,
+    same_dropout: bool,
+) -> Student:
+    add_omega = config.omega_init if omega == "input" else None
+    network = full_student(teacher.network, add_omega, seed).to(teacher.network.device)
+    if config.start == "scratch":
+        fresh_weights(network, seed)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    ema = config.target == "ema"
+    target = target_of(network).train(same_dropout) if ema else network
+    averaged, copies = dict(target.named_parameters()) if ema else {}, {}
+    if ema and config.offload_target:
+        pinned = network.device.type == "cuda"
+        averaged = {name: torch.empty_like(v, device="cpu", pin_memory=pinned).copy_(v) for name, v in averaged.items()}
+        copies = dict(target.to(dtype).named_parameters())
+    online = Door(network, teacher.call, dtype)
+    return Student(
+        online=online,
+        teacher=Door(teacher.network.to(dtype), teacher.call, dtype),
+        target=Door(target, teacher.call, dtype) if ema else online,
+        trainable=dict(network.named_parameters()),
+        averaged=averaged,
+        network=target,
+        copies=copies,
+    )
+
+
+def _lora(
+    teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool, same_dropout: bool
+) -> Student:
+    network = teacher.network.to(dtype).train()
+    if checkpointing:
+        # The backward pass recomputes with the adapter chosen last, which is the student's in every objective.
+        network.enable_gradient_checkpointing()
+    ema = config.target == "ema"
+    for name in (TARGET, ONLINE) if ema else (ONLINE,):
+        add_lora(network, name, config, seed)
+    choose_adapter(lora_layers(network).values(), ONLINE)
+    door = Door(network, teacher.call, dtype)
+    drawing = TARGET if ema else ONLINE
+    return Student(
+        online=WithAdapter(door, ONLINE, dropout=True),
+        teacher=WithAdapter(door, None),
+        target=WithAdapter(door, drawing, dropout=same_dropout),
+        trainable=adapter_parameters(network, ONLINE),
+        averaged=adapter_parameters(network, TARGET) if ema else {},
+        network=network,
+        adapter=drawing,
+    )

@@ -1,0 +1,62 @@
+"""Full students: a trainable copy of the teacher network."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lcmdistill.diffusion.random import derive_seed
+from lcmdistill.teachers.base import can_take_omega, takes_omega, with_omega_input
+from lcmdistill.utils.errors import UsageError
+
+
+def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any:
+    """A trainable copy of the teacher's network: a U-Net with `time_cond_proj_dim` set, one of its own if it has any.
+
+    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation; None adds no omega
+    input. A network whose class has none stays without.
+    """
+    if omega_init is None or takes_omega(teacher_network) or not can_take_omega(teacher_network):
+        return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
+    with torch.device("meta"):
+        network = type(teacher_network).from_config(with_omega_input(teacher_network))
+    weights = {name: value.detach().float().clone() for name, value in teacher_network.state_dict().items()}
+    key = "time_embedding.cond_proj.weight"
+    projection = torch.zeros(network.get_parameter(key).shape)
+    if omega_init == "random":
+        bound = projection.shape[1] ** -0.5
+        generator = torch.Generator().manual_seed(derive_seed(seed, "omega-init"))
+        projection.uniform_(-bound, bound, generator=generator)
+    network.load_state_dict({**weights, key: projection}, assign=True, strict=True)
+    return network.train().requires_grad_(True)
+
+
+def target_of(student_network: Any) -> Any:
+    """The target network: a frozen copy of the student."""
+    return copy.deepcopy(student_network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fresh_weights(network: nn.Module, seed: int) -> None:
+    """Give every layer torch's own default initialisation, each tensor drawn from the seed and its name.
+
+    Raises UsageError for a layer whose default is not known here.
+    """
+    for name, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            for key, value in own.items():
+                value.fill_(1.0 if key == "weight" else 0.0)
+            continue
+        if own and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            raise UsageError(f"student.start is scratch, and {name} is a {type(module).__name__}; start at the teacher")
+        for key, value in own.items():
+            generator = torch.Generator().manual_seed(derive_seed(seed, "scratch", name, key))
+            draws = torch.empty(value.shape)
+            if isinstance(module, nn.Embedding):
+                draws.normal_(generator=generator)
+            else:
+                draws.uniform_(-1.0, 1.0, generator=generator)
+                draws *= own["weight"][0].numel() ** -0.5
+            value.copy_(draws)

@@ -1,0 +1,214 @@
+"""What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from lcmdistill.config.methods import omega_range
+from lcmdistill.config.recorded import begun
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.toml import flatten, to_toml
+from lcmdistill.data.buckets import bucket_sizes, largest
+from lcmdistill.data.latent_cache import cache_folder, check_cache
+from lcmdistill.data.survey import left_out, survey
+from lcmdistill.data.teacher_cache import check_answers
+from lcmdistill.evaluation.metrics.pretrained import perceptual_distance
+from lcmdistill.objectives.base import forwards
+from lcmdistill.students.lora import check_layers
+from lcmdistill.students.student import Door
+from lcmdistill.teachers.base import Teacher, can_take_omega, needs_caption, takes_omega
+from lcmdistill.teachers.loading import load_teacher, recognised_as
+from lcmdistill.teachers.naming import ALIASES
+from lcmdistill.training.memory.estimate import step_memory
+from lcmdistill.training.memory.plan import Plan, planned, tell
+from lcmdistill.training.optimizer import check_optimizer
+from lcmdistill.training.run_settings import check_run, settle
+from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.logging import say
+from lcmdistill.utils.metrics_log import check_tracker
+
+SURVEY_SECONDS = 20.0
+
+
+def guard(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a setting that this teacher makes impossible."""
+    try:
+        config.objective.check(teacher.schedule.num_steps)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    check_answers(config.objective, teacher.schedule, config.data.teacher_draws)
+    _check_start(config, teacher)
+    if config.student.kind == "lora" and config.student.start == "scratch":
+        raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
+    if config.data.buckets is not None:
+        _guard_buckets(config, teacher)
+    if teacher.in_pixels:
+        _guard_pixels(config, teacher)
+    if config.student.kind == "lora":
+        check_layers(teacher.network, config.student)
+    omegas = omega_range(flatten(config))
+    has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
+    if not has_input and omegas and omegas.low != omegas.high:
+        raise UsageError(
+            f"omega is drawn from {omegas.low:g} to {omegas.high:g}, and a {type(teacher.network).__name__} has no input for "
+            "it; set objective.w_min and objective.w_max to one value"
+        )
+    resolution, patch, multiple = config.data.resolution, teacher.network.config.get("patch_size", 1), teacher.multiple
+    if not teacher.in_pixels and resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
+        raise UsageError(
+            f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
+            f"{f', a patch takes {patch}' if patch > 1 else ''}, and diffusers draws in multiples of 8): try {near}"
+        )
+
+
+def _guard_buckets(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for buckets that cannot be, or would have no effect."""
+    if config.data.teacher_draws:
+        raise UsageError("data.teacher_draws keeps answers of one size; leave it at 0, or leave data.buckets out")
+    if teacher.in_pixels:
+        raise UsageError("data.buckets is for latent models; a teacher in pixel space draws one size: leave it out")
+    if set(config.data.sources) == {"teacher"}:
+        raise UsageError("data.buckets is for images of your own, and --data teacher draws squares: leave it out")
+    bucket_sizes(config.data, teacher.multiple)
+
+
+def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a setting that has no sense for a network of pixels."""
+    own, resolution = teacher.network.config.sample_size, config.data.resolution
+    if resolution != own:
+        raise UsageError(f"data.resolution is {resolution}; the teacher draws pixels at {own}: pass --resolution {own}")
+    if config.student.kind == "lora":
+        raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
+    if config.objective_name in ("tcd", "lcm", "lcf"):
+        raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
+    # For what it raises of a wrong file, before data are prepared.
+    perceptual_distance(config.objective, torch.device("cpu"))
+
+
+def _check_start(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError unless what the method starts from is a teacher, or for fine-tuning an LCM."""
+    sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
+    is_lcm = sampled_by == "LCMScheduler" or (takes_omega(teacher.network) and sampled_by != "TCDScheduler")
+    if config.objective_name == "lcf":
+        if not is_lcm:
+            why = (
+                "is a TCD student, whose map is another"
+                if sampled_by == "TCDScheduler"
+                else "is none: it has neither an omega input nor an LCMScheduler"
+            )
+            raise UsageError(
+                f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
+            )
+        if config.objective.omega == "none" and takes_omega(teacher.network):
+            raise UsageError(f"--guidance free, and {model} takes omega: its guidance is in its weights; leave it out")
+        if config.student.start == "scratch":
+            raise UsageError("student.start is scratch, and --objective lcf fine-tunes an LCM; leave it out")
+        if "teacher" in config.data.sources:
+            raise UsageError("--objective lcf learns from images of your own; name them with --data")
+    elif is_lcm or sampled_by == "TCDScheduler":
+        raise UsageError(
+            f"{model} draws in few steps already and has no ODE of its own to distil; name its teacher"
+            f"{'' if teacher.in_pixels else ', or fine-tune an LCM with --objective lcf'}"
+        )
+    if getattr(config.objective, "distance", "") == "lpips" and not teacher.in_pixels:
+        raise UsageError(
+            "objective.distance is lpips, which compares images, and this teacher works on latents; try huber"
+        )
+
+
+def check_early(config: RunConfig) -> None:
+    """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all.
+
+    Says what a teacher of one file was recognised as.
+    """
+    # Of several processes one may already have begun to fill the folder when another looks.
+    if os.environ.get("RANK", "0") == "0":
+        check_run(config)
+        check_tracker(config.run.report_to)
+        if told := recognised_as(config.teacher.model, config.teacher.prediction_type):
+            say(told)
+    check_optimizer(config.optim, pick_device(config.run.device))
+    check_cache(config.data)
+    refuses = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
+    survey(config.data, config.run.seed, seconds=60.0, first_only=True, refuses=refuses)
+
+
+def _takes_prompts(model: str) -> bool:
+    """Whether images need captions, as far as this is known before the teacher is loaded: of one on the hub it is not."""
+    if model in ALIASES:
+        return True
+    try:
+        folder = Path(model).expanduser()
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return unet["_class_name"] != "UNet2DModel" or unet.get("num_class_embeds") is not None
+    except (OSError, ValueError, LookupError, TypeError):
+        return Path(model).expanduser().exists()
+
+
+def dry_run(config: RunConfig) -> None:
+    """Open the teacher and the data, and say what a run would do: counts, configuration, memory, time."""
+    device = pick_device(config.run.device)
+    dtype = compute_dtype(config.run.precision, device)
+    folder = Path(config.run.output or "")
+    state = "a run to resume" if begun(folder) else "new"
+    teacher = load_teacher(**dataclasses.asdict(config.teacher))
+    config = settle(config, 1, teacher)
+    check_run(config)
+    guard(config, teacher)
+    plan = planned(config, teacher, device, free=free_memory(device), loud=True)
+    config = plan.config if plan else config
+    say(to_toml(config))
+    say(f"output: {folder} ({state})")
+    reports = survey(
+        config.data,
+        config.run.seed,
+        seconds=SURVEY_SECONDS,
+        refuses=teacher.refuses,
+        own_prompts=teacher.own_prompts,
+        teacher=teacher,
+    )
+    for spec, report in zip(config.data.sources, reports, strict=True):
+        ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
+        cached = f"; {ready} cached chunks are ready" if ready else ""
+        say(f"data {spec}: {report}{left_out(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}")
+    needed = plan.needed if plan else step_memory(config, teacher, dtype)
+    kind = "U-Net" if teacher.network_name == "unet" else "transformer"
+    say(
+        f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
+        f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
+    )
+    tell(plan or Plan(config, (), needed))
+    asked, forward = forwards(config.objective, teacher.schedule), _forward_seconds(config, teacher, device, dtype)
+    draws = config.data.teacher_draws
+    of_teacher = 0 if draws else asked["teacher"]
+    # A backward pass takes twice a forward's time.
+    seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.accumulate
+    if draws:
+        answers = draws * asked["teacher"] * sum(report.kept for report in reports)
+        size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
+        say(
+            f"teacher's answers, asked beforehand: {answers:,}, estimated to take "
+            f"{answers / config.optim.batch_size * forward / 3600:.2f} h and {answers * size / 1e9:.2f} GB of the cache"
+        )
+    whole = seconds * config.optim.max_train_steps / 3600
+    say(
+        f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
+    )
+    say("dry run: nothing was written")
+
+
+def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
+    """What a micro-batch takes of the teacher's network, tried."""
+    module = Door(teacher.network.to(device, dtype), teacher.call, dtype)
+    z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
+    with torch.no_grad():
+        module(z, t, c.values, None)
+        began = time.perf_counter()
+        float(module(z, t, c.values, None).sum())
+    return time.perf_counter() - began

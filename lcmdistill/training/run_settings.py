@@ -1,0 +1,184 @@
+"""A run's folder: whose it is, whether this command may go on in it, and the configuration it was started with."""
+
+import dataclasses
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.config.methods import FREE_GUIDANCE, omega_range
+from lcmdistill.config.recorded import begun, has_product, recorded
+from lcmdistill.config.resolve import has_key, with_values
+from lcmdistill.config.schema import SECTIONS, RunConfig
+from lcmdistill.config.toml import flatten, to_toml
+from lcmdistill.data.survey import usable_count
+from lcmdistill.students.student import guidance_of
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import check_place, checkpoints, step_name, step_of
+
+_MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
+
+# Keys that change neither the result nor its place: a resumed run may say them differently.
+FREE_TO_DIFFER = {
+    "optim.max_train_steps",
+    "objective.curriculum_steps",
+    "data.count",
+    "data.cache_dir",
+    "data.cache_limit",
+    "run.output",
+    "run.device",
+    "run.memory",
+    "run.compile",
+    "run.gradient_checkpointing",
+    "student.offload_target",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.validate_every",
+    "run.validation_prompts",
+    "run.validation_guidance_scale",
+    "run.best_metric",
+    "run.report_to",
+    "run.push_to_hub",
+}
+
+# Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
+TEACHERS_OWN = {
+    "data.resolution",
+    "data.guidance_scale",
+    "objective.w_min",
+    "objective.w_max",
+    "student.target_modules",
+}
+
+# Keys that `run.memory` may change, without a change of the global batch.
+PLANNED = (
+    "run.gradient_checkpointing",
+    "student.offload_target",
+    "optim.batch_size",
+    "optim.accumulate",
+    "optim.optimizer",
+)
+
+
+def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
+    """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
+    the guidance to draw with.
+
+    A run that is resumed keeps the samples, the curriculum and the plan for its memory that it was started with, however long
+    it is now to be.
+    """
+    config = with_values(
+        config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
+    )
+    config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
+    before = begun(folder := Path(config.run.output or ""))
+    now, same_memory = flatten(config), config.run.memory == before.get("run.memory")
+    kept = [k for k, v in _asked(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")]
+    config = with_values(config, {key: before[key] for key in kept if key in before})
+    optim = config.optim
+    count = config.data.count or before.get("data.count")
+    if count is None:
+        needed = optim.max_train_steps * optim.batch_size * optim.accumulate * world
+        count = usable_count(config.data, needed, one_a_prompt=not teacher.in_pixels)
+    guidance = config.run.validation_guidance_scale
+    if guidance is None:
+        where, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(flatten(config))
+        guidance = {"baked": 1.0, "free": FREE_GUIDANCE, "input": min(7.5, omegas.middle) if omegas else 1.0}[where]
+    objective = config.objective
+    if getattr(objective, "curriculum_steps", 0) is None:
+        whole = before.get("objective.curriculum_steps", optim.max_train_steps)
+        objective = dataclasses.replace(objective, curriculum_steps=whole)
+    return dataclasses.replace(
+        config,
+        objective=objective,
+        data=dataclasses.replace(config.data, count=count),
+        run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
+    )
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    """What the command of a begun run had said where its memory's plan says otherwise."""
+    path = folder / _ASKED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and begun(folder) else {}
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether a run has all the steps that are asked for, and what it was for was written after the last of them."""
+    folder = Path(config.run.output or "")
+    saved, mark = checkpoints(folder / "checkpoints"), folder / _MARK
+    if not saved or step_of(saved[-1]) < config.optim.max_train_steps or not has_product(folder):
+        return False
+    return mark.is_file() and mark.read_text(encoding="utf-8") == saved[-1].name
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Note, once everything else is written, at which step a run has finished."""
+    write_text(folder / _MARK, step_name(step))
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise UsageError unless the folder is new, empty, or a run of the same configuration that can be resumed."""
+    folder = Path(config.run.output or "")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file; name a folder")
+    check_place(folder)
+    if not recorded(folder) and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
+    before = begun(folder)
+    if not before:
+        return
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    unsettled = TEACHERS_OWN - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
+    before = {**_usual(), **before}  # a run that is older than a setting had its default
+    keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
+    keys += [k for k in ("data.count", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
+    if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
+        keys.append("optim.max_train_steps")
+    if keys:
+        first = keys[0]
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        raise UsageError(
+            f"{folder} holds a run with {first} = {before.get(first)!r}, and this command says {now.get(first)!r}{more}; "
+            "repeat the first command to resume it, or name another --output"
+        )
+
+
+def _usual() -> dict[str, Any]:
+    """The defaults of the settings that every run has, as a file would say them."""
+    every = {
+        f"{name}.{field.name}": field.default for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in every.items() if v is not None}
+
+
+def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> None:
+    """Make a run's folder and write the settled configuration there: the main process's business alone.
+
+    data: a fingerprint of each source, noted for the day the run is resumed; asked: the configuration before its memory was
+    planned. Raises UsageError if the run that is to be resumed was begun with other data.
+    """
+    folder = Path(config.run.output or "")
+    noted = folder / _DATA
+    if begun(folder) and noted.is_file():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        changed = [spec for spec, fingerprint in data.items() if before.get(spec) != fingerprint]
+        if changed:
+            raise UsageError(
+                f"{folder} was begun when --data {changed[0]} held something else: its files (names, sizes, dates) or the "
+                "teacher's weights have changed; put them back to resume, or name another --output"
+            )
+    try:
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
+    write_text(folder / "config.toml", to_toml(config))
+    write_text(noted, json.dumps(data, indent=2) + "\n")
+    said, now = flatten(asked), flatten(config)
+    write_text(folder / _ASKED, json.dumps({k: said[k] for k in PLANNED if said[k] != now[k]}) + "\n")
