@@ -21,6 +21,7 @@ from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.base import Teacher, nothing_else
 from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
 from lcmdistill.teachers.sd import call_unet
@@ -81,7 +82,9 @@ def full_size(name: str, device: str = "meta") -> Teacher:
 def configured(row: str, teacher: Teacher, **more: Any) -> RunConfig:
     """The defaults of a row, such as sd15-lora."""
     kind = row.partition("-")[2]
-    return settle(resolve({}, {"student.kind": kind, "run.precision": "bf16", **more}), 1, teacher)
+    return settle(
+        resolve({}, {"student.kind": kind, "run.precision": "bf16", **more}, objectives=OBJECTIVES), 1, teacher
+    )
 
 
 def cell(plan: Plan) -> str:

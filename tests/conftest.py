@@ -1,133 +1,25 @@
 """Shared fixtures: a small random Stable Diffusion, built from its real classes, and small real image folders."""
 
-import gc
-import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Looking for garbage among a million objects of the libraries is a twentieth of the tests' time.
-gc.set_threshold(100_000, 50, 50)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Golden values and bitwise equality are a CPU's, whatever else a machine has.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Models this small are fastest on one thread, and processes that are compared bit for bit must not differ in it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+from tests.support.speed import Settings
+from tests.support.teachers import SMALL, Command, build_teacher
 
 
-# Runs `lcmdistill ARGUMENTS`: its exit code, what it said, and what it said of errors.
-Command = Callable[..., tuple[int, str, str]]
-
-# A run small enough to be repeated dozens of times.
-SMALL: dict[str, Any] = {
-    "data.resolution": 16,
-    "optim.batch_size": 4,
-    "optim.accumulate": 1,
-    "optim.learning_rate": 1e-3,
-    "optim.max_train_steps": 4,
-    "objective.w_min": 1.0,
-    "objective.w_max": 5.0,
-    "run.log_every": 1,
-    "run.checkpoint_every": 2,
-    "run.validate_every": 0,
-}
+@pytest.fixture
+def speed_settings(small_teacher: Path, image_folder: Path, tmp_path: Path) -> Settings:
+    own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),)}
+    own |= {"student.rank": 4}
+    return {**SMALL, **own, "data.cache_dir": str(tmp_path / "cache"), "run.output": str(tmp_path / "run")}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level CLIP tokenizer without merges: every letter is a token."""
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-
-
-def fill(module: Any, seed: int) -> None:
-    """Random weights that depend on the seed and their names alone, so that golden values outlive a library's release."""
-    import torch
-
-    from lcmdistill.diffusion.random import derive_seed
-
-    for name, parameter in module.named_parameters():
-        draws = torch.randn(
-            parameter.shape,
-            generator=torch.Generator().manual_seed(derive_seed(seed, name.removeprefix("text_model."))),
-        )
-        is_gain = parameter.dim() == 1 and name.endswith("weight")
-        scale = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
-        parameter.data.copy_(is_gain + scale * draws)
-
-
-def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """A random SD-shaped pipeline of about 0.1M parameters at 16 px, saved as a diffusers folder."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    library: Any = diffusers  # whose annotations are narrower than what it takes
-    unet = library.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    vae = library.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=190,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=188,
-            eos_token_id=189,
-            pad_token_id=189,
-        )
-    )
-    for part in (unet, vae, text):
-        fill(part, seed)
-    write_tokenizer(folder.parent / f"{folder.name}-tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{folder.name}-tokenizer", model_max_length=77)
-    scheduler = library.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type=prediction_type,
-    )
-    pipeline = library.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def train_settings(small_teacher: Path, image_folder: Path) -> dict[str, Any]:
+    return {**SMALL, "teacher.model": str(small_teacher), "data.sources": (str(image_folder),)}
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +46,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
     """The folder of a finished run on the small teacher, with validation grids."""
-    from lcmdistill.config.resolve import resolve
-    from lcmdistill.training.trainer import distill
+    from tests.support.runs import distill, resolve
 
     folder = tmp_path_factory.mktemp("runs") / "runs" / "small-lcm"
     own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),), "run.output": str(folder)}

@@ -53,11 +53,14 @@ LAYERS = {
     },
     4: {"cli", "config", "errors", "__main__"},
 }
+
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names} | {"__init__": -1}
+
 # The exceptions: pure modules of the top that lower layers may import, and from which layer on.
 IMPORTED_FROM_BELOW = {"errors": 1, "config": 2}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
 each_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(PACKAGE)) for file in FILES])
 
 
@@ -120,9 +123,13 @@ def test_no_file_is_over_400_lines(file: Path) -> None:
 
 # torch's draws that fall back to the global generator if they are not given one; the methods end in an underscore.
 DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
+
 DRAWS |= {"multinomial", "poisson"}
+
 METHODS = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_")
+
 SEEDERS = {"manual_seed", "manual_seed_all", "seed_all", "set_seed", "enable_full_determinism"}
+
 OWN_STATE = {"random.Random", "random.SystemRandom", "numpy.random.default_rng", "numpy.random.Generator"}
 
 
@@ -178,9 +185,6 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
-
-
-# -- the checks themselves -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

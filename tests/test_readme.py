@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lcmdistill import teachers
 from lcmdistill.cli import app
+from lcmdistill.teachers import naming as teachers
 
 ROOT = Path(__file__).parent.parent
+
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
 LINES = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+
 COMMANDS = [line for line in LINES if line.startswith("lcmdistill ")]
+
 SMALL = "--resolution 16 --max-train-steps 1 --batch-size 1 --accumulate 1 --device cpu --set data.count=2"
+
 SMALLER = {
     "distill": SMALL,
     "distill-lora": f"{SMALL} --rank 4 --alpha 4",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import lcmdistill
 from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
@@ -24,10 +25,10 @@ from lcmdistill.evaluation.latents import start_noise
 from lcmdistill.evaluation.metrics.features import MobileNetV2Features
 from lcmdistill.evaluation.metrics.measures import Measure, Shown, eight_bit, kid
 from lcmdistill.evaluation.sweep import Contestants, Sweep, sweep_run
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.sampling.generate import load_student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.trainer import distill
 from lcmdistill.utils.atomic import write_text
 
 HERE = Path(__file__).parent
@@ -134,7 +135,9 @@ def main() -> None:
         if args.draw or args.only not in (None, name):
             continue
         trained, eta = ETAS.get(name, (name, None))
-        run = distill(resolve({}, {**COMMON, **settings()[trained], "run.output": str(RUNS / trained)}))
+        run = lcmdistill.run(
+            resolve({}, {**COMMON, **settings()[trained], "run.output": str(RUNS / trained)}, objectives=OBJECTIVES)
+        )
         teacher = teacher or load_teacher("tiny")
         found = measure(name, run, teacher, eta)
         write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")

@@ -41,6 +41,7 @@ from lcmdistill.data.sampler import SampleOrder
 from lcmdistill.data.sources.registry import open_source
 from lcmdistill.data.transforms import Sample, judge
 from lcmdistill.diffusion.random import Rng
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives.base import forwards
 from lcmdistill.objectives.common import draw_omega
 from lcmdistill.teachers.base import Teacher
@@ -104,7 +105,8 @@ class Clock:
 def settings(name: str, **more: Any) -> RunConfig:
     """A benchmark's configuration."""
     own = TINY if name == "tiny" else {"teacher.model": name, **FULL_SIZE}
-    return resolve({}, {**own, "run.output": tempfile.mkdtemp(), "optim.max_train_steps": 10**6, **more})
+    values = {**own, "run.output": tempfile.mkdtemp(), "optim.max_train_steps": 10**6, **more}
+    return resolve({}, values, objectives=OBJECTIVES)
 
 
 def teacher_of(name: str, device: torch.device) -> Teacher:

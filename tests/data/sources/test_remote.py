@@ -1,0 +1,153 @@
+"""Shards that are not files: what is fetched whole is read, and what is not ends in one sentence and leaves no cache."""
+
+import functools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data import latent_cache as cache
+from lcmdistill.data.latent_cache import cache_folder, prepare
+from lcmdistill.data.sources import remote
+from lcmdistill.data.survey import survey
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.errors import RunError, UsageError
+from tests.support.data import captions, config_for, contents, good, reasons, write_tar
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A loopback web server on tmp_path; it forbids GET /forbidden.tar, and breaks off half way through /cut.tar."""
+    if shutil.which("curl") is None:
+        pytest.skip("http is read through curl, which is not here")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if self.path == "/forbidden.tar":
+                self.send_error(403)
+            elif self.path == "/cut.tar":
+                whole = (tmp_path / "cut.tar").read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(whole)))
+                self.end_headers()
+                self.wfile.write(whole[: len(whole) // 1024 * 512])
+            else:
+                super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+
+
+def test_shards_are_read_over_http(tmp_path: Path, server: str) -> None:
+    for i, name in enumerate(["00.tar", "01.tar"]):
+        write_tar(tmp_path / name, good([2 * i, 2 * i + 1]))
+    assert captions(f"{server}/{{00..01}}.tar") == [f"picture {i}" for i in range(4)]
+
+
+def test_what_the_web_does_not_have_ends_in_one_sentence_within_seconds(server: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"there is no shard .*/absent\.tar: the server answers 404 File not found"):
+        survey(DataConfig(sources=(f"{server}/absent.tar",)), 0, seconds=30)
+    with pytest.raises(RunError, match=r"--data http://127\.0\.0\.1:9/a\.tar cannot be reached: .*refused"):
+        survey(DataConfig(sources=("http://127.0.0.1:9/a.tar",)), 0, seconds=30)
+    assert time.monotonic() - began < 10
+
+
+def test_a_shard_that_is_missing_among_many_is_found_before_anything_is_read(tmp_path: Path, server: str) -> None:
+    for i in (0, 1, 3):
+        write_tar(tmp_path / f"{i}.tar", good([i]))
+    with pytest.raises(UsageError, match=r"there is no shard .*/2\.tar: the server answers 404"):
+        survey(DataConfig(sources=(f"{server}/{{0..3}}.tar",), resolution=16), 0, seconds=30, first_only=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("{server}/{{a,absent}}.tar", r"/absent\.tar cannot be read: curl: \(22\) .* 404"),
+        ("{server}/{{a,forbidden}}.tar", r"/forbidden\.tar cannot be read: curl: \(22\) .* 403"),
+        ("{server}/{{a,cut}}.tar", r"/cut\.tar cannot be read: curl: \(18\)"),
+        ("{server}/{{a,page}}.tar", r"/page\.tar cannot be read: what it sends is no whole tar \(ReadError\)"),
+        ("{server}/{{a,short}}.tar", r"/short\.tar cannot be read: what it sends is no whole tar \(ReadError\)"),
+        ("http://127.0.0.1:9/a.tar", r"http://127\.0\.0\.1:9/a\.tar cannot be read: curl: \(7\)"),
+        ("pipe:cat {tmp}/absent.tar", r"absent\.tar cannot be read: cat: .*absent\.tar: No such file"),
+        ("pipe:head -c 6000 {tmp}/a.tar; exit 3", "cannot be read: exit code 3"),
+        ("pipe:cat {tmp}/a.tar; exit 3", "cannot be read: exit code 3"),
+        ("pipe:true", r"no whole tar \(ReadError\)"),
+    ],
+)
+def test_a_transport_that_fails_leaves_no_cache_that_looks_whole(
+    tmp_path: Path, server: str, small_teacher: Path, monkeypatch: pytest.MonkeyPatch, spec: str, reason: str
+) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    whole = write_tar(tmp_path / "a.tar", good(range(6))).read_bytes()
+    write_tar(tmp_path / "cut.tar", good(range(6, 12)))
+    (tmp_path / "page.tar").write_text("<html>Please log in</html>" * 100)
+    (tmp_path / "short.tar").write_bytes(whole[:2000])
+    spec = spec.format(server=server, tmp=tmp_path)
+    config, teacher = config_for(spec, tmp_path / "cache"), load_teacher(str(small_teacher))
+    for _ in range(2):  # the second time it is no better
+        with pytest.raises(RunError, match=reason):
+            prepare(spec, config, teacher, 0)
+    written = contents(cache_folder(spec, config, teacher, 0))
+    assert set(written) <= {"00000000-00000004.safetensors"}, "a chunk that the failure cut was written"
+
+
+def test_a_file_named_twice_in_a_remote_tar_is_counted_and_not_taken_for_a_broken_transport(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*good([0]), good([0])[1], *good([1])])
+    assert reasons(f"pipe:cat {path}") == {"kept": 2, "unreadable part of a shard (ValueError)": 1}
+
+
+def test_a_transport_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 0.5)
+    began = time.monotonic()
+    for command in ("sleep 60", "sleep 60; true", "exec >&-; sleep 60"):
+        with pytest.raises(RunError, match=r"--data pipe:.* is given up: it has sent nothing for 0\.5 seconds"):
+            survey(DataConfig(sources=(f"pipe:{command}",)), 0, seconds=60)
+    assert time.monotonic() - began < 10
+
+
+def test_google_s_shards_are_read_through_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "a.tar", good(range(2)))
+    tool = tmp_path / "bin" / "gsutil"
+    monkeypatch.setenv("PATH", str(tool.parent))
+    with pytest.raises(
+        RunError, match=r"gs://bucket/a\.tar is read through gsutil, which is not here; install the Google"
+    ):
+        captions("gs://bucket/a.tar")
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n[ $1 = cat ] && exec {shutil.which('cat', path=os.defpath)} {tmp_path}/${{2##*/}}\n")
+    tool.chmod(0o755)
+    assert captions("gs://bucket/a.tar") == ["picture 0", "picture 1"]
+    with pytest.raises(RunError, match=r"gs://bucket/b\.tar cannot be read: .*No such file"):
+        captions("gs://bucket/b.tar")
+
+
+def test_the_hub_s_shards_are_read_with_the_user_s_token(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    write_tar(tmp_path / "a.tar", good(range(2)))
+    with pytest.raises(RunError, match=r"--data hf://datasets/a/b/a\.tar cannot be reached: .*offline"):
+        captions("hf://datasets/a/b/a.tar")
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "url", lambda self, path: f"{server}/a.tar")
+    for token, header in (("secret", b"Authorization: Bearer secret"), (None, b"")):
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda token=token: token)
+        command, given = remote._command("hf://datasets/a/b/a.tar")
+        assert given == header
+        assert "secret" not in " ".join(command)
+        assert captions("hf://datasets/a/b/a.tar") == ["picture 0", "picture 1"]

@@ -1,0 +1,161 @@
+"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcmdistill.data.loader import batch_of
+from lcmdistill.data.teacher_cache import ask_teacher, which_draw
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import forwards
+from lcmdistill.training import setup as loop
+from lcmdistill.training import trainer
+from lcmdistill.training.preflight import dry_run
+from lcmdistill.utils.errors import RunError, UsageError
+from tests.support.runs import distill, resolve
+from tests.support.speed import Settings, built
+from tests.support.training import assert_same, losses
+
+CPU = torch.device("cpu")
+
+
+def one_evaluation() -> list[str]:
+    """The objectives that ask a teacher at all."""
+    schedule = vp_schedule({})
+    names = [name for name, kind in OBJECTIVES.items() if "solver" in kind.__dataclass_fields__]
+    return [name for name in names if forwards(OBJECTIVES[name](solver="ddim"), schedule).get("teacher")]
+
+
+EACH_ASKING = [
+    (name, guidance) for name in one_evaluation() for guidance in ("baked", "free")[: 2 if name != "cd" else 1]
+]
+
+
+@pytest.mark.parametrize(("name", "guidance"), EACH_ASKING)
+def test_a_kept_answer_is_the_teacher_s_own(name: str, guidance: str, speed_settings: Settings) -> None:
+    """At the same draws the loss is what the live teacher makes of it, but for the 11 bits that are kept."""
+    own = {"objective__guidance": guidance}
+    if name == "cd":
+        speed_settings, own = {k: v for k, v in speed_settings.items() if "w_m" not in k}, {}
+    run = built(
+        speed_settings,
+        objective__name=name,
+        objective__solver="ddim",
+        data__teacher_draws=2,
+        data__caption_drop=0.3,
+        **own,
+    )
+    assert run.answers is not None
+    asked = [(5, 1), (0, 0), (5, 0)]
+    rng = Rng(run.config.run.seed, 9, range(3), kept=asked)
+    batch = batch_of(run.dataset.read([index for index, _ in asked]), rng, run.models.null, 0.3)
+    live = run.config.objective.loss(run.models, batch, rng)
+    kept = run.config.objective.loss(trainer._answered(run, rng), batch, rng)
+    torch.testing.assert_close(kept, live, rtol=2e-3, atol=2e-5)
+    assert live.std() > 0.01 * live.mean()  # the three are told apart
+    other = run.config.objective.loss(trainer._answered(run, replace(rng, kept=asked[::-1])), batch, rng)
+    assert not torch.allclose(other, live, rtol=2e-3)
+
+
+def test_omega_stays_free_and_the_rest_is_the_sample_s_own(speed_settings: Settings) -> None:
+    asked = [(3, 0), (3, 1), (4, 0)]
+    one, two = (Rng(0, step, range(3), kept=asked) for step in (1, 2))
+    for stream in ("posterior", "noise", "times", "caption-drop"):
+        assert torch.equal(one.uniform(stream), two.uniform(stream))
+        assert len(set(one.uniform(stream).tolist())) == 3
+    assert not torch.equal(one.uniform("omega"), two.uniform("omega"))
+
+
+def test_every_epoch_meets_another_draw_and_then_the_first_again() -> None:
+    assert [which_draw(step, range(4), 4, 8, 2) for step in range(5)] == [[0] * 4, [0] * 4, [1] * 4, [1] * 4, [0] * 4]
+    assert which_draw(1, range(4), 4, 6, 3) == [0, 0, 1, 1]
+
+
+def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
+    speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = built(speed_settings, data__teacher_draws=2)
+    (folder,) = Path(speed_settings["data.cache_dir"], "answers").iterdir()
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(files) == 1
+    again = built(
+        speed_settings, data__teacher_draws=2, objective__w_max=3.0, objective__w_min=2.0, student__kind="lora"
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    assert next(run.teacher.network.parameters()).device == CPU
+    assert again.answers is not None
+    for changed in (
+        {"objective__skip": 50},
+        {"run__seed": 1},
+        {"data__caption_drop": 0.5},
+        {"objective__guidance": "free"},
+    ):
+        built(speed_settings, data__teacher_draws=2, **changed)
+    assert len(list(folder.parent.iterdir())) == 5
+
+
+def test_answers_that_were_removed_while_they_were_asked_are_missed(
+    speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_in_vain(*given: Any, **told: Any) -> Path:
+        folder = ask_teacher(*given, **told)
+        shutil.rmtree(folder)
+        return folder
+
+    monkeypatch.setattr(loop, "ask_teacher", asked_in_vain)
+    with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
+        built(speed_settings, data__teacher_draws=1)
+    monkeypatch.undo()
+    assert built(speed_settings, data__teacher_draws=1).answers is not None
+
+
+@pytest.mark.parametrize("kind", ["latents", "answers"])
+def test_a_file_that_a_power_cut_left_short_is_made_anew(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
+    told = {**speed_settings, "data.teacher_draws": 1, "optim.max_train_steps": 1}
+    distill(resolve({}, told))
+    (file,) = Path(speed_settings["data.cache_dir"], kind).rglob("*.safetensors")
+    whole = file.read_bytes()
+    for left in (whole[:-1], b""):
+        file.write_bytes(left)
+        distill(resolve({}, {**told, "run.output": str(tmp_path / str(len(left)))}))
+        assert file.read_bytes() == whole
+
+
+def test_a_dry_run_tells_what_asking_beforehand_takes(
+    speed_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(resolve({}, {**speed_settings, "data.teacher_draws": 1000}))
+    assert re.search(r"asked beforehand: 24,000, .* [\d.]+ h and 0.01 GB of the cache", capsys.readouterr().out)
+
+
+def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_path: Path) -> None:
+    told = {**speed_settings, "data.teacher_draws": 2, "optim.max_train_steps": 4, "run.checkpoint_every": 2}
+    whole = distill(resolve({}, {**told, "run.output": str(tmp_path / "whole")}))
+    for steps in (2, 4):
+        cut = distill(resolve({}, {**told, "run.output": str(tmp_path / "cut"), "optim.max_train_steps": steps}))
+    assert_same(whole, cut)
+    live = distill(resolve({}, {**told, "run.output": str(tmp_path / "live"), "data.teacher_draws": 0}))
+    assert losses(live) != losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"objective.solver": "heun"}, r"asks its teacher twice a step with heun; use --solver ddim or euler"),
+        ({"objective.name": "ct"}, "asks no teacher; leave it at 0"),
+        ({"data.buckets": ("16x24", "16x16")}, "leave it at 0, or leave data.buckets out"),
+        ({"data.teacher_draws": -1}, "must be at least 0"),
+    ],
+)
+def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, speed_settings: Settings) -> None:
+    kept = {k: v for k, v in speed_settings.items() if "w_m" not in k or "objective.name" not in told}
+    with pytest.raises(UsageError, match=said):
+        distill(resolve({}, {**kept, "data.teacher_draws": 2, **told}))
+    assert not Path(speed_settings["run.output"]).exists()

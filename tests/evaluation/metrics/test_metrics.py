@@ -1,0 +1,180 @@
+"""The measures that need weights, on small random ones in the real files' formats, against libraries and closed forms."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcmdistill.evaluation.metrics.features import ScriptedFeatures
+from lcmdistill.evaluation.metrics.measures import Shown
+from lcmdistill.evaluation.metrics.pretrained import clip_measure, fid_measure, lpips_measure, perceptual_distance
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.utils.errors import UsageError
+from tests.support.teachers import write_tokenizer
+
+
+def shown(count: int = 3, side: int = 64) -> Shown:
+    a, b = (torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    latents = torch.zeros(count, 4, 8, 8)
+    return Shown(latents, a, latents, b, ("a red apple", "a blue car", "a green tree")[:count])
+
+
+@pytest.fixture
+def alexnet() -> nn.Sequential:
+    """torchvision's AlexNet features, layer by layer, with random weights."""
+    layers = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1)]
+    layers += [nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    for i, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return nn.Sequential(*layers)
+
+
+def test_lpips_is_torchmetrics_own(alexnet: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchmetrics.functional.image import lpips
+
+    path = tmp_path / "alexnet.pth"
+    torch.save({f"features.{key}": value for key, value in alexnet.state_dict().items()}, path)
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda net, pretrained: alexnet)
+    monkeypatch.setattr(lpips, "_TORCHVISION_AVAILABLE", True, raising=False)
+    heads = Path(lpips.__file__).parent / "lpips_models" / "alex.pth"
+    on_cpu = torch.load(heads, weights_only=True, map_location="cpu")
+    torch.save(on_cpu, tmp_path / "heads.pth")
+    theirs = lpips._LPIPS(net="alex", model_path=str(tmp_path / "heads.pth"))
+    images = shown()
+    expected = theirs(images.pixels, images.reference_pixels, normalize=True).view(-1)
+    found = lpips_measure(path).kept(images).view(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert float(lpips_measure(path).kept(images._replace(reference_pixels=images.pixels)).abs().max()) == 0
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [1, 2]])
+def test_another_file_is_no_alexnet(tmp_path: Path, content: Any):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="does not hold AlexNet's weights"):
+        lpips_measure(tmp_path / "x.pth")
+
+
+class Inception(nn.Module):
+    """In the manner of the published TorchScript: classes, or features if asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        features = images.float().mean((2, 3)) @ self.weight.T
+        if return_features:
+            return features
+        return features.softmax(1)
+
+
+def scripted(folder: Path) -> ScriptedFeatures:
+    torch.jit.script(Inception()).save(str(folder / "inception.pt"))
+    return ScriptedFeatures(folder / "inception.pt", "--inception")
+
+
+def test_fid_is_the_frechet_distance_of_the_scripted_features(tmp_path: Path):
+    network, generator = scripted(tmp_path), torch.Generator().manual_seed(1)
+    real = torch.randn(10_000, 6, generator=generator)
+    drawn = 0.5 * torch.randn(10_000, 6, generator=generator) + 2.0
+    found = fid_measure(network, "inception", real, "real").value(drawn.double())
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.double().mean(0), torch.cov(x.double().T)
+
+    (mean_a, cov_a), (mean_b, cov_b) = moments(drawn), moments(real)
+    root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+    expected = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    assert found == pytest.approx(6 * 4 + 6 * 0.25, rel=0.05)
+
+
+def test_features_are_asked_for_where_a_network_gives_classes_too(tmp_path: Path):
+    network, images = scripted(tmp_path), torch.randint(0, 255, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(network(images), images.float().mean((2, 3)) @ Inception().weight.T)
+
+
+def test_fid_of_too_few_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="FID needs at least 10000 real images and pets has 9999"):
+        fid_measure(scripted(tmp_path), "inception", torch.zeros(9_999, 6), "pets")
+
+
+def test_a_state_dict_is_no_feature_network(tmp_path: Path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"--inception .*x\.pth is no TorchScript file"):
+        ScriptedFeatures(tmp_path / "x.pth", "--inception")
+
+
+@pytest.fixture
+def clip_folder(tmp_path: Path) -> Path:
+    """A small random CLIP with its processor, as transformers saves one."""
+    import transformers
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    processor = (
+        getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    )  # of 5, and of 4
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 190, "max_position_embeddings": 77, "bos_token_id": 188, "eos_token_id": 189}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5
+    write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", model_max_length=77)
+    size = {"height": 32, "width": 32}
+    images = processor(size={"shortest_edge": 32}, crop_size=size)
+    model.save_pretrained(tmp_path / "clip")
+    CLIPProcessor(images, tokenizer).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_clip_score_is_a_hundred_cosines(clip_folder: Path):
+    from transformers import CLIPModel, CLIPProcessor
+
+    images = shown(3, 32)
+    found = clip_measure(str(clip_folder)).kept(images).view(-1)
+    model, processor = CLIPModel.from_pretrained(clip_folder), cast(Any, CLIPProcessor).from_pretrained(clip_folder)
+    pictures = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images.pixels]
+    inputs = processor(text=list(images.prompts), images=pictures, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = model(**inputs)
+    expected = 100 * (out.image_embeds * out.text_embeds).sum(1)
+    torch.testing.assert_close(found, expected)
+    assert len({round(float(value), 3) for value in found}) == 3
+    scorer = clip_measure(str(clip_folder), scorer=True)
+    torch.testing.assert_close(scorer.kept(images).view(-1), out.logits_per_image.diagonal())
+    assert scorer.label == "Score (clip)"
+
+
+def test_a_long_prompt_is_cut_to_what_clip_reads(clip_folder: Path):
+    assert clip_measure(str(clip_folder)).kept(shown(1, 32)._replace(prompts=("word " * 100,))).isfinite().all()
+
+
+def test_what_is_no_clip_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="holds no CLIP model"):
+        clip_measure(str(tmp_path))
+
+
+def test_lpips_trains_on_pixels_of_one_channel(alexnet: nn.Sequential, tmp_path: Path):
+    path = tmp_path / "alexnet.pth"
+    torch.save({f"features.{key}": value for key, value in alexnet.state_dict().items()}, path)
+    distance = perceptual_distance(OBJECTIVES["cd"](distance="lpips", lpips_weights=str(path)), torch.device("cpu"))
+    assert distance is not None
+    a, b = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    found = distance(a.requires_grad_(), b)
+    found.sum().backward()
+    assert found.shape == (2,)
+    assert a.grad is not None
+    assert a.grad.abs().max() > 0
+    enlarged = [nn.functional.interpolate((x.detach() + 1) / 2, size=224, mode="bilinear") for x in (a, b)]
+    pixels, reference = (x.expand(-1, 3, -1, -1) for x in enlarged)
+    expected = lpips_measure(path).kept(shown()._replace(pixels=pixels, reference_pixels=reference)).view(-1)
+    torch.testing.assert_close(found.detach(), expected)
+    assert perceptual_distance(OBJECTIVES["cd"](), torch.device("cpu")) is None

@@ -1,0 +1,192 @@
+"""Every format of every family: written by the command, reloaded as its consumer does, and refused where it cannot be."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lcmdistill.config.schema import Format
+from lcmdistill.export import registry as exporting
+from lcmdistill.export.trained_student import load_product
+from lcmdistill.export.verify import network_inputs, network_output
+from lcmdistill.hub.model_card import export_card
+from tests.support.finished_runs import finished_run
+from tests.support.models import BUILDERS, FAMILY_BUILDERS
+from tests.support.pixel_models import build_pixel
+from tests.support.teachers import Command
+
+FORMATS = {"full": ("pipeline", "single-file", "onnx"), "lora": tuple(f for f in Format if f != "pipeline")}
+
+CASES = [
+    pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if name == "onnx" else [])
+    for kind, names in FORMATS.items()
+    for name in names
+]
+
+each_family = pytest.mark.parametrize("family", list(BUILDERS))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(family, kind) -> the folder of a finished run."""
+    folder, found = tmp_path_factory.mktemp("formats"), {}
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(1)
+        for family, build in BUILDERS.items():
+            teacher = build(folder / family / "teacher")
+            for kind in FORMATS:
+                found[family, kind] = finished_run(teacher, kind, folder / family / kind)
+    return found
+
+
+def test_the_names_are_the_exporters() -> None:
+    assert [str(name) for name in Format] == list(exporting.EXPORTERS)
+
+
+@each_family
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_every_export_gives_the_trained_output(
+    family: str, kind: str, name: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
+) -> None:
+    output = tmp_path / ("out.safetensors" if name in ("kohya", "single-file") else "out")
+    words = ["export", runs[family, kind], "--format", name, "--output", output, "--dtype", "fp32"]
+    code, told, error = command(*words)
+    assert (code, error) == (0, "")
+    assert "reloaded, largest difference" in told
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [output.name]
+
+
+@pytest.mark.parametrize("family", ["inpainting", "pixart", "pixel"])
+def test_what_is_a_pipeline_and_no_file(family: str, command: Command, tmp_path: Path) -> None:
+    build = build_pixel if family == "pixel" else FAMILY_BUILDERS[family]
+    run = finished_run(build(tmp_path / "models" / "teacher"), "full", tmp_path / "run")
+    words = ["export", run, "--format", "pipeline", "--output", tmp_path / "out", "--dtype", "fp32"]
+    code, told, error = command(*words)
+    assert (code, error) == (0, "")
+    assert "reloaded, largest difference" in told
+    if family != "inpainting":
+        for name, output in (("single-file", "x.safetensors"), ("onnx", "x"), ("kohya", "x.safetensors")):
+            code, _, error = command("export", run, "--format", name, "--output", tmp_path / output)
+            assert (code, error.count("\n")) == (2, 1)
+            assert not (tmp_path / output).exists()
+
+
+@each_family
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_a_single_file_tells_what_it_is(
+    family: str, kind: str, runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "my model.safetensors"
+    words = ["export", runs[family, kind], "--format", "single-file", "--output", path, "--no-verify"]
+    assert command(*words)[0] == 0
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == "my model"
+    assert ("guidance 4 (omega 3) is built in" in header["modelspec.usage_hint"]) == (kind == "full")
+
+
+def test_a_guidance_that_the_student_never_saw_is_told(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
+) -> None:
+    words = ["export", runs["sd1", "full"], "--format", "single-file", "--no-verify"]
+    for scale in (8, 90):
+        code, told, _ = command(*words, "--guidance-scale", scale, "--output", tmp_path / f"{scale}.safetensors")
+        assert code == 0
+        assert (f"and never saw {scale}" in told) == (scale == 90)
+
+
+@each_family
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_cards_name_the_class_that_opens_it(family: str, kind: str, runs: dict[tuple[str, str], Path]) -> None:
+    own = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    card = export_card(runs[family, kind], "single-file", "me/mine", "a.safetensors")
+    assert f"{own}.from_single_file" in card
+    lcm = kind == "full" and family != "sdxl"
+    assert f"ORT{'LatentConsistencyModelPipeline' if lcm else own}.from_pretrained" in export_card(
+        runs[family, kind], "onnx", "me/mine"
+    )
+
+
+@each_family
+def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, str], Path]) -> None:
+    """Every input that exports are compared on changes the output: one that did not would not be checked."""
+    unet = load_product(runs[family, "full"]).pipeline().unet
+    inputs = network_inputs(unet, 4.0)
+    expected = network_output(unet, inputs)
+    assert {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} <= set(inputs)
+    assert ("time_ids" in inputs) == (family == "sdxl")
+    for name, value in inputs.items():
+        assert (network_output(unet, {**inputs, name: value.flip(0) * 0.5}) - expected).abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("full", ["--format", "kohya", "--output", "x.safetensors"], "--format kohya is for LoRA runs"),
+        ("lora", ["--format", "pipeline", "--output", "x"], "use --format fused for a full pipeline"),
+        ("lora", ["--format", "kohya", "--output", "x"], "must end in .safetensors"),
+        ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "cannot be written: .* in /proc"),
+        ("lora", ["--format", "peft", "--output", "taken"], "taken exists; name a new one"),
+        (
+            "lora",
+            ["--format", "single-file", "--output", "x.safetensors", "--guidance-scale", "7"],
+            "has no effect here",
+        ),
+        (
+            "full",
+            ["--format", "pipeline", "--output", "x", "--guidance-scale", "7"],
+            "--guidance-scale 7 is for what bakes",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_said_at_once(
+    kind: str, words: list[str], said: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    code, told, error = command("export", runs["sd1", kind], *words)
+    assert (code, told, error.count("\n")) == (2, "", 1)
+    assert re.search(said, error)
+    assert {path.name for path in tmp_path.iterdir()} <= {"taken", "cache"}
+
+
+QUICK_STOPS = {("fused", signal.SIGTERM), ("kohya", signal.SIGINT)}
+
+
+# A folder by one signal and a file by another; the rest with the slow tests.
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=[pytest.mark.slow] * ((name, number) not in QUICK_STOPS))
+        for name in ("fused", "kohya")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    ],
+)
+def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
+    name: str, number: signal.Signals, runs: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """Stopped by a signal once everything is written and before it is compared."""
+    output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
+    code = f"""
+import os, signal, sys
+from lcmdistill import cli
+    from lcmdistill.export import registry as export
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whatever the tests were started from
+export.compared = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
+sys.argv = ["lcmdistill", "export", {str(runs["sd1", "lora"])!r}, "--format", {name!r}, "--output", {str(output)!r}]
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert left <= {"cache"}
+    if number != signal.SIGKILL:
+        assert ended.returncode == 128 + number, ended.stderr
+        assert ended.stderr.count("\n") == 1
+        assert "what was saved before is intact" in ended.stderr
+        assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
+    else:
+        assert ended.returncode == -signal.SIGKILL

@@ -1,0 +1,281 @@
+"""Objectives: exact on the Gaussian oracle to the solver's order, and equal to a plain Algorithm 1."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lcmdistill.diffusion.losses import DISTANCES
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, VPSchedule, vp_schedule
+from lcmdistill.diffusion.solvers import SOLVERS
+from lcmdistill.diffusion.types import Models
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import forwards
+from lcmdistill.objectives.common import draw_times, draw_up_to
+from tests.support.objectives import NULL, SD15, asked_of, each_objective, fields_of, gaussian_batch, made
+from tests.support.oracle import oracle_models, scaled, slope, smooth_schedule
+from tests.support.solvers import ORDER
+
+TEACHERLESS = ("lcf", "ct", "ict")
+
+having = {
+    field: pytest.mark.parametrize("objective", [name for name in OBJECTIVES if field in fields_of(name)])
+    for field in ("solver", "skip", "guidance")
+}
+
+SKIPS = [8, 16, 32, 64]
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "VP": smooth_schedule(1024),
+    "Karras": KarrasSchedule(num_steps=1024),
+    "SD": vp_schedule({**SD15, "num_train_timesteps": 1024}),
+}
+
+
+def exact_models(objective: str, schedule: NoiseSchedule, rng: Rng, step: int, times: str) -> Models:
+    """The oracle's networks in the form that the objective compares: TCD's go to the s' that it draws."""
+    end = None
+    if objective == "tcd":
+        end = draw_up_to(schedule, draw_times(schedule, step, times, rng)[1], rng)
+    return oracle_models(schedule, NULL, omega=objective != "lcf", end=end)
+
+
+def rms_residuals(objective: str, schedule: NoiseSchedule, times: str = "grid", **fields: Any) -> list[float]:
+    """The root of the mean l2 loss at the true consistency function, for each step between t and s."""
+    batch, rng, found = gaussian_batch(512), Rng(seed=0, step=0, places=range(512)), []
+    for step in SKIPS:
+        own = made(objective, step=step, distance="l2", weighting="uniform", times=times, **fields)
+        models = exact_models(objective, schedule, rng, step, times)
+        found.append(own.loss(models, batch, rng).mean().sqrt().item())
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["VP", "Karras"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@having["solver"]
+def test_loss_at_the_true_consistency_function_falls_at_the_solver_s_order(
+    objective: str, solver: str, schedule: str
+) -> None:
+    residuals = rms_residuals(objective, SCHEDULES[schedule], solver=solver)
+    # one step of a solver of order p errs by O(k^(p + 1)); the times that are drawn shift a little with k
+    assert slope(SKIPS, residuals) == pytest.approx(ORDER[solver] + 1, abs=0.2)
+    assert residuals[0] < 0.01
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@having["skip"]
+def test_the_same_holds_for_times_drawn_from_every_step(objective: str, solver: str) -> None:
+    order = 0 if objective in TEACHERLESS else ORDER[solver]
+    residuals = rms_residuals(objective, SCHEDULES["VP"], "all", solver=solver)
+    assert slope(SKIPS, residuals) == pytest.approx(order + 1, abs=0.25)
+
+
+@pytest.mark.parametrize("schedule", ["VP", "Karras"])
+@pytest.mark.parametrize("objective", TEACHERLESS)
+def test_without_a_teacher_the_loss_falls_with_the_step(objective: str, schedule: str) -> None:
+    """Of the same noise z_s is where the PF-ODE leads on average only, and one pair is off by O(k)."""
+    times = "uniform" if "growth" in fields_of(objective) else "grid"
+    residuals = rms_residuals(objective, SCHEDULES[schedule], times)
+    assert slope(SKIPS, residuals) == pytest.approx(1, abs=0.1)
+    assert residuals[0] < 0.02
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@each_objective
+def test_loss_is_nothing_where_all_data_are_one_image(objective: str, schedule: str) -> None:
+    """x0 and eps are then constant along the PF-ODE, and z_s of the same noise lies on it."""
+    rng, batch = Rng(0, 0, range(32)), gaussian_batch(32, std=0.0)
+    exact = exact_models(objective, SCHEDULES[schedule], rng, 32, "grid")
+    models = oracle_models(SCHEDULES[schedule], NULL, std=0.0, omega=False)
+    if objective == "tcd":  # whose map is then the way to every time
+        models = replace(exact, **dict.fromkeys(("teacher", "student", "target"), models.teacher))
+    own = made(objective, step=32, guidance="free", distance="l2", weighting="uniform")
+    assert own.loss(models, batch, rng).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@having["solver"]
+def test_loss_vanishes_for_small_steps_on_stable_diffusions_own_schedule(objective: str, solver: str) -> None:
+    residuals = rms_residuals(objective, SCHEDULES["SD"], solver=solver)
+    assert residuals == sorted(residuals)
+    assert residuals[0] < 0.02
+
+
+@pytest.mark.parametrize("objective", ["lcm"])
+def test_a_consistency_function_without_the_guidance_is_found_out(objective: str) -> None:
+    """It follows another PF-ODE than the teacher's steps, so its loss falls an order slower."""
+    batch, rng = gaussian_batch(512), Rng(0, 0, range(512))
+    models = oracle_models(SCHEDULES["VP"], NULL, omega=False)
+    losses = [made(objective, step=k, distance="l2").loss(models, batch, rng) for k in SKIPS]
+    residuals = [loss.mean().sqrt().item() for loss in losses]
+    assert slope(SKIPS, residuals) == pytest.approx(1, abs=0.3)
+    assert residuals[0] > 10 * rms_residuals(objective, SCHEDULES["VP"])[0]
+
+
+@pytest.mark.parametrize("objective", ["lcm", "tcd"])
+def test_free_guidance_follows_the_teacher_as_it_is(objective: str) -> None:
+    residuals = rms_residuals(objective, SCHEDULES["VP"], guidance="free")
+    assert slope(SKIPS, residuals) == pytest.approx(2, abs=0.2)
+    assert residuals[0] < rms_residuals(objective, SCHEDULES["VP"])[0]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@each_objective
+def test_gradients_reach_the_student_only(objective: str, distance: Any) -> None:
+    exact = oracle_models(smooth_schedule(1000), NULL)
+    if objective == "tcd":
+        exact = replace(exact, student=exact.teacher, target=exact.teacher)
+    factors = {role: torch.tensor([1.1], requires_grad=True) for role in ("teacher", "student", "target")}
+    models = replace(exact, **{role: scaled(getattr(exact, role), factor) for role, factor in factors.items()})
+    loss = made(objective, distance=distance).loss(models, gaussian_batch(8), Rng(0, 0, range(8)))
+    assert loss.shape == (8,)
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    gradient = factors["student"].grad
+    assert gradient is not None
+    assert gradient.abs().item() > 1e-3
+    assert factors["teacher"].grad is None
+    assert factors["target"].grad is None
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"), [("grid", {4, 9, 14, 19}), ("all", set(range(5, 22)))], ids=["grid", "all"]
+)
+def test_times_cover_what_they_should(times: str, expected: set[int]) -> None:
+    t, s = draw_times(smooth_schedule(22), 5, times, Rng(seed=0, step=0, places=range(400)))
+    assert set(t.tolist()) == expected
+    assert t.bincount()[t.bincount() > 0].min() > 400 / len(expected) / 3
+    assert s.tolist() == [max(i - 5, 0) for i in t.tolist()]
+
+
+@pytest.mark.parametrize("schedule", [smooth_schedule(20), KarrasSchedule(num_steps=20)], ids=["VP", "Karras"])
+def test_an_end_is_any_step_up_to_s(schedule: NoiseSchedule) -> None:
+    steps, rng = schedule.grid(20), Rng(0, 0, range(300))
+    assert (draw_up_to(schedule, steps[:1].expand(300), rng) == steps[0]).all()
+    found = draw_up_to(schedule, steps[4:5].expand(300), rng)
+    assert set(found.tolist()) == set(steps[:5].tolist())
+    assert min(int((found == step).sum()) for step in steps[:5]) > 300 / 5 / 2
+    assert (
+        draw_up_to(schedule, draw_times(schedule, 5, "all", rng)[1], rng) <= draw_times(schedule, 5, "all", rng)[1]
+    ).all()
+
+
+@having["skip"]
+def test_networks_are_asked_at_the_right_times_and_omega(objective: str) -> None:
+    schedule = smooth_schedule(1000)
+    asked = asked_of(objective, schedule, skip=50)
+    ((t, w),), ((s, target_w),) = asked["student"], asked["target"]
+    assert torch.equal(t, draw_times(schedule, 50, "grid", Rng(0, 0, range(64)))[0])
+    assert torch.equal(s, (t - 50).clamp(min=0))
+    if objective in TEACHERLESS:
+        assert asked["teacher"] == []
+    else:
+        ((teacher_t, teacher_w),) = asked["teacher"]
+        assert torch.equal(teacher_t, torch.cat([t, t]))  # with the prompt and without, in one forward
+        assert teacher_w is None
+    assert w is not None
+    assert w is target_w
+    assert len(w.unique()) == 64
+    assert 3.0 <= w.min() < 3.1 < 3.9 < w.max() <= 4.0
+
+
+@having["guidance"]
+def test_with_free_guidance_nobody_is_told_omega_and_the_teacher_is_asked_once(objective: str) -> None:
+    asked = asked_of(objective, smooth_schedule(1000), guidance="free")
+    of_teacher, (student,), (target,) = asked["teacher"], asked["student"], asked["target"]
+    assert student[1] is None
+    assert target[1] is None
+    if objective in TEACHERLESS:
+        assert of_teacher == []
+    else:
+        ((teacher_t, teacher_w),) = of_teacher
+        assert torch.equal(teacher_t, student[0])
+        assert teacher_w is None
+    assert made(objective, guidance="free").omega == "none"
+    assert made(objective).omega != "none"
+
+
+@pytest.mark.parametrize("schedule", [smooth_schedule(1000), KarrasSchedule()], ids=["VP", "Karras"])
+@pytest.mark.parametrize("objective", ["cd", "ct", "ict"])
+def test_neighbours_on_the_grid_are_compared(objective: str, schedule: NoiseSchedule) -> None:
+    asked = asked_of(objective, schedule, scales=18, s0=17, s1=17)
+    ((t, w),), ((s, target_w),) = asked["student"], asked["target"]
+    grid = schedule.grid(17 if objective == "ct" else 18)
+    place = torch.searchsorted(grid, t)
+    assert torch.equal(grid[place], t)
+    assert torch.equal(grid[place - 1], s)
+    assert len(place.unique()) > (5 if objective == "ict" else 13)
+    assert w is None
+    assert target_w is None
+    assert [torch.equal(teacher_t, t) for teacher_t, _ in asked["teacher"]] == [True] * (objective == "cd")
+
+
+@having["solver"]
+def test_the_named_solver_takes_the_step(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDIM and Euler agree on a VP schedule, so that their losses cannot tell which of them ran."""
+    schedule, rng = smooth_schedule(1000), Rng(0, 0, range(8))
+    exact = exact_models(objective, schedule, rng, 20, "grid")
+    monkeypatch.setitem(SOLVERS, "nowhere", lambda denoiser, schedule, z, t, s: z)
+    lost, found = (made(objective, solver=name).loss(exact, gaussian_batch(8), rng) for name in ("nowhere", "euler"))
+    assert (lost > 3 * found).all()
+
+
+@each_objective
+def test_forwards_are_counted(objective: str) -> None:
+    told = {"student": 1, "target": 1} | ({} if objective in TEACHERLESS else {"teacher": 2})
+    assert forwards(made(objective), vp_schedule(SD15)) == told
+    with FakeTensorMode():  # of a device that need not be there
+        assert forwards(made(objective), VPSchedule(torch.empty(1000, device="cuda"))) == told
+
+
+def test_forwards_tell_solvers_and_guidance_apart() -> None:
+    ways: list[Any] = [("ddim", "baked"), ("dpm-solver++", "baked"), ("ddim", "free"), ("heun", "free")]
+    counted = [
+        forwards(made("lcm", solver=solver, guidance=guidance), vp_schedule(SD15))["teacher"]
+        for solver, guidance in ways
+    ]
+    assert counted == [2, 4, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "message"),
+    [
+        ("lcm", {"skip": 0}, "skip"),
+        ("lcm", {"skip": 1000}, "from 1 to 999"),
+        ("lcm", {"skip": 30}, r"does not divide T = 1000, so that t = 999,.* is never trained; try 25 or 40, or"),
+        ("tcd", {"skip": 700}, "; try 500, or"),
+        ("lcf", {"skip": 700}, "; try 500, or"),
+        ("lcm", {"w_min": -0.5}, "w_min is -0.5; omega, which is guidance_scale - 1, must be at least 0"),
+        ("tcd", {"w_min": 9.0, "w_max": 8.0}, "w_min"),
+        ("lcm", {"ema_decay": 1.0}, "ema_decay"),
+        ("cd", {"ema_decay": -0.1}, "ema_decay"),
+        ("lcm", {"solver": "magic"}, "ddim"),
+        ("cd", {"solver": "magic"}, "ddim"),
+        ("cd", {"scales": 1}, "at least 2 points"),
+        ("cd", {"distance": "lpips"}, "needs objective.lpips_weights"),
+        ("ct", {"lpips_weights": "alexnet.pth"}, "objective.distance is l2; say lpips"),
+        ("ct", {"s0": 0}, "1 <= s0 <= s1"),
+        ("ct", {"s0": 1}, "a first grid of one point; it must be at least 2"),
+        ("ct", {"s0": 20, "s1": 10}, "1 <= s0 <= s1"),
+        ("ct", {"mu0": 1.0}, "mu0 is 1.0"),
+        ("ct", {"curriculum_steps": 0}, r"\(K\) is 0"),
+        ("ict", {"p_std": 0.0}, "p_std"),
+    ],
+)
+def test_impossible_fields_are_refused(objective: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OBJECTIVES[objective](**fields).check(1000)
+
+
+@pytest.mark.parametrize("skip", [30, 999])
+@having["skip"]
+def test_drawn_from_every_time_any_skip_is_possible(objective: str, skip: int) -> None:
+    made(objective, skip=skip, times="all").check(1000)
+
+
+@each_objective
+def test_defaults_are_possible(objective: str) -> None:
+    assert OBJECTIVES[objective]().check(1000) is None

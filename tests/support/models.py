@@ -1,0 +1,204 @@
+"""Small random models of every family, built from their real classes."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tokenizers
+import transformers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.support.teachers import build_teacher, write_tokenizer
+
+TRANSFORMERS_5 = int(version("transformers").partition(".")[0]) >= 5
+
+# diffusers annotates its tuples with one element only.
+UNet: Any = diffusers.UNet2DConditionModel
+
+AutoencoderKL: Any = diffusers.AutoencoderKL
+
+SD: Any = diffusers.StableDiffusionPipeline
+
+SDXL: Any = diffusers.StableDiffusionXLPipeline
+
+DDIMScheduler: Any = diffusers.DDIMScheduler
+
+PixArt: Any = diffusers.PixArtTransformer2DModel
+
+PixArtPipeline: Any = diffusers.PixArtAlphaPipeline
+
+
+def text_config(layers: int = 2, width: int = 16, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=190,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=188,
+        eos_token_id=189,
+        pad_token_id=189,
+        **more,
+    )
+
+
+def small_vae(**more: Any) -> Any:
+    """Three levels and two layers a block, so that the counting from both ends shows."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 24),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        **more,
+    )
+
+
+def build_sd2(folder: Path) -> Path:
+    """v-prediction, zero-terminal SNR, linear projections, an OpenCLIP-like text encoder."""
+    unet = UNet(
+        sample_size=8,
+        layers_per_block=2,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    SD(
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(text_config(layers=3, hidden_act="gelu")),
+        tokenizer=CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77),
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_sdxl(folder: Path) -> Path:
+    """No attention at the top level, one and two transformer blocks below, two text encoders, added embeddings."""
+    unet = UNet(
+        sample_size=16,
+        layers_per_block=2,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+        norm_num_groups=8,
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
+    SDXL(
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(text_config(3)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_ssd1b(folder: Path) -> Path:
+    """SDXL with fewer blocks, as SSD-1B's config lists them, and nothing in the middle."""
+    pipeline = opened(build_sdxl(folder.parent / "whole"))
+    own = {key: value for key, value in pipeline.unet.config.items() if key != "_use_default_values"}
+    own |= {"transformer_layers_per_block": [1, [2, 2], [4, 4]], "mid_block_type": None}
+    unet = UNet.from_config(own | {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]})
+    SDXL(**{**pipeline.components, "unet": unet}, add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {"sd1": build_teacher, "sd2": build_sd2, "sdxl": build_sdxl}
+
+
+def build_inpainting(folder: Path) -> Path:
+    """An SD1 whose U-Net takes 9 channels: latents, mask, masked image."""
+    return _with_nine_channels(opened(build_teacher(folder.parent / "plain")), folder, "StableDiffusionInpaintPipeline")
+
+
+def build_sdxl_inpainting(folder: Path) -> Path:
+    """The same of SDXL."""
+    return _with_nine_channels(opened(build_sdxl(folder.parent / "plain")), folder, "StableDiffusionXLInpaintPipeline")
+
+
+def _with_nine_channels(plain: Any, folder: Path, kind: str) -> Path:
+    unet = UNet.from_config({**plain.unet.config, "in_channels": 9})
+    own = {} if "XL" in kind else {"requires_safety_checker": False}
+    getattr(diffusers, kind)(**{**plain.components, "unet": unet}, **own).save_pretrained(folder)
+    return folder
+
+
+def build_pixart(folder: Path) -> Path:
+    """Two blocks under a T5, with the sizes among the inputs that the 1024 px model has."""
+    transformer = PixArt(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=128,
+        caption_channels=16,
+    )
+    text = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    told: dict[str, Any] = {"extra_ids": 0, "model_max_length": 120}
+    if TRANSFORMERS_5:
+        tokenizer = T5Tokenizer(vocab=letters, **told)
+    else:
+        fast = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        fast.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer = transformers.T5TokenizerFast(tokenizer_object=fast, **told)  # pyright: ignore[reportAttributeAccessIssue]
+    PixArtPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text,
+        vae=small_vae(),
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
+    ).save_pretrained(folder)
+    return folder
+
+
+# Of each family; those of BUILDERS are the layouts that single files have.
+FAMILY_BUILDERS = BUILDERS | {
+    "inpainting": build_inpainting,
+    "sdxl-inpainting": build_sdxl_inpainting,
+    "ssd1b": build_ssd1b,
+    "pixart": build_pixart,
+}
+
+
+def opened(folder: Path) -> Any:
+    return diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+def models_of(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}

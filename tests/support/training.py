@@ -1,0 +1,42 @@
+"""Helpers that several tests share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcmdistill.utils.run_dir import checkpoints
+
+ROOT = Path(__file__).parent.parent.parent
+
+Runner = Callable[..., Path]
+
+VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait")
+"the numbers of a line of metrics"
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in VALUES[-2:]} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that a run computed: its last checkpoint, its metrics and its pipeline's network, to the bit."""
+    last = checkpoints(folder / "checkpoints")[-1]
+    state = torch.load(last / "state.pt", weights_only=True)
+    tensors = {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}
+    unet = (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    return {"state": state, **tensors, "metrics": metrics(folder), "unet": unet}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    mine, its = result(one), result(other)
+    assert mine.keys() == its.keys() >= {"student.safetensors", "target.safetensors", "optimizer.safetensors"}
+    assert [key for key in mine if mine[key] != its[key]] == []

@@ -1,0 +1,137 @@
+"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lcmdistill.data.loader import read_ahead
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.training import side_by_side, trainer
+from lcmdistill.training.setup import Run
+from tests.support.speed import Settings, built
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses of a run's next steps, and what is trained after them."""
+    told = [float(loss) for loss, _ in itertools.islice(trainer.train_steps(run, run.config.objective), steps)]
+    return told, list(run.student.trainable.values())
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize(
+    "own",
+    [
+        # Some of whose pairs end at the first time, where the target is what the teacher's step led to.
+        {"objective__skip": 500},
+        {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3},
+        {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"},
+        {"objective__name": "cd", "objective__scales": 3},
+        {"data__teacher_draws": 2, "optim__batch_size": 3},
+        {"data__teacher_draws": 2, "optim__batch_size": 32},
+        {"objective__name": "ct"},
+        {"objective__name": "ct", "student__target": "live"},
+        {"run__gradient_checkpointing": True},
+        {"run__precision": "bf16", "optim__batch_size": 4},
+    ],
+    ids=str,
+)
+def test_work_side_by_side_is_the_whole_micro_batch_s(own: Settings, speed_settings: Settings) -> None:
+    if own.get("objective__name") in ("cd", "ct"):
+        speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
+    own = {"optim__batch_size": 16, "optim__accumulate": 2, **own}
+    own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
+    run, again, whole = (built(speed_settings, **own) for _ in range(3))
+    assert run.side_by_side is not None
+    whole.side_by_side = None
+    (losses, weights), (others, their), (plain, _) = map(stepped, (run, again, whole))
+    assert losses == others
+    assert all(map(torch.equal, weights, their))
+    near = 1e-5 if run.config.run.precision == "fp32" else 5e-3
+    assert losses == pytest.approx(plain, rel=near)
+    torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=near, atol=near / 10)
+    means, its = ([state["exp_avg"] for state in each.optimizer.state.values()] for each in (run, whole))
+    largest = max(float(value.abs().max()) for value in its)
+    torch.testing.assert_close(means, its, rtol=0, atol=10 * near * largest)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_threads_would_share_is_left_whole(speed_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is switched on and off in one network; a large network needs no threads of its own."""
+    assert built(speed_settings).side_by_side is not None
+    assert built(speed_settings, student__kind="lora").side_by_side is None
+    monkeypatch.setattr(side_by_side, "SMALL", 1000)
+    assert built(speed_settings).side_by_side is None
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_fails_while_it_is_asked_ahead_ends_the_step(speed_settings: Settings) -> None:
+    run = built(speed_settings)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the teacher is out of order")
+
+    run.models = replace(run.models, teacher=broken)
+    with pytest.raises(RuntimeError, match="out of order"):
+        stepped(run)
+
+
+@pytest.mark.parametrize("target", ["ema", "live"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "lcf"])
+def test_an_adapter_beside_its_target_s_learns_recomputed_or_not(
+    name: str, target: str, speed_settings: Settings
+) -> None:
+    """Whichever adapter was switched on last is the one that a network has gradients for, and that a recomputation meets."""
+    if name in ("cd", "ct", "ict"):
+        speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
+    found = []
+    for again in (False, True):
+        own = {"student__kind": "lora", "student__target": target, "run__gradient_checkpointing": again}
+        run = built(speed_settings, objective__name=name, student__dropout=0.1 * (target == "live"), **own)
+        steps = itertools.islice(trainer.train_steps(run, run.config.objective), 2)
+        found.append([float(value) for loss, norm in steps for value in (loss, norm)])
+        assert min(found[-1]) > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class Recorded:
+    """A data set that notes what is read, when, and by whom."""
+
+    def __init__(self) -> None:
+        self.read_by: list[tuple[list[int], str]] = []
+
+    def read(self, indices: Sequence[int]) -> Any:
+        if 13 in indices:
+            raise OSError("the disk is gone")
+        self.read_by.append((list(indices), threading.current_thread().name))
+        return list(indices)
+
+
+def test_one_micro_batch_is_read_ahead_by_a_thread() -> None:
+    dataset: Any = Recorded()
+    reads = read_ahead(dataset, ([i] for i in range(5)))
+    assert next(reads) == [0]  # pyright: ignore[reportUnnecessaryComparison]
+    assert next(reads) == [1]  # pyright: ignore[reportUnnecessaryComparison]
+    assert list(reads) == [[2], [3], [4]]
+    assert [indices for indices, _ in dataset.read_by] == [[0], [1], [2], [3], [4]]
+    assert {name for _, name in dataset.read_by}.isdisjoint({threading.current_thread().name})
+    lazily = read_ahead(dataset, ([i] for i in range(100)))
+    next(lazily)
+    assert len(dataset.read_by) <= 5 + 2
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_its_data_are_wanted() -> None:
+    dataset: Any = Recorded()
+    reads = read_ahead(dataset, [[1], [13], [2]])
+    next(reads)
+    with pytest.raises(OSError, match="disk"):
+        next(reads)

@@ -1,0 +1,101 @@
+"""Training runs: what they compute, what they leave behind, and how they are interrupted, resumed and refused."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.objectives.lcm import LatentConsistency
+from lcmdistill.training.distributed import Agreement
+from lcmdistill.training.signals import Stop
+from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.run_dir import checkpoints
+from tests.support.training import ROOT, Runner, assert_same, losses, metrics
+
+
+def test_an_output_below_a_file_is_refused(train_run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("hello")
+    with pytest.raises(UsageError, match=r"p\.txt is a file; choose another place"):
+        train_run("p.txt/x")
+
+
+def broken(folder: Path, to: Path) -> Path:
+    """A teacher whose U-Net has a weight that is no number."""
+    shutil.copytree(folder, to)
+    path = to / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.weight"][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    return to
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(train_run: Runner, tmp_path: Path, small_teacher: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        train_run(teacher__model=str(broken(small_teacher, tmp_path / "teacher")))
+    assert re.search(
+        r"the loss is no longer finite \(step 1: loss nan.*no checkpoint had been written", str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_the_last_good_checkpoint_is_kept(train_run: Runner, monkeypatch: pytest.MonkeyPatch, log_every: int) -> None:
+    """Found at the next line of metrics, and if that is far, before anything broken is saved."""
+    loss = LatentConsistency.loss
+
+    def explode(self: LatentConsistency, models: Models, batch: Batch, rng: Rng) -> Tensor:
+        return loss(self, models, batch, rng) * (torch.inf if rng.step >= 3 else 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentConsistency, "loss", explode)
+        with pytest.raises(RunError, match="the last good checkpoint, step-00000002, is kept"):
+            train_run(optim__max_train_steps=8, run__log_every=log_every)
+    whole = train_run("whole", optim__max_train_steps=8, run__log_every=log_every)
+    assert_same(train_run(optim__max_train_steps=8, run__log_every=log_every), whole)
+
+
+def test_a_learning_rate_without_measure_ends_the_run(train_run: Runner) -> None:
+    with pytest.raises(RunError, match="lower --learning-rate"):
+        train_run(optim__learning_rate=1e30, optim__max_train_steps=6)
+
+
+def test_two_processes_are_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
+    options = {"optim__batch_size": 2, "optim__accumulate": 2, "optim__learning_rate": 1e-4}
+    one = train_run("one", **{**options, "optim__accumulate": 4})
+    config = (one / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(config)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "lcmdistill", "distill", "--config", str(tmp_path / "config.toml")]
+    command += ["--accumulate", "2", "--output", str(tmp_path / "two")]
+    for _ in range(2):  # the second time it finds that it has finished
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+    assert "nothing is left to do" in ended.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+    for mine, its in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        assert [v or 0 for v in mine["loss_by_noise"]] == pytest.approx(
+            [v or 0 for v in its["loss_by_noise"]], rel=1e-4
+        )
+    mine, its = (load_file(checkpoints(f / "checkpoints")[-1] / "student.safetensors") for f in (one, tmp_path / "two"))
+    worst = max(float((mine[name] - its[name]).abs().max()) for name in mine)
+    assert worst < 1e-4
+
+
+def test_a_signal_that_any_process_met_stops_them_all() -> None:
+    for theirs in (0, 15):
+        accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
+        accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])
+        agreement = Agreement(Stop(), accelerator)
+        assert [agreement.signal() for _ in range(2)] == [0, theirs]  # of the step before
+    accelerator.num_processes, stop = 1, Stop()
+    stop.signal = 2
+    assert Agreement(stop, accelerator).signal() == 2

@@ -1,0 +1,62 @@
+"""Training runs: what they compute, what they leave behind, and how they are interrupted, resumed and refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcmdistill.utils.errors import UsageError
+from tests.support.training import Runner, assert_same, losses
+
+
+def test_what_changes_no_result_may_differ(train_run: Runner) -> None:
+    whole = train_run("whole")
+    parts = train_run("parts", optim__max_train_steps=2)
+    train_run("parts", run__checkpoint_every=3, run__keep_checkpoints=5, run__device="cpu")
+    assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("content", [None, "a = 1\n", "[tool]\nx = 1\n", "no toml ["])
+def test_a_foreign_folder_is_refused(train_run: Runner, tmp_path: Path, content: str | None) -> None:
+    name = "thesis.txt" if content is None else "config.toml"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(content or "hello")
+    with pytest.raises(UsageError, match="holds files that no run of lcmdistill made"):
+        train_run()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_file_as_output_is_refused(train_run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("hello")
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        train_run()
+
+
+def test_an_empty_folder_is_fine(train_run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert len(losses(train_run())) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data__resolution": 15},
+            r"data\.resolution is 15; it must be a multiple of 8 \(the VAE's factor is 2.*try 16",
+        ),
+        ({"objective__skip": 1000}, r"objective\.skip \(k\) is 1000; it must be from 1 to 999"),
+        ({"objective__w_min": 6.0}, r"objective\.w_min is 6.0, above objective\.w_max, 5.0"),
+        (
+            {"objective__solver": "rk4"},
+            r"objective\.solver is 'rk4'; choose from ddim, euler, heun, dpm-solver, dpm-sol",
+        ),
+        ({"teacher__model": "no-such-teacher"}, "there is no model 'no-such-teacher'"),
+        ({"run__output": "/proc/x"}, r"--output /proc/x cannot be (made|written)"),
+    ],
+)
+def test_impossible_settings_are_refused_and_leave_no_folder(
+    train_run: Runner, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train_run(**changes)
+    assert not (tmp_path / "run").exists()

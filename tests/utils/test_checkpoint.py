@@ -1,0 +1,233 @@
+"""Checkpoints: whole or not there, the last few kept, and everything read back bit for bit."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
+from lcmdistill.utils import atomic as checkpoint
+from lcmdistill.utils.atomic import file_written_aside, write_text, written_aside
+from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
+from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.run_dir import checkpoints
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write(folder: Path, content: str) -> None:
+    with written_aside(folder) as aside:
+        (aside / "deep").mkdir()
+        (aside / "deep" / "file.txt").write_text(content)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with written_aside(tmp_path / "a" / "out") as aside:
+        (aside / "file.txt").write_text("new")
+        assert not (tmp_path / "a" / "out").exists()
+    assert files(tmp_path) == {"a/out/file.txt": b"new"}
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    write(tmp_path / "out", "new")
+    assert files(tmp_path) == {"out/deep/file.txt": b"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    write(tmp_path / "out", "old")
+
+    def fail() -> None:
+        with written_aside(tmp_path / "out") as aside:
+            (aside / "file.txt").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert files(tmp_path) == {"out/deep/file.txt": b"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache" / "drawn.json"
+    with file_written_aside(path, shared=True) as one:
+        one.write_text("one")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with file_written_aside(path, shared=True) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("way", [written_aside, file_written_aside])
+def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
+    way: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_sync", stop)
+    with pytest.raises(KeyboardInterrupt), way(tmp_path / "out") as aside:
+        (aside / "file.txt" if aside.is_dir() else aside).write_text("whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    for name in (".out.partial", ".out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rest.txt").write_text("half")
+    write(tmp_path / "out", "new")
+    assert files(tmp_path) == {"out/deep/file.txt": b"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_text_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a.txt", "old é")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old é"
+
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old é"
+
+
+GROUPS: dict[str, dict[str, Tensor]] = {
+    "student": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3.5)},
+    "target": {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)},
+}
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 12, GROUPS, {"global_batch": 8, "scaler": {"scale": 2.0}})
+    assert path.name == "step-00000012"
+    groups, state = load_checkpoint(path)
+    assert state == {"step": 12, "global_batch": 8, "scaler": {"scale": 2.0}}
+    assert {name: set(tensors) for name, tensors in groups.items()} == {k: set(v) for k, v in GROUPS.items()}
+    for name, tensors in GROUPS.items():
+        for key, value in tensors.items():
+            assert torch.equal(groups[name][key], value)
+            assert groups[name][key].dtype == value.dtype
+
+
+def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    """safetensors makes its own for their owner alone, whom another program's is not."""
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
+    with file_written_aside(tmp_path / "lora.safetensors") as aside:
+        save_file({"w": torch.ones(4)}, aside)
+    (tmp_path / "usual").touch()
+    modes = {file.stat().st_mode for file in [*path.iterdir(), *tmp_path.glob("*.safetensors"), tmp_path / "usual"]}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.pt"])
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_damaged_one_is_named(tmp_path: Path, name: str, size: int) -> None:
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
+    (path / name).write_bytes((path / name).read_bytes()[:size])
+    with pytest.raises(RunError, match=r"step-00000003 is damaged .*remove that folder") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_state_loads_with_weights_only(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, GROUPS, {"global_batch": 8, "scaler": {"scale": torch.tensor(2.0)}})
+    assert torch.load(path / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_a_tensor_that_is_no_contiguous_block_is_saved_as_it_looks(tmp_path: Path) -> None:
+    value = torch.arange(6.0).view(2, 3).t()
+    groups, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"student": {"a": value}}, {}))
+    assert torch.equal(groups["student"]["a"], value)
+
+
+def test_only_whole_checkpoints_count_in_order(tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    (tmp_path / "step-00000200").mkdir()
+    (tmp_path / ".step-00000300.partial").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000020", "step-00000100"]
+    assert checkpoints(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_the_last_few_are_kept(tmp_path: Path, keep: int) -> None:
+    steps = [1, 2, 3, 4]
+    for step in steps:
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    prune(tmp_path, keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in steps[-keep:]]
+
+
+def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+
+    def killed(path: Path) -> None:
+        os.unlink(path / "student.safetensors")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def model_and_optimizer(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def trained() -> Any:
+    model, optimizer = model_and_optimizer(0)
+    steps(model, optimizer, range(3))
+    return model, optimizer
+
+
+def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, trained: Any) -> None:
+    model, optimizer = trained
+    groups = {"student": dict(model.named_parameters()), "optimizer": optimizer_tensors(optimizer)}
+    loaded, _ = load_checkpoint(save_checkpoint(tmp_path, 3, groups, {}))
+    other, resumed = model_and_optimizer(1)
+    other.load_state_dict(loaded["student"])
+    restore_optimizer(resumed, loaded["optimizer"])
+    before, after = optimizer_tensors(optimizer), optimizer_tensors(resumed)
+    assert before.keys() == after.keys() == {f"{i}.{n}" for i in range(4) for n in ("step", "exp_avg", "exp_avg_sq")}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    steps(model, optimizer, range(3, 6))
+    steps(other, resumed, range(3, 6))
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_restoring_leaves_the_settings_as_they_are(trained: Any) -> None:
+    _, optimizer = trained
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    other = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.3)
+    restore_optimizer(other, optimizer_tensors(optimizer))
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (0.5, 0.3)
