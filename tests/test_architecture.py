@@ -1,123 +1,55 @@
-"""The layers: imports point downwards only, and what each layer may know is checked from the source."""
+"""The structure: imports point one way, files stay short, random state is never global, and the command line starts fast."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "lcmdistill"
-
-LAYERS = {
-    0: {"schedule", "prediction", "solvers", "consistency", "distances", "ema"},
-    1: {"batch", "objectives"},
-    2: {
-        "settings",
-        "recognise",
-        "public",
-        "presets",
-        "methods",
-        "optimizer",
-        "compiling",
-        "teachers",
-        "student",
-        "lora",
-        "data",
-        "checkpoint",
-        "tracking",
-        "rundir",
-        "device",
-        "side_by_side",
-        "interrupt",
-        "hub",
-    },
-    3: {
-        "processes",
-        "train",
-        "loop",
-        "sample",
-        "evaluate",
-        "report",
-        "best",
-        "export",
-        "preflight",
-        "preparing",
-        "memory",
-        "plan",
-        "validate",
-        "modelcard",
-        "publish",
-        "info",
-    },
-    4: {"cli", "config", "errors", "__main__"},
-}
-
-LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names} | {"__init__": -1}
-
-# The exceptions: pure modules of the top that lower layers may import, and from which layer on.
-IMPORTED_FROM_BELOW = {"errors": 1, "config": 2}
-
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lcmdistill"
 FILES = sorted(PACKAGE.rglob("*.py"))
-
 each_file = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(PACKAGE)) for file in FILES])
 
 
-def component(file: Path) -> str:
-    """The file or sub-package right below lcmdistill that a file belongs to."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check the contracts of pyproject.toml, as `lint-imports` does."""
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    return subprocess.run([sys.executable, "-c", command, "--no-cache"], capture_output=True, text=True, cwd=folder)
 
 
-def imported(source: str, package: tuple[str, ...] = ("lcmdistill",)) -> Iterator[str]:
-    """The dotted name of everything that is imported, wherever in the file; `from a import b` gives a.b."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+def test_the_contracts_of_pyproject_hold():
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
 
 
-def imports_of(file: Path) -> list[str]:
-    return list(imported(file.read_text(), ("lcmdistill", *file.relative_to(PACKAGE).parent.parts)))
-
-
-def upward(importer: str, names: list[str]) -> list[str]:
-    """The imported names that point upwards from one of the package's components."""
-    layer, found = LAYER_OF.get(importer, 0), []
-    for name in names:
-        top, _, rest = name.partition(".")
-        if top != "lcmdistill":
-            continue
-        target = rest.split(".")[0]
-        target = target if target in LAYER_OF else "__init__"  # `from lcmdistill import __version__`
-        if LAYER_OF[target] > layer and layer < IMPORTED_FROM_BELOW.get(target, 99):
-            found.append(name)
-    return found
-
-
-@each_file
-def test_every_file_has_its_layer(file: Path) -> None:
-    assert component(file) in LAYER_OF, f"assign {component(file)} to a layer, here and in the architecture's picture"
-
-
-@each_file
-def test_imports_point_downwards(file: Path) -> None:
-    assert upward(component(file), imports_of(file)) == []
-
-
-@each_file
-def test_third_parties_stay_in_their_layer(file: Path) -> None:
-    roots = {name.split(".")[0] for name in imports_of(file)}
-    if component(file) != "processes":
-        assert "accelerate" not in roots
-    if LAYER_OF.get(component(file)) == 0:
-        assert roots.isdisjoint({"diffusers", "transformers", "accelerate", "pathlib", "os", "io"})
+def test_a_broken_contract_is_found(tmp_path: Path):
+    package = tmp_path / "lcmdistill"
+    for name in ("cli", "hub", "report", "training", "export", "evaluation", "sampling", "data", "students"):
+        (package / name).mkdir(parents=True)
+    for name in ("teachers", "objectives", "diffusion", "config", "utils"):
+        (package / name).mkdir()
+    for folder in [package, *package.iterdir()]:
+        (folder / "__init__.py").touch()
+    (package / "training" / "distributed.py").write_text("import accelerate\n")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert lint_imports(tmp_path).returncode == 0, "the empty skeleton is clean"
+    (package / "data" / "up.py").write_text("def lazily():\n    import lcmdistill.training\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1
+    assert "lcmdistill.data is not allowed to import lcmdistill.training" in result.stdout
 
 
 @each_file
 def test_no_file_is_over_400_lines(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_test_imports_another_test_or_an_example(file: Path) -> None:
+    modules = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in modules if ".test_" in f".{name}" or name.split(".")[0] == "examples"]
     assert len(file.read_text().splitlines()) <= 400
 
 
@@ -175,38 +107,16 @@ def global_random_uses(source: str) -> list[str]:
 def test_no_global_random_state(file: Path) -> None:
     uses = global_random_uses(file.read_text())
     # The one exception: dropout layers draw from nowhere else, so seed_dropout seeds the generators for them.
-    assert len(uses) == (2 if file.name == "batch.py" else 0), uses
+    assert len(uses) == (2 if file.name == "random.py" else 0), uses
     assert all(use.endswith("manual_seed") for use in uses)
 
 
-@pytest.mark.parametrize("module", ["lcmdistill.cli", "lcmdistill.config"])
+@pytest.mark.parametrize("module", ["lcmdistill.cli", "lcmdistill.config.resolve"])
 def test_the_command_line_starts_without_torch(module: str) -> None:
     heavy = ("torch", "diffusers", "transformers", "accelerate", "numpy")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
-
-
-@pytest.mark.parametrize(
-    ("importer", "source", "is_upward"),
-    [
-        ("solvers", "from lcmdistill.prediction import X0Eps", False),
-        ("solvers", "from lcmdistill.batch import Rng", True),
-        ("solvers", "def lazily():\n    import lcmdistill.objectives", True),
-        ("solvers", "from lcmdistill.errors import RunError", True),
-        ("batch", "from lcmdistill.errors import RunError", False),
-        ("objectives", "from lcmdistill import config", True),
-        ("data", "from lcmdistill.config import DataConfig", False),
-        ("data", "from ..train import loop", True),
-        ("data", "from .images import open_image", False),
-        ("student", "from lcmdistill import __version__", False),
-        ("train", "from lcmdistill.cli import main", True),
-        ("cli", "from lcmdistill.train import train", False),
-    ],
-)
-def test_an_upward_import_is_found(importer: str, source: str, is_upward: bool) -> None:
-    names = list(imported(source, ("lcmdistill", importer)))
-    assert bool(upward(importer, names)) == is_upward
 
 
 @pytest.mark.parametrize(

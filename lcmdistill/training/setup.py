@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from lcmdistill.config.schema import RunConfig
@@ -21,6 +20,7 @@ from lcmdistill.students.student import Student, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.checkpoint import Writer
 from lcmdistill.training.compile import compile_blocks, pays
+from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.optimizer import make_optimizer
 from lcmdistill.training.side_by_side import Ahead, division

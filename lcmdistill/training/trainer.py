@@ -11,7 +11,6 @@ from pathlib import Path
 from shlex import quote
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from lcmdistill.config.schema import RunConfig
@@ -33,7 +32,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.best import advice, keep_best
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
-from lcmdistill.training.distributed import Agreement, least_free, make_accelerator, over_processes
+from lcmdistill.training.distributed import Accelerator, Agreement, least_free, make_accelerator, over_processes
 from lcmdistill.training.memory.plan import MemoryCheck, planned, tell
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.preflight import guard
