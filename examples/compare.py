@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import recorded, teacher_of
+from lcmdistill.config.recorded import load_run_config, teacher_options
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.evaluation import latents as drawing
 from lcmdistill.evaluation.evaluate import real_images
@@ -48,14 +48,14 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
     parser.add_argument("--seeds", type=int, default=1, help="images a prompt for the metrics")
     args = parser.parse_args()
-    config = recorded(args.run)
+    config = load_run_config(args.run)
     found = find_model(str(args.run))
     omegas = omega_range(config)
     middle = omegas.middle if omegas else config["run.validation_guidance_scale"]
     # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
     guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras and omegas else args.guidance_scale or middle)
     device = pick_device("auto")
-    teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**teacher_of(config))
+    teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**teacher_options(config))
     teacher.pipeline.to(device)
     student = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     picture(args.run, config, teacher, student, guidance)

@@ -22,14 +22,14 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.teachers.base import Teacher, nothing_else
+from lcmdistill.teachers.base import Teacher, no_condition
 from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
 from lcmdistill.teachers.sd import call_unet
 from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
 from lcmdistill.training.distributed import make_accelerator
 from lcmdistill.training.memory.estimate import GIB, usable
-from lcmdistill.training.memory.plan import Plan, choose, estimator, planned
-from lcmdistill.training.run_settings import settle
+from lcmdistill.training.memory.plan import Plan, choose_plan, estimator, plan_memory
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.setup import build
 from lcmdistill.training.trainer import train_steps
 from lcmdistill.utils.device import peak_memory
@@ -65,7 +65,7 @@ def full_size(name: str, device: str = "meta") -> Teacher:
         return Conditioning(told | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
 
     call: Any = {"sdxl": call_unet_xl, "pixart": call_pixart}.get(name, call_unet)
-    condition: Any = {"sdxl": time_ids, "pixart": sizes_kept}.get(name, nothing_else)
+    condition: Any = {"sdxl": time_ids, "pixart": sizes_kept}.get(name, no_condition)
     return Teacher(
         pipeline=SimpleNamespace(components={"vae": vae, "pixart" if name == "pixart" else "unet": network}),
         network=network,
@@ -82,7 +82,7 @@ def full_size(name: str, device: str = "meta") -> Teacher:
 def configured(row: str, teacher: Teacher, **more: Any) -> RunConfig:
     """The defaults of a row, such as sd15-lora."""
     kind = row.partition("-")[2]
-    return settle(
+    return resolve_run_defaults(
         resolve({}, {"student.kind": kind, "run.precision": "bf16", **more}, objectives=OBJECTIVES), 1, teacher
     )
 
@@ -93,7 +93,7 @@ def cell(plan: Plan) -> str:
         return f"no: {plan.needed.total / GIB:.1f} at least"
     run, optim = plan.config.run, plan.config.optim
     picked = ["recomputed"] * run.gradient_checkpointing + ["EMA on the CPU"] * plan.config.student.offload_target
-    return f"{plan.needed.total / GIB:.1f}: {', '.join([f'{optim.batch_size} x {optim.accumulate}', *picked])}"
+    return f"{plan.needed.total / GIB:.1f}: {', '.join([f'{optim.batch_size} x {optim.gradient_accumulation_steps}', *picked])}"
 
 
 def table(rows: list[str]) -> None:
@@ -105,7 +105,7 @@ def table(rows: list[str]) -> None:
         config = configured(row, teacher)
         needed = estimator(config, teacher, torch.bfloat16, 1)
         asked = needed(config)
-        plans = [choose(config, needed, usable(n * GIB, whole_card=True), eight_bits=False) for n in LIMITS]
+        plans = [choose_plan(config, needed, usable(n * GIB, whole_card=True), eight_bits=False) for n in LIMITS]
         cells = [f"{asked.trainable:,}", f"{asked.total / GIB:.1f}", *map(cell, plans)]
         print(f"| {row}, {config.data.resolution} px | {' | '.join(cells)} |", flush=True)
 
@@ -130,7 +130,7 @@ class Latents:
 def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan | None, int | None]:
     """The plan of a run, and the most bytes that a GPU held while it took some steps. The teacher is not to be used again."""
     accelerator = make_accelerator(config)
-    plan = planned(config, teacher, accelerator.device, free=0.0)
+    plan = plan_memory(config, teacher, accelerator.device, free=0.0)
     config = plan.config if plan else config
     data: Any = Latents(teacher, config.data.resolution)
     run = build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)

@@ -79,7 +79,7 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, sma
     """A copy of the small run with an evaluation of few images."""
     import shutil
 
-    from lcmdistill.evaluation.evaluate import Wish, evaluate
+    from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
 
     folder = tmp_path_factory.mktemp("evaluated") / "small-lcm"
     shutil.copytree(small_run, folder)
@@ -87,7 +87,9 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, sma
         patched.setenv("LCMDISTILL_CACHE", str(folder.parent / "cache"))
         evaluate(
             [folder],
-            Wish(steps=(1, 2), guidance_scales=(4.0, 2.0), num_images=3, features=small_features, device="cpu"),
+            EvaluationOptions(
+                steps=(1, 2), guidance_scales=(4.0, 2.0), num_images=3, features=small_features, device="cpu"
+            ),
         )
     return folder
 

@@ -20,7 +20,10 @@ LINES = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" fo
 
 COMMANDS = [line for line in LINES if line.startswith("lcmdistill ")]
 
-SMALL = "--resolution 16 --max-train-steps 1 --batch-size 1 --accumulate 1 --device cpu --set data.count=2"
+SMALL = (
+    "--resolution 16 --max-train-steps 1 --batch-size 1 --gradient-accumulation-steps 1 --device cpu "
+    "--set data.max_samples=2"
+)
 
 SMALLER = {
     "distill": SMALL,

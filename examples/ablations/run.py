@@ -20,11 +20,18 @@ import lcmdistill
 from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.evaluate import Wish, chosen_measures, chosen_prompts, fingerprint, real_source, subject
+from lcmdistill.evaluation.evaluate import (
+    EvaluationOptions,
+    chosen_measures,
+    chosen_prompts,
+    evaluated_run,
+    fingerprint,
+    real_source,
+)
 from lcmdistill.evaluation.latents import start_noise
 from lcmdistill.evaluation.metrics.features import MobileNetV2Features
-from lcmdistill.evaluation.metrics.measures import Measure, Shown, eight_bit, kid
-from lcmdistill.evaluation.sweep import Contestants, Sweep, sweep_run
+from lcmdistill.evaluation.metrics.measures import ImagePair, Measure, eight_bit, kid
+from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.sampling.generate import load_student
 from lcmdistill.teachers.base import Teacher
@@ -51,7 +58,7 @@ MANY = (*STEPS, 16)
 
 COMMON: dict[str, Any] = {
     "teacher.model": "tiny",
-    "data.count": 2560,
+    "data.max_samples": 2560,
     "objective.w_min": 1.0,
     "objective.w_max": 9.0,
     "optim.batch_size": 16,
@@ -85,7 +92,7 @@ def kid_to_teacher() -> Measure:
     """KID between drawn images and the teacher's own, of the same captions."""
     network = MobileNetV2Features()
 
-    def features(shown: Shown) -> torch.Tensor:
+    def features(shown: ImagePair) -> torch.Tensor:
         return torch.cat([network(eight_bit(pixels)) for pixels in (shown.pixels, shown.reference_pixels)], 1)
 
     about = "How far the drawn images as a set lie from the teacher's, by features of their content."
@@ -98,7 +105,7 @@ def kid_to_teacher() -> Measure:
 def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
     folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
-    each, wish = subject(run), Wish(num_images=MANY_IMAGES if name in BESIDE else IMAGES)
+    each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in BESIDE else IMAGES)
     steps, scales = wanted(name)
     wish = replace(wish, real=real_source([each], wish))
     prompts, resolution = chosen_prompts([each], wish, teacher), each.config["data.resolution"]
@@ -108,7 +115,7 @@ def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) ->
     measures, about = chosen_measures(each, wish, len(prompts))
     if name in BESIDE:
         measures["kid_teacher"] = kid_to_teacher()
-    who = Contestants(
+    who = SamplerPair(
         teacher=teacher,
         pipeline=load_student(each.found.path, torch.device("cpu")),
         student_scale=None,

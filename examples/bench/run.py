@@ -39,11 +39,11 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.sampler import SampleOrder
 from lcmdistill.data.sources.registry import open_source
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives.base import forwards
-from lcmdistill.objectives.common import draw_omega
+from lcmdistill.objectives.common import sample_omega
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.distributed import make_accelerator
@@ -56,12 +56,12 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 RESULTS = HERE / "results"
 PARTS = ("VAE and text encoder", "teacher", "target", "student, forward and backward", "clip, AdamW, EMA", "the rest")
-SIDES = {"naive": "plain loop", "product": "lcmdistill", "answers": "lcmdistill, data.teacher_draws=1"}
+SIDES = {"naive": "plain loop", "product": "lcmdistill", "answers": "lcmdistill, data.teacher_cache_samples=1"}
 # Rates at which rounding does not grow: at the tiny teacher's own 1e-4 AdamW takes it to 2e-3 of loss within 50 steps.
-TINY = {"teacher.model": "tiny", "optim.batch_size": 16, "optim.learning_rate": 1e-5, "data.count": 1024}
+TINY = {"teacher.model": "tiny", "optim.batch_size": 16, "optim.learning_rate": 1e-5, "data.max_samples": 1024}
 FULL_SIZE = {
     "optim.batch_size": 16,
-    "optim.accumulate": 1,
+    "optim.gradient_accumulation_steps": 1,
     "optim.learning_rate": 1e-7,
     "run.memory": "off",
     "run.precision": "bf16",
@@ -127,7 +127,7 @@ def product(name: str, device: torch.device, **more: Any) -> Run:
     config, teacher = settings(name, **more), teacher_of(name, device)
     if name == "tiny":
         folder = prepare("tiny", config.data, teacher, config.run.seed)
-        dataset: Any = LatentDataset([folder], [config.data.count])
+        dataset: Any = LatentDataset([folder], [config.data.max_samples])
     else:
         from memory import Latents
 
@@ -140,7 +140,7 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
     seed, side, batch, schedule = config.run.seed, config.data.resolution, config.optim.batch_size, teacher.schedule
     size, members = 64, []
     if name == "tiny":
-        size, members = config.data.count or 0, list(open_source("tiny", None, seed))
+        size, members = config.data.max_samples or 0, list(open_source("tiny", None, seed))
     z = teacher.example(1, side, "cpu")[0].shape[1:]
     order = SampleOrder(size, seed, batch)
     # Once: a public script's workers read while it computes.
@@ -148,14 +148,14 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
     for step in range(10**6):
         rng = Rng(seed, step, range(batch))
         if members:
-            judged = [judge(members[i], config.data, seed, i) for i in order.indices(step, rng.places)]
+            judged = [check_sample(members[i], config.data, seed, i) for i in order.indices(step, rng.places)]
             samples = [sample for sample in judged if isinstance(sample, Sample)]
             pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
             captions = [sample.caption for sample in samples]
         else:
             pixels, captions = any_pixels, [""] * batch
         t, s = config.objective.pair(schedule, rng)
-        omega = draw_omega("baked", config.objective.w_min, config.objective.w_max, rng)
+        omega = sample_omega("baked", config.objective.w_min, config.objective.w_max, rng)
         assert omega is not None
         latents = None if members else torch.zeros(batch, *z)  # as the product's, which has no VAE to ask
         yield Draws(pixels, captions, rng.normal("posterior", z), rng.normal("noise", z), t, s, omega, latents)
@@ -258,7 +258,7 @@ def one_side(side: str, name: str, given: dict[str, Any]) -> None:
     device = pick_device("auto" if name != "tiny" else "cpu")
     clock, out = Clock(device), sys.stdout
     sys.stdout = sys.stderr
-    told = {"run.device": str(device), **({"data.teacher_draws": 1} if side == "answers" else {}), **given}
+    told = {"run.device": str(device), **({"data.teacher_cache_samples": 1} if side == "answers" else {}), **given}
     facts: dict[str, Any] = {}
     if side == "naive":
         config = settings(name, **told)

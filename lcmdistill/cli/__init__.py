@@ -15,7 +15,7 @@ from lcmdistill.cli.evaluate import evaluate, report
 from lcmdistill.cli.export import export
 from lcmdistill.cli.info import info
 from lcmdistill.cli.sample import sample
-from lcmdistill.training.signals import ends_on_sigterm
+from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import explain
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
@@ -63,7 +63,7 @@ def main() -> None:
     # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
     gc.set_threshold(100_000, 50, 50)
     try:
-        with ends_on_sigterm():
+        with exit_on_sigterm():
             code = app(standalone_mode=False)  # what an Exit says; None if a command came to its end
         if code == 130:  # which is how Typer passes Ctrl-C on
             raise KeyboardInterrupt
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _show(error: Any) -> int:
-    """What the parser refuses, in one sentence; its several lines of help are for a command without arguments alone."""
+    """What the parser rejects, in one sentence; its several lines of help are for a command without arguments alone."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return error.exit_code

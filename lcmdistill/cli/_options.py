@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lcmdistill.config.presets import PresetName
-from lcmdistill.config.schema import ObjectiveName, Precision, PredictionType, SolverName, TargetKind, Tracker, Wish
+from lcmdistill.config.schema import (
+    AutoOnOff,
+    ObjectiveName,
+    Precision,
+    PredictionType,
+    SolverName,
+    TargetKind,
+    Tracker,
+)
 from lcmdistill.utils.errors import UsageError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
@@ -87,7 +95,9 @@ HOW: dict[str, Any] = {
     ),
     "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
     "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
-    "accumulate": _option(int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"),
+    "gradient_accumulation_steps": _option(
+        int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"
+    ),
     "resolution": _option(
         int | None,
         "Side of the training images in pixels; another teacher's is its own.  "
@@ -101,7 +111,7 @@ HOW: dict[str, Any] = {
         "free), or off.  [default: auto]",
     ),
     "compile": _option(
-        Wish | None,
+        AutoOnOff | None,
         "Compile the networks: faster steps, minutes before the first; auto: full students on CUDA, in long runs.  "
         "[default: auto]",
     ),
@@ -152,7 +162,7 @@ SETTINGS = {
     "skip": "objective.skip",
     "max_train_steps": "optim.max_train_steps",
     "batch_size": "optim.batch_size",
-    "accumulate": "optim.accumulate",
+    "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
     "learning_rate": "optim.learning_rate",
     "output": "run.output",
     "seed": "run.seed",

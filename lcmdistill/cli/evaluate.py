@@ -61,13 +61,13 @@ def evaluate(
         raise UsageError("a run is named twice; name each once")
     page = _page(runs, output)
 
-    from lcmdistill.evaluation.evaluate import Wish, evaluate
+    from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
     from lcmdistill.report.card import add_to_card
     from lcmdistill.report.comparison import write_comparison
-    from lcmdistill.report.page import told, write_report
+    from lcmdistill.report.page import evaluation_summary, write_report
     from lcmdistill.utils.logging import say
 
-    wish = Wish(
+    wish = EvaluationOptions(
         steps=tuple(int(n) for n in numbers),
         guidance_scales=scales,
         prompts=prompts,
@@ -86,7 +86,7 @@ def evaluate(
     for run in runs:
         written = write_report(run)
         add_to_card(run)
-        say(told(run))
+        say(evaluation_summary(run))
         say(f"look at {written}")
     if page:
         say(f"side by side: {write_comparison(runs, page)}")
@@ -103,8 +103,8 @@ def report(
 
     run = _named(run)
     page = write_report(run)
-    told = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
-    say(f"look at {page}{told}")
+    evaluation_summary = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
+    say(f"look at {page}{evaluation_summary}")
 
 
 def _named(run: Path) -> Path:
@@ -118,12 +118,12 @@ def _page(runs: list[Path], output: Path | None) -> Path | None:
         if output is not None:
             raise UsageError(f"--output is for several runs; the page of one is {runs[0] / 'report.html'}")
         return None
-    from lcmdistill.utils.run_dir import check_place
+    from lcmdistill.utils.run_dir import check_writable
 
     page = output or Path("comparison.html")
     if page.is_dir():
         raise UsageError(f"--output {page} is a folder; name a file, such as {page / 'comparison.html'}")
-    check_place(page.absolute().parent if page.is_file() else page)
+    check_writable(page.absolute().parent if page.is_file() else page)
     return page
 
 

@@ -70,7 +70,7 @@ def sample(
     from lcmdistill.sampling import generate as sampling
     from lcmdistill.sampling.prompts import default_prompts
     from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
-    from lcmdistill.teachers.prompts import count_cut, token_limit
+    from lcmdistill.teachers.prompts import count_truncated, token_limit
     from lcmdistill.utils.device import pick_device
     from lcmdistill.utils.logging import progress, say
 
@@ -80,7 +80,7 @@ def sample(
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
     if not all(math.isfinite(scale) for scale in lora_scale or ()):
         raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
-    shown = sampling.read_shown(image, mask)
+    shown = sampling.read_image_and_mask(image, mask)
     found = sampling.find_model(model or base)
     loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
@@ -91,11 +91,11 @@ def sample(
     own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
     guidance = guidance_scale if guidance_scale is not None else own
     texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
-    if cut := count_cut(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
+    if cut := count_truncated(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
         say(f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there")
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
-        drawings = sampling.draw(
+        drawings = sampling.generate(
             pipeline,
             wanted,
             [seed + i for i in range(len(wanted))],
@@ -108,7 +108,7 @@ def sample(
             batch_size=batch_size,
             on_progress=bar.update,
         )
-    grid = sampling.write_drawings(
+    grid = sampling.write_images(
         drawings,
         output,
         model=found.path,

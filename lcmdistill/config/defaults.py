@@ -13,7 +13,7 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
         "objective.w_min": 1.0,
         "objective.w_max": 5.0,
         "optim.batch_size": 32,
-        "optim.accumulate": 1,
+        "optim.gradient_accumulation_steps": 1,
         "optim.learning_rate": 1e-4,
         "optim.max_train_steps": 400,
         "run.checkpoint_every": 200,

@@ -73,7 +73,7 @@ class OmegaRange(NamedTuple):
         return f"{self.low + 1:g}" if self.low == self.high else f"{self.low + 1:g} to {self.high + 1:g}"
 
 
-def told_of(settings: Mapping[str, Any]) -> str:
+def describe_objective(settings: Mapping[str, Any]) -> str:
     """How the objective steps, {"section.key": value}: "ddim solver, k = 20"."""
     words = {"solver": "{} solver", "skip": "k = {}", "scales": "N = {}", "s1": "N growing to {}"}
     return ", ".join(w.format(settings[f"objective.{k}"]) for k, w in words.items() if f"objective.{k}" in settings)

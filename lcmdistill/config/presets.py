@@ -49,7 +49,7 @@ PRESETS: dict[str, Preset] = {
             "student.target": TargetKind.ema,
             "optim.learning_rate": 8e-6,
             "optim.batch_size": 4,
-            "optim.accumulate": 18,
+            "optim.gradient_accumulation_steps": 18,
             "optim.max_train_steps": 100_000,
         },
     ),
@@ -63,9 +63,9 @@ PRESETS: dict[str, Preset] = {
             "objective.w_min": None,  # 5, and 3 for SDXL
             "objective.w_max": 15.0,
             "optim.batch_size": 4,
-            "optim.accumulate": 3,
+            "optim.gradient_accumulation_steps": 3,
             "optim.max_train_steps": 1000,
-            "optim.lr_schedule": "constant",
+            "optim.lr_scheduler": "constant",
             "optim.weight_decay": 0.0,
             "optim.max_grad_norm": 1.0,
         },
@@ -98,7 +98,7 @@ PRESETS: dict[str, Preset] = {
     "fast": Preset(
         "a first look, of no paper: a fifth of the steps, and half the teacher's own drawing",
         both={
-            "data.draw_steps": 10,
+            "data.teacher_steps": 10,
             "optim.max_train_steps": 200,
             "run.checkpoint_every": 100,
             "run.validate_every": 100,

@@ -12,7 +12,7 @@ from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 
 
-def takes_omega(run: Path) -> bool:
+def run_takes_omega(run: Path) -> bool:
     """Whether the U-Net of a finished run's pipeline has an omega input, by its file. Raises UsageError if that is no JSON."""
     path = run / "pipeline" / "unet" / "config.json"
     try:
@@ -21,7 +21,7 @@ def takes_omega(run: Path) -> bool:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def load_run_config(folder: Path) -> dict[str, Any]:
     """{"section.key": value} of the run in a folder; empty if there is none, or another program's config.toml."""
     path = folder / "config.toml"
     try:
@@ -33,19 +33,19 @@ def recorded(folder: Path) -> dict[str, Any]:
     return flat if {"teacher.model", "objective.name", "optim.max_train_steps"} <= flat.keys() else {}
 
 
-def begun(folder: Path) -> dict[str, Any]:
+def resumable_config(folder: Path) -> dict[str, Any]:
     """`recorded`, of a run that has a checkpoint to go on from; empty for one that failed before its first."""
-    return recorded(folder) if checkpoints(folder / "checkpoints") else {}
+    return load_run_config(folder) if checkpoints(folder / "checkpoints") else {}
 
 
-def teacher_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def teacher_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `load_teacher` is to be told for a recorded run's teacher: model, revision, its VAE and the like."""
     keys = [field.name for field in dataclasses.fields(TeacherConfig)]
     return {key: settings[f"teacher.{key}"] for key in keys if f"teacher.{key}" in settings}
 
 
-def has_product(folder: Path) -> bool:
+def has_trained_student(folder: Path) -> bool:
     """Whether what a run was for is there: RUN/pipeline of a full student, RUN/lora of an adapter."""
-    if recorded(folder).get("student.kind") == "lora":
+    if load_run_config(folder).get("student.kind") == "lora":
         return any((folder / "lora").glob("*.safetensors"))
     return (folder / "pipeline" / "model_index.json").is_file()

@@ -198,9 +198,9 @@ def _check(config: RunConfig) -> None:
         raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GB, such as 12")
     positive = {
         "data.resolution": config.data.resolution,
-        "data.draw_steps": config.data.draw_steps,
+        "data.teacher_steps": config.data.teacher_steps,
         "optim.batch_size": config.optim.batch_size,
-        "optim.accumulate": config.optim.accumulate,
+        "optim.gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
         "optim.max_train_steps": config.optim.max_train_steps,
         "run.log_every": config.run.log_every,
         "run.checkpoint_every": config.run.checkpoint_every,
@@ -216,8 +216,8 @@ def _check(config: RunConfig) -> None:
         )
     if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
         raise UsageError(f"teacher.drop is {unknown[0]!r}; what can be left out is safety_checker")
-    if config.data.count is not None and config.data.count < 1:
-        raise UsageError(f"data.count is {config.data.count}; it must be at least 1")
+    if config.data.max_samples is not None and config.data.max_samples < 1:
+        raise UsageError(f"data.max_samples is {config.data.max_samples}; it must be at least 1")
     not_negative = {
         "teacher.clip_skip": config.teacher.clip_skip or 0,
         "data.min_size": config.data.min_size,

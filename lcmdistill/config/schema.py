@@ -62,7 +62,7 @@ class TargetKind(StrEnum):
     ema = "ema"
 
 
-class Wish(StrEnum):
+class AutoOnOff(StrEnum):
     """Of what is worth it in some runs only."""
 
     auto = "auto"
@@ -158,7 +158,7 @@ class DataConfig:
     "file of prompts, one a line, for the source `teacher`; by default the bundled list"
     resolution: int = 512
     "side of the training images in pixels, a multiple of the VAE's factor"
-    count: int | None = None
+    max_samples: int | None = None
     "most samples to prepare; by default what the run can use (files), or one a prompt (teacher)"
     buckets: tuple[str, ...] | None = None
     "sizes that images are cut to instead of one square, each to the nearest: auto, or HEIGHTxWIDTH in pixels"
@@ -174,9 +174,9 @@ class DataConfig:
     "skip images whose metadata say pwatermark above this; images that do not say are kept"
     guidance_scale: float = 7.5
     "guidance with which the source `teacher` draws (diffusers' convention, omega + 1)"
-    draw_steps: int = 20
+    teacher_steps: int = 20
     "DPM-Solver++ steps with which the source `teacher` draws"
-    teacher_draws: int = 0
+    teacher_cache_samples: int = 0
     "noises and times a sample that the teacher is asked about beforehand, its answers kept; 0 asks at every step, always anew"
     cache_dir: str | None = None
     "where prepared latents are kept and shared between runs; by default ~/.cache/lcmdistill"
@@ -194,11 +194,11 @@ class OptimConfig:
     "AdamW's learning rate after the warm-up"
     batch_size: int = 4
     "samples a process takes at once"
-    accumulate: int = 3
+    gradient_accumulation_steps: int = 3
     "micro-batches summed up for one step"
     max_train_steps: int = 1000
     "optimiser steps of the whole run"
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     "what the learning rate does after the warm-up"
     warmup_steps: int = 0
     "steps over which the learning rate rises from 0"
@@ -230,7 +230,7 @@ class RunSection:
     "GB that the run is to fit in: auto is what a GPU has free, and everything on a CPU; off plans nothing"
     gradient_checkpointing: bool = False
     "recompute activations in the backward pass: less memory, about a third more time"
-    compile: Wish = Wish.auto
+    compile: AutoOnOff = AutoOnOff.auto
     "compile the networks: faster steps, minutes before the first; auto: full students on CUDA, from 2000 steps a shape on"
     log_every: int = 10
     "steps between two lines of metrics"

@@ -42,10 +42,10 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 def to_toml(config: RunConfig) -> str:
     """The resolved configuration as TOML that `--config` reads back to the same tree."""
-    return toml_of(flatten(config))
+    return settings_to_toml(flatten(config))
 
 
-def toml_of(settings: Mapping[str, Any]) -> str:
+def settings_to_toml(settings: Mapping[str, Any]) -> str:
     """Settings, {"section.key": value}, as TOML."""
     import tomli_w
 

@@ -23,7 +23,7 @@ def bucket_sizes(config: DataConfig, multiple: int) -> list[Size]:
     if config.buckets is None:
         return []
     if config.buckets == ("auto",):
-        return equal_areas(config.resolution, step_of(config.resolution, multiple))
+        return equal_areas(config.resolution, bucket_step(config.resolution, multiple))
     if "auto" in config.buckets:
         raise UsageError(f"data.buckets is {', '.join(config.buckets)}; auto stands alone: leave it or the sizes out")
     found = []
@@ -39,7 +39,7 @@ def bucket_sizes(config: DataConfig, multiple: int) -> list[Size]:
     return sorted(set(found))
 
 
-def step_of(resolution: int, multiple: int) -> int:
+def bucket_step(resolution: int, multiple: int) -> int:
     """What sides are rounded to: `multiple` doubled up to 64 and an eighth of the resolution."""
     step = multiple
     while 2 * step <= min(64, resolution // 8):

@@ -20,9 +20,9 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.transforms import Sample
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import Shown, Teacher, ends_in_noise
-from lcmdistill.teachers.prompts import count_cut, token_limit
-from lcmdistill.utils.atomic import file_written_aside
+from lcmdistill.teachers.base import SampleInfo, Teacher, ends_in_noise
+from lcmdistill.teachers.prompts import count_truncated, token_limit
+from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import RunError
 
 _PIXELS_AT_ONCE = 4 * 512 * 512
@@ -60,7 +60,7 @@ def write_chunk(
             teacher.encode_prompts(captions[i : i + 64]).to("cpu", torch.float16) for i in range(0, len(captions), 64)
         ]
         tensors |= {f"{PROMPT}{name}": torch.cat([c[name] for c in told]) for name in told[0].values}
-        report |= {"cut": count_cut(teacher.pipeline, [s.caption for _, s in samples])}
+        report |= {"cut": count_truncated(teacher.pipeline, [s.caption for _, s in samples])}
         report |= {"tokens": token_limit(teacher.pipeline)}
         counts = Counter(size_of(sample) for _, sample in samples)
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
@@ -72,7 +72,7 @@ def write_chunk(
     write_tensors(path, tensors, {"report": json.dumps(report)})
 
 
-def is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a file of a cache is there, and no power cut has left it shorter than it says of itself."""
     try:
         with safe_open(path, framework="pt"):
@@ -83,7 +83,7 @@ def is_whole(path: Path) -> bool:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file of a cache, whole or not there, whoever else writes the same one at the same time."""
-    with file_written_aside(path, shared=True) as aside:
+    with atomic_file(path, shared=True) as aside:
         save_file({name: value.contiguous() for name, value in tensors.items()}, aside, metadata=metadata)
 
 
@@ -123,7 +123,7 @@ def _latents(
     else:
         mean = _drawn(samples, teacher, config, seed, dtype)
         std = torch.zeros_like(mean)
-    shown = Shown(
+    shown = SampleInfo(
         frames=torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32),
         pixels=lambda: torch.stack(pixels) if pixels else teacher.decode(mean) * 2 - 1,
         encode=lambda images: teacher.encode_images(images)[0],
@@ -139,10 +139,10 @@ def _drawn(
     side = config.resolution // teacher.vae_factor
     shape = (teacher.vae.config.latent_channels, side, side)
     generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
-    return teacher.draw_latents(
+    return teacher.generate_latents(
         [sample.caption for _, sample in samples],
         torch.stack([torch.randn(*shape, generator=g) for g in generators]),
-        steps=config.draw_steps,
+        steps=config.teacher_steps,
         guidance_scale=config.guidance_scale,
         scheduler="DPMSolverMultistepScheduler",
         dtype=dtype,

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcmdistill.data.chunks import PROMPT, SAMPLE
 from lcmdistill.data.latent_cache import _chunks_up_to
 from lcmdistill.data.sampler import Shape
-from lcmdistill.data.survey import Report
+from lcmdistill.data.survey import SourceReport
 from lcmdistill.diffusion.types import Conditioning
 
 
@@ -27,7 +27,7 @@ class LatentDataset:
         self._places: list[tuple[int, str, int]] = []
         self.shapes: list[Shape] = []
         "height and width of each sample's latents"
-        self.reports: list[Report] = []
+        self.reports: list[SourceReport] = []
         for folder, count in zip(folders, counts, strict=True):
             kept, rejected, cut, tokens, buckets = 0, Counter(), 0, 0, Counter()
             for path in _chunks_up_to(folder, count):
@@ -41,7 +41,7 @@ class LatentDataset:
                 kept, rejected, buckets = kept + n, rejected + Counter(report["rejected"]), buckets + Counter(sizes)
                 cut, tokens = cut + report.get("cut", 0), report.get("tokens", tokens)
             told = True, cut, tokens, tuple(sorted(buckets.items()))
-            self.reports.append(Report(kept, tuple(rejected.most_common()), *told))
+            self.reports.append(SourceReport(kept, tuple(rejected.most_common()), *told))
 
     def __len__(self) -> int:
         return len(self._places)

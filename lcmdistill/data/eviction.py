@@ -13,7 +13,7 @@ KINDS = ("latents", "answers")
 "the folders of a cache whose sub-folders each serve some runs, and can be made again"
 
 
-def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
+def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
     """Note that the needed folders are used, and remove others, the longest unused first, until all take `limit` bytes.
 
     Returns how many bytes were removed. A run that still reads a removed one goes on: its files are mapped, and the system
@@ -42,7 +42,7 @@ def make_room(root: Path, limit: float, needed: Iterable[Path]) -> int:
     return removed
 
 
-def emptied(folder: Path) -> RunError:
+def cache_evicted_error(folder: Path) -> RunError:
     """What a run says that finds a folder no longer whole that it has just filled."""
     return RunError(
         f"{folder}: files of this cache were removed while this run filled it, by another run that made room or by hand; "

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from lcmdistill.config.schema import DataConfig
-from lcmdistill.data.chunks import draw_spacing, is_whole, write_chunk
-from lcmdistill.data.eviction import emptied
+from lcmdistill.data.chunks import draw_spacing, is_complete, write_chunk
+from lcmdistill.data.eviction import cache_evicted_error
 from lcmdistill.data.sources.registry import kind_of
 from lcmdistill.data.sources.remote import REMOTE
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.data.sources.webdataset import shard_urls
-from lcmdistill.data.survey import CHUNK, GIVE_UP_AFTER, Report, _members, _nothing_usable, _sizes
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.survey import CHUNK, GIVE_UP_AFTER, SourceReport, _members, _nothing_usable, _sizes
+from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.errors import UsageError
 
@@ -44,11 +44,15 @@ def cache_folder(spec: str, config: DataConfig, teacher: Teacher, seed: int) -> 
         own = teacher.own_prompts if config.prompts is None else ()
         prompts = "\n".join(own or read_prompts(config.prompts))
         about |= {"prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(), "seed": seed}
-        about |= {"guidance_scale": config.guidance_scale, "draw_steps": config.draw_steps, **draw_spacing(teacher)}
+        about |= {
+            "guidance_scale": config.guidance_scale,
+            "teacher_steps": config.teacher_steps,
+            **draw_spacing(teacher),
+        }
     else:
         about |= {"source": spec, "files": _listing(spec), "min_size": config.min_size}
         about |= {"crop": config.crop, "flip": config.flip, "max_watermark": config.max_watermark}
-        if config.crop == "random" or config.flip or teacher.condition_is_drawn:
+        if config.crop == "random" or config.flip or teacher.condition_is_random:
             about["seed"] = seed
         if kind_of(spec) == "folder":
             about["order"] = seed
@@ -105,8 +109,8 @@ def prepare(
     """
     folder = cache_folder(spec, config, teacher, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = _chunks_up_to(folder, config.count)
-    if _whole(folder, config.count).is_file() and _unbroken(chunks) and all(map(is_whole, chunks)):
+    chunks = _chunks_up_to(folder, config.max_samples)
+    if _whole(folder, config.max_samples).is_file() and _unbroken(chunks) and all(map(is_complete, chunks)):
         return folder
     members = enumerate(_members(spec, config, seed, teacher.own_prompts))
     kept, rejected, sizes = 0, Counter(), _sizes(spec, config, teacher)
@@ -115,11 +119,11 @@ def prepare(
         if not chunk:
             break
         path = folder / f"{number * CHUNK:08d}-{number * CHUNK + len(chunk):08d}.safetensors"
-        if number % world == rank and not is_whole(path):
+        if number % world == rank and not is_complete(path):
             samples: list[tuple[int, Sample]] = []
             dropped: Counter[str] = Counter()
             for place, member in chunk:
-                outcome = judge(member, config, seed, place, teacher.refuses, sizes)
+                outcome = check_sample(member, config, seed, place, teacher.rejects, sizes)
                 if isinstance(outcome, Sample):
                     samples.append((place, outcome))
                 else:
@@ -127,18 +131,18 @@ def prepare(
             write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, bucketed=bool(sizes))
             kept, rejected = kept + len(samples), rejected + dropped
             if not kept and sum(rejected.values()) >= GIVE_UP_AFTER:
-                raise _nothing_usable(spec, Report(0, tuple(rejected.most_common()), False))
+                raise _nothing_usable(spec, SourceReport(0, tuple(rejected.most_common()), False))
         on_progress(number * CHUNK + len(chunk))
     return folder
 
 
-def mark_whole(folder: Path, count: int | None) -> None:
+def mark_complete(folder: Path, count: int | None) -> None:
     """Note, once every rank is done, that the first `count` members are there: a later run need not read the source.
 
     Raises RunError if some are no longer there.
     """
     if not _unbroken(_chunks_up_to(folder, count)):
-        raise emptied(folder)
+        raise cache_evicted_error(folder)
     _whole(folder, count).touch()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Conditioning
-from lcmdistill.utils.device import onto
+from lcmdistill.utils.device import copy_to_device
 
 Read = tuple[Tensor, Tensor, Conditioning]
 "(mean, std, conditioning), as LatentDataset reads them"
@@ -33,8 +33,8 @@ def batch_of(read: Read, rng: Rng, null: Conditioning, caption_drop: float) -> B
     null: the empty prompt, B = 1; caption_drop: 0 to 1.
     """
     mean, std, cond = read
-    mean, std = onto(mean, rng.device), onto(std, rng.device)
-    cond = Conditioning({name: onto(value, rng.device) for name, value in cond.values.items()})
+    mean, std = copy_to_device(mean, rng.device), copy_to_device(std, rng.device)
+    cond = Conditioning({name: copy_to_device(value, rng.device) for name, value in cond.values.items()})
     latents = mean + std * rng.normal("posterior", mean.shape[1:])
     if caption_drop:
         dropped = rng.uniform("caption-drop") < caption_drop

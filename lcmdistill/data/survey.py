@@ -14,9 +14,9 @@ from lcmdistill.data.sources.registry import kind_of, listed, open_source
 from lcmdistill.data.sources.remote import check_reachable
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.data.sources.webdataset import shard_urls
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.teachers.base import Teacher, needs_caption
-from lcmdistill.teachers.prompts import count_cut, token_limit
+from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.utils.errors import UsageError
 
 CHUNK = 128
@@ -26,7 +26,7 @@ GIVE_UP_AFTER = 1024
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What became of a source's members."""
 
     kept: int = 0
@@ -54,13 +54,13 @@ def survey(
     *,
     seconds: float,
     first_only: bool = False,
-    refuses: Callable[[str], str | None] = needs_caption,
+    rejects: Callable[[str], str | None] = needs_caption,
     own_prompts: Sequence[str] = (),
     teacher: Teacher | None = None,
-) -> list[Report]:
+) -> list[SourceReport]:
     """Look at each source's members, decoding them, for at most `seconds` each; `first_only` stops at a usable one.
 
-    refuses, own_prompts: the teacher's; teacher: itself, where it is known, for what its text encoder and buckets make of them.
+    rejects, own_prompts: the teacher's; teacher: itself, where it is known, for what its text encoder and buckets make of them.
     Raises UsageError if a source holds nothing usable, RunError if one cannot be reached.
     """
     reports = []
@@ -70,7 +70,7 @@ def survey(
         kept, rejected, complete, end = 0, Counter(), True, time.monotonic() + seconds
         captions, frames, sizes = [], Counter(), _sizes(spec, config, teacher) if teacher else []
         for place, member in enumerate(_members(spec, config, seed, own_prompts)):
-            outcome = judge(member, config, seed, place, refuses, sizes)
+            outcome = check_sample(member, config, seed, place, rejects, sizes)
             if isinstance(outcome, Sample):
                 kept += 1
                 captions.append(outcome.caption)
@@ -81,16 +81,16 @@ def survey(
             if (first_only and kept) or out_of_time or (not kept and place + 1 >= GIVE_UP_AFTER):
                 complete = False
                 break
-        told = (count_cut(teacher.pipeline, captions), token_limit(teacher.pipeline)) if teacher else (0, 0)
+        told = (count_truncated(teacher.pipeline, captions), token_limit(teacher.pipeline)) if teacher else (0, 0)
         counts = tuple(sorted(frames.items())) if sizes else ()
-        report = Report(kept, tuple(rejected.most_common()), complete, *told, counts)
+        report = SourceReport(kept, tuple(rejected.most_common()), complete, *told, counts)
         if not kept:
             raise _nothing_usable(spec, report)
         reports.append(report)
     return reports
 
 
-def _nothing_usable(spec: str, report: Report) -> UsageError:
+def _nothing_usable(spec: str, report: SourceReport) -> UsageError:
     looked = sum(count for _, count in report.rejected)
     if not looked:
         return UsageError(f"--data {spec} is empty; it needs images with captions")
@@ -101,24 +101,24 @@ def _nothing_usable(spec: str, report: Report) -> UsageError:
 
 
 def _members(spec: str, config: DataConfig, seed: int, own_prompts: Sequence[str]) -> Iterator[Member]:
-    """A source's members as far as `data.count` goes; prompts for the teacher go round as often as it asks."""
+    """A source's members as far as `data.max_samples` goes; prompts for the teacher go round as often as it asks."""
     members = open_source(spec, config.prompts, seed)
     if kind_of(spec) == "teacher":
         if own_prompts and config.prompts is None:
             members = (Member(str(i), None, prompt) for i, prompt in enumerate(own_prompts))
-        members = members if config.count is None else itertools.cycle(members)
-    return itertools.islice(members, config.count)
+        members = members if config.max_samples is None else itertools.cycle(members)
+    return itertools.islice(members, config.max_samples)
 
 
-def left_out(spec: str, config: DataConfig, report: Report, *, takes_prompts: bool = True) -> str:
-    """What to say, after a source's report, where `data.count` leaves members of it out."""
+def unused_samples(spec: str, config: DataConfig, report: SourceReport, *, takes_prompts: bool = True) -> str:
+    """What to say, after a source's report, where `data.max_samples` leaves members of it out."""
     if kind_of(spec) == "teacher" and not takes_prompts and config.prompts is None:
         return ""  # it draws its classes in turn, or whatever it draws
     total, looked = listed(spec, config.prompts), report.kept + sum(count for _, count in report.rejected)
-    if config.count is None or (looked < config.count if total is None else total <= config.count):
+    if config.max_samples is None or (looked < config.max_samples if total is None else total <= config.max_samples):
         return ""
-    taken = f"the first {config.count}" if total is None else f"{config.count} of {total}"
-    return f"; {taken} taken (data.count, by default as many as the run can use; a larger one takes more)"
+    taken = f"the first {config.max_samples}" if total is None else f"{config.max_samples} of {total}"
+    return f"; {taken} taken (data.max_samples, by default as many as the run can use; a larger one takes more)"
 
 
 def _sizes(spec: str, config: DataConfig, teacher: Teacher) -> list[Size]:
@@ -127,9 +127,9 @@ def _sizes(spec: str, config: DataConfig, teacher: Teacher) -> list[Size]:
 
 
 def usable_count(config: DataConfig, samples_needed: int, *, one_a_prompt: bool = True) -> int:
-    """`data.count`, or as many members as a run of `samples_needed` can use, in whole chunks; of `teacher` one a prompt."""
-    if config.count is not None:
-        return config.count
+    """Return `data.max_samples`, or what a run of `samples_needed` can use in whole chunks; one per prompt for `teacher`."""
+    if config.max_samples is not None:
+        return config.max_samples
     needed = -(-samples_needed // CHUNK) * CHUNK
     if one_a_prompt and all(kind_of(spec) == "teacher" for spec in config.sources):
         return min(needed, len(read_prompts(config.prompts)))

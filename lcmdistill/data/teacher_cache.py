@@ -18,15 +18,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import is_whole, write_tensors
+from lcmdistill.data.chunks import is_complete, write_tensors
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.eviction import emptied
+from lcmdistill.data.eviction import cache_evicted_error
 from lcmdistill.data.loader import batch_of
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Conditioning, Models, RawNetwork, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Conditioning, Networks, RawNetwork, x0_eps_network
 from lcmdistill.objectives.base import Objective, forwards, only
-from lcmdistill.utils.device import onto
+from lcmdistill.utils.device import copy_to_device
 from lcmdistill.utils.errors import UsageError
 
 CHUNK = 64
@@ -36,10 +36,12 @@ PEEKED = 512
 "so many samples' times and more tell two ways of drawing them apart"
 
 
-def check_answers(objective: Objective, schedule: NoiseSchedule, draws: int) -> None:
+def check_teacher_cache(objective: Objective, schedule: NoiseSchedule, draws: int) -> None:
     """Raise UsageError for a method whose teacher cannot be asked beforehand."""
     if draws < 0:
-        raise UsageError(f"data.teacher_draws is {draws}; it must be at least 0, which asks the teacher at every step")
+        raise UsageError(
+            f"data.teacher_cache_samples is {draws}; it must be at least 0, which asks the teacher at every step"
+        )
     if not draws:
         return
     asked = forwards(objective, schedule).get("teacher", 0)
@@ -49,17 +51,17 @@ def check_answers(objective: Objective, schedule: NoiseSchedule, draws: int) -> 
         "asks no teacher" if not asked else f"asks its teacher twice a step with {getattr(objective, 'solver', '')}"
     )
     raise UsageError(
-        f"data.teacher_draws keeps what the teacher answers, and this objective {problem}; "
+        f"data.teacher_cache_samples keeps what the teacher answers, and this objective {problem}; "
         f"{'leave it at 0' if not asked else 'use --solver ddim or euler'}"
     )
 
 
-def which_draw(step: int, places: Sequence[int], global_batch: int, size: int, draws: int) -> list[int]:
+def cached_noise_index(step: int, places: Sequence[int], global_batch: int, size: int, draws: int) -> list[int]:
     """The how-manieth of its kept draws each sample is met at: another one in each epoch, and round again."""
     return [(step * global_batch + place) // size % draws for place in places]
 
 
-class Answers:
+class TeacherOutputCache:
     """The kept raw outputs of a teacher, memory-mapped."""
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -68,7 +70,7 @@ class Answers:
         try:
             self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
         except FileNotFoundError:
-            raise emptied(folder) from None
+            raise cache_evicted_error(folder) from None
         self._names = sorted(self._chunks[0].keys())  # "cond" first, as it is asked
 
     def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:
@@ -76,14 +78,14 @@ class Answers:
         rows = [(self._chunks[index // CHUNK], index % CHUNK, draw) for index, draw in asked]
         # Read now, ahead of the step, and once for all who ask.
         read = [chunk.get_slice(name)[i, draw] for name in self._names for chunk, i, draw in rows]
-        kept = onto(torch.stack(read), device).float()
+        kept = copy_to_device(torch.stack(read), device).float()
         return lambda z, t, c, w: kept
 
 
-def ask_teacher(
+def precompute(
     root: Path,
     objective: Objective,
-    models: Models,
+    models: Networks,
     raw: RawNetwork,
     prediction_type: str,
     dataset: LatentDataset,
@@ -112,7 +114,7 @@ def ask_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
-        if number % world == rank and not is_whole(path):
+        if number % world == rank and not is_complete(path):
             asked = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
             parts: list[dict[str, Tensor]] = []
             for start in range(0, len(asked), batch_size):
@@ -129,7 +131,7 @@ def ask_teacher(
 
 @torch.no_grad()
 def _asked(
-    objective: Objective, models: Models, raw: RawNetwork, prediction_type: str, batch: Batch, rng: Rng
+    objective: Objective, models: Networks, raw: RawNetwork, prediction_type: str, batch: Batch, rng: Rng
 ) -> dict[str, Tensor]:
     """What the objective asks its teacher, and is answered, (B, C, h, w) fp16 each: its own loss, with no other networks."""
     heard: list[Tensor] = []

@@ -39,24 +39,24 @@ class Rejected:
     reason: str
 
 
-def judge(
+def check_sample(
     member: Member,
     config: DataConfig,
     seed: int,
     place: int,
-    refuses: Callable[[str], str | None] = needs_caption,
+    rejects: Callable[[str], str | None] = needs_caption,
     sizes: Sequence[Size] = (),
 ) -> Sample | Rejected:
     """The one predicate that decides what is kept, and the transform of what is.
 
     A filter that was not asked for drops nothing, and a metadata key that is absent passes. place: the member's place
-    in its source, which with the seed decides crop and flip; refuses: the teacher's; sizes: the buckets, of which each image
+    in its source, which with the seed decides crop and flip; rejects: the teacher's; sizes: the buckets, of which each image
     goes to the nearest, by default the square of the resolution.
     """
     if member.problem:
         return Rejected(member.problem)
     caption = " ".join((member.caption or "").split())
-    if reason := refuses(caption):
+    if reason := rejects(caption):
         return Rejected(reason)
     if config.max_watermark is not None and _number(member.meta.get("pwatermark")) > config.max_watermark:
         return Rejected(f"pwatermark above {config.max_watermark:g}")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
@@ -29,4 +29,4 @@ def norm_huber(a: Tensor, b: Tensor) -> Tensor:
     return (difference.square().sum(1) + c**2).sqrt() - c
 
 
-DISTANCES: dict[str, Distance] = {"huber": pseudo_huber, "norm-huber": norm_huber, "l1": l1, "l2": l2}
+DISTANCES: dict[str, LossFunction] = {"huber": pseudo_huber, "norm-huber": norm_huber, "l1": l1, "l2": l2}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcmdistill.utils.device import onto
+from lcmdistill.utils.device import copy_to_device
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,28 @@ class Rng:
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal draws, (B, *shape) fp32."""
-        return onto(torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]), self.device)
+        return copy_to_device(
+            torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]), self.device
+        )
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform draws in [0, 1), (B,) fp32."""
-        return onto(torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]), self.device)
+        return copy_to_device(torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]), self.device)
 
     def integers(self, stream: str, high: int) -> Tensor:
         """Uniform draws from 0 to high - 1, (B,) int64."""
         draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
-        return onto(torch.cat(draws), self.device)
+        return copy_to_device(torch.cat(draws), self.device)
 
     def _generators(self, stream: str) -> list[torch.Generator]:
-        if self.kept is not None and stream in KEPT:
+        if self.kept is not None and stream in TEACHER_STREAMS:
             owners = [("kept", *sample) for sample in self.kept]
         else:
             owners = [(self.step, place) for place in self.places]
         return [torch.Generator().manual_seed(derive_seed(self.seed, stream, *owner)) for owner in owners]
 
 
-KEPT = ("posterior", "caption-drop", "times", "noise")
+TEACHER_STREAMS = ("posterior", "caption-drop", "times", "noise")
 "the streams that decide what a teacher is asked"
 
 

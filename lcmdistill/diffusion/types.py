@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.losses import Distance
+from lcmdistill.diffusion.losses import LossFunction
 from lcmdistill.diffusion.parameterization import X0Eps, network_input, to_x0_eps
 from lcmdistill.diffusion.random import Rng, seed_dropout
 from lcmdistill.diffusion.schedules import NoiseSchedule
@@ -77,7 +77,7 @@ RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Models:
+class Networks:
     """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt alone, B = 1.
 
     perceptual: LPIPS, where its weights are given; has_dropout: whether any of the networks has dropout that acts.
@@ -88,7 +88,7 @@ class Models:
     student: Network
     target: Network
     null: Conditioning
-    perceptual: Distance | None = None
+    perceptual: LossFunction | None = None
     has_dropout: bool = False
 
     def seed_dropout(self, rng: "Rng") -> None:

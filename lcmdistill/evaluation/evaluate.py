@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import has_product, recorded, takes_omega, teacher_of
+from lcmdistill.config.recorded import has_trained_student, load_run_config, run_takes_omega, teacher_options
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import kind_of, open_source
 from lcmdistill.data.sources.remote import REMOTE
 from lcmdistill.data.sources.teacher import read_prompts
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.evaluation.latents import start_noise, student_latents
 from lcmdistill.evaluation.metrics.features import MobileNetV2Features, ScriptedFeatures, features_of, has_mobilenet
 from lcmdistill.evaluation.metrics.measures import FREE, Measure, check_count, kid_measure
 from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_measure, fid_measure, lpips_measure
 from lcmdistill.evaluation.results import write_sweep
 from lcmdistill.evaluation.self_consistency import curve
-from lcmdistill.evaluation.sweep import Cell, Contestants, Sweep, digest, sweep_run
-from lcmdistill.sampling.generate import Found, check_steps, find_model, load_student
+from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, digest, sweep_run
+from lcmdistill.sampling.generate import ModelToSample, check_steps, find_model, load_student
 from lcmdistill.sampling.prompts import default_prompts
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
@@ -47,7 +47,7 @@ SMALL = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class EvaluationOptions:
     """What was asked for; None and () are what a run itself suggests.
 
     prompts: a file; num_images: drawn in each cell; real: a data source of real images; features, inception, lpips: files;
@@ -70,12 +70,12 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedRun:
     """A finished run. guidance_scale: what it recommends, in the teacher's terms: of a LoRA what it was trained with."""
 
     run: Path
     config: Mapping[str, Any]
-    found: Found
+    found: ModelToSample
 
     @property
     def is_baked(self) -> bool:
@@ -83,7 +83,7 @@ class Subject:
         index = self.run / "pipeline" / "model_index.json"
         if not self.found.loras and "ConsistencyModelPipeline" in index.read_text(encoding="utf-8").split('"'):
             return True
-        return omega_range(self.config) is not None and not takes_omega(self.run)
+        return omega_range(self.config) is not None and not run_takes_omega(self.run)
 
     @property
     def guidance_scale(self) -> float:
@@ -100,26 +100,26 @@ class Subject:
         return sorted((self.run / "pipeline").rglob("*.safetensors"))
 
 
-def subject(run: Path) -> Subject:
+def evaluated_run(run: Path) -> EvaluatedRun:
     """A run to be measured. Raises UsageError if it is none, or has not finished."""
-    config = recorded(run)
+    config = load_run_config(run)
     if not config:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
     if config["objective.name"] == "lcf":
         raise UsageError(
             f"{run} was fine-tuned without a teacher, and there is nothing to measure it against; sample it"
         )
-    if not has_product(run):
+    if not has_trained_student(run):
         raise UsageError(f"the run {run} has not finished; run its command again first")
-    return Subject(run, config, find_model(str(run)))
+    return EvaluatedRun(run, config, find_model(str(run)))
 
 
-def evaluate(runs: Sequence[Path], wish: Wish) -> None:
+def evaluate(runs: Sequence[Path], wish: EvaluationOptions) -> None:
     """Sweep each run, on the same prompts and noise, and leave its numbers and pictures in RUN/evaluation.
 
     What is there from before, drawn alike, is not drawn again. Raises UsageError for what the user can mend.
     """
-    subjects = [subject(run) for run in runs]
+    subjects = [evaluated_run(run) for run in runs]
     resolutions = sorted({s.config["data.resolution"] for s in subjects})
     if len(resolutions) > 1:
         raise UsageError(f"the runs draw at {resolutions} px and cannot be compared; evaluate each by itself")
@@ -127,7 +127,7 @@ def evaluate(runs: Sequence[Path], wish: Wish) -> None:
     wish = replace(wish, real=real_source(subjects, wish))
     prompts, teacher, before = (), None, None
     for each in subjects:
-        settings = teacher_of(each.config)
+        settings = teacher_options(each.config)
         if teacher is None or settings != before:
             teacher, before = load_teacher(**settings), settings
             teacher.to(device)
@@ -139,7 +139,7 @@ def evaluate(runs: Sequence[Path], wish: Wish) -> None:
         _evaluate_one(each, wish, teacher, prompts, _guidance(each, subjects, wish), device)
 
 
-def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[float, ...]:
+def _guidance(each: EvaluatedRun, subjects: Sequence[EvaluatedRun], wish: EvaluationOptions) -> tuple[float, ...]:
     """The guidance scales of a run's sweep; runs that are compared are drawn at one, a LoRA's where there is one."""
     if each.is_baked:
         return (each.guidance_scale,)
@@ -153,7 +153,7 @@ def _guidance(each: Subject, subjects: Sequence[Subject], wish: Wish) -> tuple[f
     return (own, *(scale for scale in ends if scale != own))
 
 
-def chosen_prompts(subjects: Sequence[Subject], wish: Wish, teacher: Teacher) -> tuple[str, ...]:
+def chosen_prompts(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions, teacher: Teacher) -> tuple[str, ...]:
     """A prompt for each image, held out of training; a short set is spread over the file, a long one goes round it.
 
     Prompts that any of the runs is known to have learnt on are left out. A network that knows classes alone is asked for
@@ -180,8 +180,8 @@ def chosen_prompts(subjects: Sequence[Subject], wish: Wish, teacher: Teacher) ->
 
 
 def _evaluate_one(
-    each: Subject,
-    wish: Wish,
+    each: EvaluatedRun,
+    wish: EvaluationOptions,
     teacher: Teacher,
     prompts: tuple[str, ...],
     scales: tuple[float, ...],
@@ -201,7 +201,7 @@ def _evaluate_one(
     pipeline = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     check_steps(pipeline, max(sweep.steps))
     measures, about = chosen_measures(each, wish, len(prompts))
-    who = Contestants(
+    who = SamplerPair(
         teacher=teacher,
         pipeline=pipeline,
         student_scale=1.0 if each.is_baked else None,
@@ -218,7 +218,7 @@ def _evaluate_one(
     with progress("evaluating", sweep.evaluations) as bar:
         done, last = [0], [""]
 
-        def tell(cell: Cell, images: int) -> None:
+        def tell(cell: SweepPoint, images: int) -> None:
             done[0] += images * cell.evaluations
             bar.update(done[0], cell.name)
             if not bar.visible and cell.name != last[0]:
@@ -240,7 +240,7 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _estimate(who: Contestants, sweep: Sweep) -> str:
+def _estimate(who: SamplerPair, sweep: Sweep) -> str:
     """How long the sweep takes if nothing of it is there, from two passes of one batch of which the second is timed."""
     n = min(who.batch_size, len(sweep.prompts))
     seconds = 0.0
@@ -271,7 +271,9 @@ def fingerprint(files: Sequence[Path]) -> str:
     return found.hexdigest()
 
 
-def chosen_measures(each: Subject, wish: Wish, count: int) -> tuple[dict[str, Measure], dict[str, Any]]:
+def chosen_measures(
+    each: EvaluatedRun, wish: EvaluationOptions, count: int
+) -> tuple[dict[str, Measure], dict[str, Any]]:
     """The measures that can be taken here, and everything that decides what they give.
 
     Raises UsageError for one that was asked for and says nothing of so few images.
@@ -305,7 +307,7 @@ def chosen_measures(each: Subject, wish: Wish, count: int) -> tuple[dict[str, Me
     return measures, about
 
 
-def _fid(each: Subject, wish: Wish, count: int, source: str | None) -> Measure:
+def _fid(each: EvaluatedRun, wish: EvaluationOptions, count: int, source: str | None) -> Measure:
     assert wish.inception is not None
     if count < FID_IMAGES:
         raise UsageError(
@@ -319,7 +321,7 @@ def _fid(each: Subject, wish: Wish, count: int, source: str | None) -> Measure:
     return fid_measure(network, wish.inception.stem, features_of(network, real), source)
 
 
-def real_source(subjects: Sequence[Subject], wish: Wish) -> str | None:
+def real_source(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions) -> str | None:
     """Where real images are, the same for all runs: what was named, or the first of their data that holds any."""
     if wish.real is not None:
         return wish.real
@@ -343,7 +345,7 @@ def real_images(source: str, resolution: int, count: int) -> Tensor:
         told = str(error).replace("--data", "--real").replace("tiny, or teacher for no data", "or tiny")
         raise UsageError(told) from error
     every = max(1, len(members) // count)
-    outcomes = (judge(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::every]))
+    outcomes = (check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::every]))
     pixels = (o.pixels for o in outcomes if isinstance(o, Sample) and o.pixels is not None)
     found = list(islice(pixels, count))
     if len(found) < 2:

@@ -18,7 +18,7 @@ from lcmdistill.teachers.pixel import class_labels
 TEACHER_STEPS = 50
 "the teacher's own quality, which everything else stands beside"
 
-Tell = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 "told how many images more are done"
 
 
@@ -40,14 +40,14 @@ def teacher_latents(
     spacing: str | None = None,
     batch_size: int = 16,
     dtype: torch.dtype = torch.float32,
-    tell: Tell = lambda images: None,
+    tell: ProgressCallback = lambda images: None,
 ) -> Tensor:
     """The teacher's DDIM latents, (N, C, h, w) fp32 on the CPU. spacing: of the time steps; None keeps the teacher's own."""
     options: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
     parts = []
     for i in range(0, len(prompts), batch_size):
         some = prompts[i : i + batch_size]
-        drawn = teacher.draw_latents(
+        drawn = teacher.generate_latents(
             some,
             noise[i : i + batch_size],
             steps=steps,
@@ -72,7 +72,7 @@ def student_latents(
     seed: int,
     batch_size: int = 16,
     eta: float | None = None,
-    tell: Tell = lambda images: None,
+    tell: ProgressCallback = lambda images: None,
 ) -> Tensor:
     """A student pipeline's latents from the same start noise, (N, C, h, w) fp32 on the CPU.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.measures import Measure
-from lcmdistill.evaluation.sweep import Cell, Sampler, Sweep, picture_places
+from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, picture_places
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 
@@ -45,7 +45,7 @@ class Results:
     def cell(self, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> Mapping[str, Any] | None:
         """A cell, at the first guidance scale unless another is named; None if it was not drawn."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return self.cells.get(Cell(sampler, steps, scale).name)
+        return self.cells.get(SweepPoint(sampler, steps, scale).name)
 
     def number(self, measure: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
         """One number of a cell; None if there is none, or a student that draws no numbers has none to show."""
@@ -70,7 +70,7 @@ class Results:
 
     def pictures(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
         """The pictures that were kept of a cell."""
-        return sorted((self.folder / "cells" / Cell(sampler, steps, guidance_scale).name).glob("*.webp"))
+        return sorted((self.folder / "cells" / SweepPoint(sampler, steps, guidance_scale).name).glob("*.webp"))
 
 
 def write_sweep(folder: Path, sweep: Sweep, measures: Mapping[str, Measure], more: Mapping[str, Any]) -> None:

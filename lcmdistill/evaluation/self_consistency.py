@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.solvers import ddim
-from lcmdistill.diffusion.types import Conditioning, Models, Network, x0_eps_network
-from lcmdistill.evaluation.sweep import Cell, Contestants, Sweep, as_written, digest, drawn, key_of
+from lcmdistill.diffusion.types import Conditioning, Network, Networks, x0_eps_network
+from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, as_written, cached_latents, digest, key_of
 from lcmdistill.objectives.common import teacher_denoiser
-from lcmdistill.students.student import Door, raw_network
+from lcmdistill.students.student import AutocastNetwork, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.atomic import write_text
@@ -31,19 +31,23 @@ IMAGES = 8
 DECIMALS = 4
 
 
-def curve(folder: Path, cache: Path, sweep: Sweep, who: Contestants) -> None:
+def curve(folder: Path, cache: Path, sweep: Sweep, who: SamplerPair) -> None:
     """Write RUN/evaluation/consistency.json, unless it is there: [noisiness, student's error, teacher's] from clean to noise.
 
     The teacher's is that of its guided x0, which is what an untrained student starts with but for the guidance.
     """
     scale = sweep.guidance_scales[0]
-    full = {**who.about(Cell("teacher", POINTS, scale), sweep), "prompts": sweep.prompts[:IMAGES], "points": POINTS}
+    full = {
+        **who.about(SweepPoint("teacher", POINTS, scale), sweep),
+        "prompts": sweep.prompts[:IMAGES],
+        "points": POINTS,
+    }
     key, path = digest([full, who.student_fingerprint]), folder / "consistency.json"
     if key_of(path) == key:
         return
     prompts, noise = sweep.prompts[:IMAGES], who.noise[:IMAGES]
     place = cache / f"trajectory-{digest(full)}.safetensors"
-    followed = drawn(place, lambda: trajectory(who.teacher, prompts, noise, scale, who.dtype)).latents
+    followed = cached_latents(place, lambda: trajectory(who.teacher, prompts, noise, scale, who.dtype)).latents
     student = network_for(who.teacher, network_of(who.pipeline), who.dtype)
     points = errors(who.teacher, student, prompts, followed, scale)
     write_text(path, json.dumps({"key": key, "images": len(prompts), "points": points}, indent=1) + "\n")
@@ -52,7 +56,7 @@ def curve(folder: Path, cache: Path, sweep: Sweep, who: Contestants) -> None:
 def network_for(teacher: Teacher, network: Any, dtype: torch.dtype) -> Network:
     """A network of the teacher's class as one that speaks (x0, eps)."""
     schedule = teacher.schedule.to(network.device)
-    return x0_eps_network(raw_network(Door(network, teacher.call, dtype)), schedule, teacher.prediction_type)
+    return x0_eps_network(raw_network(AutocastNetwork(network, teacher.call, dtype)), schedule, teacher.prediction_type)
 
 
 def conditioning(teacher: Teacher, prompts: Sequence[str], resolution: int) -> Conditioning:
@@ -71,7 +75,7 @@ def trajectory(teacher: Teacher, prompts: Sequence[str], noise: Tensor, scale: f
     w = torch.full((len(noise),), scale - 1.0, device=device)
     null = teacher.encode_prompts([""]).to(device)
     network = network_for(teacher, teacher.network, dtype)
-    psi = teacher_denoiser(Models(schedule, network, network, network, null=null), c, w)
+    psi = teacher_denoiser(Networks(schedule, network, network, network, null=null), c, w)
     times = schedule.grid(POINTS).flip(0).to(device)
     z, found = schedule.sigma(times[:1]) * noise.to(device), []
     for t, s in pairwise([*times, times[-1]]):

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lcmdistill.data.chunks import write_tensors
-from lcmdistill.evaluation.latents import TEACHER_STEPS, Tell, student_latents, teacher_latents
-from lcmdistill.evaluation.metrics.measures import Measure, Shown
+from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
+from lcmdistill.evaluation.metrics.measures import ImagePair, Measure
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 
 FORMAT = 1
 "of what is drawn; a cell of another is drawn again"
@@ -41,7 +41,7 @@ Sampler = Literal["student", "teacher", "trailing"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepPoint:
     """One way to draw. guidance_scale: the teacher's, in diffusers' convention; a LoRA has it in its weights.
 
     trailing: the teacher with its few time steps started at T - 1, as the student's are, instead of where its own
@@ -75,14 +75,14 @@ class Sweep:
     samplers: tuple[Sampler, ...] = ("teacher", "trailing")
     "how the teacher itself draws as few steps"
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[SweepPoint]:
         """All cells, those first that others are measured by."""
         first, found = self.guidance_scales[0], []
         for scale in self.guidance_scales:
-            found.append(Cell("teacher", TEACHER_STEPS, scale))
-            found += [Cell("student", n, scale) for n in self.steps]
+            found.append(SweepPoint("teacher", TEACHER_STEPS, scale))
+            found += [SweepPoint("student", n, scale) for n in self.steps]
             if scale == first:
-                found += [Cell(sampler, n, scale) for sampler in self.samplers for n in self.steps]
+                found += [SweepPoint(sampler, n, scale) for sampler in self.samplers for n in self.steps]
         return found
 
     @property
@@ -92,7 +92,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Contestants:
+class SamplerPair:
     """Who draws: the teacher, and a student's pipeline.
 
     student_scale: the guidance scale that the student's pipeline is told, None for the cell's own; student, teacher:
@@ -116,7 +116,7 @@ class Contestants:
         """What an image's time depends on."""
         return f"batches of {min(self.batch_size, len(self.noise))} on {self.device}"
 
-    def draw(self, cell: Cell, sweep: Sweep, tell: Tell) -> Tensor:
+    def draw(self, cell: SweepPoint, sweep: Sweep, tell: ProgressCallback) -> Tensor:
         """A cell's latents, (N, C, h, w)."""
         options: Any = {"steps": cell.steps, "batch_size": self.batch_size, "tell": tell}
         if cell.sampler == "student":
@@ -127,7 +127,7 @@ class Contestants:
         spacing = "trailing" if cell.sampler == "trailing" else None
         return teacher_latents(self.teacher, sweep.prompts, self.noise, spacing=spacing, **options)
 
-    def about(self, cell: Cell, sweep: Sweep) -> dict[str, Any]:
+    def about(self, cell: SweepPoint, sweep: Sweep) -> dict[str, Any]:
         """Everything that decides what a cell's latents are."""
         is_student = cell.sampler == "student"
         return {
@@ -148,7 +148,7 @@ def digest(about: Any) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-class Drawn(NamedTuple):
+class GeneratedLatents(NamedTuple):
     """Latents, the seconds that drawing them took, and how that was: "batches of 16 on cpu, 2 threads"."""
 
     latents: Tensor
@@ -156,19 +156,19 @@ class Drawn(NamedTuple):
     how: str
 
 
-def drawn(path: Path, draw: Callable[[], Tensor], how: str = "") -> Drawn:
+def cached_latents(path: Path, draw: Callable[[], Tensor], how: str = "") -> GeneratedLatents:
     """Latents from a file, or drawn and written there, whole or not at all. A file that cannot be read is drawn again."""
     try:
         with safe_open(path, framework="pt") as file:
             told = file.metadata()
-            return Drawn(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
+            return GeneratedLatents(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
     except (FileNotFoundError, SafetensorError):
         pass
     began = time.perf_counter()
     latents = draw().contiguous()
     seconds = time.perf_counter() - began
     write_tensors(path, {"latents": latents}, {"seconds": f"{seconds:.4f}", "how": how})
-    return Drawn(latents, seconds, how)
+    return GeneratedLatents(latents, seconds, how)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def numbers_of(
     kept: dict[str, list[Tensor]] = {name: [] for name in measures}
     done = 0
     for (latents, shown), (its_latents, its_pixels) in zip(pixels.parts(), reference.parts(), strict=True):
-        some = Shown(latents, shown, its_latents, its_pixels, tuple(prompts[done : done + len(latents)]))
+        some = ImagePair(latents, shown, its_latents, its_pixels, tuple(prompts[done : done + len(latents)]))
         done += len(latents)
         for name, measure in measures.items():
             kept[name].append(measure.kept(some).double().cpu())
@@ -220,10 +220,10 @@ def sweep_run(
     folder: Path,
     cache: Path,
     sweep: Sweep,
-    who: Contestants,
+    who: SamplerPair,
     measures: Mapping[str, Measure],
     about_measures: Any,
-    tell: Callable[[Cell, int], None],
+    tell: Callable[[SweepPoint, int], None],
 ) -> None:
     """Do every cell that is not there yet. folder: RUN/evaluation; cache: where what the teacher drew is kept.
 
@@ -231,13 +231,15 @@ def sweep_run(
     """
     references: dict[float, Pixels] = {}
 
-    def place_of(cell: Cell) -> Path:
+    def noise_level_fraction(cell: SweepPoint) -> Path:
         return (
             folder / "latents" if cell.sampler == "student" else cache
         ) / f"{digest(who.about(cell, sweep))}.safetensors"
 
-    def pixels_of(cell: Cell) -> tuple[Pixels, Drawn]:
-        found = drawn(place_of(cell), lambda: who.draw(cell, sweep, lambda images: tell(cell, images)), who.how)
+    def pixels_of(cell: SweepPoint) -> tuple[Pixels, GeneratedLatents]:
+        found = cached_latents(
+            noise_level_fraction(cell), lambda: who.draw(cell, sweep, lambda images: tell(cell, images)), who.how
+        )
         return Pixels(who.teacher, found.latents, who.batch_size, []), found
 
     for cell in sweep.cells():
@@ -248,8 +250,8 @@ def sweep_run(
         pixels, taken = pixels_of(cell)
         is_full = cell.sampler == "teacher" and cell.steps == TEACHER_STEPS
         if scale not in references:
-            references[scale] = pixels if is_full else pixels_of(Cell("teacher", TEACHER_STEPS, scale))[0]
-        with written_aside(home) as aside:
+            references[scale] = pixels if is_full else pixels_of(SweepPoint("teacher", TEACHER_STEPS, scale))[0]
+        with atomic_dir(home) as aside:
             found = {
                 "key": key,
                 "sampler": cell.sampler,
@@ -262,7 +264,7 @@ def sweep_run(
             }
             (aside / "numbers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             write_pictures(pixels, aside)
-    of_use = {place_of(cell) for cell in sweep.cells()}
+    of_use = {noise_level_fraction(cell) for cell in sweep.cells()}
     for path in (folder / "latents").glob("*.safetensors"):
         if path not in of_use:  # of other weights or other prompts
             path.unlink()

@@ -7,12 +7,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 
 
 def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
     """Write a pipeline folder and its model card, whole or not at all; the weights keep the dtype they have."""
-    with written_aside(folder) as aside:
+    with atomic_dir(folder) as aside:
         write_pipeline(pipeline, aside, card)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.export.diffusers_pipeline import add_vocabularies
-from lcmdistill.export.verify import compared, network_inputs, smallest_side
+from lcmdistill.export.verify import check_close, network_inputs, smallest_side
 from lcmdistill.utils.errors import UsageError
 
 OPSET = 20
@@ -299,4 +299,4 @@ def verify_onnx(folder: Path, cases: Sequence[Case], quantize: str | None, what:
             outputs = session.run(names, {name: value.numpy() for name, value in case.inputs.items()})
             got.setdefault(part, []).extend(torch.from_numpy(output) for output in outputs)
             expected.setdefault(part, []).extend(case.expected)
-    return compared(got, expected, BOUNDS[quantize], what)
+    return check_close(got, expected, BOUNDS[quantize], what)

@@ -12,22 +12,22 @@ from lcmdistill.export.diffusers_pipeline import write_pipeline
 from lcmdistill.export.lora_formats import header, write_diffusers_lora, write_kohya, write_peft
 from lcmdistill.export.onnx import cases_of, need_onnx, verify_onnx, write_onnx
 from lcmdistill.export.single_file import configs_of, file_header, read_back, write_single_file
-from lcmdistill.export.trained_student import Product, load_product
-from lcmdistill.export.verify import BOUNDS, Outputs, compared, difference, network_outputs, pipeline_outputs
+from lcmdistill.export.trained_student import TrainedStudent, load_trained_student
+from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs, pipeline_outputs
 from lcmdistill.students.lora import merge_lora
 from lcmdistill.students.lora_files import DIFFUSERS_LORA, Lora
-from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
-from lcmdistill.utils.atomic import file_written_aside, written_aside
+from lcmdistill.utils.atomic import atomic_dir, atomic_file
 from lcmdistill.utils.errors import RunError, UsageError
-from lcmdistill.utils.run_dir import check_place
+from lcmdistill.utils.run_dir import check_writable
 
 # (product, format, output, folder): writes the card of an export into the folder that becomes the output.
-WriteCard = Callable[[Product, str, Path, Path], None]
+WriteCard = Callable[[TrainedStudent, str, Path, Path], None]
 
 
-def _no_card(product: Product, name: str, output: Path, folder: Path) -> None:
+def _no_card(product: TrainedStudent, name: str, output: Path, folder: Path) -> None:
     """Write no card."""
 
 
@@ -43,30 +43,30 @@ class Request:
     write_card: WriteCard = _no_card
 
 
-def pipeline(product: Product, request: Request) -> str:
+def pipeline(product: TrainedStudent, request: Request) -> str:
     """A diffusers pipeline folder, really cast, with the student's scheduler."""
     if product.lora is not None:
         raise UsageError("a LoRA run has no U-Net of its own; use --format fused for a full pipeline, or kohya")
     return _pipeline_folder(product, request)
 
 
-def fused(product: Product, request: Request) -> str:
+def fused(product: TrainedStudent, request: Request) -> str:
     """A LoRA merged into its base: a full diffusers pipeline that needs no peft."""
     _lora_of(product, "fused")
     return _pipeline_folder(product, request)
 
 
-def _merge_adapter(product: Product, made: Any) -> None:
+def _merge_adapter(product: TrainedStudent, made: Any) -> None:
     """Merge a LoRA, if the student is one, into the network of its pipeline."""
     if product.lora is not None:
         merge_lora(network_of(made))
 
 
-def _pipeline_folder(product: Product, request: Request) -> str:
+def _pipeline_folder(product: TrainedStudent, request: Request) -> str:
     made = product.pipeline()
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
-    with written_aside(request.output) as aside:
+    with atomic_dir(request.output) as aside:
         write_pipeline(made.to(dtype=request.dtype), aside, "")
         request.write_card(product, "pipeline", request.output, aside)
         if not request.verify:
@@ -76,10 +76,10 @@ def _pipeline_folder(product: Product, request: Request) -> str:
         del made  # so that one copy is in memory at a time
         again = DiffusionPipeline.from_pretrained(aside, torch_dtype=request.dtype)
         got = pipeline_outputs(again, request.guidance_scale)
-        return compared(got, expected, BOUNDS[request.dtype], request.output)
+        return check_close(got, expected, BOUNDS[request.dtype], request.output)
 
 
-def _lora_of(product: Product, name: str) -> Lora:
+def _lora_of(product: TrainedStudent, name: str) -> Lora:
     if product.lora is None:
         raise UsageError(
             f"--format {name} is for LoRA runs and {product.run} is a full student; use pipeline or single-file"
@@ -87,25 +87,25 @@ def _lora_of(product: Product, name: str) -> Lora:
     return product.lora
 
 
-def kohya(product: Product, request: Request) -> str:
+def kohya(product: TrainedStudent, request: Request) -> str:
     """One .safetensors that ComfyUI, A1111 and diffusers read."""
     lora = _lora_of(product, "kohya")
-    with file_written_aside(_file(request.output)) as aside:
+    with atomic_file(_file(request.output)) as aside:
         told, expected = _trained(product, request, lora)
         write_kohya(lora, aside, told, request.dtype)
         return _verified_lora(product, request, expected, aside.parent, aside.name)
 
 
-def diffusers_lora(product: Product, request: Request) -> str:
+def diffusers_lora(product: TrainedStudent, request: Request) -> str:
     """A folder for diffusers' load_lora_weights, with the adapter's metadata."""
     lora = _lora_of(product, "diffusers-lora")
-    with written_aside(request.output) as aside:
+    with atomic_dir(request.output) as aside:
         told, expected = _trained(product, request, lora)
         write_diffusers_lora(lora, aside, told)
         return _verified_lora(product, request, expected, aside, None)
 
 
-def _trained(product: Product, request: Request, lora: Lora) -> tuple[dict[str, str], Outputs]:
+def _trained(product: TrainedStudent, request: Request, lora: Lora) -> tuple[dict[str, str], Outputs]:
     """A LoRA's header, and what it gives; the pipeline that tells both is gone before another is loaded."""
     trained = product.pipeline()
     if not hasattr(trained, "load_lora_weights"):
@@ -116,7 +116,7 @@ def _trained(product: Product, request: Request, lora: Lora) -> tuple[dict[str, 
     return told, network_outputs(trained.unet, request.guidance_scale) if request.verify else {}
 
 
-def _verified_lora(product: Product, request: Request, expected: Outputs, folder: Path, name: str | None) -> str:
+def _verified_lora(product: TrainedStudent, request: Request, expected: Outputs, folder: Path, name: str | None) -> str:
     if not request.verify:
         return f"{request.output}: not verified"
     fresh = product.base_pipeline()
@@ -126,13 +126,13 @@ def _verified_lora(product: Product, request: Request, expected: Outputs, folder
     bound = BOUNDS[torch.float32]
     if name and request.dtype != torch.float32:
         bound += BOUNDS[request.dtype] * difference(bare["network"], expected["network"])
-    return compared(network_outputs(fresh.unet, request.guidance_scale), expected, bound, request.output)
+    return check_close(network_outputs(fresh.unet, request.guidance_scale), expected, bound, request.output)
 
 
-def peft(product: Product, request: Request) -> str:
+def peft(product: TrainedStudent, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
-    with written_aside(request.output) as aside:
+    with atomic_dir(request.output) as aside:
         write_peft(lora, aside, public_name(str(product.recorded["teacher.model"])), product.method.scheduler)
         if not request.verify:
             return f"{request.output}: not verified"
@@ -141,18 +141,18 @@ def peft(product: Product, request: Request) -> str:
         expected = network_outputs(network_of(product.pipeline()), request.guidance_scale)
         fresh = PeftModel.from_pretrained(network_of(product.base_pipeline()), str(aside)).get_base_model()
         got = network_outputs(fresh, request.guidance_scale)
-        return compared(got, expected, BOUNDS[torch.float32], request.output)
+        return check_close(got, expected, BOUNDS[torch.float32], request.output)
 
 
-def single_file(product: Product, request: Request) -> str:
+def single_file(product: TrainedStudent, request: Request) -> str:
     """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoders in one file; LoRA fused, omega baked."""
     path, made = _file(request.output), product.pipeline()
     _need_text_unet(made, "single-file")
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
-    bakes, free = takes_omega(made.unet), omega_range(product.recorded) is None
+    bakes, free = has_omega_input(made.unet), omega_range(product.recorded) is None
     cfg = product.guidance_scale if free else 1.0
-    with file_written_aside(path) as aside, configs_of(made) as configs:
+    with atomic_file(path) as aside, configs_of(made) as configs:
         write_single_file(
             made,
             aside,
@@ -172,17 +172,17 @@ def single_file(product: Product, request: Request) -> str:
             return f"{path}: not verified; {use}"
         del made
         got = pipeline_outputs(read_back(aside, configs), request.guidance_scale)
-        return f"{compared(got, expected, BOUNDS[request.dtype], path)}; {use}"
+        return f"{check_close(got, expected, BOUNDS[request.dtype], path)}; {use}"
 
 
-def onnx(product: Product, request: Request) -> str:
+def onnx(product: TrainedStudent, request: Request) -> str:
     """U-Net, text encoders and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
     need_onnx()
     made = product.pipeline()
     _need_text_unet(made, "onnx")
     cases = cases_of(made, request.guidance_scale) if request.verify else []
     _merge_adapter(product, made)
-    with written_aside(request.output) as aside:
+    with atomic_dir(request.output) as aside:
         write_onnx(made, aside, request.quantize)
         request.write_card(product, "onnx", request.output, aside)
         if not request.verify:
@@ -209,7 +209,7 @@ def _file(output: Path) -> Path:
     return output
 
 
-EXPORTERS: dict[str, Callable[[Product, Request], str]] = {
+EXPORTERS: dict[str, Callable[[TrainedStudent, Request], str]] = {
     "pipeline": pipeline,
     "fused": fused,
     "kohya": kohya,
@@ -239,7 +239,7 @@ def export(
     """
     if quantize is not None and name != "onnx":
         raise UsageError(f"--quantize {quantize} is for --format onnx; leave it out, or choose --dtype for {name}")
-    product = load_product(run, weights)
+    product = load_trained_student(run, weights)
     if output.exists():
         raise UsageError(f"--output {output} exists; name a new one")
     if run.resolve() in output.resolve().parents and output.resolve().relative_to(run.resolve()).parts[0] in _OWN:
@@ -251,7 +251,7 @@ def export(
             f"--guidance-scale {guidance_scale:g} is for what bakes it in, the single file of a full student whose guidance is "
             "an input, and has no effect here: leave it out"
         )
-    check_place(output)
+    check_writable(output)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     request = Request(
         output=output,

@@ -16,8 +16,8 @@ from lcmdistill.config.methods import METHODS, Method
 from lcmdistill.export.bake_guidance import bake_omega
 from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
 from lcmdistill.sampling.student_pipeline import STEPS
-from lcmdistill.teachers.naming import licence_name, licence_of, public_name
-from lcmdistill.teachers.pipelines import inpaints
+from lcmdistill.teachers.naming import license_name, license_of, public_name
+from lcmdistill.teachers.pipelines import is_inpainting
 from lcmdistill.utils.errors import RunError, UsageError
 
 ARCHITECTURES = {
@@ -101,13 +101,13 @@ def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
     """ModelSpec's name of a pipeline's architecture, None for a prediction type that it has none for."""
     layout = layout_of(pipeline)
     known = ARCHITECTURES.get((layout, prediction_type))
-    return INPAINTING.get(layout, known) if known and inpaints(pipeline) else known
+    return INPAINTING.get(layout, known) if known and is_inpainting(pipeline) else known
 
 
 def file_header(recorded: Mapping[str, Any], title: str) -> dict[str, str]:
     """What a run's settings, {"section.key": value}, tell of a file: its title, licence, author, and what it was made from."""
     model, repo = str(recorded["teacher.model"]), recorded.get("run.push_to_hub")
-    base, licence, method = public_name(model), licence_name(licence_of(model)), METHODS[recorded["objective.name"]]
+    base, licence, method = public_name(model), license_name(license_of(model)), METHODS[recorded["objective.name"]]
     told = {"modelspec.title": title, "modelspec.description": f"{method.full} {method.how} {base}"}
     told |= {"modelspec.license": licence} if licence else {}
     return told | ({"modelspec.author": str(repo).partition("/")[0]} if repo else {})

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.config.methods import METHODS, Method
-from lcmdistill.config.recorded import has_product, recorded, teacher_of
+from lcmdistill.config.recorded import has_trained_student, load_run_config, teacher_options
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.export.diffusers_pipeline import save_pipeline
@@ -22,14 +22,14 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints, lora_file
 
 
 @dataclass(frozen=True)
-class Product:
+class TrainedStudent:
     """A finished run. recorded: its settings, {"section.key": value}; lora: its adapter, None for a full student.
 
     weights: of a full student, those that are to take the place of its last ones.
@@ -65,7 +65,7 @@ class Product:
 
     def teacher(self) -> Teacher:
         """The teacher, loaded afresh."""
-        return load_teacher(**teacher_of(self.recorded))
+        return load_teacher(**teacher_options(self.recorded))
 
     def base_pipeline(self) -> Any:
         """The teacher on the student's scheduler: what a LoRA is loaded into."""
@@ -86,13 +86,13 @@ class Product:
         return pipeline
 
 
-def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: Student, card: str) -> Path:
+def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, student: Student, card: str) -> Path:
     """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
     if config.student.kind == "lora":
         lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
         name = f"{folder.name}.safetensors"
         # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
-        with written_aside(folder / "lora") as aside:
+        with atomic_dir(folder / "lora") as aside:
             if teacher.network_name == "unet":
                 write_kohya(lora, aside / name, header(lora, flatten(config), folder.name, teacher.pipeline))
                 return folder / "lora" / name
@@ -105,18 +105,18 @@ def write_product(config: RunConfig, folder: Path, teacher: Teacher, student: St
     return folder / "pipeline"
 
 
-def load_product(run: Path, weights: Literal["last", "best"] = "last") -> Product:
+def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -> TrainedStudent:
     """A finished run's product. weights: those of its end, or of its best validation.
 
     Raises UsageError if the folder is no run, the run has not finished, or it has kept no best.
     """
-    found = recorded(run)
+    found = load_run_config(run)
     if not found:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
     if found.get("student.kind", "full") == "full":
-        if not has_product(run):
+        if not has_trained_student(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-        return Product(run, found, None, _best(run) if weights == "best" else None)
+        return TrainedStudent(run, found, None, _best(run) if weights == "best" else None)
     file, saved = lora_file(run), checkpoints(run / "checkpoints")
     if not saved:
         raise UsageError(
@@ -125,9 +125,9 @@ def load_product(run: Path, weights: Literal["last", "best"] = "last") -> Produc
         )
     alpha = float(found["student.alpha"])
     if weights == "best":
-        return Product(run, found, from_checkpoint(_best(run), alpha))
+        return TrainedStudent(run, found, from_checkpoint(_best(run), alpha))
     groups, _ = load_checkpoint(saved[-1])
-    return Product(run, found, from_checkpoint(groups["target"] or groups["student"], alpha))
+    return TrainedStudent(run, found, from_checkpoint(groups["target"] or groups["student"], alpha))
 
 
 def _best(run: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.consistency import omega_embedding
-from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.errors import RunError
 
@@ -54,7 +54,7 @@ def network_inputs(
         inputs["aspect_ratio"] = torch.ones(batch, 1)
     if config.get("num_class_embeds"):
         inputs["class_labels"] = torch.arange(batch) % config.num_class_embeds
-    if takes_omega(network):
+    if has_omega_input(network):
         w = torch.full((batch,), guidance_scale - 1.0)
         inputs["timestep_cond"] = omega_embedding(w, config.time_cond_proj_dim)
     return inputs
@@ -116,7 +116,7 @@ def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)
 
 
-def compared(got: Outputs, expected: Outputs, bound: float, what: object) -> str:
+def check_close(got: Outputs, expected: Outputs, bound: float, what: object) -> str:
     """A sentence with the largest difference, as a part of the largest value. Raises RunError above the bound.
 
     what: the file or folder that the outputs are of.

@@ -27,7 +27,7 @@ def check_login(repo: str) -> None:
         me = HfApi().whoami()
     except Exception as error:
         if _status(error) in (401, 403):
-            raise UsageError(f"--push-to-hub: {_endpoint()} refuses the token; run `hf auth login --force`") from None
+            raise UsageError(f"--push-to-hub: {_endpoint()} rejects the token; run `hf auth login --force`") from None
         raise RunError(f"--push-to-hub: {_endpoint()} cannot be asked who you are: {_reason(error)}") from None
     _check_may_write(repo, me)
 

@@ -10,20 +10,20 @@ from typing import Any
 
 from PIL import Image
 
-from lcmdistill.config.methods import METHODS, Method, a1111_clip_skip, omega_range, told_of
+from lcmdistill.config.methods import METHODS, Method, a1111_clip_skip, describe_objective, omega_range
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.config.toml import flatten, toml_of
-from lcmdistill.export.trained_student import Product, load_product
+from lcmdistill.config.toml import flatten, settings_to_toml
+from lcmdistill.export.trained_student import TrainedStudent, load_trained_student
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.naming import (
-    in_python,
     is_local,
-    licence_name,
-    licence_of,
+    license_name,
+    license_of,
+    loading_code,
     public_name,
-    public_place,
-    without_folders,
+    public_path,
+    redact_paths,
 )
 from lcmdistill.utils.atomic import write_text
 
@@ -114,14 +114,14 @@ def card_for(
     *,
     method: Method,
     guidance: float,
-    takes_omega: bool,
+    has_omega_input: bool,
     is_xl: bool,
     network: str = "unet",
 ) -> str:
     """A run's card with its Use section rewritten for one export.
 
     name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
-    guidance: what to draw with; takes_omega: whether the exported network has an input for it; is_xl: whether it is SDXL's;
+    guidance: what to draw with; has_omega_input: whether the exported network has an input for it; is_xl: whether it is SDXL's;
     network: what its pipeline calls it.
     """
     before, found, rest = card.partition("\n## Use\n")
@@ -129,10 +129,10 @@ def card_for(
     if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
         return card
     base = "StableDiffusionXL" if is_xl else "StableDiffusion"
-    kind = "LatentConsistencyModel" if takes_omega and not is_xl and method.scheduler == "LCMScheduler" else base
+    kind = "LatentConsistencyModel" if has_omega_input and not is_xl and method.scheduler == "LCMScheduler" else base
     values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": network}
     values |= {"scheduler": method.scheduler, "call": _image(method, guidance), "onnx_class": f"ORT{kind}Pipeline"}
-    values |= {"file_class": f"{base}Pipeline", "loaded": in_python(model, f"{base}Pipeline", method.scheduler)}
+    values |= {"file_class": f"{base}Pipeline", "loaded": loading_code(model, f"{base}Pipeline", method.scheduler)}
     code = _IN_PYTHON[name].format(**values)
     return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
 
@@ -154,7 +154,7 @@ def model_card(
     name, is_lora, licence = (
         public_name(config.teacher.model),
         config.student.kind == "lora",
-        licence_of(config.teacher.model),
+        license_of(config.teacher.model),
     )
     is_hub_id = not is_local(name)
     about = ["image-generation"] if teacher.in_pixels else ["text-to-image", "stable-diffusion"]
@@ -172,7 +172,7 @@ def model_card(
     guidance = config.run.validation_guidance_scale or 1.0
     is_xl = "text_encoder_2" in teacher.pipeline.components  # whose files cannot say what to skip
     adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
-    place = public_place(folder)
+    place = public_path(folder)
     use = (adapter if is_lora else _FULL_USE).format(
         folder=place,
         quoted=quote(place),
@@ -180,14 +180,14 @@ def model_card(
         guidance=guidance,
         sampler=method.sampler,
         call=_image(method, guidance, (config.teacher.clip_skip or 0) if is_xl else 0),
-        loaded=in_python(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
+        loaded=loading_code(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
     )
     where = guidance_of(teacher, config.student, objective.omega)
     as_started = where == "baked" and objective.omega == "teacher"  # nobody told it an omega, and its start has its own
     use += _AS_STARTED if as_started else _GUIDANCE[where]
     if teacher.in_pixels:
         use = _pixel_use(folder, teacher)
-    settings = without_folders(flatten(config))
+    settings = redact_paths(flatten(config))
     omegas = omega_range(settings)
     of_omega = (
         f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
@@ -197,7 +197,7 @@ def model_card(
     kind = method.lora if is_lora else method.full
     article = "An" if kind.startswith(("LCM", "LoRA")) else "A"
     size = f" of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else ""
-    called = licence_name(licence)
+    called = license_name(licence)
     terms = (
         f"The licence is the\nteacher's: {called}."
         if called
@@ -212,7 +212,7 @@ def model_card(
 {article} {kind}{size} ({method.paper}), {method.how} `{name}` with lcmdistill. {terms}
 
 - {"guidance as its start had it" if as_started else of_omega}
-- {config.optim.max_train_steps} optimiser steps, {told_of(settings)}, {config.data.resolution} px
+- {config.optim.max_train_steps} optimiser steps, {describe_objective(settings)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
 {_pieces(config, is_xl=is_xl)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
@@ -222,7 +222,7 @@ def model_card(
 ## Configuration
 
 ```toml
-{toml_of(settings).strip()}
+{settings_to_toml(settings).strip()}
 ```
 """
 
@@ -242,7 +242,7 @@ def _pieces(config: RunConfig, *, is_xl: bool) -> str:
 
 
 def _pixel_use(folder: Path, teacher: Teacher) -> str:
-    names, place = teacher.own_prompts, public_place(folder)
+    names, place = teacher.own_prompts, public_path(folder)
     use = partial(_PIXEL_USE.format, folder=place, quoted=quote(place))
     if not names:
         return use(label="", prompt="", classes="It takes no prompt.")
@@ -286,10 +286,10 @@ def put_card(card: str, run: Path, folder: Path) -> None:
 
 def export_card(run: Path, name: str, place: str, file: str = "") -> str:
     """The run's card, telling how an export is used. place: its folder, or the hub's repository; file: see card_for."""
-    return _export_card(load_product(run), name, place, file)
+    return _export_card(load_trained_student(run), name, place, file)
 
 
-def _export_card(product: Product, name: str, place: str, file: str = "") -> str:
+def _export_card(product: TrainedStudent, name: str, place: str, file: str = "") -> str:
     path = product.run / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     free = omega_range(product.recorded) is None
@@ -297,9 +297,9 @@ def _export_card(product: Product, name: str, place: str, file: str = "") -> str
     loaded_as = "pipeline" if name == "fused" else name
     model, method = str(product.recorded["teacher.model"]), product.method
     guidance = product.guidance_scale if has_omega or free else 1.0
-    about = {"method": method, "guidance": guidance, "takes_omega": has_omega, "is_xl": product.is_xl}
+    about = {"method": method, "guidance": guidance, "has_omega_input": has_omega, "is_xl": product.is_xl}
     return card_for(card, loaded_as, place, file, model, **about, network=product.network_name)
 
 
-def put_export_card(product: Product, name: str, output: Path, folder: Path) -> None:
-    put_card(_export_card(product, name, public_place(output)), product.run, folder)
+def put_export_card(product: TrainedStudent, name: str, output: Path, folder: Path) -> None:
+    put_card(_export_card(product, name, public_path(output)), product.run, folder)

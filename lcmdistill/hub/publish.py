@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from lcmdistill.config.recorded import recorded
+from lcmdistill.config.recorded import load_run_config
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import export_card, pictures_of
 from lcmdistill.utils.logging import say
@@ -15,7 +15,7 @@ def publish_run(run: Path, repo: str) -> None:
 
     Raises RunError naming the command that uploads again.
     """
-    is_lora = recorded(run).get("student.kind") == "lora"
+    is_lora = load_run_config(run).get("student.kind") == "lora"
     folder = run / ("lora" if is_lora else "pipeline")
     file = lora_file(run).name if is_lora else ""
     command = "distill-lora" if is_lora else "distill"

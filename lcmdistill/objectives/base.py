@@ -14,7 +14,7 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Conditioning, Models, Network
+from lcmdistill.diffusion.types import Batch, Conditioning, Network, Networks
 
 Omega = Literal["input", "teacher", "none"]
 "whether a full student is told omega: by an input of its own, as its teacher is, or never"
@@ -45,12 +45,12 @@ class Objective(Protocol):
         """The times (t, s), s < t, each (B,), that `loss` compares its networks at: the same draw whenever it is asked."""
         ...
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         """The method's loss on each sample of a batch of clean latents, (B,) fp32, with gradients to the student only."""
         ...
 
 
-def only(models: Models, *roles: str) -> Models:
+def only(models: Networks, *roles: str) -> Networks:
     """Of the networks "teacher", "student" and "target" these alone, for a loss that is thrown away; the others cost nothing,
     and say what they were given."""
 
@@ -73,7 +73,7 @@ def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]
         return network
 
     nothing = Conditioning({})
-    models = Models(
+    models = Networks(
         schedule.to("cpu"),
         counting("teacher"),
         counting("student"),

@@ -10,9 +10,9 @@ from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.diffusion.types import Batch, Networks
 from lcmdistill.objectives.common import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
-from lcmdistill.utils.device import onto
+from lcmdistill.utils.device import copy_to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ class ConsistencyDistillation:
         check_lpips(self.distance, self.lpips_weights)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        grid, n = onto(schedule.grid(self.scales), rng.device), rng.integers("times", self.scales - 1)
+        grid, n = copy_to_device(schedule.grid(self.scales), rng.device), rng.integers("times", self.scales - 1)
         return grid[n + 1], grid[n]
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
         z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)

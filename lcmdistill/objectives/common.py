@@ -6,16 +6,16 @@ Shapes: B batch, T number of the teacher's time steps, N number of points of a g
 import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.losses import DISTANCES, Distance
+from lcmdistill.diffusion.losses import DISTANCES, LossFunction
 from lcmdistill.diffusion.parameterization import X0Eps, guided
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule, ddim_grid
 from lcmdistill.diffusion.solvers import SOLVERS, Denoiser
-from lcmdistill.diffusion.types import Conditioning, Models
-from lcmdistill.utils.device import onto
+from lcmdistill.diffusion.types import Conditioning, Networks
+from lcmdistill.utils.device import copy_to_device
 
 
-def teacher_denoiser(models: Models, cond: Conditioning, w: Tensor | None) -> Denoiser:
+def teacher_denoiser(models: Networks, cond: Conditioning, w: Tensor | None) -> Denoiser:
     """The teacher as a denoiser, under classifier-free guidance unless w is None; both prompts go through in one forward.
 
     Guidance acts on (x0, eps) at every evaluation. For DDIM and Euler this equals guiding the solver's increment as Luo et
@@ -34,7 +34,7 @@ def teacher_denoiser(models: Models, cond: Conditioning, w: Tensor | None) -> De
     return denoiser
 
 
-def draw_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
+def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
     """The pairs (t, s), k of the schedule's T time steps apart; both (B,), s = the first time where t is not k above it.
 
     times: "grid" draws t from the T // k points of the DDIM grid (the public scripts); "all" from every step k .. T - 1
@@ -42,34 +42,34 @@ def draw_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tupl
     """
     if times == "grid":
         grid = ddim_grid(schedule.num_steps, skip)
-        i = onto(grid, rng.device)[rng.integers("times", len(grid))]
+        i = copy_to_device(grid, rng.device)[rng.integers("times", len(grid))]
     elif times == "all":
         i = skip + rng.integers("times", schedule.num_steps - skip)
     else:
         raise ValueError(f"times is {times!r}; choose from grid, all")
-    steps = onto(schedule.grid(schedule.num_steps), rng.device)
+    steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
     return steps[i], steps[(i - skip).clamp(min=0)]
 
 
-def draw_up_to(schedule: NoiseSchedule, s: Tensor, rng: Rng) -> Tensor:
+def sample_end_time(schedule: NoiseSchedule, s: Tensor, rng: Rng) -> Tensor:
     """s' <= s, any of the schedule's time steps up to s, (B,) as s."""
-    steps = onto(schedule.grid(schedule.num_steps), rng.device)
+    steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
     count = torch.searchsorted(steps, s.contiguous()) + 1
     return steps[(rng.uniform("end") * count).long().clamp(max=count - 1)]
 
 
-def place_of(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """Where t is between the schedule's first time, 0, and its last, 1: its place among the T steps over T, (B,) fp32."""
-    steps = onto(schedule.grid(schedule.num_steps).to(t.dtype), t.device)
+    steps = copy_to_device(schedule.grid(schedule.num_steps).to(t.dtype), t.device)
     return torch.searchsorted(steps, t.contiguous()).float() / schedule.num_steps
 
 
-def draw_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
+def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
     """omega, one per sample, (B,) fp32; None where guidance is left "free"."""
     return None if guidance == "free" else w_min + (w_max - w_min) * rng.uniform("omega")
 
 
-def distance_of(name: str, models: Models) -> Distance:
+def distance_of(name: str, models: Networks) -> LossFunction:
     """The distance of a name; "lpips" is the models' own, which has weights."""
     if name != "lpips":
         return DISTANCES[name]

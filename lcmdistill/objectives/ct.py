@@ -10,9 +10,9 @@ from torch import Tensor
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.diffusion.types import Batch, Networks
 from lcmdistill.objectives.common import check_decay, check_lpips, distance_of
-from lcmdistill.utils.device import onto
+from lcmdistill.utils.device import copy_to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,11 @@ class ConsistencyTraining:
         check_lpips(self.distance, self.lpips_weights)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        grid = onto(schedule.grid(self.scales(rng.step)), rng.device)
+        grid = copy_to_device(schedule.grid(self.scales(rng.step)), rng.device)
         n = self._draw(schedule, grid, rng)
         return grid[n + 1], grid[n]
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
         noise = rng.normal("noise", x.shape[1:])

@@ -10,8 +10,8 @@ from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Models
-from lcmdistill.objectives.common import check_decay, check_omega, check_skip, draw_omega, draw_times
+from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.common import check_decay, check_omega, check_skip, sample_omega, sample_times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ class LatentConsistencyFineTuning:
         check_decay("ema_decay", self.ema_decay)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        return draw_times(schedule, self.skip, self.times, rng)
+        return sample_times(schedule, self.skip, self.times, rng)
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
-        w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
+        w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
         noise = rng.normal("noise", x.shape[1:])
         z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
         with torch.no_grad():

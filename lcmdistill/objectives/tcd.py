@@ -10,15 +10,15 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.diffusion.types import Batch, Networks
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
     check_skip,
     check_solver,
-    draw_omega,
-    draw_times,
-    draw_up_to,
+    sample_end_time,
+    sample_omega,
+    sample_times,
     teacher_denoiser,
 )
 
@@ -64,13 +64,13 @@ class TrajectoryConsistency:
         check_solver(self.solver)
 
     def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        return draw_times(schedule, self.skip, self.times, rng)
+        return sample_times(schedule, self.skip, self.times, rng)
 
-    def loss(self, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         schedule, x, c = models.schedule, batch.latents, batch.cond
         t, s = self.pair(schedule, rng)
-        end = draw_up_to(schedule, s, rng)  # s'
-        w = draw_omega(self.guidance, self.w_min, self.w_max, rng)
+        end = sample_end_time(schedule, s, rng)  # s'
+        w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
         z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
         with torch.no_grad():
             psi = teacher_denoiser(models, c, w)

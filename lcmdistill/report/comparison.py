@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.recorded import recorded
+from lcmdistill.config.recorded import load_run_config
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.verdict import seconds, verdict
 from lcmdistill.report.charts import Chart, Series
 from lcmdistill.report.curves import good
-from lcmdistill.report.page import drawn, picture_of, rendered, table, what_it_is
+from lcmdistill.report.page import evaluation_rows, picture_of, render_page, run_description, table
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 
@@ -40,7 +40,7 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
         rows.append(
             {
                 "name": name,
-                "what": what_it_is(recorded(run)),
+                "what": run_description(load_run_config(run)),
                 "headline": judged.headline,
                 "guidance": f"{results.guidance_scale:g}",
                 "time": "" if taken is None else f"{seconds(taken)} at {chosen} step{'s' * (chosen > 1)}",
@@ -56,7 +56,7 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
         "groups": [_group(found, place) for place in range(len(first.about["pictured_prompts"]))],
         "steps": first.steps,
         "heads": [f"{n} step{'s' * (n > 1)}" for n in first.steps] + [f"teacher, {TEACHER_STEPS} steps"],
-        "charts": drawn(_charts(found)),
+        "charts": evaluation_rows(_charts(found)),
         "tables": [
             {**table(results), "caption": f"{name}: {table(results)['caption']}"} for name, results in found.items()
         ],
@@ -102,5 +102,5 @@ def _line(results: Results, measure: str, sampler: Any, name: str, look: int) ->
 
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:
     """Write a page that shows evaluated runs side by side; returns its path."""
-    write_text(output, rendered("comparison.html", comparison(runs)))
+    write_text(output, render_page("comparison.html", comparison(runs)))
     return output

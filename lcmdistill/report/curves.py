@@ -143,7 +143,7 @@ def loss_by_noise(lines: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def validation_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Agreement with the teacher on the validation prompts as the training went on, a line for each number of steps."""
+    """StopSignal with the teacher on the validation prompts as the training went on, a line for each number of steps."""
     found = []
     for name in ("rmse", "ssim"):
         keys = sorted({key for line in lines for key in line if key.startswith(f"val/{name}_")}, key=_steps_of)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.methods import METHODS, omega_range, told_of
-from lcmdistill.teachers.naming import ALIASES, licence_name, licence_of, resolve_alias
-from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, is_lora, read_header, recognise
+from lcmdistill.config.methods import METHODS, describe_objective, omega_range
+from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
+from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 
 Row = tuple[str, str]
@@ -88,7 +88,7 @@ def _checkpoint(path: Path, header: Header) -> list[Row]:
         "VAE": ("first_stage_model.",),
         "text encoders": ("cond_stage_model.", "conditioner."),
     }
-    rows = [("what", "a single-file checkpoint"), ("recognised as", recognise(path, header).why)]
+    rows = [("what", "a single-file checkpoint"), ("recognised as", inspect_checkpoint(path, header).why)]
     for name, starts in parts.items():
         rows.append((name, _size({k: v for k, v in header.tensors.items() if k.startswith(starts)})))
     return [*rows, ("licence", header.metadata.get("modelspec.license", "its header does not say"))]
@@ -195,7 +195,7 @@ def _weights(folder: Path) -> str:
 
 def _licence(folder: Path) -> str:
 
-    if told := licence_name(licence_of(str(folder))):
+    if told := license_name(license_of(str(folder))):
         return told
     files = [path.name for path in sorted(folder.iterdir()) if path.name.lower().startswith("licen")]
     return f"see {', '.join(files)}" if files else "its files do not say"
@@ -212,21 +212,21 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> list[Row]:
-    from lcmdistill.config.recorded import has_product, recorded, takes_omega
-    from lcmdistill.utils.run_dir import checkpoints, step_of
+    from lcmdistill.config.recorded import has_trained_student, load_run_config, run_takes_omega
+    from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
 
-    found = recorded(folder)
+    found = load_run_config(folder)
     if not found:
         raise UsageError(f"{folder} is no run of lcmdistill: its config.toml is another program's")
     method, lora = METHODS[found["objective.name"]], found.get("student.kind") == "lora"
     saved = checkpoints(folder / "checkpoints")
-    done, asked = (step_of(saved[-1]) if saved else 0), found["optim.max_train_steps"]
+    done, asked = (checkpoint_step(saved[-1]) if saved else 0), found["optim.max_train_steps"]
     omegas = omega_range(found)
     guidance = (
         f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
     )
     has_pipeline = (folder / "pipeline").is_dir()
-    if found["objective.name"] == "lcf" and omegas and has_pipeline and not takes_omega(folder):
+    if found["objective.name"] == "lcf" and omegas and has_pipeline and not run_takes_omega(folder):
         guidance = "as its start had it"
     rows = [
         ("run", str(folder)),
@@ -234,8 +234,12 @@ def _run(folder: Path) -> list[Row]:
             "what",
             f"a run: {method.lora if lora else method.full} ({method.paper}), {method.how} {found['teacher.model']}",
         ),
-        ("steps", f"{done} of {asked}, of {found['optim.batch_size']} x {found['optim.accumulate']} samples a process"),
-        ("objective", told_of(found) or str(found["objective.name"])),
+        (
+            "steps",
+            f"{done} of {asked}, "
+            f"{found['optim.batch_size']} x {found['optim.gradient_accumulation_steps']} samples per process",
+        ),
+        ("objective", describe_objective(found) or str(found["objective.name"])),
         ("guidance", guidance),
         *([("clip skip", f"{skip}, as diffusers counts")] if (skip := found.get("teacher.clip_skip")) else []),
         ("data", f"{', '.join(found['data.sources'])}, {found['data.resolution']} px"),
@@ -244,7 +248,7 @@ def _run(folder: Path) -> list[Row]:
             f"learning rate {found['optim.learning_rate']}, seed {found['run.seed']}, {found['run.precision']}",
         ),
     ]
-    if not has_product(folder):
+    if not has_trained_student(folder):
         return [*rows, ("product", "none yet: run its command again to finish it")]
     if lora:
         return [*rows, *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path))]

@@ -10,9 +10,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lcmdistill.config.methods import METHODS, omega_range, told_of
-from lcmdistill.config.recorded import recorded
-from lcmdistill.config.toml import toml_of
+from lcmdistill.config.methods import METHODS, describe_objective, omega_range
+from lcmdistill.config.recorded import load_run_config
+from lcmdistill.config.toml import settings_to_toml
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.sweep import Sampler
@@ -22,8 +22,8 @@ from lcmdistill.report.curves import consistency_charts, good, quality_charts, t
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
-from lcmdistill.teachers.naming import public_name, without_folders
-from lcmdistill.training.best import advice, concern, history
+from lcmdistill.teachers.naming import public_name, redact_paths
+from lcmdistill.training.best import best_checkpoint_advice, history, quality_warning
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import read_metrics
@@ -36,15 +36,15 @@ SAMPLERS = {"student": "student", "teacher": "teacher", "trailing": "teacher, fr
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html; returns its path. Raises UsageError if the folder is no run."""
-    config = recorded(run)
+    config = load_run_config(run)
     if not config:
         raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
     path = run / "report.html"
-    write_text(path, rendered("report.html", context(run, config)))
+    write_text(path, render_page("report.html", context(run, config)))
     return path
 
 
-def rendered(template: str, values: Mapping[str, Any]) -> str:
+def render_page(template: str, values: Mapping[str, Any]) -> str:
     """A page of one file, from one of the templates in assets/report."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -57,7 +57,7 @@ def rendered(template: str, values: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(**look, **values) + "\n"
 
 
-def told(run: Path) -> str:
+def evaluation_summary(run: Path) -> str:
     """What an evaluation found, in a few plain lines. Raises UsageError if there was none."""
     results = read_results(run)
     if results is None:
@@ -72,11 +72,11 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     judged = verdict(results) if results else None
     charts = training_charts(lines)
     quality = {} if results is None else _quality(results)
-    cards = drawn(quality.get("charts", []), charts)
+    cards = evaluation_rows(quality.get("charts", []), charts)
     values: dict[str, Any] = {
         "name": run.name,
         "folder": quote(str(run)),
-        "what": what_it_is(config),
+        "what": run_description(config),
         "verdict": judged,
         "warnings": _warnings(run, config, results),
         "hero": _hero(results, judged) if results and judged else None,
@@ -88,8 +88,8 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         else None,
         "grids": validation_grids(run / "samples"),
         "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
-        "made": made_of(config),
-        "settings": toml_of(without_folders(config)).strip(),
+        "made": configuration_rows(config),
+        "settings": settings_to_toml(redact_paths(config)).strip(),
     }
     titles = {"matrix": ("steps", "Steps and guidance"), "quality": ("quality", "How good"), "times": ("time", "Time")}
     titles |= {"training": ("training", "Training"), "grids": ("validation", "Validation")}
@@ -102,7 +102,7 @@ def _warnings(run: Path, config: Mapping[str, Any], results: Results | None) -> 
     """What a run's validations give reason to say, and an evaluation that is older than the run."""
     metric = config.get("run.best_metric", "none")
     values = history(run, metric)
-    said = [concern(metric, values) if values else None, advice(run, metric)]
+    said = [quality_warning(metric, values) if values else None, best_checkpoint_advice(run, metric)]
     if results and not results.is_of(config):
         said.append(
             f"what this page measures was drawn after {results.about['trained_steps']} training steps, and the run was taken "
@@ -111,7 +111,7 @@ def _warnings(run: Path, config: Mapping[str, Any], results: Results | None) -> 
     return [f"{text[0].upper()}{text[1:]}." for text in said if text]
 
 
-def drawn(*groups: list[Chart]) -> list[dict[str, Any]]:
+def evaluation_rows(*groups: list[Chart]) -> list[dict[str, Any]]:
     """Charts with their SVGs, numbered through the page."""
     from markupsafe import Markup
 
@@ -119,31 +119,32 @@ def drawn(*groups: list[Chart]) -> list[dict[str, Any]]:
     return [{"chart": chart, "svg": Markup(to_svg(chart, i))} for i, chart in enumerate(charts)]
 
 
-def what_it_is(config: Mapping[str, Any]) -> str:
+def run_description(config: Mapping[str, Any]) -> str:
     """One sentence: what was distilled from what."""
     kind, method = (
         "A LoRA" if config.get("student.kind") == "lora" else "A full student",
         METHODS[config["objective.name"]],
     )
-    size = config["optim.batch_size"] * config["optim.accumulate"]
+    size = config["optim.batch_size"] * config["optim.gradient_accumulation_steps"]
     return (
         f"{kind}, {method.how} the teacher {public_name(config['teacher.model'])} by {config['objective.name'].upper()} in "
         f"{config['optim.max_train_steps']} steps of {size} samples at {config['data.resolution']} px."
     )
 
 
-def made_of(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def configuration_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings that a reader asks for first."""
     omegas = omega_range(config)
     found = [
         ("Teacher", public_name(config["teacher.model"])),
         ("Student", _student(config)),
-        ("Objective", f"{config['objective.name']}, {told_of(config)}"),
+        ("Objective", f"{config['objective.name']}, {describe_objective(config)}"),
         ("Data", ", ".join(config["data.sources"])),
-        ("Optimiser", f"AdamW, learning rate {short(config['optim.learning_rate'])}, {config['optim.lr_schedule']}"),
+        ("Optimiser", f"AdamW, learning rate {short(config['optim.learning_rate'])}, {config['optim.lr_scheduler']}"),
         (
             "Length",
-            f"{config['optim.max_train_steps']} steps of {config['optim.batch_size']} x {config['optim.accumulate']} samples",
+            f"{config['optim.max_train_steps']} steps of {config['optim.batch_size']} x "
+            f"{config['optim.gradient_accumulation_steps']} samples",
         ),
         ("Seed", str(config["run.seed"])),
     ]
@@ -160,7 +161,7 @@ def _student(config: Mapping[str, Any]) -> str:
 
 def _training_about(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
     trained = [line for line in lines if "loss" in line]
-    size = config["optim.batch_size"] * config["optim.accumulate"]
+    size = config["optim.batch_size"] * config["optim.gradient_accumulation_steps"]
     return (
         f"{trained[-1]['step']} steps of {size} samples a process, logged every {config['run.log_every']}."
         if trained
@@ -247,8 +248,8 @@ def table(results: Results) -> dict[str, Any]:
     measures = results.about["measures"]
     rows = []
     for cell in results.cells.values():
-        drawn = f"{SAMPLERS[cell['sampler']]}, {cell['steps']} step{'s' * (cell['steps'] > 1)}"
-        name = f"{drawn}, guidance {cell['guidance_scale']:g}"
+        evaluation_rows = f"{SAMPLERS[cell['sampler']]}, {cell['steps']} step{'s' * (cell['steps'] > 1)}"
+        name = f"{evaluation_rows}, guidance {cell['guidance_scale']:g}"
         cells = [{"text": _number(cell["numbers"].get(key)), "best": False} for key in measures]
         rows.append({"name": name, "cells": cells})
     caption = f"All numbers, of {results.about['images']} images a row"

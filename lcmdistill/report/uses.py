@@ -6,7 +6,7 @@ from shlex import quote
 from typing import Any
 
 from lcmdistill.config.methods import ETA, METHODS, omega_range
-from lcmdistill.teachers.naming import in_python
+from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.single_file.inspect import read_header
 
 
@@ -46,7 +46,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
                     + (f". {acts}" if free else "; its guidance is in its weights.")
                 ],
                 "code": _DIFFUSERS_LORA.format(
-                    loaded=in_python(config["teacher.model"], _class_of(run / "lora" / file), method.scheduler),
+                    loaded=loading_code(config["teacher.model"], _class_of(run / "lora" / file), method.scheduler),
                     run=run,
                     file=file,
                     call=method.call(steps, guidance if free else 1),

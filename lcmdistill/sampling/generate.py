@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lcmdistill.config.methods import METHODS
-from lcmdistill.config.recorded import recorded, teacher_of
-from lcmdistill.sampling.student_pipeline import call_options, is_pixel_pipeline, vp_scheduler
+from lcmdistill.config.recorded import load_run_config, teacher_options
+from lcmdistill.sampling.student_pipeline import is_pixel_pipeline, pipeline_kwargs, vp_scheduler
 from lcmdistill.students.lora import choose_adapters
 from lcmdistill.students.lora_files import load_lora, scheduler_of
-from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_pipeline
-from lcmdistill.teachers.pipelines import inpaints, network_of
+from lcmdistill.teachers.pipelines import is_inpainting, network_of
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import say
 from lcmdistill.utils.run_dir import lora_file
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GeneratedImage:
     """One image and what it was drawn with. guidance_scale: diffusers' convention, omega + 1."""
 
     image: Image.Image
@@ -34,7 +34,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelToSample:
     """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run.
 
     options: what `load_pipeline` is to be told besides the path: a LoRA's teacher may have a revision or a variant, and
@@ -50,7 +50,7 @@ class Found:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_model(model: str | None) -> Found:
+def find_model(model: str | None) -> ModelToSample:
     """A run folder, a pipeline folder or a hub id; None is the newest finished run under runs/.
 
     Raises UsageError if there is none, or a run has no pipeline yet.
@@ -61,20 +61,20 @@ def find_model(model: str | None) -> Found:
             raise UsageError("there is no finished run under runs/; name a MODEL, or train one: lcmdistill distill")
         model = str(max(made, key=lambda path: path.stat().st_mtime).parent.parent)
     run = Path(model).expanduser()
-    config = recorded(run)
+    config = load_run_config(run)
     if not config:
-        return Found(model)
+        return ModelToSample(model)
     guidance, side = config.get("run.validation_guidance_scale"), config.get("data.resolution")
     if config.get("student.kind") == "lora":
         lora = str(lora_file(run))
-        options = teacher_of(config)
+        options = teacher_options(config)
         teacher = options.pop("model")
         scheduler = METHODS[config["objective.name"]].scheduler
-        return Found(teacher, guidance, side, teacher, (lora,), scheduler, options)
+        return ModelToSample(teacher, guidance, side, teacher, (lora,), scheduler, options)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-    options = {k: v for k, v in teacher_of(config).items() if k in ("vae_dtype", "vae_tiling", "clip_skip")}
-    return Found(str(run / "pipeline"), guidance, side, config["teacher.model"], options=options)
+    options = {k: v for k, v in teacher_options(config).items() if k in ("vae_dtype", "vae_tiling", "clip_skip")}
+    return ModelToSample(str(run / "pipeline"), guidance, side, config["teacher.model"], options=options)
 
 
 def load_student(
@@ -88,14 +88,14 @@ def load_student(
     """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
 
     loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets the scheduler, by default the
-    `chosen_scheduler`. scales: their weights, 1 where there are fewer; options, scheduler: as in Found. Raises UsageError on a
-    file that is no LoRA for this model.
+    `scheduler_for_loras`. scales: their weights, 1 where there are fewer; options, scheduler: as in ModelToSample. Raises
+    UsageError on a file that is not a LoRA for this model.
     """
     pipeline = load_pipeline(model, **(options or {}))
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         own = type(pipeline.scheduler).__name__
-        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler or chosen_scheduler(loras, own))
+        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler or scheduler_for_loras(loras, own))
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)
@@ -115,7 +115,7 @@ def load_student(
     return pipeline
 
 
-def chosen_scheduler(loras: Sequence[str], own: str) -> str:
+def scheduler_for_loras(loras: Sequence[str], own: str) -> str:
     """The scheduler to draw with: what the first LoRA that names one names, which others may contradict and are told of; else
     the model's own if it is a student's; else LCMScheduler."""
     named = [(lora, name) for lora in loras if (name := scheduler_of(lora)) is not None]
@@ -128,7 +128,7 @@ def chosen_scheduler(loras: Sequence[str], own: str) -> str:
     return chosen
 
 
-def read_shown(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
+def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
     """The files of --image and --mask, None without either. Raises UsageError if one is missing or cannot be read."""
     if image is None and mask is None:
         return None
@@ -140,7 +140,7 @@ def read_shown(image: Path | None, mask: Path | None) -> tuple[Image.Image, Imag
         raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
 
 
-def draw(
+def generate(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -153,7 +153,7 @@ def draw(
     negative_prompt: str | None = None,
     batch_size: int = 4,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> list[Drawing]:
+) -> list[GeneratedImage]:
     """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch.
 
     shown: image and mask for an inpainting model, which else draws from the prompt alone; eta: gamma of a TCDScheduler, None
@@ -162,16 +162,16 @@ def draw(
     """
     _check_effects(pipeline, guidance_scale, eta, negative_prompt)
     check_steps(pipeline, steps)
-    if shown and not inpaints(pipeline):
+    if shown and not is_inpainting(pipeline):
         raise UsageError("--image and --mask are for inpainting models, which this is not; leave them out")
     multiple = 8 * network_of(pipeline).config.get("patch_size", 1)
     if resolution is not None and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(f"--resolution is {resolution}; it must be a multiple of {multiple}: try {near}")
-    drawings: list[Drawing] = []
+    drawings: list[GeneratedImage] = []
     for i in range(0, len(prompts), batch_size):
         some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
-        told = call_options(
+        told = pipeline_kwargs(
             pipeline,
             some,
             guidance_scale=guidance_scale,
@@ -182,7 +182,7 @@ def draw(
         told |= {} if eta is None else {"eta": eta}
         generators = [torch.Generator().manual_seed(seed) for seed in theirs]
         images = pipeline(**told, num_inference_steps=steps, generator=generators).images
-        drawings += [Drawing(*each) for each in zip(images, some, theirs, strict=True)]
+        drawings += [GeneratedImage(*each) for each in zip(images, some, theirs, strict=True)]
         on_progress(len(drawings))
     return drawings
 
@@ -211,7 +211,7 @@ def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, nega
         )
     if negative_prompt is None:
         return
-    if takes_omega(network_of(pipeline)):
+    if has_omega_input(network_of(pipeline)):
         raise UsageError(
             "--negative-prompt has no effect on this student, whose guidance is an input of the network; train one with "
             "--guidance free to keep it"
@@ -222,8 +222,8 @@ def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, nega
         )
 
 
-def write_drawings(
-    drawings: Sequence[Drawing],
+def write_images(
+    drawings: Sequence[GeneratedImage],
     folder: Path,
     *,
     model: str,

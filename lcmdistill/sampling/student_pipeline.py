@@ -5,10 +5,10 @@ from inspect import signature
 from typing import Any
 
 from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
-from lcmdistill.teachers.base import Teacher, takes_omega
-from lcmdistill.teachers.pipelines import also_told, own_size
+from lcmdistill.teachers.base import Teacher, has_omega_input
+from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size
 from lcmdistill.teachers.pixel import class_labels
-from lcmdistill.teachers.prompts import in_words
+from lcmdistill.teachers.prompts import prompt_kwargs
 from lcmdistill.utils.errors import UsageError
 
 STEPS = 4
@@ -48,7 +48,7 @@ def is_pixel_pipeline(pipeline: Any) -> bool:
     return type(pipeline).__name__ == "ConsistencyModelPipeline"
 
 
-def call_options(
+def pipeline_kwargs(
     pipeline: Any,
     prompts: Sequence[str],
     *,
@@ -59,14 +59,14 @@ def call_options(
 ) -> dict[str, Any]:
     """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
 
-    shown: image and mask, as in `also_told`. Raises UsageError for what a pipeline in pixel space cannot draw: a prompt that is
-    no class, or another size.
+    shown: image and mask, as in `extra_call_kwargs`. Raises UsageError for what a pipeline in pixel space
+    cannot generate: a prompt that is not a class, or another size.
     """
     if not is_pixel_pipeline(pipeline):
-        height, width = (resolution, resolution) if resolution else own_size(pipeline)
+        height, width = (resolution, resolution) if resolution else native_size(pipeline)
         told = {"guidance_scale": guidance_scale, "height": height, "width": width}
-        told |= in_words(pipeline, prompts, negative_prompt)
-        return told | also_told(pipeline, len(prompts), height, width, shown)
+        told |= prompt_kwargs(pipeline, prompts, negative_prompt)
+        return told | extra_call_kwargs(pipeline, len(prompts), height, width, shown)
     own = pipeline.unet.config.sample_size
     if resolution not in (None, own):
         raise UsageError(f"--resolution is {resolution}; this model draws at {own} and nothing else")
@@ -88,7 +88,7 @@ def student_pipeline(
     if resolution is not None and teacher.network_name == "unet":  # to a transformer the size means more than a default
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     kind, source = type(teacher.pipeline), teacher.pipeline
-    if kind is StableDiffusionPipeline and takes_omega(network) and scheduler == "LCMScheduler":
+    if kind is StableDiffusionPipeline and has_omega_input(network) and scheduler == "LCMScheduler":
         kind = LatentConsistencyModelPipeline
     if teacher.in_pixels:
         kind = ConsistencyModelPipeline

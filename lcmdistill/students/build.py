@@ -6,7 +6,7 @@ from lcmdistill.config.schema import StudentConfig
 from lcmdistill.objectives.base import Omega
 from lcmdistill.students.full import fresh_weights, full_student, target_of
 from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
-from lcmdistill.students.student import Door, Student, WithAdapter
+from lcmdistill.students.student import AdapterView, AutocastNetwork, Student
 from lcmdistill.teachers.base import Teacher
 
 
@@ -51,11 +51,11 @@ def _full(
         pinned = network.device.type == "cuda"
         averaged = {name: torch.empty_like(v, device="cpu", pin_memory=pinned).copy_(v) for name, v in averaged.items()}
         copies = dict(target.to(dtype).named_parameters())
-    online = Door(network, teacher.call, dtype)
+    online = AutocastNetwork(network, teacher.call, dtype)
     return Student(
         online=online,
-        teacher=Door(teacher.network.to(dtype), teacher.call, dtype),
-        target=Door(target, teacher.call, dtype) if ema else online,
+        teacher=AutocastNetwork(teacher.network.to(dtype), teacher.call, dtype),
+        target=AutocastNetwork(target, teacher.call, dtype) if ema else online,
         trainable=dict(network.named_parameters()),
         averaged=averaged,
         network=target,
@@ -74,12 +74,12 @@ def _lora(
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
         add_lora(network, name, config, seed)
     choose_adapter(lora_layers(network).values(), ONLINE)
-    door = Door(network, teacher.call, dtype)
+    door = AutocastNetwork(network, teacher.call, dtype)
     drawing = TARGET if ema else ONLINE
     return Student(
-        online=WithAdapter(door, ONLINE, dropout=True),
-        teacher=WithAdapter(door, None),
-        target=WithAdapter(door, drawing, dropout=same_dropout),
+        online=AdapterView(door, ONLINE, dropout=True),
+        teacher=AdapterView(door, None),
+        target=AdapterView(door, drawing, dropout=same_dropout),
         trainable=adapter_parameters(network, ONLINE),
         averaged=adapter_parameters(network, TARGET) if ema else {},
         network=network,

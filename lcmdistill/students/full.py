@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.teachers.base import can_take_omega, takes_omega, with_omega_input
+from lcmdistill.teachers.base import has_omega_input, supports_omega_input, with_omega_input
 from lcmdistill.utils.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any
     omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation; None adds no omega
     input. A network whose class has none stays without.
     """
-    if omega_init is None or takes_omega(teacher_network) or not can_take_omega(teacher_network):
+    if omega_init is None or has_omega_input(teacher_network) or not supports_omega_input(teacher_network):
         return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
     with torch.device("meta"):
         network = type(teacher_network).from_config(with_omega_input(teacher_network))

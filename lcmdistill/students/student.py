@@ -13,10 +13,10 @@ from lcmdistill.diffusion.ema import ema_update
 from lcmdistill.diffusion.types import Conditioning, RawNetwork
 from lcmdistill.objectives.base import Omega
 from lcmdistill.students.lora import choose_adapter, lora_layers
-from lcmdistill.teachers.base import Call, Teacher, can_take_omega, takes_omega
+from lcmdistill.teachers.base import Call, Teacher, has_omega_input, supports_omega_input
 
 
-class Door(nn.Module):
+class AutocastNetwork(nn.Module):
     """The only differentiable door to a network: (z, t, c, w) -> raw output, fp32; c: a Conditioning's values.
 
     Autocast, with its dtype spelled out, is around the network and nothing else. call: the family's own, see Teacher.
@@ -33,13 +33,13 @@ class Door(nn.Module):
             return self.call(self.network, z, t, c, w).float()
 
 
-class WithAdapter(nn.Module):
+class AdapterView(nn.Module):
     """A network seen with one of its adapters on, or with none: three of these share one network.
 
     dropout: whether the adapter's dropout acts, as it does in what is trained and nowhere else.
     """
 
-    def __init__(self, door: Door, adapter: str | None, *, dropout: bool = False) -> None:
+    def __init__(self, door: AutocastNetwork, adapter: str | None, *, dropout: bool = False) -> None:
         super().__init__()
         self.door = door
         self.adapter = adapter
@@ -56,8 +56,8 @@ def guidance_of(teacher: Teacher, config: StudentConfig, omega: Omega) -> Litera
     none."""
     if omega == "none" and not teacher.in_pixels:
         return "free"
-    gets_one = config.kind == "full" and omega == "input" and can_take_omega(teacher.network)
-    return "input" if gets_one or takes_omega(teacher.network) else "baked"
+    gets_one = config.kind == "full" and omega == "input" and supports_omega_input(teacher.network)
+    return "input" if gets_one or has_omega_input(teacher.network) else "baked"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Student:
         """Whether what is trained has dropout that acts."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.online.modules())
 
-    def for_drawing(self) -> Any:
+    def for_sampling(self) -> Any:
         """The network as it draws: in the target's state."""
         if self.adapter is not None:
             choose_adapter(lora_layers(self.network).values(), self.adapter)
@@ -110,7 +110,7 @@ class Student:
 
     def for_export(self) -> Any:
         """The network in the target's state, in all of its precision, its weights as files hold them."""
-        network = self.for_drawing().to(memory_format=torch.contiguous_format)
+        network = self.for_sampling().to(memory_format=torch.contiguous_format)
         if not self.copies:
             return network
         device = network.device

@@ -32,7 +32,7 @@ Frame = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Shown:
+class SampleInfo:
     """What samples show, as far as a network is told of it besides the prompt.
 
     frames: (B, 6) fp32, each a Frame; pixels: () -> (B, 3, H, W) in [-1, 1], made when it is asked for; encode: from pixels to
@@ -55,7 +55,7 @@ def needs_caption(caption: str) -> str | None:
     return None if caption else "no caption"
 
 
-def nothing_else(shown: Shown) -> Conditioning:
+def no_condition(shown: SampleInfo) -> Conditioning:
     """Of a network that is told nothing but the prompt."""
     return Conditioning({})
 
@@ -76,11 +76,11 @@ class Teacher:
     prediction_type: str
     call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
-    condition: Callable[[Shown], Conditioning] = nothing_else
-    condition_is_drawn: bool = False
+    condition: Callable[[SampleInfo], Conditioning] = no_condition
+    condition_is_random: bool = False
     "whether `condition` draws at random"
     published: Mapping[str, Any] = field(default_factory=dict)
-    refuses: Callable[[str], str | None] = needs_caption
+    rejects: Callable[[str], str | None] = needs_caption
     "why a sample of a caption cannot be used"
     own_prompts: tuple[str, ...] = ()
     "what it draws where nobody named prompts and the bundled ones are not for it"
@@ -125,7 +125,7 @@ class Teacher:
         channels, factor = self.vae.config.latent_channels, self.vae_factor
         z = torch.zeros(batch, channels, height // factor, width // factor, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
-        shown = Shown(
+        shown = SampleInfo(
             frames=torch.tensor([whole_frame(height, width)] * batch, dtype=torch.float32),
             pixels=lambda: torch.zeros(batch, 3, height, width),
             encode=lambda pixels: torch.zeros(z.shape),
@@ -163,7 +163,7 @@ class Teacher:
         return (pixels.sample.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def draw_latents(
+    def generate_latents(
         self,
         prompts: Sequence[str],
         noise: Tensor,
@@ -291,7 +291,7 @@ def vp_teacher(
     network: Any,
     call: Call,
     encode_prompts: Callable[[Sequence[str]], Conditioning],
-    condition: Callable[[Shown], Conditioning] = nothing_else,
+    condition: Callable[[SampleInfo], Conditioning] = no_condition,
 ) -> Teacher:
     """A Teacher of a pipeline with a VAE, whose scheduler's config tells the rest; everything in it is frozen.
 
@@ -314,12 +314,12 @@ def vp_teacher(
     )
 
 
-def takes_omega(network: Any) -> bool:
+def has_omega_input(network: Any) -> bool:
     """Whether a network has an omega input (`time_cond_proj_dim`); one that has none draws at the guidance it was given."""
     return network.config.get("time_cond_proj_dim") is not None
 
 
-def can_take_omega(network: Any) -> bool:
+def supports_omega_input(network: Any) -> bool:
     """Whether the class of a network has an omega input, which a full student of it is then given."""
     return "time_cond_proj_dim" in network.config
 
@@ -335,7 +335,7 @@ def with_omega_input(network: Any) -> dict[str, Any]:
 
 def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
     """The `timestep_cond` that a network is to be given for omega, in its own dtype; None if it takes none. w: (B,)."""
-    if w is None or not takes_omega(network):
+    if w is None or not has_omega_input(network):
         return None
     return omega_embedding(w, network.config.time_cond_proj_dim).to(dtype_of(network))
 

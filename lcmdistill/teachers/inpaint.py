@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import Shown, Teacher
+from lcmdistill.teachers.base import SampleInfo, Teacher
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
 
@@ -36,13 +36,13 @@ def _shown_a_mask(plain: Teacher) -> Teacher:
     def call(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
         return plain.call(unet, torch.cat([z, c["mask"].to(z.dtype), c["masked"].to(z.dtype)], dim=1), t, c, w)
 
-    def condition(shown: Shown) -> Conditioning:
+    def condition(shown: SampleInfo) -> Conditioning:
         return plain.condition(shown) | masked(shown)
 
-    return dataclasses.replace(plain, call=call, condition=condition, condition_is_drawn=True)
+    return dataclasses.replace(plain, call=call, condition=condition, condition_is_random=True)
 
 
-def masked(shown: Shown) -> Conditioning:
+def masked(shown: SampleInfo) -> Conditioning:
     """A mask of each sample's own, 1 where it hides, (B, 1, h, w), and the latents of the image without it, (B, C, h, w).
 
     Both fp16, as they are kept; diffusers' pipelines make them of an image and a mask in the same way.

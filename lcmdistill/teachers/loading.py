@@ -16,7 +16,7 @@ from lcmdistill.teachers.pixart import pixart_alpha
 from lcmdistill.teachers.pixel import pixel_space
 from lcmdistill.teachers.sd import stable_diffusion
 from lcmdistill.teachers.sdxl import stable_diffusion_xl
-from lcmdistill.teachers.single_file.inspect import read_header, recognise
+from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.utils.errors import RunError, UsageError
 
@@ -132,13 +132,13 @@ def load_teacher(model: str, **options: Any) -> Teacher:
     return FAMILIES[kind](pipeline)
 
 
-def recognised_as(model: str, prediction_type: str | None) -> str:
+def checkpoint_summary(model: str, prediction_type: str | None) -> str:
     """In words, how a single file was recognised; "" of a model that is none. Raises UsageError on one that is unknown."""
     file = Path(resolve_alias(model)).expanduser()
     if not file.is_file() or file.suffix != ".safetensors":
         return ""
     told = f"; taken for {prediction_type}, as --prediction-type says" if prediction_type else ""
-    return f"{model} is {recognise(file, read_header(file)).why}{told}"
+    return f"{model} is {inspect_checkpoint(file, read_header(file)).why}{told}"
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:

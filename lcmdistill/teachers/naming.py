@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from lcmdistill.teachers.single_file.inspect import read_header
 
-LICENCES = {
+LICENSES = {
     "sd15": {"license": "creativeml-openrail-m"},
     "sd21": {"license": "openrail++"},
     "sdxl": {"license": "openrail++"},
@@ -28,7 +28,7 @@ def public_name(model: str) -> str:
     return Path(name).expanduser().resolve().name if is_local(name) else name
 
 
-def public_place(folder: Path) -> str:
+def public_path(folder: Path) -> str:
     """A folder as it was given, or by its name alone where that would tell of this machine's other ones."""
     return folder.name if folder.is_absolute() else str(folder)
 
@@ -39,7 +39,7 @@ def is_local(model: str) -> bool:
     return is_path or Path(model).expanduser().exists()
 
 
-def in_python(model: str, kind: str, scheduler: str) -> str:
+def loading_code(model: str, kind: str, scheduler: str) -> str:
     """Python that opens a model anywhere, on a student's scheduler; a folder or file of this machine by its name alone.
 
     kind: the class of its pipeline, which a single file does not tell. The bundled teacher is found where lcmdistill lies.
@@ -59,7 +59,7 @@ pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
 """
 
 
-def licence_of(model: str) -> dict[str, str]:
+def license_of(model: str) -> dict[str, str]:
     """license, and license_name and license_link where it has a name of its own, as the hub's cards have them; {} if unknown.
 
     Read from the card in the model's folder or in the hub's cache, or from a single file's header.
@@ -78,10 +78,10 @@ def licence_of(model: str) -> dict[str, str]:
         del found["license_link"]
         if not is_local(name):
             found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
-    return found if "license" in found else LICENCES.get(model, {})
+    return found if "license" in found else LICENSES.get(model, {})
 
 
-def licence_name(licence: Mapping[str, str]) -> str | None:
+def license_name(licence: Mapping[str, str]) -> str | None:
     """What a licence is called; None if it is unknown."""
     return licence.get("license_name") or licence.get("license")
 
@@ -111,7 +111,7 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
         return {}
 
 
-def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+def redact_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, {"section.key": value}, as others may see them: of this machine's paths the names alone, of commands
     that they are commands, and URLs without what is secret in them."""
 
@@ -119,7 +119,7 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list | tuple):
             return [told(key, each) for each in value]
         if key == "teacher.model":
-            return model if (model := str(value)) in ("tiny", *LICENCES) else public_name(model)
+            return model if (model := str(value)) in ("tiny", *LICENSES) else public_name(model)
         if not isinstance(value, str) or key == "run.validation_prompts":
             return value
         if value.startswith("pipe:"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.methods import ETA
-from lcmdistill.teachers.prompts import in_words
+from lcmdistill.teachers.prompts import prompt_kwargs
 
 
 def network_of(pipeline: Any) -> Any:
@@ -18,19 +18,19 @@ def network_of(pipeline: Any) -> Any:
     return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
 
 
-def own_size(pipeline: Any) -> tuple[int, int]:
+def native_size(pipeline: Any) -> tuple[int, int]:
     """(H, W) that a pipeline draws unless it is told otherwise."""
     size = network_of(pipeline).config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
-def inpaints(pipeline: Any) -> bool:
+def is_inpainting(pipeline: Any) -> bool:
     """Whether a pipeline is to be shown an image and a mask."""
     return type(pipeline).__name__.endswith("InpaintPipeline")
 
 
-def also_told(
+def extra_call_kwargs(
     pipeline: Any, count: int, height: int, width: int, shown: tuple[Any, Any] | None = None
 ) -> dict[str, Any]:
     """What a pipeline's class or scheduler needs to be told besides prompts and sizes, for `count` images of H x W pixels.
@@ -42,7 +42,7 @@ def also_told(
     if type(pipeline).__name__.startswith("PixArt"):
         # Sizes are taken as they are, and prompts as they are encoded for training.
         return told | {"use_resolution_binning": False, "clean_caption": False}
-    if not inpaints(pipeline):
+    if not is_inpainting(pipeline):
         return told
     image, mask = shown or (torch.zeros(3, height, width), torch.ones(1, height, width))
     return told | {"image": [image] * count, "mask_image": [mask] * count, "strength": 1.0}
@@ -71,7 +71,7 @@ def pipeline_latents(
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])
     with torch.autocast(network.device.type, dtype=dtype, enabled=dtype != torch.float32):
         out = pipeline(
-            **in_words(pipeline, prompts),
+            **prompt_kwargs(pipeline, prompts),
             height=height,
             width=width,
             num_inference_steps=steps,
@@ -80,6 +80,6 @@ def pipeline_latents(
             generator=generator,
             output_type="latent",
             return_dict=False,
-            **also_told(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta}),
+            **extra_call_kwargs(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta}),
         )
     return out[0].float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import Shown, Teacher, dtype_of, vp_teacher
+from lcmdistill.teachers.base import SampleInfo, Teacher, dtype_of, vp_teacher
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -58,7 +58,7 @@ def pixart_alpha(pipeline: Any) -> Teacher:
     return dataclasses.replace(teacher, published=PUBLISHED)
 
 
-def sizes_kept(shown: Shown) -> Conditioning:
+def sizes_kept(shown: SampleInfo) -> Conditioning:
     """Height and width of what was kept, (B, 2), and height / width, (B, 1)."""
     kept = shown.frames[:, 4:]
     return Conditioning({"resolution": kept, "aspect_ratio": kept[:, :1] / kept[:, 1:]})

@@ -129,7 +129,7 @@ def pixel_space(pipeline: Any) -> Teacher:
         prediction_type=prediction_type,
         call=call_unet_2d,
         encode_prompts=encode_prompts,
-        refuses=lambda caption: None if knows_caption(unet, caption) else "caption names no class of the teacher",
+        rejects=lambda caption: None if knows_caption(unet, caption) else "caption names no class of the teacher",
         own_prompts=class_names(unet),
         published={"data.guidance_scale": 1.0},  # EDM's and Consistency Models' teachers draw without guidance
         draw=draw,

@@ -22,7 +22,7 @@ def sdxl_embeddings(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tens
     return embeds, pooled
 
 
-def in_words(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
+def prompt_kwargs(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
     """How a pipeline is told prompts, and one negative prompt for all of them.
 
     As embeddings where SDXL is to skip layers: by itself it skips none for the negative prompt, which was trained with as many.
@@ -44,7 +44,7 @@ def token_limit(pipeline: Any) -> int:
     return own.default if own else pipeline.tokenizer.model_max_length
 
 
-def count_cut(pipeline: Any, prompts: Sequence[str]) -> int:
+def count_truncated(pipeline: Any, prompts: Sequence[str]) -> int:
     """How many prompts have more tokens than are read, by any of a pipeline's tokenizers."""
     limit, long = token_limit(pipeline), set()
     for name, tokenizer in pipeline.components.items():

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import Shown, Teacher, dtype_of, omega_input, vp_teacher
+from lcmdistill.teachers.base import SampleInfo, Teacher, dtype_of, omega_input, vp_teacher
 from lcmdistill.teachers.prompts import sdxl_embeddings
 from lcmdistill.teachers.sd import check_channels
 from lcmdistill.utils.errors import UsageError
@@ -40,6 +40,6 @@ def stable_diffusion_xl(pipeline: Any, more_channels: int = 0) -> Teacher:
     return replace(teacher, published={"objective.w_min": 3.0})  # the public SDXL script's omega, 3 to 15
 
 
-def time_ids(shown: Shown) -> Conditioning:
+def time_ids(shown: SampleInfo) -> Conditioning:
     """original_size, crops_coords_top_left and target_size, in this order: (B, 6) (Podell et al. 2023, sec. 2.2)."""
     return Conditioning({"time_ids": shown.frames})

@@ -36,7 +36,7 @@ def best_of(metric: str, values: Values) -> tuple[int, float]:
     return min(values, key=lambda each: cost(metric, each[1]))
 
 
-def concern(metric: str, values: Values) -> str | None:
+def quality_warning(metric: str, values: Values) -> str | None:
     """A sentence if quality falls or has stopped rising; None if all is well, or too little is known."""
     costs = [cost(metric, value) for _, value in values]
     step, value = best_of(metric, values)
@@ -61,11 +61,11 @@ def keep_best(run: Path, metric: str, step: int, weights: Mapping[str, Tensor]) 
     if step and best_of(metric, values)[0] == step:
         state = {"metric": metric, "value": values[-1][1]}
         save_checkpoint(run / "checkpoints", step, {"weights": weights}, state, name=BEST)
-    said, before = concern(metric, values), concern(metric, values[:-1]) if len(values) > 1 else None
+    said, before = quality_warning(metric, values), quality_warning(metric, values[:-1]) if len(values) > 1 else None
     return said if said and (before is None or before.split(":")[0] != said.split(":")[0]) else None
 
 
-def advice(run: Path, metric: str) -> str | None:
+def best_checkpoint_advice(run: Path, metric: str) -> str | None:
     """What to say at a run's end, if an earlier validation was better than the last."""
     values = history(run, metric)
     if not values:

@@ -12,7 +12,7 @@ from lcmdistill.utils.checkpoint import prune, save_checkpoint
 from lcmdistill.utils.device import cpu_memory_left
 
 
-class Writer:
+class CheckpointWriter:
     """Writes a run's checkpoints in a thread, from a copy on the CPU, while training goes on: one at a time.
 
     Where the copy would take more than half of the memory that the CPU has left, it is written at once and without one.

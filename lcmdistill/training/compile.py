@@ -12,7 +12,7 @@ PAYS_FROM = 2000
 "optimiser steps; fewer are over before the minutes of compilation have come back"
 
 
-def pays(wish: str, device: torch.device, steps: int, shapes: int = 1, *, adapter: bool = False) -> bool:
+def should_compile(wish: str, device: torch.device, steps: int, shapes: int = 1, *, adapter: bool = False) -> bool:
     """Whether to compile. wish: auto, on or off; steps: optimiser steps of the run; shapes: of latents, each of which is
     compiled for and has its share of the steps; adapter: whether a LoRA is trained.
 

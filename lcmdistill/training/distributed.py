@@ -14,7 +14,7 @@ from lcmdistill.training.signals import Stop
 from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 
-__all__ = ["Accelerator", "Agreement", "least_free", "make_accelerator", "over_processes"]
+__all__ = ["Accelerator", "StopSignal", "gather", "make_accelerator", "min_free_memory"]
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -38,19 +38,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def over_processes(value: Tensor, accelerator: Accelerator) -> Tensor:
+def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
     """A tensor of every process, (processes, ...)."""
     gathered: Any = accelerator.gather(value[None])
     return gathered
 
 
-def least_free(accelerator: Accelerator) -> float:
+def min_free_memory(accelerator: Accelerator) -> float:
     """The bytes that every process's device has free: the same answer on all of them."""
     free = torch.tensor(free_memory(accelerator.device), dtype=torch.float32, device=accelerator.device)
-    return float(over_processes(free, accelerator).min())
+    return float(gather(free, accelerator).min())
 
 
-class Agreement:
+class StopSignal:
     """The same answer on every process: a signal that any of them has met.
 
     Of several processes it is heard a step late, so that no device has to finish its step before the next is under way.
@@ -65,5 +65,5 @@ class Agreement:
         if self._accelerator.num_processes == 1:
             return self._stop.signal
         mine = torch.full((), float(self._stop.signal), device=self._accelerator.device)
-        before, self._asked = self._asked, over_processes(mine, self._accelerator)
+        before, self._asked = self._asked, gather(mine, self._accelerator)
         return 0 if before is None else round(float(before.max()))

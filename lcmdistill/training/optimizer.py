@@ -53,4 +53,4 @@ def learning_rate_at(step: int, optim: OptimConfig) -> float:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     done = (step - optim.warmup_steps) / max(1, optim.max_train_steps - optim.warmup_steps)
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return optim.learning_rate * factor[optim.lr_schedule]
+    return optim.learning_rate * factor[optim.lr_scheduler]

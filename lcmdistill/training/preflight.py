@@ -9,24 +9,24 @@ from pathlib import Path
 import torch
 
 from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import begun
+from lcmdistill.config.recorded import resumable_config
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, to_toml
 from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.latent_cache import cache_folder, check_cache
-from lcmdistill.data.survey import left_out, survey
-from lcmdistill.data.teacher_cache import check_answers
+from lcmdistill.data.survey import survey, unused_samples
+from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.evaluation.metrics.pretrained import perceptual_distance
 from lcmdistill.objectives.base import forwards
 from lcmdistill.students.lora import check_layers
-from lcmdistill.students.student import Door
-from lcmdistill.teachers.base import Teacher, can_take_omega, needs_caption, takes_omega
-from lcmdistill.teachers.loading import load_teacher, recognised_as
+from lcmdistill.students.student import AutocastNetwork
+from lcmdistill.teachers.base import Teacher, has_omega_input, needs_caption, supports_omega_input
+from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.training.memory.estimate import step_memory
-from lcmdistill.training.memory.plan import Plan, planned, tell
+from lcmdistill.training.memory.plan import Plan, log_plan, plan_memory
 from lcmdistill.training.optimizer import check_optimizer
-from lcmdistill.training.run_settings import check_run, settle
+from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import say
@@ -35,13 +35,13 @@ from lcmdistill.utils.metrics_log import check_tracker
 SURVEY_SECONDS = 20.0
 
 
-def guard(config: RunConfig, teacher: Teacher) -> None:
+def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError for a setting that this teacher makes impossible."""
     try:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_answers(config.objective, teacher.schedule, config.data.teacher_draws)
+    check_teacher_cache(config.objective, teacher.schedule, config.data.teacher_cache_samples)
     _check_start(config, teacher)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
@@ -52,7 +52,7 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
     if config.student.kind == "lora":
         check_layers(teacher.network, config.student)
     omegas = omega_range(flatten(config))
-    has_input = can_take_omega(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
+    has_input = supports_omega_input(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and omegas and omegas.low != omegas.high:
         raise UsageError(
             f"omega is drawn from {omegas.low:g} to {omegas.high:g}, and a {type(teacher.network).__name__} has no input for "
@@ -69,8 +69,10 @@ def guard(config: RunConfig, teacher: Teacher) -> None:
 
 def _guard_buckets(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError for buckets that cannot be, or would have no effect."""
-    if config.data.teacher_draws:
-        raise UsageError("data.teacher_draws keeps answers of one size; leave it at 0, or leave data.buckets out")
+    if config.data.teacher_cache_samples:
+        raise UsageError(
+            "data.teacher_cache_samples keeps answers of one size; leave it at 0, or leave data.buckets out"
+        )
     if teacher.in_pixels:
         raise UsageError("data.buckets is for latent models; a teacher in pixel space draws one size: leave it out")
     if set(config.data.sources) == {"teacher"}:
@@ -94,7 +96,7 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError unless what the method starts from is a teacher, or for fine-tuning an LCM."""
     sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
-    is_lcm = sampled_by == "LCMScheduler" or (takes_omega(teacher.network) and sampled_by != "TCDScheduler")
+    is_lcm = sampled_by == "LCMScheduler" or (has_omega_input(teacher.network) and sampled_by != "TCDScheduler")
     if config.objective_name == "lcf":
         if not is_lcm:
             why = (
@@ -105,7 +107,7 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             raise UsageError(
                 f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
             )
-        if config.objective.omega == "none" and takes_omega(teacher.network):
+        if config.objective.omega == "none" and has_omega_input(teacher.network):
             raise UsageError(f"--guidance free, and {model} takes omega: its guidance is in its weights; leave it out")
         if config.student.start == "scratch":
             raise UsageError("student.start is scratch, and --objective lcf fine-tunes an LCM; leave it out")
@@ -131,12 +133,12 @@ def check_early(config: RunConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         check_run(config)
         check_tracker(config.run.report_to)
-        if told := recognised_as(config.teacher.model, config.teacher.prediction_type):
+        if told := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
             say(told)
     check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
-    refuses = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
-    survey(config.data, config.run.seed, seconds=60.0, first_only=True, refuses=refuses)
+    rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
+    survey(config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)
 
 
 def _takes_prompts(model: str) -> bool:
@@ -156,12 +158,12 @@ def dry_run(config: RunConfig) -> None:
     device = pick_device(config.run.device)
     dtype = compute_dtype(config.run.precision, device)
     folder = Path(config.run.output or "")
-    state = "a run to resume" if begun(folder) else "new"
+    state = "a run to resume" if resumable_config(folder) else "new"
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
-    config = settle(config, 1, teacher)
+    config = resolve_run_defaults(config, 1, teacher)
     check_run(config)
-    guard(config, teacher)
-    plan = planned(config, teacher, device, free=free_memory(device), loud=True)
+    validate_for_teacher(config, teacher)
+    plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
     say(to_toml(config))
     say(f"output: {folder} ({state})")
@@ -169,26 +171,28 @@ def dry_run(config: RunConfig) -> None:
         config.data,
         config.run.seed,
         seconds=SURVEY_SECONDS,
-        refuses=teacher.refuses,
+        rejects=teacher.rejects,
         own_prompts=teacher.own_prompts,
         teacher=teacher,
     )
     for spec, report in zip(config.data.sources, reports, strict=True):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
-        say(f"data {spec}: {report}{left_out(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}")
+        say(
+            f"data {spec}: {report}{unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}"
+        )
     needed = plan.needed if plan else step_memory(config, teacher, dtype)
     kind = "U-Net" if teacher.network_name == "unet" else "transformer"
     say(
         f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
-    tell(plan or Plan(config, (), needed))
+    log_plan(plan or Plan(config, (), needed))
     asked, forward = forwards(config.objective, teacher.schedule), _forward_seconds(config, teacher, device, dtype)
-    draws = config.data.teacher_draws
+    draws = config.data.teacher_cache_samples
     of_teacher = 0 if draws else asked["teacher"]
     # A backward pass takes twice a forward's time.
-    seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.accumulate
+    seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.gradient_accumulation_steps
     if draws:
         answers = draws * asked["teacher"] * sum(report.kept for report in reports)
         size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
@@ -205,7 +209,7 @@ def dry_run(config: RunConfig) -> None:
 
 def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
     """What a micro-batch takes of the teacher's network, tried."""
-    module = Door(teacher.network.to(device, dtype), teacher.call, dtype)
+    module = AutocastNetwork(teacher.network.to(device, dtype), teacher.call, dtype)
     z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
     with torch.no_grad():
         module(z, t, c.values, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.config.methods import FREE_GUIDANCE, omega_range
-from lcmdistill.config.recorded import begun, has_product, recorded
+from lcmdistill.config.recorded import has_trained_student, load_run_config, resumable_config
 from lcmdistill.config.resolve import has_key, with_values
 from lcmdistill.config.schema import SECTIONS, RunConfig
 from lcmdistill.config.toml import flatten, to_toml
@@ -17,15 +17,15 @@ from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.run_dir import check_place, checkpoints, step_name, step_of
+from lcmdistill.utils.run_dir import check_writable, checkpoint_step, checkpoints, step_name
 
 _MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
-FREE_TO_DIFFER = {
+MUTABLE_ON_RESUME = {
     "optim.max_train_steps",
     "objective.curriculum_steps",
-    "data.count",
+    "data.max_samples",
     "data.cache_dir",
     "data.cache_limit",
     "run.output",
@@ -46,7 +46,7 @@ FREE_TO_DIFFER = {
 }
 
 # Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
-TEACHERS_OWN = {
+DECIDED_BY_TEACHER = {
     "data.resolution",
     "data.guidance_scale",
     "objective.w_min",
@@ -55,16 +55,16 @@ TEACHERS_OWN = {
 }
 
 # Keys that `run.memory` may change, without a change of the global batch.
-PLANNED = (
+DECIDED_BY_MEMORY_PLAN = (
     "run.gradient_checkpointing",
     "student.offload_target",
     "optim.batch_size",
-    "optim.accumulate",
+    "optim.gradient_accumulation_steps",
     "optim.optimizer",
 )
 
 
-def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
+def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
     the guidance to draw with.
 
@@ -74,15 +74,15 @@ def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     config = with_values(
         config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
     )
-    config = dataclasses.replace(config, chosen=config.chosen | TEACHERS_OWN)
-    before = begun(folder := Path(config.run.output or ""))
+    config = dataclasses.replace(config, chosen=config.chosen | DECIDED_BY_TEACHER)
+    before = resumable_config(folder := Path(config.run.output or ""))
     now, same_memory = flatten(config), config.run.memory == before.get("run.memory")
     kept = [k for k, v in _asked(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")]
     config = with_values(config, {key: before[key] for key in kept if key in before})
     optim = config.optim
-    count = config.data.count or before.get("data.count")
+    count = config.data.max_samples or before.get("data.max_samples")
     if count is None:
-        needed = optim.max_train_steps * optim.batch_size * optim.accumulate * world
+        needed = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
         count = usable_count(config.data, needed, one_a_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale
     if guidance is None:
@@ -103,14 +103,14 @@ def settle(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
 def _asked(folder: Path) -> dict[str, Any]:
     """What the command of a begun run had said where its memory's plan says otherwise."""
     path = folder / _ASKED
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and begun(folder) else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and resumable_config(folder) else {}
 
 
 def finished(config: RunConfig) -> bool:
     """Whether a run has all the steps that are asked for, and what it was for was written after the last of them."""
     folder = Path(config.run.output or "")
     saved, mark = checkpoints(folder / "checkpoints"), folder / _MARK
-    if not saved or step_of(saved[-1]) < config.optim.max_train_steps or not has_product(folder):
+    if not saved or checkpoint_step(saved[-1]) < config.optim.max_train_steps or not has_trained_student(folder):
         return False
     return mark.is_file() and mark.read_text(encoding="utf-8") == saved[-1].name
 
@@ -125,18 +125,18 @@ def check_run(config: RunConfig) -> None:
     folder = Path(config.run.output or "")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
-    check_place(folder)
-    if not recorded(folder) and folder.is_dir() and any(folder.iterdir()):
+    check_writable(folder)
+    if not load_run_config(folder) and folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
-    before = begun(folder)
+    before = resumable_config(folder)
     if not before:
         return
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
-    unsettled = TEACHERS_OWN - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
+    unsettled = DECIDED_BY_TEACHER - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
     before = {**_usual(), **before}  # a run that is older than a setting had its default
-    keys = sorted(k for k in {*now, *before} - FREE_TO_DIFFER - unsettled if now.get(k) != before.get(k))
-    keys += [k for k in ("data.count", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
-    if config.optim.lr_schedule != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
+    keys = sorted(k for k in {*now, *before} - MUTABLE_ON_RESUME - unsettled if now.get(k) != before.get(k))
+    keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
+    if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
         keys.append("optim.max_train_steps")
     if keys:
         first = keys[0]
@@ -163,7 +163,7 @@ def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> No
     """
     folder = Path(config.run.output or "")
     noted = folder / _DATA
-    if begun(folder) and noted.is_file():
+    if resumable_config(folder) and noted.is_file():
         before = json.loads(noted.read_text(encoding="utf-8"))
         changed = [spec for spec, fingerprint in data.items() if before.get(spec) != fingerprint]
         if changed:
@@ -181,4 +181,4 @@ def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> No
     write_text(folder / "config.toml", to_toml(config))
     write_text(noted, json.dumps(data, indent=2) + "\n")
     said, now = flatten(asked), flatten(config)
-    write_text(folder / _ASKED, json.dumps({k: said[k] for k in PLANNED if said[k] != now[k]}) + "\n")
+    write_text(folder / _ASKED, json.dumps({k: said[k] for k in DECIDED_BY_MEMORY_PLAN if said[k] != now[k]}) + "\n")

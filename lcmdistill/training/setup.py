@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import cache_root, mark_whole, prepare
-from lcmdistill.data.teacher_cache import Answers, ask_teacher
-from lcmdistill.diffusion.types import Models, x0_eps_network
+from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
+from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
+from lcmdistill.diffusion.types import Networks, x0_eps_network
 from lcmdistill.evaluation.metrics.pretrained import perceptual_distance
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import Student, raw_network
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.training.checkpoint import Writer
-from lcmdistill.training.compile import compile_blocks, pays
+from lcmdistill.training.checkpoint import CheckpointWriter
+from lcmdistill.training.compile import compile_blocks, should_compile
 from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.optimizer import make_optimizer
@@ -44,9 +44,9 @@ class Run:
     student: Student
     online: Any
     "the student's trainable module, wrapped for the processes it runs in"
-    models: Models
+    models: Networks
     optimizer: Any
-    writer: Writer
+    writer: CheckpointWriter
     step: int = 0
     "optimiser steps done"
     unlogged: list[Tensor] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Run:
     "this process's samples since then, from clean to noise: sums of their losses, and how many there were"
     needed: Breakdown | None = None
     "the memory that a step was estimated to take"
-    answers: Answers | None = None
+    answers: TeacherOutputCache | None = None
     "what the teacher was asked beforehand, if it was"
     compiled: bool = False
     "whether the first step compiles the networks"
@@ -68,7 +68,7 @@ class Run:
     def global_batch(self) -> int:
         """Samples in one optimiser step, over all micro-batches and processes."""
         optim = self.config.optim
-        return optim.batch_size * optim.accumulate * self.accelerator.num_processes
+        return optim.batch_size * optim.gradient_accumulation_steps * self.accelerator.num_processes
 
 
 def build(
@@ -86,7 +86,9 @@ def build(
     device, dtype = accelerator.device, compute_dtype(config.run.precision, accelerator.device)
     # Before an adapter is among its weights, and before they are rounded.
     about = (
-        {"teacher": teacher.fingerprint(with_network=True), "dtype": str(dtype)} if config.data.teacher_draws else {}
+        {"teacher": teacher.fingerprint(with_network=True), "dtype": str(dtype)}
+        if config.data.teacher_cache_samples
+        else {}
     )
     teacher.network.to(device)
     student = make_student(
@@ -118,10 +120,10 @@ def build(
         for module in (student.teacher, online, student.target)
     )
     perceptual = perceptual_distance(config.objective, device)
-    models = Models(schedule, of_teacher, of_student, of_target, null, perceptual, has_dropout=student.has_dropout)
+    models = Networks(schedule, of_teacher, of_student, of_target, null, perceptual, has_dropout=student.has_dropout)
     answers = None
-    if config.data.teacher_draws:
-        asked = ask_teacher(
+    if config.data.teacher_cache_samples:
+        asked = precompute(
             cache_root(config.data),
             config.objective,
             models,
@@ -130,7 +132,7 @@ def build(
             dataset,
             {**about, "data": [folder.name for folder in dataset.folders]},
             seed=config.run.seed,
-            draws=config.data.teacher_draws,
+            draws=config.data.teacher_cache_samples,
             caption_drop=config.data.caption_drop,
             batch_size=config.optim.batch_size,
             device=device,
@@ -139,12 +141,12 @@ def build(
             on_progress=on_asked,
         )
         accelerator.wait_for_everyone()
-        answers = Answers(asked, len(dataset))
+        answers = TeacherOutputCache(asked, len(dataset))
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is asked nothing more
     shapes = len(set(dataset.shapes or [()]))
     is_adapter = student.adapter is not None
-    compiled = pays(config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter)
+    compiled = should_compile(config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter)
     if compiled:
         compile_blocks(networks, shapes)
     side_by_side = None
@@ -154,7 +156,7 @@ def build(
         parameters = sum(p.numel() for p in student.trainable.values())
         side_by_side = division(config.objective, models, parameters, asks=answers is None)
     by_noise = torch.zeros(2, NOISE_BINS, device=device)
-    writer = Writer(folder / "checkpoints", config.run.keep_checkpoints)
+    writer = CheckpointWriter(folder / "checkpoints", config.run.keep_checkpoints)
     return Run(
         config,
         folder,
@@ -173,24 +175,24 @@ def build(
     )
 
 
-def prepare_all(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
+def prepare_data(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
     """The folders of every source's chunks, once all of them are there."""
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
     for spec in config.data.sources:
-        with progress(f"preparing {spec}", config.data.count, enabled=rank == 0) as bar:
-            tell, seed = telling(f"preparing {spec}", bar, stop, loud=rank == 0), config.run.seed
+        with progress(f"preparing {spec}", config.data.max_samples, enabled=rank == 0) as bar:
+            tell, seed = progress_callback(f"preparing {spec}", bar, stop, loud=rank == 0), config.run.seed
             folders.append(
                 prepare(spec, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=tell)
             )
     accelerator.wait_for_everyone()
     if rank == 0:
         for folder in folders:
-            mark_whole(folder, config.data.count)
+            mark_complete(folder, config.data.max_samples)
     return folders
 
 
-def telling(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Callable[[int], None]:
+def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Callable[[int], None]:
     """To be told how far something is: shows it, in lines where there is no bar, and stops where an end was asked for."""
     last = time.monotonic()
 

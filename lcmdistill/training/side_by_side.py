@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Conditioning, Models, Network
+from lcmdistill.diffusion.types import Batch, Conditioning, Network, Networks
 from lcmdistill.objectives.base import Objective, forwards, only
 
 SMALL = 2**25
@@ -39,17 +39,17 @@ class Ahead:
         )
 
     def asked(
-        self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Models]]
-    ) -> Iterator[tuple[Rng, Batch, Models]]:
+        self, objective: Objective, micro_batches: Iterable[tuple[Rng, Batch, Networks]]
+    ) -> Iterator[tuple[Rng, Batch, Networks]]:
         """The same micro-batches in their order, their networks being asked already, or asked by now.
 
         The next one is to be taken only when the optimiser has stepped and the target has followed.
         """
 
-        def ask(thread: ThreadPoolExecutor, role: str, rng: Rng, batch: Batch, some: Models) -> Answered:
+        def ask(thread: ThreadPoolExecutor, role: str, rng: Rng, batch: Batch, some: Networks) -> Answered:
             return thread.submit(answers, objective, some, role, rng, batch).result
 
-        def begun() -> Iterator[tuple[Rng, Batch, Models, Callable[[], Network]]]:
+        def begun() -> Iterator[tuple[Rng, Batch, Networks, Callable[[], Network]]]:
             for rng, batch, models in micro_batches:
                 if self.asks:
                     answered = ask(self.frozen, "teacher", rng, batch, only(models, "teacher"))
@@ -72,7 +72,7 @@ class Ahead:
         return self._student.submit(work).result() if self.asks else work()
 
 
-def answers(objective: Objective, models: Models, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
+def answers(objective: Objective, models: Networks, role: str, rng: Rng, batch: Batch) -> list[X0Eps]:
     """What one of the networks answers in an objective's loss. models: what leads to its question, and itself."""
     heard: list[X0Eps] = []
     network: Network = getattr(models, role)
@@ -95,7 +95,7 @@ def repeating(answered: Answered) -> Network:
     return lambda z, t, c, w: next(told)
 
 
-def division(objective: Objective, models: Models, parameters: int, *, asks: bool) -> Ahead | None:
+def division(objective: Objective, models: Networks, parameters: int, *, asks: bool) -> Ahead | None:
     """How this CPU best divides the micro-batches of a network; None leaves them whole.
 
     parameters: of what is trained; asks: whether the teacher is asked at every step.

@@ -21,7 +21,7 @@ class Stop:
 
 
 @contextmanager
-def gently_stoppable() -> Iterator[Stop]:
+def catch_signals() -> Iterator[Stop]:
     """The first signal is noted, for the program to end at a good place; a second one ends it at once."""
     stop = Stop()
 
@@ -42,7 +42,7 @@ def gently_stoppable() -> Iterator[Stop]:
 
 
 @contextmanager
-def ends_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the program as Ctrl-C does, through what tidies up behind it: a SystemExit of 143."""
 
     def end(number: int, frame: Any) -> None:

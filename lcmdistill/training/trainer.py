@@ -16,30 +16,30 @@ from torch import Tensor
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.eviction import make_room
+from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_folder, cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
 from lcmdistill.data.sampler import SampleOrder
-from lcmdistill.data.survey import left_out
-from lcmdistill.data.teacher_cache import which_draw
+from lcmdistill.data.survey import unused_samples
+from lcmdistill.data.teacher_cache import cached_noise_index
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Models, x0_eps_network
-from lcmdistill.export.trained_student import write_product
+from lcmdistill.diffusion.types import Batch, Networks, x0_eps_network
+from lcmdistill.export.trained_student import write_trained_student
 from lcmdistill.objectives.base import Objective
-from lcmdistill.objectives.common import place_of
+from lcmdistill.objectives.common import noise_level_fraction
 from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.best import advice, keep_best
+from lcmdistill.training.best import best_checkpoint_advice, keep_best
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
-from lcmdistill.training.distributed import Accelerator, Agreement, least_free, make_accelerator, over_processes
-from lcmdistill.training.memory.plan import MemoryCheck, planned, tell
+from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
+from lcmdistill.training.memory.plan import MemoryCheck, log_plan, plan_memory
 from lcmdistill.training.optimizer import learning_rate_at
-from lcmdistill.training.preflight import guard
-from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, settle
-from lcmdistill.training.setup import NOISE_BINS, Run, build, prepare_all, telling
-from lcmdistill.training.signals import Stop, gently_stoppable
-from lcmdistill.training.validation import Validation
+from lcmdistill.training.preflight import validate_for_teacher
+from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, resolve_run_defaults
+from lcmdistill.training.setup import NOISE_BINS, Run, build, prepare_data, progress_callback
+from lcmdistill.training.signals import Stop, catch_signals
+from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import load_checkpoint
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import RunError, UsageError
@@ -67,26 +67,26 @@ def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, optim)
         total = torch.zeros((), device=device)
-        for micro in range(optim.accumulate):
+        for micro in range(optim.gradient_accumulation_steps):
             rng, batch, models = next(micro_batches)
-            last = micro == optim.accumulate - 1
+            last = micro == optim.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.online):
                 each = _backward(run, objective, models, batch, rng)
-            total += each.mean() / optim.accumulate
+            total += each.mean() / optim.gradient_accumulation_steps
             t, _ = objective.pair(run.models.schedule, rng)
-            run.by_noise += _binned(each, place_of(run.models.schedule, t))
+            run.by_noise += _binned(each, noise_level_fraction(run.models.schedule, t))
         norm = _of_student(run, update)
         run.step += 1
         yield total, norm
 
 
-def _backward(run: Run, objective: Objective, models: Models, batch: Batch, rng: Rng) -> Tensor:
+def _backward(run: Run, objective: Objective, models: Networks, batch: Batch, rng: Rng) -> Tensor:
     """Add the gradients of a micro-batch's share of the step's mean loss; returns each sample's loss, (B,)."""
 
     def whole() -> Tensor:
         models.seed_dropout(rng)
         each = objective.loss(models, batch, rng)
-        run.accelerator.backward(each.mean() / run.config.optim.accumulate)
+        run.accelerator.backward(each.mean() / run.config.optim.gradient_accumulation_steps)
         return each.detach()
 
     return _of_student(run, whole)
@@ -103,14 +103,18 @@ def _micro_batches(run: Run) -> Iterator[tuple[Rng, list[int]]]:
     size = len(run.dataset)
     order = SampleOrder(size, seed, run.global_batch, run.dataset.shapes)
     for step in range(run.step, optim.max_train_steps):
-        for micro in range(optim.accumulate):
+        for micro in range(optim.gradient_accumulation_steps):
             first = (micro * run.accelerator.num_processes + run.accelerator.process_index) * optim.batch_size
             places = range(first, first + optim.batch_size)
             indices = order.indices(step, places)
             kept = None
-            if data.teacher_draws:
+            if data.teacher_cache_samples:
                 kept = list(
-                    zip(indices, which_draw(step, places, run.global_batch, size, data.teacher_draws), strict=True)
+                    zip(
+                        indices,
+                        cached_noise_index(step, places, run.global_batch, size, data.teacher_cache_samples),
+                        strict=True,
+                    )
                 )
             yield Rng(seed, step, places, run.accelerator.device, kept), indices
 
@@ -128,13 +132,13 @@ def _read(run: Run) -> Iterator[tuple[Rng, Batch]]:
 
 def _asked(
     run: Run, objective: Objective, micro_batches: Iterator[tuple[Rng, Batch]]
-) -> Iterator[tuple[Rng, Batch, Models]]:
+) -> Iterator[tuple[Rng, Batch, Networks]]:
     """Each with the networks that its loss is to ask."""
     answered = ((rng, batch, _answered(run, rng)) for rng, batch in micro_batches)
     return run.side_by_side.asked(objective, answered) if run.side_by_side is not None else answered
 
 
-def _answered(run: Run, rng: Rng) -> Models:
+def _answered(run: Run, rng: Rng) -> Networks:
     """The run's models, with a teacher that was asked beforehand, if it was."""
     if run.answers is None:
         return run.models
@@ -170,7 +174,7 @@ def distill(config: RunConfig, documents: RunDocuments) -> Path:
 
     Raises UsageError for what the user can mend, RunError for what went wrong on the way, Interrupted after Ctrl-C.
     """
-    with gently_stoppable() as stop:
+    with catch_signals() as stop:
         accelerator = make_accelerator(config)
         try:
             return _distill(config, documents, accelerator, stop)
@@ -197,15 +201,15 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
     if loud:
         say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
-    config = settle(config, world, teacher)
+    config = resolve_run_defaults(config, world, teacher)
     if loud:
         check_run(config)
-    guard(config, teacher)
-    plan = planned(config, teacher, accelerator.device, free=least_free(accelerator), world=world, loud=loud)
+    validate_for_teacher(config, teacher)
+    plan = plan_memory(config, teacher, accelerator.device, free=min_free_memory(accelerator), world=world, loud=loud)
     if plan is not None:
         config = plan.config
         if loud:
-            tell(plan)
+            log_plan(plan)
     stop.check("stopped before anything was begun; the same command begins anew, or goes on where it was")
     accelerator.wait_for_everyone()
     if loud:
@@ -213,25 +217,29 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
         data, seed = config.data, config.run.seed
         open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources}, asked)
     teacher.to(accelerator.device)
-    folders = prepare_all(config, teacher, accelerator, stop)
-    dataset = LatentDataset(folders, [config.data.count] * len(folders))
+    folders = prepare_data(config, teacher, accelerator, stop)
+    dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            say(f"data {spec}: {report}{left_out(spec, config.data, report, takes_prompts=not teacher.in_pixels)}")
+            say(
+                f"data {spec}: {report}{unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)}"
+            )
     if not len(dataset):
         raise UsageError("the data hold nothing usable; run with --dry-run to see why")
-    validation = Validation(config, teacher, folder) if loud else None
+    validation = Validator(config, teacher, folder) if loud else None
     if validation is not None and config.run.validate_every:
         at_teacher = "stopped while the teacher drew its own validation pictures; the same command goes on"
         dtype = compute_dtype(config.run.precision, accelerator.device)
-        validation.see_teacher(dtype, lambda images: stop.check(at_teacher))
-    draws = config.data.teacher_draws
+        validation.generate_references(dtype, lambda images: stop.check(at_teacher))
+    draws = config.data.teacher_cache_samples
     with progress("asking the teacher", len(dataset) * draws, enabled=loud and draws > 0) as bar:
-        run = build(config, folder, accelerator, teacher, dataset, telling("asking the teacher", bar, stop, loud=loud))
+        run = build(
+            config, folder, accelerator, teacher, dataset, progress_callback("asking the teacher", bar, stop, loud=loud)
+        )
     run.needed = plan and plan.needed
     if loud:
         used = [*dataset.folders, *([run.answers.folder] if run.answers else [])]
-        make_room(cache_root(config.data), config.data.cache_limit * 1e9, used)
+        evict_lru(cache_root(config.data), config.data.cache_limit * 1e9, used)
     if done:
         _restore(run, done[-1])
         if loud:
@@ -246,17 +254,17 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
         if metrics is not None:
             metrics.close()
     if loud and validation is not None:
-        what = write_product(config, folder, teacher, run.student, documents.card(config, folder, teacher))
+        what = write_trained_student(config, folder, teacher, run.student, documents.card(config, folder, teacher))
         documents.write(config, folder, teacher)
         mark_finished(folder, run.step)
-        if better := advice(folder, config.run.best_metric):
+        if better := best_checkpoint_advice(folder, config.run.best_metric):
             say(better)
         say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {quote(str(folder))} --steps 4")
     accelerator.wait_for_everyone()
     return folder
 
 
-def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, stop: Stop) -> None:
+def _follow(run: Run, validation: Validator | None, metrics: Metrics | None, stop: Stop) -> None:
     """Go through the steps; log, check, validate and save at their times."""
     config, accelerator = run.config.run, run.accelerator
     total = run.config.optim.max_train_steps
@@ -265,7 +273,7 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
         if validation is not None and _due(run.step, config.validate_every, total) and validation.is_missing(run.step):
             _validate(run, validation, metrics)
         count, since = 0, time.monotonic()
-        agreement = Agreement(stop, accelerator)
+        agreement = StopSignal(stop, accelerator)
         memory = MemoryCheck(run.needed if validation is not None else None, accelerator.device)
         for loss, norm in train_steps(run, run.config.objective):
             memory.after_step()
@@ -275,9 +283,9 @@ def _follow(run: Run, validation: Validation | None, metrics: Metrics | None, st
             signalled = agreement.signal()
             at_log = run.step % config.log_every == 0 or run.step == total
             if at_log:
-                mean = float(over_processes(torch.stack(run.unlogged).mean(), accelerator).mean())
+                mean = float(gather(torch.stack(run.unlogged).mean(), accelerator).mean())
                 _check_finite(mean, norm, run)
-                sums, counts = over_processes(run.by_noise, accelerator).sum(0).tolist()
+                sums, counts = gather(run.by_noise, accelerator).sum(0).tolist()
                 seconds = time.monotonic() - since
                 speed, waiting = count * run.global_batch / seconds, run.waited / seconds
                 if metrics is not None:
@@ -312,8 +320,8 @@ def _due(step: int, every: int, total: int) -> bool:
     return every > 0 and (step % every == 0 or step == total)
 
 
-def _validate(run: Run, validation: Validation, metrics: Metrics | None) -> None:
-    numbers = validation.draw(run.step, run.student.for_drawing(), metrics)
+def _validate(run: Run, validation: Validator, metrics: Metrics | None) -> None:
+    numbers = validation.draw(run.step, run.student.for_sampling(), metrics)
     told = f"step {run.step} drawn: {validation.picture(run.step)}"
     if numbers:
         distances = (f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS)
@@ -340,7 +348,7 @@ def _check_finite(loss: float, norm: Tensor, run: Run) -> None:
 
 def _save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
-    by_noise = over_processes(run.by_noise, run.accelerator).sum(0).tolist()
+    by_noise = gather(run.by_noise, run.accelerator).sum(0).tolist()
     if run.accelerator.is_main_process:
         if not all(bool(value.isfinite().all()) for value in run.student.trainable.values()):
             _check_finite(math.nan, torch.tensor(math.nan), run)

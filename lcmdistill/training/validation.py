@@ -15,20 +15,20 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.evaluation.latents import TEACHER_STEPS, Tell, student_latents, teacher_latents
+from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
 from lcmdistill.evaluation.metrics.measures import FREE
-from lcmdistill.evaluation.sweep import FORMAT, MEASURED, Pixels, as_image, digest, drawn, numbers_of
+from lcmdistill.evaluation.sweep import FORMAT, MEASURED, Pixels, as_image, cached_latents, digest, numbers_of
 from lcmdistill.sampling.generate import grid
 from lcmdistill.sampling.prompts import SHOWN, STEPS, default_prompts
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.utils.atomic import file_written_aside, write_text
+from lcmdistill.utils.atomic import atomic_file, write_text
 from lcmdistill.utils.logging import say
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
 
 
-class Validation:
+class Validator:
     """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher.
 
     The newest pictures of SHOWN steps lie beside it one by one, sample-0.png and on, their prompts inside.
@@ -54,7 +54,7 @@ class Validation:
     def _cache(self) -> Path:
         return cache_root(self._config.data) / "evaluation"
 
-    def see_teacher(self, dtype: torch.dtype, tell: Tell) -> None:
+    def generate_references(self, dtype: torch.dtype, tell: ProgressCallback) -> None:
         """Draw what the student is to come to: the teacher's full steps, once; a resumed run finds it in the cache.
 
         To be called while the teacher's network is its own: a LoRA's adapters come later. dtype: of its arithmetic.
@@ -76,7 +76,7 @@ class Validation:
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
 
-        self._reference = Pixels(teacher, drawn(place, draw).latents, self._batch_size, [])
+        self._reference = Pixels(teacher, cached_latents(place, draw).latents, self._batch_size, [])
 
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
         """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device.
@@ -94,7 +94,7 @@ class Validation:
         columns, numbers = [], {}
         for n in STEPS:
             draw = partial(self._latents, pipeline, n)
-            latents = drawn(kept / f"{n}.safetensors", draw).latents if kept else draw()
+            latents = cached_latents(kept / f"{n}.safetensors", draw).latents if kept else draw()
             pixels = Pixels(teacher, latents, self._batch_size, [])
             columns.append([image for _, some in pixels.parts() for image in map(as_image, some)])
             found = self._numbers(pixels, kept / f"{n}.json" if kept else None)
@@ -103,7 +103,7 @@ class Validation:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
         picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
-        with file_written_aside(self.picture(step)) as aside:
+        with atomic_file(self.picture(step)) as aside:
             picture.save(aside)
         for i, (prompt, image) in enumerate(zip(self._prompts, columns[STEPS.index(SHOWN)], strict=True)):
             info = PngInfo()

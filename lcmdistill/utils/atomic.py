@@ -12,7 +12,7 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def written_aside(destination: Path) -> Iterator[Path]:
+def atomic_dir(destination: Path) -> Iterator[Path]:
     """A fresh folder to write into, which takes the place of `destination` once the block ends without an error."""
     aside = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -34,7 +34,7 @@ def written_aside(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def file_written_aside(destination: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_file(destination: Path, *, shared: bool = False) -> Iterator[Path]:
     """The same for one file: a path to write to, with the destination's ending, by which some programs go.
 
     shared: other processes may write the same file at the same time, whose last one stays; without the ending, so that
@@ -52,8 +52,8 @@ def file_written_aside(destination: Path, *, shared: bool = False) -> Iterator[P
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """A small text file, whole or not there. shared: as `file_written_aside`."""
-    with file_written_aside(path, shared=shared) as aside:
+    """A small text file, whole or not there. shared: as `atomic_file`."""
+    with atomic_file(path, shared=shared) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.utils.atomic import written_aside
+from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoints, step_name
 
@@ -37,7 +37,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-N` under `folder`, or another name. groups: name -> tensors; state: plain values and tensors only."""
     path = folder / (name or step_name(step))
-    with written_aside(path) as aside:
+    with atomic_dir(path) as aside:
         for name, tensors in groups.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
         torch.save({"step": step, **state}, aside / "state.pt")

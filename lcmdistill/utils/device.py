@@ -11,7 +11,7 @@ from torch import Tensor
 from lcmdistill.utils.errors import UsageError
 
 
-def onto(value: Tensor, device: torch.device | str) -> Tensor:
+def copy_to_device(value: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the CPU on another device, without waiting for what that device is still at."""
     if torch.device(device).type != "cuda":
         return value.to(device)

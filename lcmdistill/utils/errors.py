@@ -27,7 +27,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The sentence and the exit code for any exception that reaches the command line."""
     if isinstance(error, UsageError | RunError | Interrupted):
         return str(error), error.exit_code
-    if isinstance(error, SystemExit):  # of `ends_on_sigterm`
+    if isinstance(error, SystemExit):  # of `exit_on_sigterm`
         return "stopped; what was saved before is intact", int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved before is intact", 130
@@ -40,6 +40,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
-        return "out of memory; lower --batch-size and raise --accumulate by the same factor, or lower --resolution", 1
+        return (
+            "out of memory; lower --batch-size and raise --gradient-accumulation-steps by the same factor, "
+            "or lower --resolution",
+            1,
+        )
     text = str(error).strip().split("\n")[0] or "no message"
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1

@@ -17,7 +17,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step that a checkpoint was written at."""
     return int(path.name.removeprefix("step-"))
 
@@ -35,7 +35,7 @@ def lora_file(run: Path) -> Path:
     return files[0]
 
 
-def check_place(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise UsageError unless a file or folder can be made there; found out by trying, as rights alone do not tell."""
     above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not above.is_dir():

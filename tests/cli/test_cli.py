@@ -17,7 +17,7 @@ from lcmdistill import cli
 from lcmdistill.config.toml import read_toml
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import checkpoint, preflight
-from lcmdistill.training.run_settings import settle
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils import errors
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import resolve
@@ -63,7 +63,7 @@ def sentence(error: str) -> str:
         (["--skip", "0"], "objective.skip (k) is 0; it must be from 1 to 999"),
         (["--set", "objective.w_min=9"], "objective.w_min is 9.0, above objective.w_max"),
         (["--batch-size", "0"], "optim.batch_size is 0; it must be at least 1"),
-        (["--accumulate", "0"], "optim.accumulate is 0; it must be at least 1"),
+        (["--gradient-accumulation-steps", "0"], "optim.gradient_accumulation_steps is 0; it must be at least 1"),
         (["--max-train-steps", "-5"], "optim.max_train_steps is -5; it must be at least 1"),
         (["--learning-rate", "nan"], "optim.learning_rate is nan; it must be a finite number"),
         (["--device", "gpu"], "--device 'gpu' is no device"),
@@ -172,7 +172,7 @@ def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch:
     assert waited[0] >= 1
 
 
-OUT_OF_MEMORY = "out of memory; lower --batch-size and raise --accumulate by the same factor, or lower --resolution"
+OUT_OF_MEMORY = "out of memory; lower --batch-size and raise --gradient-accumulation-steps by the same factor, or lower --resolution"
 
 NO_SPACE = "no space is left on the disk; free some or choose another --output"
 
@@ -362,7 +362,7 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     toml = told[told.index("[teacher]") : told.index("output: out")]
     (tmp_path / "printed.toml").write_text(toml)
     printed = resolve(read_toml(tmp_path / "printed.toml"), {})
-    assert printed == settle(printed, 1, load_teacher(printed.teacher.model))
+    assert printed == resolve_run_defaults(printed, 1, load_teacher(printed.teacher.model))
     assert command(*options)[0] == 0
     assert (tmp_path / "out" / "config.toml").read_text().strip() == toml.strip()
 

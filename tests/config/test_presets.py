@@ -15,7 +15,7 @@ from lcmdistill.config.resolve import with_values
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, read_toml
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.run_settings import settle
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import build_sdxl
 from tests.support.runs import preset_changes, resolve
@@ -48,7 +48,7 @@ def test_a_preset_is_what_was_published(
     said = of(kind, preset)
     assert said["optim.learning_rate"] == rate
     assert (said["objective.w_min"], said["objective.w_max"]) == omega
-    assert said["optim.batch_size"] * said["optim.accumulate"] == batch
+    assert said["optim.batch_size"] * said["optim.gradient_accumulation_steps"] == batch
     assert said["optim.max_train_steps"] == steps
     assert said["objective.skip"] == 20
     assert {key: said[key] for key in more} == more
@@ -107,12 +107,15 @@ def test_a_teacher_s_resolution_is_its_own_where_nobody_chose(small_teacher: Pat
     teacher = load_teacher(str(small_teacher))
     assert teacher.usual["data.resolution"] == 16  # 8 latent pixels, a factor of 2
     bare, told = (resolve({}, {"teacher.model": str(small_teacher), **more}) for more in ({}, {"data.resolution": 512}))
-    assert settle(bare, 1, teacher).data.resolution == 16
-    assert settle(told, 1, teacher).data.resolution == 512
-    assert settle(resolve({"data.resolution": 512}, {}), 1, teacher).data.resolution == 512
-    assert settle(resolve({}, {"teacher.model": "tiny"}), 1, teacher).data.resolution == 64
+    assert resolve_run_defaults(bare, 1, teacher).data.resolution == 16
+    assert resolve_run_defaults(told, 1, teacher).data.resolution == 512
+    assert resolve_run_defaults(resolve({"data.resolution": 512}, {}), 1, teacher).data.resolution == 512
+    assert resolve_run_defaults(resolve({}, {"teacher.model": "tiny"}), 1, teacher).data.resolution == 64
     # nor does a key that the objective does not have come in
-    assert settle(bare, 1, replace(teacher, published={"objective.unheard_of": 1})).objective == bare.objective
+    assert (
+        resolve_run_defaults(bare, 1, replace(teacher, published={"objective.unheard_of": 1})).objective
+        == bare.objective
+    )
 
 
 def test_a_run_at_the_teacher_s_own_resolution_resumes(
@@ -156,11 +159,11 @@ def test_sdxl_starts_at_its_own_omega(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_sdxl(tmp_path / "model")))
     assert teacher.usual == {"objective.w_min": 3.0, "data.resolution": 64}  # 16 latent pixels, a factor of 4
     for preset in (None, "diffusers"):
-        config = settle(resolve({}, {"teacher.model": "owner/name"}, preset), 1, teacher)
+        config = resolve_run_defaults(resolve({}, {"teacher.model": "owner/name"}, preset), 1, teacher)
         assert (config.objective.w_min, config.objective.w_max) == (3.0, 15.0)
-    assert settle(resolve({}, {"student.kind": "lora"}), 1, teacher).objective.w_min == 7.5
-    assert settle(resolve({}, {"student.kind": "lora"}, "diffusers"), 1, teacher).objective.w_min == 3.0
-    assert settle(resolve({}, {}, "paper"), 1, teacher).objective.w_min == 2.0
+    assert resolve_run_defaults(resolve({}, {"student.kind": "lora"}), 1, teacher).objective.w_min == 7.5
+    assert resolve_run_defaults(resolve({}, {"student.kind": "lora"}, "diffusers"), 1, teacher).objective.w_min == 3.0
+    assert resolve_run_defaults(resolve({}, {}, "paper"), 1, teacher).objective.w_min == 2.0
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

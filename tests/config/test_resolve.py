@@ -22,11 +22,11 @@ from tests.support.runs import resolve
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
 KEYS = """
-data.buckets data.cache_dir data.cache_limit data.caption_drop data.count data.crop data.draw_steps data.flip
-data.guidance_scale data.max_watermark data.min_size data.prompts data.resolution data.sources data.teacher_draws
+data.buckets data.cache_dir data.cache_limit data.caption_drop data.max_samples data.crop data.teacher_steps data.flip
+data.guidance_scale data.max_watermark data.min_size data.prompts data.resolution data.sources data.teacher_cache_samples
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
 objective.w_max objective.w_min
-optim.accumulate optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_schedule
+optim.gradient_accumulation_steps optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_scheduler
 optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps optim.weight_decay
 run.best_metric run.checkpoint_every run.compile run.device run.gradient_checkpointing run.keep_checkpoints run.log_every
 run.memory run.output run.precision run.push_to_hub run.report_to run.seed run.validate_every run.validation_guidance_scale
@@ -44,7 +44,7 @@ def value(config: RunConfig, dotted: str) -> Any:
 
 
 def test_the_option_list_is_frozen() -> None:
-    optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.count": 1}
+    optional = {"teacher.revision": "a", "teacher.variant": "a", "data.prompts": "a", "data.max_samples": 1}
     optional |= {"data.max_watermark": 0.5, "data.cache_dir": "a", "run.validation_guidance_scale": 1.0}
     optional |= {
         "run.push_to_hub": "a/b",
@@ -177,7 +177,7 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("optim.batch_size=true", "optim.batch_size is True; it must be a whole number"),
         ("optim.batch_size=four", "optim.batch_size is 'four'; it must be a whole number"),
         ("optim.batch_size=0", "optim.batch_size is 0; it must be at least 1"),
-        ("optim.accumulate=-1", "optim.accumulate is -1; it must be at least 1"),
+        ("optim.gradient_accumulation_steps=-1", "optim.gradient_accumulation_steps is -1; it must be at least 1"),
         ("optim.max_train_steps=0", "optim.max_train_steps is 0; it must be at least 1"),
         ("optim.learning_rate=fast", "optim.learning_rate is 'fast'; it must be a number"),
         ("optim.learning_rate=-1e-3", "optim.learning_rate is -0.001"),
@@ -185,14 +185,14 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("optim.adam_eps=inf", "optim.adam_eps is inf; it must be a finite number"),
         ("optim.beta1=1.0", "optim.beta1 is 1.0"),
         ("optim.beta2=-0.1", "optim.beta2 is -0.1"),
-        ("optim.lr_schedule=step", "optim.lr_schedule is 'step'; choose from constant, cosine, linear"),
+        ("optim.lr_scheduler=step", "optim.lr_scheduler is 'step'; choose from constant, cosine, linear"),
         ("objective.w_max=inf", "objective.w_max is inf; it must be a finite number"),
         ("objective.name=dmd", "objective.name is 'dmd'; choose from lcm"),
         ("objective.times=some", "objective.times is 'some'; choose from grid, all"),
         ("data.flip=perhaps", "data.flip is 'perhaps'; it must be true or false"),
         ("data.crop=left", "data.crop is 'left'; choose from center, random"),
         ("data.caption_drop=1.5", "data.caption_drop is 1.5; it must be from 0 to 1"),
-        ("data.count=0", "data.count is 0; it must be at least 1"),
+        ("data.max_samples=0", "data.max_samples is 0; it must be at least 1"),
         ("data.cache_limit=-1", "data.cache_limit is -1.0; it must be at least 0"),
         ("data.min_size=-1", "data.min_size is -1; it must be at least 0"),
         ("data.sources=[1, 2]", "data.sources is [1, 2]; it must be a list of strings"),
@@ -245,7 +245,7 @@ def test_prompts_are_for_the_teacher_s_own_draws() -> None:
         ("optim.learning_rate=1", 1.0),
         ("data.flip=true", True),
         ("data.flip=True", True),
-        ("data.count=none", None),
+        ("data.max_samples=none", None),
         ("data.sources=teacher", ("teacher",)),
         ('data.sources=["tiny", "teacher"]', ("tiny", "teacher")),
         ("run.device=cuda:1", "cuda:1"),
@@ -276,7 +276,7 @@ def test_the_toml_of_a_configuration_reads_back_to_the_same(tmp_path: Path, flag
         "data.sources": ("teacher", "a,b"),
         "run.validation_prompts": ("x", "é"),
     }
-    odd |= {"optim.adam_eps": 1e-20, "data.max_watermark": 0.5, "data.count": 7, "run.precision": "bf16"}
+    odd |= {"optim.adam_eps": 1e-20, "data.max_watermark": 0.5, "data.max_samples": 7, "run.precision": "bf16"}
     for config in (resolve({}, flags), resolve({}, {**odd, **flags})):
         path = tmp_path / "config.toml"
         path.write_text(to_toml(config), encoding="utf-8")

@@ -17,11 +17,11 @@ from lcmdistill.data.latent_cache import cache_folder, prepare
 from lcmdistill.data.sampler import SampleOrder, Shape
 from lcmdistill.data.sources.registry import open_source
 from lcmdistill.data.survey import survey
-from lcmdistill.data.transforms import Sample, judge, transform
+from lcmdistill.data.transforms import Sample, check_sample, transform
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.compile import PAYS_FROM, pays
+from lcmdistill.training.compile import PAYS_FROM, should_compile
 from lcmdistill.training.memory.estimate import step_memory
-from lcmdistill.training.preflight import guard
+from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.utils.errors import UsageError
 from tests.support.data import encoded, picture, write_tar
 from tests.support.models import FAMILY_BUILDERS
@@ -129,7 +129,7 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
     assert len(dataset) == len(dataset.shapes) == 20
     expected = []
     for place, member in enumerate(open_source(str(data), None, 0)):
-        outcome = judge(member, config, 0, place, sizes=sizes)
+        outcome = check_sample(member, config, 0, place, sizes=sizes)
         assert isinstance(outcome, Sample)
         expected.append(outcome)
     counts = Counter("{}x{}".format(*each.frame[4:]) for each in expected)
@@ -183,7 +183,7 @@ def test_what_a_teacher_draws_stands_among_the_squares(
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     teacher, sources = load_teacher(str(folders["sd1"])), (str(shapes_folder), "teacher")
     config = config_for(
-        shapes_folder, tmp_path / "cache", sources=sources, prompts=str(tmp_path / "prompts.txt"), draw_steps=1
+        shapes_folder, tmp_path / "cache", sources=sources, prompts=str(tmp_path / "prompts.txt"), teacher_steps=1
     )
     dataset = LatentDataset([prepare(spec, config, teacher, 0) for spec in sources], [None, None])
     assert dataset.shapes[-2:] == [(16, 16)] * 2
@@ -258,7 +258,7 @@ def test_a_run_resumes_bit_for_bit_and_does_not_care_how_a_step_is_cut(
         )
     expected, found = weights(whole), weights(halves)
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
-    cut = {"optim.batch_size": 2, "optim.accumulate": 2}
+    cut = {"optim.batch_size": 2, "optim.gradient_accumulation_steps": 2}
     parts = weights(distill(settings(folders["sd1"], shapes_folder, tmp_path / "parts", **cut)))
     off = [float((parts[key] - value).norm() / value.norm()) for key, value in expected.items() if key[:7] == "student"]
     assert max(off) < 1e-2  # rounding, which Adam makes steps of where a gradient is next to nothing
@@ -305,7 +305,9 @@ def test_buckets_that_cannot_be_are_refused(
     options: dict[str, Any], said: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        guard(settings(folders["sd1"], shapes_folder, tmp_path, **options), load_teacher(str(folders["sd1"])))
+        validate_for_teacher(
+            settings(folders["sd1"], shapes_folder, tmp_path, **options), load_teacher(str(folders["sd1"]))
+        )
 
 
 def test_a_dry_run_tells_the_buckets(
@@ -325,7 +327,7 @@ def test_captions_that_are_cut_are_counted(family: str, tokens: int, folders: di
     captions = [(f"{i}.txt", ("a" * n).encode()) for i, n in enumerate(lengths)]
     data = write_tar(tmp_path / "data.tar", sorted(pictures + captions))
     config = config_for(data, tmp_path / "cache", buckets=None)
-    (looked,) = survey(config, 0, seconds=60, refuses=teacher.refuses, teacher=teacher)
+    (looked,) = survey(config, 0, seconds=60, rejects=teacher.rejects, teacher=teacher)
     for _ in range(2):  # a later run reads it from the chunk
         (report,) = LatentDataset([prepare(str(data), config, teacher, 0)], [None]).reports
         assert (report.cut, report.tokens) == (looked.cut, looked.tokens) == (3, tokens)
@@ -341,10 +343,17 @@ def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Pat
 
 def test_compiling_pays_where_each_shape_has_steps_enough() -> None:
     gpu = torch.device("cuda")
-    assert [pays("auto", gpu, steps, 7) for steps in (PAYS_FROM, 7 * PAYS_FROM - 1, 7 * PAYS_FROM)] == [
+    assert [should_compile("auto", gpu, steps, 7) for steps in (PAYS_FROM, 7 * PAYS_FROM - 1, 7 * PAYS_FROM)] == [
         False,
         False,
         True,
     ]
-    assert (pays("auto", gpu, PAYS_FROM), pays("on", gpu, 1, 7), pays("off", gpu, 10**6)) == (True, True, False)
-    assert (pays("auto", gpu, 10**6, adapter=True), pays("on", gpu, 1, adapter=True)) == (False, True)
+    assert (
+        should_compile("auto", gpu, PAYS_FROM),
+        should_compile("on", gpu, 1, 7),
+        should_compile("off", gpu, 10**6),
+    ) == (True, True, False)
+    assert (should_compile("auto", gpu, 10**6, adapter=True), should_compile("on", gpu, 1, adapter=True)) == (
+        False,
+        True,
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcmdistill.data.eviction import make_room
+from lcmdistill.data.eviction import evict_lru
 from tests.support.runs import distill, resolve
 from tests.support.speed import Settings
 
@@ -22,10 +22,10 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     evaluation = tmp_path / "evaluation" / "abc"
     evaluation.mkdir(parents=True)
     oldest = made[3]
-    assert make_room(tmp_path, 2500, [oldest]) == 2000  # the oldest is needed, and the two after it go
+    assert evict_lru(tmp_path, 2500, [oldest]) == 2000  # the oldest is needed, and the two after it go
     assert [folder.is_dir() for folder in made] == [True, False, False, True]
-    assert make_room(tmp_path, 2500, []) == 0
-    assert make_room(tmp_path, 0, [oldest]) == 1000
+    assert evict_lru(tmp_path, 2500, []) == 0
+    assert evict_lru(tmp_path, 0, [oldest]) == 1000
     assert oldest.is_dir()
     assert evaluation.is_dir()
 
@@ -41,7 +41,7 @@ def test_room_that_another_run_makes_meanwhile_is_no_failure(tmp_path: Path, mon
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", too_late)
-    assert make_room(tmp_path, 0, []) == 0
+    assert evict_lru(tmp_path, 0, []) == 0
     assert not folder.exists()
 
 
@@ -50,7 +50,7 @@ def test_a_run_makes_room_for_itself_and_keeps_what_it_needs(speed_settings: Set
     other = cache / "latents" / ("0" * 24)
     other.mkdir(parents=True)
     (other / "0.safetensors").write_bytes(bytes(10))
-    told = {**speed_settings, "data.teacher_draws": 1, "data.cache_limit": 1e-9}
+    told = {**speed_settings, "data.teacher_cache_samples": 1, "data.cache_limit": 1e-9}
     distill(resolve({}, told))
     assert not other.exists()
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}

@@ -15,11 +15,11 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data import chunks
 from lcmdistill.data import latent_cache as cache
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import cache_folder, mark_whole, prepare
+from lcmdistill.data.latent_cache import cache_folder, mark_complete, prepare
 from lcmdistill.data.sampler import SampleOrder, epoch_order
 from lcmdistill.data.sources.registry import SOURCES, kind_of, open_source
 from lcmdistill.data.sources.teacher import read_prompts
-from lcmdistill.data.survey import left_out, survey, usable_count
+from lcmdistill.data.survey import survey, unused_samples, usable_count
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import RunError, UsageError
@@ -111,7 +111,7 @@ def test_two_ranks_prepare_what_one_does(
     options: dict[str, Any] = {}
     if source == "teacher":
         (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
-        spec, options = "teacher", {"prompts": str(tmp_path / "prompts.txt"), "count": 10, "draw_steps": 2}
+        spec, options = "teacher", {"prompts": str(tmp_path / "prompts.txt"), "count": 10, "teacher_steps": 2}
     one = prepare(spec, config_for(spec, tmp_path / "one", **options), teacher, 0)
     config = config_for(spec, tmp_path / "two", **options)
     shares = []
@@ -130,7 +130,9 @@ def test_what_shapes_the_latents_is_in_the_key(tmp_path: Path, teacher: Teacher,
         return cache_folder(spec, config, teacher, seed)
 
     assert key(seed=1) == key()  # nothing is drawn
-    assert key(replace(config, caption_drop=0.5, count=3, guidance_scale=2.0)) == key()  # nothing of it is encoded
+    assert (
+        key(replace(config, caption_drop=0.5, max_samples=3, guidance_scale=2.0)) == key()
+    )  # nothing of it is encoded
     crops = replace(config, crop="random")
     assert key(crops, seed=1) != key(crops)
     drawn = replace(config, sources=("teacher",))
@@ -144,7 +146,7 @@ def test_what_shapes_the_latents_is_in_the_key(tmp_path: Path, teacher: Teacher,
         key(drawn, spec="teacher"),
         key(drawn, spec="teacher", seed=1),
         key(replace(drawn, guidance_scale=2.0), spec="teacher"),
-        key(replace(drawn, draw_steps=3), spec="teacher"),
+        key(replace(drawn, teacher_steps=3), spec="teacher"),
     ]
     (tmp_path / "prompts.txt").write_text("a cat")
     changed.append(key(replace(drawn, prompts=str(tmp_path / "prompts.txt")), spec="teacher"))
@@ -210,7 +212,7 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
     for at_once in (1, 3):
         monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", at_once * 16 * 16)
         config = config_for(
-            "teacher", tmp_path / str(at_once), prompts=str(tmp_path / "prompts.txt"), count=7, draw_steps=3
+            "teacher", tmp_path / str(at_once), prompts=str(tmp_path / "prompts.txt"), max_samples=7, teacher_steps=3
         )
         dataset = LatentDataset([prepare("teacher", config, teacher, 0)], [7])
         assert len(dataset) == 7  # the prompts go round
@@ -223,7 +225,7 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
     assert (mean[0] - mean[3]).abs().max() > 0.1  # ... on other noise
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(chunks.derive_seed(0, "draw", 2)))
     options: dict[str, Any] = {"steps": 3, "guidance_scale": 7.5, "scheduler": "DPMSolverMultistepScheduler"}
-    drawn = teacher.draw_latents(["a cow"], noise[None], **options)
+    drawn = teacher.generate_latents(["a cow"], noise[None], **options)
     torch.testing.assert_close(mean[2:3], drawn, rtol=2e-3, atol=2e-3)
 
 
@@ -231,7 +233,7 @@ def test_a_larger_count_adds_to_a_smaller_one(tmp_path: Path, teacher: Teacher, 
     config = config_for(spec, tmp_path / "cache")
     lengths = {}
     for count in (3, 11, 6):
-        folder = prepare(spec, replace(config, count=count), teacher, 0)
+        folder = prepare(spec, replace(config, max_samples=count), teacher, 0)
         lengths[count] = len(LatentDataset([folder], [count]))
     assert lengths == {3: 3, 11: 10, 6: 5}  # the sixth member is a bad one
     assert len(LatentDataset([folder], [3])) == 3
@@ -243,15 +245,15 @@ def test_members_that_were_removed_from_a_cache_are_missed(
     tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None
 ) -> None:
     """By a run that made room, or by hand: fewer samples than were asked for must not go unnoticed."""
-    config = replace(config_for(spec, tmp_path / "cache"), count=11)
+    config = replace(config_for(spec, tmp_path / "cache"), max_samples=11)
     folder = prepare(spec, config, teacher, 0)
-    mark_whole(folder, 11)
+    mark_complete(folder, 11)
     for lost in (0, 1):
         sorted(folder.glob("*.safetensors"))[lost].unlink()
         with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
-            mark_whole(folder, 11)
+            mark_complete(folder, 11)
         assert len(LatentDataset([prepare(spec, config, teacher, 0)], [11])) == 10
-        mark_whole(folder, 11)
+        mark_complete(folder, 11)
 
 
 @pytest.mark.parametrize("metadata", [False, True])
@@ -280,9 +282,9 @@ def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
     config = config_for(str(data), tmp_path / "cache")
     assert cache_folder(str(data), config, teacher, 0) != cache_folder(str(data), config, teacher, 1)
     counting = Counting(teacher, monkeypatch)
-    few = contents(prepare(str(data), replace(config, count=8), teacher, 0))
+    few = contents(prepare(str(data), replace(config, max_samples=8), teacher, 0))
     assert counting.images == 8
-    many = contents(prepare(str(data), replace(config, count=20), teacher, 0))
+    many = contents(prepare(str(data), replace(config, max_samples=20), teacher, 0))
     assert counting.images == 20
     assert many.items() > few.items()
 
@@ -295,17 +297,17 @@ def test_what_a_count_leaves_out_is_said(tmp_path: Path, spec: str) -> None:
         (data / f"{i}.txt").write_text("a")
 
     def said(spec: Path | str, count: int | None) -> str:
-        config = DataConfig(sources=(str(spec),), resolution=16, count=count)
-        return left_out(str(spec), config, survey(config, 0, seconds=60)[0])
+        config = DataConfig(sources=(str(spec),), resolution=16, max_samples=count)
+        return unused_samples(str(spec), config, survey(config, 0, seconds=60)[0])
 
-    why = "taken (data.count, by default as many as the run can use; a larger one takes more)"
+    why = "taken (data.max_samples, by default as many as the run can use; a larger one takes more)"
     assert said(data, 2) == f"; 2 of 3 {why}"
     assert said(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
     assert said("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
     assert {said(data, 3), said(data, None), said(spec, 100), said("teacher", 3000)} == {""}
-    config = DataConfig(sources=("teacher",), resolution=16, count=5)
+    config = DataConfig(sources=("teacher",), resolution=16, max_samples=5)
     report = survey(config, 0, seconds=60)[0]
-    assert left_out("teacher", config, report, takes_prompts=False) == "", "there is nothing to take from"
+    assert unused_samples("teacher", config, report, takes_prompts=False) == "", "there is nothing to take from"
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +352,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path, small_teacher: 
 def test_no_more_is_prepared_than_a_run_can_use(sources: tuple[str, ...], needed: int, count: int | None) -> None:
     expected = len(read_prompts(None)) if count is None else -(-count // 128) * 128
     assert usable_count(DataConfig(sources=sources), needed) == expected
-    assert usable_count(DataConfig(sources=sources, count=7), needed) == 7
+    assert usable_count(DataConfig(sources=sources, max_samples=7), needed) == 7
 
 
 def test_an_epoch_visits_each_sample_once_and_the_next_one_in_another_order() -> None:

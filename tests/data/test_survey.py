@@ -11,7 +11,7 @@ from PIL import Image
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Member
 from lcmdistill.data.survey import survey
-from lcmdistill.data.transforms import Rejected, Sample, judge
+from lcmdistill.data.transforms import Rejected, Sample, check_sample
 from lcmdistill.utils.errors import UsageError
 from tests.support.data import captions, encoded, good, picture, reasons, write_tar
 
@@ -74,12 +74,12 @@ def test_rubbish_is_rejected_whatever_its_decoder_makes_of_it() -> None:
             broken = bytearray(sound)
             for _ in range(draw.choice([1, 3, 30])):
                 broken[draw.randrange(min(len(broken), 200))] = draw.randrange(256)
-            assert isinstance(judge(Member("a", bytes(broken), "a"), config, 0, 0), Sample | Rejected)
+            assert isinstance(check_sample(Member("a", bytes(broken), "a"), config, 0, 0), Sample | Rejected)
 
 
 @pytest.mark.parametrize("kind", ["shard", "folder", "count"])
 def test_a_source_without_anything_usable_fails_within_seconds(tmp_path: Path, kind: str) -> None:
-    config = DataConfig(sources=(str(tmp_path),), resolution=16, count=5 if kind == "count" else None)
+    config = DataConfig(sources=(str(tmp_path),), resolution=16, max_samples=5 if kind == "count" else None)
     if kind == "folder":
         for i in range(2000):
             (tmp_path / f"{i}.png").write_bytes(b"rubbish")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lcmdistill.data.loader import batch_of
-from lcmdistill.data.teacher_cache import ask_teacher, which_draw
+from lcmdistill.data.teacher_cache import cached_noise_index, precompute
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.objectives import OBJECTIVES
@@ -48,7 +48,7 @@ def test_a_kept_answer_is_the_teacher_s_own(name: str, guidance: str, speed_sett
         speed_settings,
         objective__name=name,
         objective__solver="ddim",
-        data__teacher_draws=2,
+        data__teacher_cache_samples=2,
         data__caption_drop=0.3,
         **own,
     )
@@ -74,19 +74,25 @@ def test_omega_stays_free_and_the_rest_is_the_sample_s_own(speed_settings: Setti
 
 
 def test_every_epoch_meets_another_draw_and_then_the_first_again() -> None:
-    assert [which_draw(step, range(4), 4, 8, 2) for step in range(5)] == [[0] * 4, [0] * 4, [1] * 4, [1] * 4, [0] * 4]
-    assert which_draw(1, range(4), 4, 6, 3) == [0, 0, 1, 1]
+    assert [cached_noise_index(step, range(4), 4, 8, 2) for step in range(5)] == [
+        [0] * 4,
+        [0] * 4,
+        [1] * 4,
+        [1] * 4,
+        [0] * 4,
+    ]
+    assert cached_noise_index(1, range(4), 4, 6, 3) == [0, 0, 1, 1]
 
 
 def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = built(speed_settings, data__teacher_draws=2)
+    run = built(speed_settings, data__teacher_cache_samples=2)
     (folder,) = Path(speed_settings["data.cache_dir"], "answers").iterdir()
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(files) == 1
     again = built(
-        speed_settings, data__teacher_draws=2, objective__w_max=3.0, objective__w_min=2.0, student__kind="lora"
+        speed_settings, data__teacher_cache_samples=2, objective__w_max=3.0, objective__w_min=2.0, student__kind="lora"
     )
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     assert next(run.teacher.network.parameters()).device == CPU
@@ -97,7 +103,7 @@ def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
         {"data__caption_drop": 0.5},
         {"objective__guidance": "free"},
     ):
-        built(speed_settings, data__teacher_draws=2, **changed)
+        built(speed_settings, data__teacher_cache_samples=2, **changed)
     assert len(list(folder.parent.iterdir())) == 5
 
 
@@ -105,20 +111,20 @@ def test_answers_that_were_removed_while_they_were_asked_are_missed(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked_in_vain(*given: Any, **told: Any) -> Path:
-        folder = ask_teacher(*given, **told)
+        folder = precompute(*given, **told)
         shutil.rmtree(folder)
         return folder
 
-    monkeypatch.setattr(loop, "ask_teacher", asked_in_vain)
+    monkeypatch.setattr(loop, "precompute", asked_in_vain)
     with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
-        built(speed_settings, data__teacher_draws=1)
+        built(speed_settings, data__teacher_cache_samples=1)
     monkeypatch.undo()
-    assert built(speed_settings, data__teacher_draws=1).answers is not None
+    assert built(speed_settings, data__teacher_cache_samples=1).answers is not None
 
 
 @pytest.mark.parametrize("kind", ["latents", "answers"])
 def test_a_file_that_a_power_cut_left_short_is_made_anew(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
-    told = {**speed_settings, "data.teacher_draws": 1, "optim.max_train_steps": 1}
+    told = {**speed_settings, "data.teacher_cache_samples": 1, "optim.max_train_steps": 1}
     distill(resolve({}, told))
     (file,) = Path(speed_settings["data.cache_dir"], kind).rglob("*.safetensors")
     whole = file.read_bytes()
@@ -131,17 +137,17 @@ def test_a_file_that_a_power_cut_left_short_is_made_anew(kind: str, speed_settin
 def test_a_dry_run_tells_what_asking_beforehand_takes(
     speed_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run(resolve({}, {**speed_settings, "data.teacher_draws": 1000}))
+    dry_run(resolve({}, {**speed_settings, "data.teacher_cache_samples": 1000}))
     assert re.search(r"asked beforehand: 24,000, .* [\d.]+ h and 0.01 GB of the cache", capsys.readouterr().out)
 
 
 def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_path: Path) -> None:
-    told = {**speed_settings, "data.teacher_draws": 2, "optim.max_train_steps": 4, "run.checkpoint_every": 2}
+    told = {**speed_settings, "data.teacher_cache_samples": 2, "optim.max_train_steps": 4, "run.checkpoint_every": 2}
     whole = distill(resolve({}, {**told, "run.output": str(tmp_path / "whole")}))
     for steps in (2, 4):
         cut = distill(resolve({}, {**told, "run.output": str(tmp_path / "cut"), "optim.max_train_steps": steps}))
     assert_same(whole, cut)
-    live = distill(resolve({}, {**told, "run.output": str(tmp_path / "live"), "data.teacher_draws": 0}))
+    live = distill(resolve({}, {**told, "run.output": str(tmp_path / "live"), "data.teacher_cache_samples": 0}))
     assert losses(live) != losses(whole)
 
 
@@ -151,11 +157,11 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_
         ({"objective.solver": "heun"}, r"asks its teacher twice a step with heun; use --solver ddim or euler"),
         ({"objective.name": "ct"}, "asks no teacher; leave it at 0"),
         ({"data.buckets": ("16x24", "16x16")}, "leave it at 0, or leave data.buckets out"),
-        ({"data.teacher_draws": -1}, "must be at least 0"),
+        ({"data.teacher_cache_samples": -1}, "must be at least 0"),
     ],
 )
 def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, speed_settings: Settings) -> None:
     kept = {k: v for k, v in speed_settings.items() if "w_m" not in k or "objective.name" not in told}
     with pytest.raises(UsageError, match=said):
-        distill(resolve({}, {**kept, "data.teacher_draws": 2, **told}))
+        distill(resolve({}, {**kept, "data.teacher_cache_samples": 2, **told}))
     assert not Path(speed_settings["run.output"]).exists()

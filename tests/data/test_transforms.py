@@ -9,7 +9,7 @@ from PIL import Image
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Member
-from lcmdistill.data.transforms import Rejected, Sample, judge
+from lcmdistill.data.transforms import Rejected, Sample, check_sample
 from tests.support.data import encoded, picture, pixels
 
 
@@ -102,8 +102,8 @@ def test_a_sliver_does_not_fill_the_memory() -> None:
 
 def test_small_images_are_skipped_on_request() -> None:
     member = Member("a", encoded(picture(size=(40, 20))), "a caption")
-    assert isinstance(judge(member, DataConfig(resolution=16, min_size=20), 0, 0), Sample)
-    assert judge(member, DataConfig(resolution=16, min_size=21), 0, 0) == Rejected("smaller than 21 px")
+    assert isinstance(check_sample(member, DataConfig(resolution=16, min_size=20), 0, 0), Sample)
+    assert check_sample(member, DataConfig(resolution=16, min_size=21), 0, 0) == Rejected("smaller than 21 px")
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_small_images_are_skipped_on_request() -> None:
 )
 def test_watermarks_are_skipped_on_request_and_what_does_not_say_passes(meta: dict[str, Any], kept: bool) -> None:
     member = Member("a", encoded(picture()), "a caption", meta)
-    assert isinstance(judge(member, DataConfig(resolution=16, max_watermark=0.5), 0, 0), Sample) == kept
-    assert isinstance(judge(member, DataConfig(resolution=16), 0, 0), Sample)
+    assert isinstance(check_sample(member, DataConfig(resolution=16, max_watermark=0.5), 0, 0), Sample) == kept
+    assert isinstance(check_sample(member, DataConfig(resolution=16), 0, 0), Sample)
 
 
 def test_white_space_in_a_caption_is_joined() -> None:
-    assert judge(Member("a", None, " a\n cat \t"), DataConfig(), 0, 0) == Sample(
+    assert check_sample(Member("a", None, " a\n cat \t"), DataConfig(), 0, 0) == Sample(
         "a cat", None, (512, 512, 0, 0, 512, 512)
     )

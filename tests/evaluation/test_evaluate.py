@@ -1,4 +1,4 @@
-"""`lcmdistill evaluate`: what a sweep draws, writes, skips and refuses, and how it ranks students whose worth is known."""
+"""`lcmdistill evaluate`: what a sweep draws, writes, skips and rejects, and how it ranks students whose worth is known."""
 
 import shutil
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lcmdistill.evaluation import evaluate as program
 from lcmdistill.evaluation import sweep
-from lcmdistill.evaluation.evaluate import Wish, evaluate
-from lcmdistill.evaluation.metrics.measures import FREE, Shown
+from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
+from lcmdistill.evaluation.metrics.measures import FREE, ImagePair
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.utils.errors import UsageError
@@ -32,7 +32,7 @@ def evaluated(tmp_path: Path, small_run: Path, small_features: Path) -> Evaluate
         run = tmp_path / name
         if not run.is_dir():
             shutil.copytree(small_run, run)
-        evaluate([run], Wish(**{**WISH, "features": small_features, **changes}))
+        evaluate([run], EvaluationOptions(**{**WISH, "features": small_features, **changes}))
         found = read_results(run)
         assert found is not None
         return found
@@ -193,12 +193,17 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
             "run.output": str(place / "equal"),
             "run.validate_every": 0,
         }
-        settings |= {"optim.learning_rate": 0.0, "optim.max_train_steps": 1, "optim.batch_size": 1, "data.count": 16}
+        settings |= {
+            "optim.learning_rate": 0.0,
+            "optim.max_train_steps": 1,
+            "optim.batch_size": 1,
+            "data.max_samples": 16,
+        }
         distill(resolve({}, {**settings, "run.device": "cpu"}))
         shutil.copytree(place / "equal", place / "broken")
         noise_weights(place / "broken", 0.4)
         for name in ("equal", "broken"):
-            evaluate([place / name], Wish(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
+            evaluate([place / name], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
             results = read_results(place / name)
             assert results is not None
             found.append(results)
@@ -252,7 +257,7 @@ def spoilt(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathFac
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("LCMDISTILL_CACHE", str(equal.parent / "cache"))
             patched.setattr(sweep, "student_latents", draws)
-            evaluate([run], Wish(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
+            evaluate([run], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
         results = read_results(run)
         assert results is not None
         found[spoil.__name__] = results
@@ -291,7 +296,7 @@ def test_grey_pictures_of_a_grey_teacher_are_not_called_washed_out():
     red = grey + torch.tensor([0.4, 0.0, 0.0]).view(1, 3, 1, 1)
 
     def measured(own: torch.Tensor, reference: torch.Tensor) -> float:
-        return FREE["saturation"].value(FREE["saturation"].kept(Shown(own, own, reference, reference, ("a", "b"))))
+        return FREE["saturation"].value(FREE["saturation"].kept(ImagePair(own, own, reference, reference, ("a", "b"))))
 
     assert measured(grey, tint) == measured(tint, grey) == 1.0
     assert measured(grey, red) < 0.1
@@ -311,21 +316,21 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
 ):
     from lcmdistill.teachers.loading import load_teacher
 
-    each, teacher = program.subject(small_run), load_teacher(str(small_teacher))
+    each, teacher = program.evaluated_run(small_run), load_teacher(str(small_teacher))
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
     (tmp_path / "trained.txt").write_text("b\nc\n")
 
     def chosen(count: int, **config: Any) -> tuple[str, ...]:
-        asked = Wish(prompts=str(tmp_path / "p.txt"), num_images=count)
-        other = program.Subject(each.run, {**each.config, **config}, each.found)
+        asked = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=count)
+        other = program.EvaluatedRun(each.run, {**each.config, **config}, each.found)
         return program.chosen_prompts([other], asked, teacher)
 
     own = {"data.sources": ["teacher"], "data.prompts": str(tmp_path / "trained.txt")}
     assert chosen(2) == ("a", "c")
     assert chosen(6) == ("a", "b", "c", "d", "a", "b")
     assert chosen(2, **own) == ("a", "d")
-    both = [program.Subject(each.run, {**each.config, **more}, each.found) for more in ({}, own)]
-    asked = Wish(prompts=str(tmp_path / "p.txt"), num_images=2)
+    both = [program.EvaluatedRun(each.run, {**each.config, **more}, each.found) for more in ({}, own)]
+    asked = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=2)
     assert program.chosen_prompts(both, asked, teacher) == ("a", "d")  # held out of the one and the other
     (tmp_path / "trained.txt").write_text("a\nb\nc\nd\n")
     with pytest.raises(UsageError, match="was trained on every one of them"):
@@ -350,11 +355,11 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(evaluated: Evaluated
 
 
 def test_runs_are_held_against_the_same_real_images(small_run: Path, tmp_path: Path, image_folder: Path):
-    each = program.subject(small_run)
+    each = program.evaluated_run(small_run)
 
     def source(*data: str, real: str | None = None) -> str | None:
-        some = [program.Subject(each.run, {**each.config, "data.sources": [spec]}, each.found) for spec in data]
-        return program.real_source(some, Wish(real=real))
+        some = [program.EvaluatedRun(each.run, {**each.config, "data.sources": [spec]}, each.found) for spec in data]
+        return program.real_source(some, EvaluationOptions(real=real))
 
     assert source("teacher", str(image_folder), "tiny") == str(image_folder)
     assert source("teacher", "tiny", real="elsewhere") == "elsewhere"
@@ -367,15 +372,15 @@ def test_guidance_that_is_in_the_weights_cannot_be_asked_for(
 ):
     run = finished_run(small_teacher, "lora", tmp_path / "lora")
     monkeypatch.setattr(program, "_evaluate_one", lambda *args: None)
-    own = program.subject(run).guidance_scale
+    own = program.evaluated_run(run).guidance_scale
     for scales, told in (((), False), ((own,), False), ((9.5,), True)):
-        evaluate([run], Wish(guidance_scales=scales, device="cpu"))
+        evaluate([run], EvaluationOptions(guidance_scales=scales, device="cpu"))
         assert (f"its guidance, {own:g}, is in its weights" in capsys.readouterr().out) == told
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, small_run: Path):
     with pytest.raises(UsageError, match="is no run of lcmdistill"):
-        evaluate([tmp_path], Wish())
+        evaluate([tmp_path], EvaluationOptions())
     (tmp_path / "config.toml").write_bytes((small_run / "config.toml").read_bytes())
     with pytest.raises(UsageError, match="has not finished"):
-        evaluate([tmp_path], Wish())
+        evaluate([tmp_path], EvaluationOptions())

@@ -93,8 +93,13 @@ def test_a_run_is_measured_beside_its_teacher(
     example.train_teacher.write_pipeline(example.train_teacher.build(), teacher)
     for name, objective in (("cd", "cd"), ("ct", "ct")):
         own = {"teacher.model": str(teacher), "objective.name": objective, "run.output": str(work / name)}
-        own |= {"optim.batch_size": 2, "optim.accumulate": 1, "optim.max_train_steps": 1, "run.validate_every": 0}
-        distill(resolve({}, {**own, "data.draw_steps": 2}))
+        own |= {
+            "optim.batch_size": 2,
+            "optim.gradient_accumulation_steps": 1,
+            "optim.max_train_steps": 1,
+            "run.validate_every": 0,
+        }
+        distill(resolve({}, {**own, "data.teacher_steps": 2}))
     monkeypatch.setattr(evaluate, "MobileNetV2Features", Features)
     monkeypatch.setattr(evaluate, "TEACHER_STEPS", 3)
     monkeypatch.setattr(evaluate, "BLOCK", 10)

@@ -18,10 +18,10 @@ from lcmdistill.cli import app
 from lcmdistill.config.toml import flatten, read_toml
 from lcmdistill.export import registry as exporting
 from lcmdistill.export.lora_formats import header
-from lcmdistill.export.trained_student import load_product, write_product
+from lcmdistill.export.trained_student import load_trained_student, write_trained_student
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.hub.model_card import model_card, write_run_card
-from lcmdistill.sampling.generate import chosen_scheduler, find_model, load_student
+from lcmdistill.sampling.generate import find_model, load_student, scheduler_for_loras
 from lcmdistill.sampling.prompts import PROMPTS
 from lcmdistill.students.build import make_student
 from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, choose_adapter, lora_layers
@@ -46,7 +46,7 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, imag
     run = tmp_path_factory.mktemp("lora") / "run"
     words = ["distill-lora", "--teacher", str(small_teacher), "--data", str(image_folder), "--resolution", "16"]
     words += ["--rank", "4", "--alpha", "3", "--target", "ema", "--max-train-steps", "2", "--batch-size", "2"]
-    words += ["--accumulate", "1", "--output", str(run), "--set", "run.log_every=1"]
+    words += ["--gradient-accumulation-steps", "1", "--output", str(run), "--set", "run.log_every=1"]
     words += ["--set", f"data.cache_dir={run.parent / 'cache'}"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -110,7 +110,7 @@ def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
     lora_run: Path, tmp_path: Path, small_teacher: Path, alias: str, stands_for: str, licence: str | None
 ):
     alias = str(small_teacher) if alias == "small" else alias
-    product = load_product(lora_run)
+    product = load_trained_student(lora_run)
     assert product.lora is not None
     own = {"teacher.model": alias, "student.kind": "lora", "run.validation_guidance_scale": 1.0}
     own |= {
@@ -153,7 +153,7 @@ def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
 def test_the_header_tells_the_bases_architecture(
     lora_run: Path, tmp_path: Path, layout: str, architecture: str, version: str, is_v2: str
 ):
-    product = load_product(lora_run)
+    product = load_trained_student(lora_run)
     assert product.lora is not None
     told = header(product.lora, product.recorded, "it", opened(BUILDERS[layout](tmp_path / "base")))
     assert told["modelspec.architecture"] == architecture
@@ -207,7 +207,7 @@ def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
 def test_sample_loads_every_kind_of_lora(name: str, lora_run: Path, tmp_path: Path):
     output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
     exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=False)
-    product = load_product(lora_run)
+    product = load_trained_student(lora_run)
     pipeline = product.base_pipeline()
     load_lora(pipeline, str(output), "it")
     expected = unet_step(product.pipeline().unet)
@@ -222,7 +222,7 @@ def test_a_lora_of_another_base_is_refused_with_counts(lora_run: Path, tmp_path:
     save_file(tensors, tmp_path / "other.safetensors")
     absent = sum("other_block" in key and not key.endswith(".alpha") for key in tensors)
     with pytest.raises(UsageError, match=f"{absent} of its layers are not there"):
-        load_lora(load_product(lora_run).base_pipeline(), str(tmp_path / "other.safetensors"), "it")
+        load_lora(load_trained_student(lora_run).base_pipeline(), str(tmp_path / "other.safetensors"), "it")
 
 
 def test_formats_that_a_lora_run_cannot_be(lora_run: Path, tmp_path: Path):
@@ -253,7 +253,7 @@ def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_
     config = resolve(read_toml(run / "config.toml"), {"run.output": str(run)})
     teacher = load_teacher(config.teacher.model)
     student = make_student(teacher, config.student, dtype=torch.float32, seed=0, checkpointing=False)
-    write_product(config, run, teacher, student, "")
+    write_trained_student(config, run, teacher, student, "")
     write_run_card(config, run, teacher)
     assert sorted(path.name for path in (run / "lora").iterdir()) == ["README.md", "renamed.safetensors", "samples"]
     assert find_model(str(run)).loras == (str(run / "lora" / "renamed.safetensors"),)
@@ -272,7 +272,7 @@ def test_a_lora_beside_a_runs_own_is_not_drawn_with_it(lora_run: Path, tmp_path:
     (run / "lora" / ".run.partial.safetensors").touch()  # of a process that was killed
     assert len(find_model(str(run)).loras) == 1
     shutil.copy(run / "lora" / "run.safetensors", run / "lora" / "style.safetensors")
-    for use in (lambda: find_model(str(run)), lambda: load_product(run)):
+    for use in (lambda: find_model(str(run)), lambda: load_trained_student(run)):
         with pytest.raises(UsageError, match=r"lora holds 2 LoRAs \(run.safetensors, style.safetensors\)"):
             use()
 
@@ -281,7 +281,7 @@ def test_a_lora_without_its_checkpoints_is_not_called_unfinished(lora_run: Path,
     shutil.copytree(lora_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UsageError, match=r"holds no checkpoint.* or use \S+run.safetensors as it is"):
-        load_product(tmp_path / "run")
+        load_trained_student(tmp_path / "run")
 
 
 def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tmp_path: Path):
@@ -295,7 +295,7 @@ def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tm
 
 def test_two_loras_at_once_add_up(lora_run: Path):
     (path,) = (lora_run / "lora").glob("*.safetensors")
-    pipeline = load_product(lora_run).base_pipeline()
+    pipeline = load_trained_student(lora_run).base_pipeline()
     bare = unet_step(pipeline.unet)
     load_lora(pipeline, str(path), "a")
     load_lora(pipeline, str(path), "b")
@@ -350,11 +350,11 @@ def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
         assert told.pop(SCHEDULER_KEY) == "LCMScheduler"
         save_file(load_file(file), file, metadata={**told, **({SCHEDULER_KEY: scheduler} if scheduler else {})})
         loras.append(str(output))
-    assert chosen_scheduler(loras, own) == chosen
+    assert scheduler_for_loras(loras, own) == chosen
     told = capsys.readouterr().out
     assert ("is for a TCDScheduler, and" in told) == said
     if own == "DDIMScheduler" and not said:
-        pipeline = load_student(load_product(lora_run).recorded["teacher.model"], torch.device("cpu"), loras)
+        pipeline = load_student(load_trained_student(lora_run).recorded["teacher.model"], torch.device("cpu"), loras)
         assert type(pipeline.scheduler).__name__ == chosen
 
 
@@ -372,7 +372,7 @@ def test_the_best_validation_s_weights_are_exported_where_they_are_asked_for(
     code, _, error = command(*words, "--weights", "best", "--output", tmp_path / "none")
     assert (code, "has kept no best validation" in error) == (2, True)
 
-    last = load_product(run)
+    last = load_trained_student(run)
     groups, _ = load_checkpoint(checkpoints(run / "checkpoints")[-1])
     better = {key: value + 0.05 for key, value in groups["target"].items()}
     (run / "metrics.jsonl").write_text('{"step": 1, "val/ssim_4": 0.9}\n')

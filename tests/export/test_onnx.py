@@ -16,7 +16,7 @@ from lcmdistill import cli
 from lcmdistill.diffusion.consistency import omega_embedding
 from lcmdistill.export import onnx as onnx_files
 from lcmdistill.export import registry as export
-from lcmdistill.export.trained_student import load_product
+from lcmdistill.export.trained_student import load_trained_student
 from lcmdistill.export.verify import network_output
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.finished_runs import finished_run
@@ -104,7 +104,11 @@ def test_the_graphs_have_the_usual_inputs_and_outputs(full_export: tuple[Path, s
 def test_the_graphs_give_torch_s_numbers(
     batch: int, height: int, width: int, full_run: Path, full_export: tuple[Path, str]
 ) -> None:
-    pipeline, folder, rng = load_product(full_run).pipeline(), full_export[0], torch.Generator().manual_seed(batch)
+    pipeline, folder, rng = (
+        load_trained_student(full_run).pipeline(),
+        full_export[0],
+        torch.Generator().manual_seed(batch),
+    )
     z, c = torch.randn(batch, 4, height, width, generator=rng), torch.randn(batch, 77, 16, generator=rng)
     t, w = torch.randint(1000, (batch,), generator=rng), torch.rand(batch, generator=rng) * 10
     cond = omega_embedding(w, 256)
@@ -135,7 +139,7 @@ def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
 ) -> None:
     from diffusers import OnnxStableDiffusionPipeline
 
-    folder, product = lora_export[0], load_product(lora_run)
+    folder, product = lora_export[0], load_trained_student(lora_run)
     example = onnx_files.parts_of(product.pipeline(), 1.0)[0].example(2, (8, 8))
     (got,) = session(folder, "unet").run(None, {name: value.numpy() for name, value in example.items()})
     assert_close(got, network_output(product.pipeline().unet, example))
@@ -163,7 +167,7 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
         quantized, whole = (folder / part / "model.onnx" for folder in (output, full_export[0]))
         assert quantized.stat().st_size < whole.stat().st_size
     # it really computes in int8: the fp32 bound does not hold
-    cases = onnx_files.cases_of(load_product(full_run).pipeline(), 4.0)
+    cases = onnx_files.cases_of(load_trained_student(full_run).pipeline(), 4.0)
     with pytest.raises(RunError, match="does not give the trained model's output"):
         onnx_files.verify_onnx(output, cases, None, output)
 
@@ -235,7 +239,7 @@ def test_int8_of_a_trained_model_passes_and_a_broken_one_does_not(
         for value, other in zip((weight, scale), spoil(*map(onnx.numpy_helper.to_array, (weight, scale))), strict=True):
             value.CopyFrom(onnx.numpy_helper.from_array(other, value.name))
     onnx.save(model, path)
-    cases = onnx_files.cases_of(load_product(trained_run).pipeline(), 4.0)
+    cases = onnx_files.cases_of(load_trained_student(trained_run).pipeline(), 4.0)
     with pytest.raises(RunError, match="its unet is off by"):
         onnx_files.verify_onnx(tmp_path / "broken", cases, "int8", "it")
 
@@ -246,7 +250,7 @@ def test_int8_of_a_trained_model_passes_and_a_broken_one_does_not(
 def test_pictures_of_int8_are_those_of_fp32(trained_run: Path, int8_export: tuple[Path, str]) -> None:
     from torchmetrics.functional.image import structural_similarity_index_measure as similarity
 
-    pipeline, graph = load_product(trained_run).pipeline(), session(int8_export[0], "unet")
+    pipeline, graph = load_trained_student(trained_run).pipeline(), session(int8_export[0], "unet")
     prompts = ["red heart", "grinning face", "dog face", "pizza"]
     told, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     cond = omega_embedding(torch.zeros(4), 256)

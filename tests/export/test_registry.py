@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from lcmdistill.config.schema import Format
 from lcmdistill.export import registry as exporting
-from lcmdistill.export.trained_student import load_product
+from lcmdistill.export.trained_student import load_trained_student
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.hub.model_card import export_card
 from tests.support.finished_runs import finished_run
@@ -115,7 +115,7 @@ def test_cards_name_the_class_that_opens_it(family: str, kind: str, runs: dict[t
 @each_family
 def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, str], Path]) -> None:
     """Every input that exports are compared on changes the output: one that did not would not be checked."""
-    unet = load_product(runs[family, "full"]).pipeline().unet
+    unet = load_trained_student(runs[family, "full"]).pipeline().unet
     inputs = network_inputs(unet, 4.0)
     expected = network_output(unet, inputs)
     assert {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} <= set(inputs)

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from lcmdistill.diffusion.consistency import omega_embedding
 from lcmdistill.export.bake_guidance import bake_omega
 from lcmdistill.export.single_file import configs_of, original_tensors, read_back, write_single_file
-from lcmdistill.export.verify import BOUNDS, compared, pipeline_outputs
+from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.students.full import full_student
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.models import BUILDERS, models_of, opened, text_config
@@ -44,7 +44,7 @@ def difference(
     """How far a file, read back by diffusers, is from the pipeline that it was made of."""
     with configs_of(pipeline) as configs:
         got = pipeline_outputs(read_back(path, configs), guidance_scale)
-    said = compared(got, pipeline_outputs(pipeline, guidance_scale), bound, path.name)
+    said = check_close(got, pipeline_outputs(pipeline, guidance_scale), bound, path.name)
     return float(said.partition("largest difference ")[2].split()[0])
 
 

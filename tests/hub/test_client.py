@@ -157,7 +157,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 def small(teacher: Path, images: Path, output: Path) -> list[str]:
     words = ["--teacher", str(teacher), "--data", str(images), "--resolution", "16", "--output", str(output)]
-    words += ["--max-train-steps", "2", "--batch-size", "2", "--accumulate", "1"]
+    words += ["--max-train-steps", "2", "--batch-size", "2", "--gradient-accumulation-steps", "1"]
     return [*words, "--set", "run.validate_every=0", "--set", "run.log_every=1"]
 
 
@@ -252,7 +252,7 @@ def test_a_token_that_may_only_read_is_refused(online: StubHub) -> None:
 
 def test_a_token_that_the_hub_does_not_know_is_refused(online: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(UsageError, match="refuses the token; run `hf auth login") as caught:
+    with pytest.raises(UsageError, match="rejects the token; run `hf auth login") as caught:
         hub.check_login("me/mine")
     assert "hf_another" not in str(caught.value)
 

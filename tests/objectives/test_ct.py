@@ -10,7 +10,7 @@ from torch import Tensor
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.diffusion.types import Conditioning, Models, Network
+from lcmdistill.diffusion.types import Conditioning, Network, Networks
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
 from tests.support.objectives import NULL, SD15, asked_of, each_objective, gaussian_batch, made
@@ -91,7 +91,7 @@ def test_both_networks_drop_the_same_where_the_method_says_so(objective: str) ->
         return network
 
     roles = ("teacher", "student", "target")
-    models = Models(vp_schedule(SD15), *map(dropping, roles), null=NULL, has_dropout=True)
+    models = Networks(vp_schedule(SD15), *map(dropping, roles), null=NULL, has_dropout=True)
     state = torch.get_rng_state()
     models.seed_dropout(rng := Rng(0, 0, range(4)))
     made(objective).loss(models, gaussian_batch(4), rng)

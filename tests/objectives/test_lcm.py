@@ -12,9 +12,9 @@ from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Conditioning, Models, RawNetwork, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Conditioning, Networks, RawNetwork, x0_eps_network
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives.common import draw_times
+from lcmdistill.objectives.common import sample_times
 from lcmdistill.objectives.lcm import LatentConsistency
 from tests.support.objectives import NULL, SD15, each_objective, gaussian_batch, made
 from tests.support.oracle import oracle_models
@@ -94,9 +94,9 @@ def algorithm_1(
     return losses
 
 
-def random_models(schedule: NoiseSchedule, kind: str, raw: dict[str, RawNetwork]) -> Models:
+def random_models(schedule: NoiseSchedule, kind: str, raw: dict[str, RawNetwork]) -> Networks:
     teacher, student, target = (x0_eps_network(raw[role], schedule, kind) for role in ("teacher", "student", "target"))
-    return Models(schedule, teacher, student, target, NULL)
+    return Networks(schedule, teacher, student, target, NULL)
 
 
 RAW = {role: conv_network(seed) for seed, role in enumerate(("teacher", "student", "target"))}
@@ -113,7 +113,7 @@ def test_one_step_equals_algorithm_1(kind: str, times: Any, distance: Any) -> No
     schedule = vp_schedule(SD15)
     objective = LatentConsistency(skip=20, times=times, distance=distance, w_min=2.0, w_max=14.0)
     loss = objective.loss(random_models(schedule, kind, RAW), PARITY_BATCH, PARITY_RNG)
-    t, _ = draw_times(schedule, 20, times, PARITY_RNG)
+    t, _ = sample_times(schedule, 20, times, PARITY_RNG)
     assert times == "all" or {19, 999} <= set(t.tolist())
     drawn = {
         "t": t,

@@ -11,10 +11,10 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, VPSchedule, vp_schedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Models
+from lcmdistill.diffusion.types import Networks
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives.base import forwards
-from lcmdistill.objectives.common import draw_times, draw_up_to
+from lcmdistill.objectives.common import sample_end_time, sample_times
 from tests.support.objectives import NULL, SD15, asked_of, each_objective, fields_of, gaussian_batch, made
 from tests.support.oracle import oracle_models, scaled, slope, smooth_schedule
 from tests.support.solvers import ORDER
@@ -35,11 +35,11 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 
-def exact_models(objective: str, schedule: NoiseSchedule, rng: Rng, step: int, times: str) -> Models:
+def exact_models(objective: str, schedule: NoiseSchedule, rng: Rng, step: int, times: str) -> Networks:
     """The oracle's networks in the form that the objective compares: TCD's go to the s' that it draws."""
     end = None
     if objective == "tcd":
-        end = draw_up_to(schedule, draw_times(schedule, step, times, rng)[1], rng)
+        end = sample_end_time(schedule, sample_times(schedule, step, times, rng)[1], rng)
     return oracle_models(schedule, NULL, omega=objective != "lcf", end=end)
 
 
@@ -145,7 +145,7 @@ def test_gradients_reach_the_student_only(objective: str, distance: Any) -> None
     ("times", "expected"), [("grid", {4, 9, 14, 19}), ("all", set(range(5, 22)))], ids=["grid", "all"]
 )
 def test_times_cover_what_they_should(times: str, expected: set[int]) -> None:
-    t, s = draw_times(smooth_schedule(22), 5, times, Rng(seed=0, step=0, places=range(400)))
+    t, s = sample_times(smooth_schedule(22), 5, times, Rng(seed=0, step=0, places=range(400)))
     assert set(t.tolist()) == expected
     assert t.bincount()[t.bincount() > 0].min() > 400 / len(expected) / 3
     assert s.tolist() == [max(i - 5, 0) for i in t.tolist()]
@@ -154,12 +154,13 @@ def test_times_cover_what_they_should(times: str, expected: set[int]) -> None:
 @pytest.mark.parametrize("schedule", [smooth_schedule(20), KarrasSchedule(num_steps=20)], ids=["VP", "Karras"])
 def test_an_end_is_any_step_up_to_s(schedule: NoiseSchedule) -> None:
     steps, rng = schedule.grid(20), Rng(0, 0, range(300))
-    assert (draw_up_to(schedule, steps[:1].expand(300), rng) == steps[0]).all()
-    found = draw_up_to(schedule, steps[4:5].expand(300), rng)
+    assert (sample_end_time(schedule, steps[:1].expand(300), rng) == steps[0]).all()
+    found = sample_end_time(schedule, steps[4:5].expand(300), rng)
     assert set(found.tolist()) == set(steps[:5].tolist())
     assert min(int((found == step).sum()) for step in steps[:5]) > 300 / 5 / 2
     assert (
-        draw_up_to(schedule, draw_times(schedule, 5, "all", rng)[1], rng) <= draw_times(schedule, 5, "all", rng)[1]
+        sample_end_time(schedule, sample_times(schedule, 5, "all", rng)[1], rng)
+        <= sample_times(schedule, 5, "all", rng)[1]
     ).all()
 
 
@@ -168,7 +169,7 @@ def test_networks_are_asked_at_the_right_times_and_omega(objective: str) -> None
     schedule = smooth_schedule(1000)
     asked = asked_of(objective, schedule, skip=50)
     ((t, w),), ((s, target_w),) = asked["student"], asked["target"]
-    assert torch.equal(t, draw_times(schedule, 50, "grid", Rng(0, 0, range(64)))[0])
+    assert torch.equal(t, sample_times(schedule, 50, "grid", Rng(0, 0, range(64)))[0])
     assert torch.equal(s, (t - 50).clamp(min=0))
     if objective in TEACHERLESS:
         assert asked["teacher"] == []

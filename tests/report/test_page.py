@@ -15,7 +15,7 @@ from lcmdistill.evaluation.results import read_results
 from lcmdistill.report.card import add_to_card
 from lcmdistill.report.comparison import write_comparison
 from lcmdistill.report.guidance import guidance_note
-from lcmdistill.report.page import told, write_report
+from lcmdistill.report.page import evaluation_summary, write_report
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command
 
@@ -93,7 +93,7 @@ def test_the_page_of_an_evaluated_run_shows_everything(evaluated_run: Path):
         assert name in page.text
     assert "no published figure" in page.text
     assert "held out of training" in page.text
-    assert told(evaluated_run).splitlines()[0].split(": ", 1)[1] in page.text
+    assert evaluation_summary(evaluated_run).splitlines()[0].split(": ", 1)[1] in page.text
     pictures = [image["alt"] or "" for image in page.all("img")]
     assert sum("student, 2 steps, guidance 4" in alt for alt in pictures) >= 3
     assert sum("teacher, 50 steps, guidance 2" in alt for alt in pictures) == 3
@@ -111,7 +111,7 @@ def test_a_run_that_was_not_evaluated_has_a_page_too(small_run: Path, tmp_path: 
     assert "Loss by noise" in page.text
     assert "Steps and guidance" not in page.text
     with pytest.raises(UsageError, match="has not been evaluated; run: lcmdistill evaluate"):
-        told(run)
+        evaluation_summary(run)
 
 
 def changed_sweep(run: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
@@ -127,7 +127,7 @@ def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_pa
     page = check_page(write_report(run))
     assert "prompts that were held out of training" in page.text
     assert "Its guidance is in its weights" in page.text
-    assert told(run) == told(evaluated_run).replace("small-lcm", "run")
+    assert evaluation_summary(run) == evaluation_summary(evaluated_run).replace("small-lcm", "run")
     assert add_to_card(run)
     check_page(write_comparison([run, evaluated_run], tmp_path / "comparison.html"))
 
@@ -323,7 +323,7 @@ def test_the_model_card_tells_what_was_measured_with_plots(evaluated_run: Path, 
     assert add_to_card(run)
     card = (run / "README.md").read_text()
     assert re.sub(r"\n## Measured\n.*?(?=\n## Use\n)", "", card, flags=re.DOTALL) == plain
-    assert told(run).splitlines()[0].split(": ", 1)[1] in card
+    assert evaluation_summary(run).splitlines()[0].split(": ", 1)[1] in card
     for name in ("quality", "training"):
         assert f"(samples/{name}.png)" in card
         with Image.open(run / "samples" / f"{name}.png") as picture:

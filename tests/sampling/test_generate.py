@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lcmdistill.sampling.generate import Drawing, draw, find_model, grid, load_student, write_drawings
+from lcmdistill.sampling.generate import GeneratedImage, find_model, generate, grid, load_student, write_images
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command
 
@@ -21,7 +21,7 @@ def student(small_run: Path) -> Any:
     return load_student(str(small_run / "pipeline"), torch.device("cpu"))
 
 
-def pixels(drawings: list[Drawing]) -> np.ndarray:
+def pixels(drawings: list[GeneratedImage]) -> np.ndarray:
     return np.stack([np.asarray(drawing.image, dtype=float) for drawing in drawings])
 
 
@@ -29,18 +29,18 @@ def pixels(drawings: list[Drawing]) -> np.ndarray:
 def test_an_image_does_not_depend_on_its_batch(student: Any, steps: int) -> None:
     prompts, seeds = ["red heart", "grinning face", "dog face"], [0, 1, 2]
     options: dict[str, Any] = {"steps": steps, "guidance_scale": 4.0, "resolution": 16}
-    alone = pixels(draw(student, prompts, seeds, batch_size=1, **options))
-    together = pixels(draw(student, prompts, seeds, batch_size=3, **options))
+    alone = pixels(generate(student, prompts, seeds, batch_size=1, **options))
+    together = pixels(generate(student, prompts, seeds, batch_size=3, **options))
     assert np.abs(alone - together).max() <= 1
     assert np.abs(alone[0] - alone[1]).max() > 1
-    turned = draw(student, prompts[::-1], seeds[::-1], batch_size=2, **options)
+    turned = generate(student, prompts[::-1], seeds[::-1], batch_size=2, **options)
     assert [(d.prompt, d.seed) for d in turned] == [("dog face", 2), ("grinning face", 1), ("red heart", 0)]
     assert np.abs(pixels(turned)[::-1] - alone).max() <= 1
 
 
 def test_progress_is_told(student: Any) -> None:
     done: list[int] = []
-    draw(
+    generate(
         student, ["a"] * 5, range(5), steps=1, guidance_scale=4.0, resolution=16, batch_size=2, on_progress=done.append
     )
     assert done == [2, 4, 5]
@@ -48,16 +48,16 @@ def test_progress_is_told(student: Any) -> None:
 
 def test_what_was_drawn_is_in_the_metadata(tmp_path: Path) -> None:
     prompt = "a “caf\u00e9”, 東京"
-    drawing = Drawing(Image.new("RGB", (16, 16), "red"), prompt, 7)
+    drawing = GeneratedImage(Image.new("RGB", (16, 16), "red"), prompt, 7)
     how: dict[str, Any] = {"model": "runs/x/pipeline", "steps": 4, "guidance_scale": 4.5, "sampler": "LCM"}
-    write_drawings([drawing], tmp_path, **how)
+    write_images([drawing], tmp_path, **how)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["000-a-caf.png", "grid.png"]
     text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
     own = {key: str(value) for key, value in how.items()} | {"prompt": prompt, "seed": "7"}
     settings = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Size: 16x16, Model: runs/x/pipeline"
     assert text == {**own, "parameters": f"{prompt}\n{settings}"}
-    write_drawings([drawing], tmp_path, **how, loras=[("lcm.safetensors", 1.0), ("style", 0.5)])
+    write_images([drawing], tmp_path, **how, loras=[("lcm.safetensors", 1.0), ("style", 0.5)])
     text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
     assert text["loras"] == "lcm.safetensors: 1, style: 0.5"
     assert text["parameters"].endswith(', Loras: "lcm.safetensors: 1, style: 0.5"')
@@ -72,8 +72,8 @@ def test_the_scheduler_that_really_drew_is_told(command: Command, tmp_path: Path
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3)])
 def test_all_images_are_in_the_grid(tmp_path: Path, count: int, columns: int) -> None:
-    drawings = [Drawing(Image.new("RGB", (128, 128), (10 * i, 0, 0)), "a", i) for i in range(count)]
-    picture = Image.open(write_drawings(drawings, tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM"))
+    drawings = [GeneratedImage(Image.new("RGB", (128, 128), (10 * i, 0, 0)), "a", i) for i in range(count)]
+    picture = Image.open(write_images(drawings, tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM"))
     colours = {colour for _, colour in picture.getcolors() or []}
     assert colours == {*((10 * i, 0, 0) for i in range(count)), (255, 255, 255)}
     assert columns * 128 < picture.width < columns * 140

@@ -54,7 +54,14 @@ def test_a_full_size_lora_run_and_its_exports(
         "--batch-size",
         1,
     ]
-    words += ["--accumulate", 1, "--set", "run.validate_every=0", "--set", f"data.cache_dir={tmp_path / 'cache'}"]
+    words += [
+        "--gradient-accumulation-steps",
+        1,
+        "--set",
+        "run.validate_every=0",
+        "--set",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
     said = lcmdistill("distill-lora", *words, "--output", run)
     assert "draws in 1 to 8 steps" in said
     (lora,) = (run / "lora").glob("*.safetensors")

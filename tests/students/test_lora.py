@@ -98,7 +98,7 @@ def test_dropout_acts_in_what_is_trained_and_nowhere_else(small_teacher: Path, t
         assert torch.equal(student.target(*example()), plain.target(*example()))
         assert torch.equal(student.teacher(*example()), bare)
         student.online(*example())
-        drawn = call_unet(student.for_drawing(), *example())
+        drawn = call_unet(student.for_sampling(), *example())
         assert torch.equal(drawn, plain.target(*example()))
 
 
@@ -149,11 +149,30 @@ def test_layers_that_cannot_be_are_said_before_data_are_prepared(
 
 def test_a_lora_with_dropout_resumes_bit_for_bit(small_teacher: Path, image_folder: Path, tmp_path: Path):
     words = ["distill-lora", "--teacher", str(small_teacher), "--data", str(image_folder), "--resolution", "16"]
-    words += ["--rank", "4", "--alpha", "4", "--dropout", "0.5", "--batch-size", "2", "--accumulate", "2"]
+    words += [
+        "--rank",
+        "4",
+        "--alpha",
+        "4",
+        "--dropout",
+        "0.5",
+        "--batch-size",
+        "2",
+        "--gradient-accumulation-steps",
+        "2",
+    ]
     words += ["--set", "run.validate_every=0", "--target", "ema", "--learning-rate", "0.01"]
     for output, parts in (("whole", ("4",)), ("halves", ("2", "4"))):
         for steps in parts:
-            run = [*words, "--output", str(tmp_path / output), "--max-train-steps", steps, "--set", "data.count=12"]
+            run = [
+                *words,
+                "--output",
+                str(tmp_path / output),
+                "--max-train-steps",
+                steps,
+                "--set",
+                "data.max_samples=12",
+            ]
             assert CliRunner().invoke(app, run, catch_exceptions=False).exit_code == 0
     for name in ("student", "target", "optimizer"):
         files = [tmp_path / output / f"checkpoints/step-00000004/{name}.safetensors" for output in ("whole", "halves")]

@@ -12,7 +12,7 @@ from lcmdistill.diffusion.consistency import OMEGA_DIM
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.students.build import make_student
 from lcmdistill.students.full import full_student, target_of
-from lcmdistill.students.student import Door, Student, raw_network
+from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.sd import call_unet
@@ -83,10 +83,10 @@ def test_a_student_of_random_omega_starts_elsewhere_and_with_its_seed(unet: Any)
     bound = OMEGA_DIM**-0.5
     assert 0.95 * bound < first.get_parameter(PROJECTION).abs().max() <= bound
     with torch.no_grad():
-        module = Door(first, call_unet, torch.float32)
+        module = AutocastNetwork(first, call_unet, torch.float32)
         small, large = (module(z, t, c, torch.full((3,), w)) for w in (1.0, 9.0))
         assert not torch.equal(small, large)
-        assert not torch.equal(small, Door(unet, call_unet, torch.float32)(z, t, c, None))
+        assert not torch.equal(small, AutocastNetwork(unet, call_unet, torch.float32)(z, t, c, None))
 
 
 def test_the_student_takes_omega_and_is_all_trainable(teacher: Teacher, unet: Any) -> None:
@@ -138,7 +138,7 @@ def test_the_target_is_a_frozen_copy(unet: Any) -> None:
         assert (mine.requires_grad, its.requires_grad) == (True, False)
 
 
-def dtypes_of(module: Door, call: Any) -> dict[str, torch.dtype]:
+def dtypes_of(module: AutocastNetwork, call: Any) -> dict[str, torch.dtype]:
     """The dtype of what the first convolution and the first attention projection give."""
     seen: dict[str, torch.dtype] = {}
     layers = {"conv": module.network.conv_in, "linear": module.network.time_embedding.linear_1}
@@ -158,7 +158,7 @@ def test_each_network_computes_in_the_dtype_and_answers_in_fp32(teacher: Teacher
     assert {p.dtype for p in student.teacher.parameters()} == {dtype}
     assert {p.dtype for p in student.online.parameters()} == {torch.float32}  # master weights
     for module in (student.teacher, student.online, student.target):
-        assert isinstance(module, Door)
+        assert isinstance(module, AutocastNetwork)
         output: list[Tensor] = []
         omega = None if module is student.teacher else torch.full((3,), 4.0)
         seen = dtypes_of(module, lambda m=module, w=omega, o=output: o.append(m(z, t, c, w)))
@@ -169,7 +169,7 @@ def test_each_network_computes_in_the_dtype_and_answers_in_fp32(teacher: Teacher
 def test_the_dtype_is_ours_whatever_surrounds_the_call(teacher: Teacher) -> None:
     """The trap: an autocast without a dtype, or somebody else's, decides what the teacher computes in."""
     student, (z, t, c) = student_of(teacher, torch.bfloat16), inputs()
-    assert isinstance(student.teacher, Door)
+    assert isinstance(student.teacher, AutocastNetwork)
     with torch.no_grad():
         alone = student.teacher(z, t, c, None)
         with torch.autocast("cpu", dtype=torch.float16):
@@ -191,6 +191,6 @@ def test_bf16_stays_near_fp32(teacher: Teacher) -> None:
 
 
 def test_a_raw_network_is_the_module_with_a_conditioning(unet: Any) -> None:
-    module, (z, t, c) = Door(unet, call_unet, torch.float32), inputs()
+    module, (z, t, c) = AutocastNetwork(unet, call_unet, torch.float32), inputs()
     with torch.no_grad():
         assert torch.equal(raw_network(module)(z, t, Conditioning(c), None), module(z, t, c, None))

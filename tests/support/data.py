@@ -14,7 +14,7 @@ from torch import Tensor
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Member
 from lcmdistill.data.sources.registry import open_source
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.transforms import Sample, check_sample
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -50,7 +50,7 @@ def captions(spec: str | Path) -> list[str | None]:
 def reasons(spec: str | Path, config: DataConfig | None = None) -> Counter[str]:
     """How many members are kept, and why the others are not."""
     config = config or DataConfig(resolution=16)
-    outcomes = [judge(member, config, 0, i) for i, member in enumerate(open_source(str(spec), None))]
+    outcomes = [check_sample(member, config, 0, i) for i, member in enumerate(open_source(str(spec), None))]
     return Counter("kept" if isinstance(o, Sample) else o.reason for o in outcomes)
 
 
@@ -58,7 +58,7 @@ def pixels(image: Image.Image | bytes, **options: Any) -> Tensor:
     place = options.pop("place", 0)
     config = DataConfig(**{"resolution": 16, **options})
     raw = image if isinstance(image, bytes) else encoded(image)
-    outcome = judge(Member("a", raw, "a caption"), config, 0, place)
+    outcome = check_sample(Member("a", raw, "a caption"), config, 0, place)
     assert isinstance(outcome, Sample), outcome
     assert outcome.pixels is not None
     return outcome.pixels

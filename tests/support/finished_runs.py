@@ -13,7 +13,7 @@ from lcmdistill.hub.model_card import write_run_card
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.full import full_student
 from lcmdistill.students.lora import ONLINE, adapter_parameters, add_lora
-from lcmdistill.teachers.base import takes_omega
+from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.checkpoint import save_checkpoint
 from tests.support.runs import resolve
@@ -26,7 +26,7 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     flags: dict[str, Any] = {"teacher.model": str(teacher_folder), "student.kind": kind, "data.resolution": 32}
     if kind == "full":
         student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
-        if takes_omega(student):
+        if has_omega_input(student):
             student.time_embedding.cond_proj.weight.mul_(4.0)
         save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
         flags["run.validation_guidance_scale"] = 4.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.schedules import NoiseSchedule, VPSchedule
-from lcmdistill.diffusion.types import Conditioning, Models, Network
+from lcmdistill.diffusion.types import Conditioning, Network, Networks
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def oracle_models(
     std: float = 0.5,
     omega: bool = True,
     end: Tensor | None = None,
-) -> Models:
+) -> Networks:
     """The exact teacher, and a student and a target whose c_skip z + c_out x0 is the exact consistency function.
 
     omega: False makes them the consistency function of the unguided teacher. end: times (B,); with them it is
@@ -84,7 +84,7 @@ def oracle_models(
         x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=1e-6), f)  # at the first time f is z
         return X0Eps(x0, torch.full_like(x0, torch.nan))  # f is made of x0 alone
 
-    return Models(schedule=schedule, teacher=teacher, student=student, target=student, null=null)
+    return Networks(schedule=schedule, teacher=teacher, student=student, target=student, null=null)
 
 
 def scaled(network: Network, factor: Tensor) -> Network:

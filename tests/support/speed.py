@@ -18,5 +18,5 @@ def built(speed_settings: Settings, **changes: Any) -> Run:
     config = resolve({}, {**speed_settings, **{key.replace("__", "."): value for key, value in changes.items()}})
     teacher = load_teacher(config.teacher.model)
     (spec,) = config.data.sources
-    dataset = LatentDataset([prepare(spec, config.data, teacher, config.run.seed)], [config.data.count])
+    dataset = LatentDataset([prepare(spec, config.data, teacher, config.run.seed)], [config.data.max_samples])
     return build(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)

@@ -22,7 +22,7 @@ Command = Callable[..., tuple[int, str, str]]
 SMALL: dict[str, Any] = {
     "data.resolution": 16,
     "optim.batch_size": 4,
-    "optim.accumulate": 1,
+    "optim.gradient_accumulation_steps": 1,
     "optim.learning_rate": 1e-3,
     "optim.max_train_steps": 4,
     "objective.w_min": 1.0,

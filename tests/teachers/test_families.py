@@ -17,11 +17,11 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.transforms import transform
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Conditioning, Models, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Conditioning, Networks, x0_eps_network
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import raw_network
-from lcmdistill.teachers.base import Shown, Teacher
+from lcmdistill.teachers.base import SampleInfo, Teacher
 from lcmdistill.teachers.inpaint import draw_mask
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.single_file.inspect import read_header
@@ -131,9 +131,9 @@ def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: in
 def test_the_network_is_asked_as_the_pipeline_asks_it(family: str, folders: dict[str, Path]) -> None:
     teacher = load_teacher(str(folders[family]))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawn = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
+    drawn = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
     torch.testing.assert_close(guided_by_hand(teacher, "a cat", noise, 3, 3.0), drawn, rtol=1e-4, atol=1e-4)
-    unguided = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")
+    unguided = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")
     assert (unguided - drawn).abs().max() > 1e-2
 
 
@@ -156,7 +156,7 @@ def loss_and_gradient(teacher: Teacher, kind: str) -> tuple[torch.Tensor, torch.
         x0_eps_network(raw_network(module), teacher.schedule, teacher.prediction_type)
         for module in (student.teacher, student.online, student.target)
     ]
-    models = Models(teacher.schedule, *networks, null=teacher.encode_prompts([""]))
+    models = Networks(teacher.schedule, *networks, null=teacher.encode_prompts([""]))
     z, _, c = teacher.example(4, 16, "cpu")
     rng = Rng(0, 0, range(4))
     latents = rng.normal("latents", z.shape[1:])
@@ -207,7 +207,7 @@ def test_the_network_is_shown_what_the_pipeline_would_show_it(folders: dict[str,
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encode = lambda images: teacher.encode_images(images)[0]  # noqa: E731
     seeds = [next(s for s in range(99) if bool(draw_mask(16, 16, s).all()) is whole) for whole in (True, False)]
-    told = teacher.condition(Shown(torch.zeros(2, 6), lambda: pixels, encode, seeds))
+    told = teacher.condition(SampleInfo(torch.zeros(2, 6), lambda: pixels, encode, seeds))
     masks = torch.stack([draw_mask(16, 16, seed) for seed in seeds])
     pipeline, generators = teacher.pipeline, [torch.Generator() for _ in seeds]
     theirs = pipeline.mask_processor.preprocess(masks, height=16, width=16)
@@ -224,7 +224,9 @@ def test_each_sample_has_a_mask_of_its_own(
 ) -> None:
     teacher = load_teacher(str(folders["inpainting"]))
     spec = str(image_folder) if source == "images" else "teacher"
-    config = DataConfig(sources=(spec,), resolution=16, count=4, draw_steps=2, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        sources=(spec,), resolution=16, max_samples=4, teacher_steps=2, cache_dir=str(tmp_path / "cache")
+    )
     folder = prepare(spec, config, teacher, 0)
     mean, _, cond = LatentDataset([folder], [4]).read([0, 1, 2, 3])
     assert cond["mask"].shape == (4, 1, 8, 8)
@@ -283,7 +285,7 @@ def test_what_the_teacher_draws_is_whole(folders: dict[str, Path], tmp_path: Pat
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     teacher = load_teacher(str(folders["sdxl"]))
-    own = {"prompts": str(prompts), "resolution": 32, "draw_steps": 2, "cache_dir": str(tmp_path / "cache")}
+    own = {"prompts": str(prompts), "resolution": 32, "teacher_steps": 2, "cache_dir": str(tmp_path / "cache")}
     dataset = LatentDataset([prepare("teacher", DataConfig(**own), teacher, 0)], [None])
     assert dataset.read([0, 1])[2]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 

@@ -129,7 +129,7 @@ def test_a_draw_is_the_pipeline_s_and_leaves_its_scheduler_alone(small_teacher: 
     teacher = load_teacher(str(small_teacher))
     before = teacher.pipeline.scheduler
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawn = teacher.draw_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
+    drawn = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
     assert teacher.pipeline.scheduler is before
     expected = teacher.pipeline(
         "a cat", latents=noise, num_inference_steps=3, guidance_scale=3.0, height=16, width=16, output_type="latent"

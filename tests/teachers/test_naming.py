@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcmdistill.teachers.naming import in_python, licence_name, licence_of, public_name, without_folders
+from lcmdistill.teachers.naming import license_name, license_of, loading_code, public_name, redact_paths
 
 OWN, NAMED = "license: other\nlicense_name: my-own", {"license": "other", "license_name": "my-own"}
 
@@ -41,8 +41,8 @@ def test_names_hold_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytes
 )
 def test_a_licence_is_read_from_the_teacher_s_card(tmp_path: Path, front: str, expected: dict[str, str]) -> None:
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
-    assert licence_of(str(tmp_path)) == expected
-    assert licence_name(licence_of(str(tmp_path))) == {"mit": "mit", "other": "my-own"}.get(expected.get("license", ""))
+    assert license_of(str(tmp_path)) == expected
+    assert license_name(license_of(str(tmp_path))) == {"mit": "mit", "other": "my-own"}.get(expected.get("license", ""))
 
 
 def test_a_licence_is_read_from_a_file_s_header_or_known_by_alias(tmp_path: Path) -> None:
@@ -52,24 +52,24 @@ def test_a_licence_is_read_from_a_file_s_header_or_known_by_alias(tmp_path: Path
         ("", {}),
     ):
         save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"modelspec.license": words})
-        assert licence_of(str(tmp_path / "a.safetensors")) == expected
-    assert licence_of("sdxl") == {"license": "openrail++"}
-    assert licence_of("tiny") == {"license": "apache-2.0"}
-    assert licence_of("nobody/knows") == licence_of(str(tmp_path / "nowhere")) == {}
+        assert license_of(str(tmp_path / "a.safetensors")) == expected
+    assert license_of("sdxl") == {"license": "openrail++"}
+    assert license_of("tiny") == {"license": "apache-2.0"}
+    assert license_of("nobody/knows") == license_of(str(tmp_path / "nowhere")) == {}
 
 
 def test_code_opens_each_kind_of_model_by_its_own_way() -> None:
-    code = in_python("~/photo.safetensors", "StableDiffusionXLPipeline", "TCDScheduler")
+    code = loading_code("~/photo.safetensors", "StableDiffusionXLPipeline", "TCDScheduler")
     assert "from diffusers import StableDiffusionXLPipeline, TCDScheduler\n" in code
     assert 'StableDiffusionXLPipeline.from_single_file("photo.safetensors")' in code
-    assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")' in in_python("sd15", "X", "LCMScheduler")
+    assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")' in loading_code("sd15", "X", "LCMScheduler")
     found: dict[str, object] = {}
-    exec(in_python("tiny", "X", "LCMScheduler"), found)
+    exec(loading_code("tiny", "X", "LCMScheduler"), found)
     assert type(found["pipeline"]).__name__ == "StableDiffusionPipeline"
 
 
 def test_settings_are_shown_without_folders_and_secrets() -> None:
-    told = without_folders(
+    told = redact_paths(
         {
             "teacher.model": "/opt/models/mine",
             "data.sources": [
@@ -90,4 +90,4 @@ def test_settings_are_shown_without_folders_and_secrets() -> None:
         "run.validation_prompts": ["/imagine a cat"],
         "run.seed": 0,
     }
-    assert without_folders({"teacher.model": "sd15"}) == {"teacher.model": "sd15"}
+    assert redact_paths({"teacher.model": "sd15"}) == {"teacher.model": "sd15"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.sampling.generate import draw, load_student
+from lcmdistill.sampling.generate import generate, load_student
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
@@ -47,9 +47,9 @@ def test_the_teacher_and_its_student_draw_with_as_many_layers(
     folder = edited(folders[family], tmp_path / "m", index, lambda tree: {**tree, **rule})
     teacher = load_teacher(str(folder), clip_skip=1)
     options: dict[str, Any] = {"steps": 1, "guidance_scale": 3.0, "scheduler": "DDIMScheduler"}
-    drawn = teacher.draw_latents(["a cat"], noise(), **options)
+    drawn = teacher.generate_latents(["a cat"], noise(), **options)
     torch.testing.assert_close(drawn, guided(teacher, noise(), 3.0), rtol=1e-4, atol=1e-4)
-    plain = load_teacher(str(folder)).draw_latents(["a cat"], noise(), **options)
+    plain = load_teacher(str(folder)).generate_latents(["a cat"], noise(), **options)
     assert (plain - drawn).abs().max() > 1e-4
     # The student's pipeline, as files and told again what is in them.
     student = student_pipeline(teacher, teacher.network)
@@ -151,19 +151,21 @@ def test_a_safety_checker_goes_along_unless_it_is_dropped_by_name(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("latents have nothing to be checked")
 
-    sets = [f"--set={key}={value}" for key, value in {**SMALL, "run.validate_every": 2, "data.draw_steps": 1}.items()]
+    sets = [
+        f"--set={key}={value}" for key, value in {**SMALL, "run.validate_every": 2, "data.teacher_steps": 1}.items()
+    ]
     base = ["distill", "--teacher", checked, "--data", image_folder, "--data", "teacher", *sets]
     with monkeypatch.context() as patched:
         patched.setattr(StableDiffusionSafetyChecker, "forward", never)
         left_out = ["--drop", "safety_checker"] if drop else []
-        code, _, error = command(*base, "--set=data.count=4", "--output", tmp_path / "run", *left_out)
+        code, _, error = command(*base, "--set=data.max_samples=4", "--output", tmp_path / "run", *left_out)
     assert (code, error) == (0, ""), error
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
     assert index["requires_safety_checker"] is not drop
     assert (index["safety_checker"][0] is None, (tmp_path / "run/pipeline/safety_checker").is_dir()) == (drop, not drop)
     assert ("without the teacher's safety checker" in (tmp_path / "run" / "README.md").read_text()) is drop
     pipeline = load_student(str(tmp_path / "run" / "pipeline"), torch.device("cpu"))
-    assert black(draw(pipeline, ["a cat"], [0], steps=1, guidance_scale=4.0, resolution=16)) is not drop
+    assert black(generate(pipeline, ["a cat"], [0], steps=1, guidance_scale=4.0, resolution=16)) is not drop
     if drop:
         return
     assert same_weights(pipeline.safety_checker, opened(checked).safety_checker)

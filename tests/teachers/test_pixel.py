@@ -17,8 +17,8 @@ from lcmdistill.diffusion.parameterization import EDM
 from lcmdistill.diffusion.schedules import KarrasSchedule, VPSchedule
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pixel import class_names
-from lcmdistill.training.preflight import check_early, guard
-from lcmdistill.training.run_settings import settle
+from lcmdistill.training.preflight import check_early, validate_for_teacher
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils.errors import UsageError
 from tests.support.pixel import images, noise
 from tests.support.pixel_models import LABELS, build_pixel
@@ -123,7 +123,7 @@ def edm_sampler(unet: Any, labels: Tensor | None, latents: Tensor, steps: int) -
 def test_a_teacher_draws_as_edm_does(tmp_path: Path, labels: tuple[str, ...], steps: int) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", labels)))
     start, classes = noise(3, 1, 8, 8), torch.tensor([2, 0, 3]) if labels else None
-    drawn = teacher.draw_latents(["bag", "coat", ""], start, steps=steps, guidance_scale=1.0, scheduler="any")
+    drawn = teacher.generate_latents(["bag", "coat", ""], start, steps=steps, guidance_scale=1.0, scheduler="any")
     torch.testing.assert_close(drawn, edm_sampler(teacher.network, classes, start, steps), rtol=1e-3, atol=1e-3)
 
 
@@ -131,7 +131,8 @@ def test_guidance_acts_between_a_class_and_no_class(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t")))
     start = noise(1, 1, 8, 8).expand(2, -1, -1, -1)
     plain, guided = (
-        teacher.draw_latents(["bag", ""], start, steps=4, guidance_scale=scale, scheduler="any") for scale in (1.0, 3.0)
+        teacher.generate_latents(["bag", ""], start, steps=4, guidance_scale=scale, scheduler="any")
+        for scale in (1.0, 3.0)
     )
     assert (plain[0] - guided[0]).abs().max() > 1e-3
     torch.testing.assert_close(plain[1], guided[1], rtol=1e-4, atol=1e-4)
@@ -141,7 +142,7 @@ def test_a_vp_network_of_pixels_is_a_teacher_too(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", channels=3, vp=True)))
     assert teacher.prediction_type == "epsilon"
     assert isinstance(teacher.schedule, VPSchedule)
-    drawn = teacher.draw_latents(["bag"], noise(1, 3, 8, 8), steps=3, guidance_scale=1.0, scheduler="any")
+    drawn = teacher.generate_latents(["bag"], noise(1, 3, 8, 8), steps=3, guidance_scale=1.0, scheduler="any")
     assert drawn.shape == (1, 3, 8, 8)
     assert drawn.isfinite().all()
 
@@ -150,7 +151,7 @@ def test_captions_are_classes_and_others_are_counted(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t")))
     folder = images(tmp_path / "images", ["Bag", "a cat", " ankle  boot", None, "bag", ""])
     config = DataConfig(sources=(str(folder),), resolution=8, cache_dir=str(tmp_path / "cache"))
-    (report,) = survey(config, 0, seconds=9.0, refuses=teacher.refuses)
+    (report,) = survey(config, 0, seconds=9.0, rejects=teacher.rejects)
     assert str(report) == "3 kept, 3 dropped: 3 x caption names no class of the teacher"
     dataset = LatentDataset([prepare(str(folder), config, teacher, 0)], [None])
     assert str(dataset.reports[0]) == str(report)
@@ -170,7 +171,7 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
     config = resolve({}, {"teacher.model": str(model), "data.sources": (str(folder),), **own})
     check_early(config)
     teacher = load_teacher(str(model))
-    config = settle(config, 1, teacher)
+    config = resolve_run_defaults(config, 1, teacher)
     assert (config.data.resolution, config.data.guidance_scale) == (8, 1.0)
     dataset = LatentDataset([prepare(str(folder), config.data, teacher, 0)], [None])
     mean, _, cond = dataset.read([0, 2])
@@ -182,7 +183,7 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [LABELS, ()], ids=["classes", "unconditional"])
 def test_a_teacher_without_data_draws_its_own_classes(tmp_path: Path, labels: tuple[str, ...]) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", labels)))
-    own: dict[str, Any] = {"resolution": 8, "draw_steps": 3, "guidance_scale": 1.0, "count": 7}
+    own: dict[str, Any] = {"resolution": 8, "teacher_steps": 3, "guidance_scale": 1.0, "count": 7}
     config = DataConfig(sources=("teacher",), cache_dir=str(tmp_path / "cache"), **own)
     dataset = LatentDataset([prepare("teacher", config, teacher, 0)], [7])
     mean, _, cond = dataset.read(range(7))
@@ -195,4 +196,4 @@ def test_another_size_than_the_teacher_s_is_refused(tmp_path: Path) -> None:
     model = str(build_pixel(tmp_path / "t"))
     config = resolve({}, {"teacher.model": model, "data.resolution": 16})
     with pytest.raises(UsageError, match="draws pixels at 8: pass --resolution 8"):
-        guard(config, load_teacher(model))
+        validate_for_teacher(config, load_teacher(model))

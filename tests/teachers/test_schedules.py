@@ -101,7 +101,7 @@ def test_a_teacher_is_drawn_from_where_its_noise_starts(
     )
     (tmp_path / "prompts.txt").write_text("a cat\n")
     config = DataConfig(
-        prompts=str(tmp_path / "prompts.txt"), resolution=16, draw_steps=4, cache_dir=str(tmp_path / "c")
+        prompts=str(tmp_path / "prompts.txt"), resolution=16, teacher_steps=4, cache_dir=str(tmp_path / "c")
     )
     mean, _, _ = LatentDataset([prepare("teacher", config, teacher, 0)], [None]).read([0])
     assert mean.isfinite().all()

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_folder, prepare
 from lcmdistill.export.sd_keys import original_vae
-from lcmdistill.sampling.generate import draw, load_student
+from lcmdistill.sampling.generate import generate, load_student
 from lcmdistill.teachers import overrides as pieces
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import RunError, UsageError
@@ -202,7 +202,7 @@ def test_images_are_decoded_in_fp32_around_half_a_network(small_run: Path) -> No
         return (out,)
 
     pipeline.vae.decode = watched
-    (drawing,) = draw(pipeline, ["red heart"], [0], **options)
+    (drawing,) = generate(pipeline, ["red heart"], [0], **options)
     assert decoded[0].dtype == torch.float32
     whole = (decoded[0][0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(drawing.image) - whole * 255).max() <= 0.51

@@ -36,8 +36,8 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
         {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3},
         {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"},
         {"objective__name": "cd", "objective__scales": 3},
-        {"data__teacher_draws": 2, "optim__batch_size": 3},
-        {"data__teacher_draws": 2, "optim__batch_size": 32},
+        {"data__teacher_cache_samples": 2, "optim__batch_size": 3},
+        {"data__teacher_cache_samples": 2, "optim__batch_size": 32},
         {"objective__name": "ct"},
         {"objective__name": "ct", "student__target": "live"},
         {"run__gradient_checkpointing": True},
@@ -48,7 +48,7 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
 def test_work_side_by_side_is_the_whole_micro_batch_s(own: Settings, speed_settings: Settings) -> None:
     if own.get("objective__name") in ("cd", "ct"):
         speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
-    own = {"optim__batch_size": 16, "optim__accumulate": 2, **own}
+    own = {"optim__batch_size": 16, "optim__gradient_accumulation_steps": 2, **own}
     own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(speed_settings, **own) for _ in range(3))
     assert run.side_by_side is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcmdistill.training.best import advice, best_of, concern, history, keep_best
+from lcmdistill.training.best import best_checkpoint_advice, best_of, history, keep_best, quality_warning
 from lcmdistill.utils.checkpoint import BEST, load_best, prune, save_checkpoint
 from lcmdistill.utils.run_dir import checkpoints
 
@@ -42,7 +42,7 @@ def test_the_best_is_low_for_a_distance_and_high_for_a_likeness():
     ],
 )
 def test_a_fall_and_a_standstill_are_told(metric: str, values: tuple[float, ...], said: str | None):
-    found = concern(metric, validated(*values))
+    found = quality_warning(metric, validated(*values))
     assert (found is None) if said is None else (found or "").startswith(said)
 
 
@@ -70,10 +70,12 @@ def test_the_best_weights_outlive_pruning(tmp_path: Path):
 
 def test_at_the_end_an_earlier_best_is_offered(tmp_path: Path):
     worse = written(tmp_path / "worse", "ssim_4", 0.2, 0.75, 0.7)
-    assert advice(worse, "ssim_4") == (
+    assert best_checkpoint_advice(worse, "ssim_4") == (
         "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); its weights "
         f"are kept in {worse}/checkpoints/best"
     )
-    assert advice(written(tmp_path / "good", "ssim_4", 0.2, 0.7, 0.75), "ssim_4") is None
-    assert advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") is None  # nothing was learnt
+    assert best_checkpoint_advice(written(tmp_path / "good", "ssim_4", 0.2, 0.7, 0.75), "ssim_4") is None
+    assert (
+        best_checkpoint_advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") is None
+    )  # nothing was learnt
     assert history(worse, "none") == []

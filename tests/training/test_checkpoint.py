@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lcmdistill.teachers.single_file.load import CONFIGS
 from lcmdistill.training import checkpoint
-from lcmdistill.training.checkpoint import Writer
+from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.compile import compile_blocks
 from lcmdistill.training.trainer import _restore
 from lcmdistill.utils.run_dir import checkpoints
@@ -31,7 +31,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
     monkeypatch.setattr(checkpoint, "cpu_memory_left", lambda: left)
     go, write = threading.Event(), checkpoint.save_checkpoint
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *a, **k: (go.wait(10), write(*a, **k)))
-    writer = Writer(tmp_path, keep=1)
+    writer = CheckpointWriter(tmp_path, keep=1)
     if not left:
         go.set()
     for step in (1, 2):
@@ -52,7 +52,7 @@ def test_a_failure_of_the_writing_thread_is_not_lost(tmp_path: Path, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", full)
-    writer = Writer(tmp_path, keep=1)
+    writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, groups(1.0), {})
     with pytest.raises(OSError, match="no space"):
         writer.save(2, groups(2.0), {})

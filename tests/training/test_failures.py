@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.diffusion.types import Batch, Networks
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.training.distributed import Agreement
+from lcmdistill.training.distributed import StopSignal
 from lcmdistill.training.signals import Stop
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_dir import checkpoints
@@ -52,7 +52,7 @@ def test_the_last_good_checkpoint_is_kept(train_run: Runner, monkeypatch: pytest
     """Found at the next line of metrics, and if that is far, before anything broken is saved."""
     loss = LatentConsistency.loss
 
-    def explode(self: LatentConsistency, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def explode(self: LatentConsistency, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         return loss(self, models, batch, rng) * (torch.inf if rng.step >= 3 else 1)
 
     with monkeypatch.context() as patched:
@@ -69,13 +69,13 @@ def test_a_learning_rate_without_measure_ends_the_run(train_run: Runner) -> None
 
 
 def test_two_processes_are_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
-    options = {"optim__batch_size": 2, "optim__accumulate": 2, "optim__learning_rate": 1e-4}
-    one = train_run("one", **{**options, "optim__accumulate": 4})
+    options = {"optim__batch_size": 2, "optim__gradient_accumulation_steps": 2, "optim__learning_rate": 1e-4}
+    one = train_run("one", **{**options, "optim__gradient_accumulation_steps": 4})
     config = (one / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(config)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "lcmdistill", "distill", "--config", str(tmp_path / "config.toml")]
-    command += ["--accumulate", "2", "--output", str(tmp_path / "two")]
+    command += ["--gradient-accumulation-steps", "2", "--output", str(tmp_path / "two")]
     for _ in range(2):  # the second time it finds that it has finished
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert ended.returncode == 0, ended.stderr
@@ -94,8 +94,8 @@ def test_a_signal_that_any_process_met_stops_them_all() -> None:
     for theirs in (0, 15):
         accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
         accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])
-        agreement = Agreement(Stop(), accelerator)
+        agreement = StopSignal(Stop(), accelerator)
         assert [agreement.signal() for _ in range(2)] == [0, theirs]  # of the step before
     accelerator.num_processes, stop = 1, Stop()
     stop.signal = 2
-    assert Agreement(stop, accelerator).signal() == 2
+    assert StopSignal(stop, accelerator).signal() == 2

@@ -16,7 +16,7 @@ from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.export.registry import export
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.report.uses import uses
-from lcmdistill.sampling.generate import draw, find_model, load_student
+from lcmdistill.sampling.generate import find_model, generate, load_student
 from tests.support.methods import MethodRunner, index
 from tests.support.teachers import Command
 from tests.support.training import assert_same, losses
@@ -39,15 +39,15 @@ def test_a_run_is_resumed_bit_for_bit_and_its_pipeline_draws(method_run: MethodR
     assert len(losses(whole)) == 4
     method_run(objective, "parts", optim__max_train_steps=2, **grows)
     assert_same(method_run(objective, "parts", **grows), whole)
-    pipeline, scheduler, takes_omega = LEFT[objective]
+    pipeline, scheduler, has_omega_input = LEFT[objective]
     assert index(whole)["_class_name"] == pipeline
     assert index(whole)["scheduler"][1] == scheduler
     unet = json.loads((whole / "pipeline" / "unet" / "config.json").read_text())
-    assert (unet["time_cond_proj_dim"] is not None) == takes_omega
+    assert (unet["time_cond_proj_dim"] is not None) == has_omega_input
     found = find_model(str(whole))
     student = load_student(found.path, torch.device("cpu"))
     images = [
-        draw(student, ["red heart"], [0], steps=steps, guidance_scale=found.guidance_scale or 0) for steps in (1, 2)
+        generate(student, ["red heart"], [0], steps=steps, guidance_scale=found.guidance_scale or 0) for steps in (1, 2)
     ]
     assert images[0][0].image.size == (16, 16)
     assert images[0][0].image.tobytes() != images[1][0].image.tobytes()

@@ -15,8 +15,8 @@ from lcmdistill.diffusion.schedules import KarrasSchedule
 from lcmdistill.diffusion.types import Conditioning, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.preflight import guard
-from lcmdistill.training.run_settings import settle
+from lcmdistill.training.preflight import validate_for_teacher
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils.checkpoint import load_checkpoint
 from lcmdistill.utils.errors import UsageError
 from tests.support.pixel import images
@@ -26,7 +26,12 @@ from tests.support.teachers import Command
 
 
 def run_options(**more: Any) -> dict[str, Any]:
-    own = {"optim.batch_size": 4, "optim.accumulate": 1, "optim.learning_rate": 1e-3, "optim.max_train_steps": 2}
+    own = {
+        "optim.batch_size": 4,
+        "optim.gradient_accumulation_steps": 1,
+        "optim.learning_rate": 1e-3,
+        "optim.max_train_steps": 2,
+    }
     own |= {"run.checkpoint_every": 1, "run.validate_every": 2, "run.log_every": 1}
     return own | {key.replace("__", "."): value for key, value in more.items()}
 
@@ -79,7 +84,7 @@ def test_a_run_from_the_preflight_to_its_images(
 
 def finished_run(folder: Path, teacher: Path, objective: str = "cd", **more: Any) -> Path:
     """A run of two steps on images that the teacher draws itself, at a learning rate that shows."""
-    own = run_options(data__draw_steps=2, run__validate_every=0, optim__learning_rate=1e-2, **more)
+    own = run_options(data__teacher_steps=2, run__validate_every=0, optim__learning_rate=1e-2, **more)
     own |= {"teacher.model": str(teacher), "run.output": str(folder), "objective.name": objective}
     return distill(resolve({}, own))
 
@@ -123,7 +128,7 @@ def test_plain_diffusers_draws_the_trained_consistency_function(
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path: Path) -> None:
     teacher = build_pixel(tmp_path / "t", dropout=0.2)
     for objective in ("cd", "ct"):
-        own = {"data__count": 16}
+        own = {"data__max_samples": 16}
         own |= {"objective__curriculum_steps": 4} if objective == "ct" else {}
         parts = tmp_path / f"{objective}-parts"
         whole = finished_run(tmp_path / f"{objective}-all", teacher, objective, optim__max_train_steps=4, **own)
@@ -173,9 +178,9 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
 def test_what_pixel_space_has_no_use_for_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
     model = str(build_pixel(tmp_path / "t"))
     teacher = load_teacher(model)
-    config = settle(resolve({}, {"teacher.model": model, "objective.name": "cd", **own}), 1, teacher)
+    config = resolve_run_defaults(resolve({}, {"teacher.model": model, "objective.name": "cd", **own}), 1, teacher)
     with pytest.raises(UsageError, match=message):
-        guard(config, teacher)
+        validate_for_teacher(config, teacher)
 
 
 def test_a_name_that_is_no_class_and_another_size_are_refused(tmp_path: Path, command: Command) -> None:

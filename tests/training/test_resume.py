@@ -21,7 +21,7 @@ from lcmdistill.export import trained_student as product
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import trainer as train
-from lcmdistill.training.validation import Validation
+from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import load_best
 from lcmdistill.utils.errors import Interrupted, RunError, UsageError
 from tests.support.training import ROOT, Runner, assert_same, losses, metrics, result
@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     name: str,
     code: int,
 ) -> None:
-    changes = {"optim__max_train_steps": 6, "optim__lr_schedule": "cosine", "optim__warmup_steps": 2}
+    changes = {"optim__max_train_steps": 6, "optim__lr_scheduler": "cosine", "optim__warmup_steps": 2}
     changes |= {"run__log_every": 4}  # the signal comes between two lines of metrics
     whole = train_run("whole", **changes)
     config = tmp_path / "config.toml"
@@ -127,13 +127,13 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(train_run: Runner, tm
 def test_the_weights_of_the_best_validation_are_kept(train_run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is pruned, and however much worse the run gets afterwards."""
     weights: dict[int, dict[str, Tensor]] = {}
-    draw = Validation.draw
+    draw = Validator.draw
 
-    def noting(self: Validation, step: int, network: Any, metrics: Any) -> Any:
+    def noting(self: Validator, step: int, network: Any, metrics: Any) -> Any:
         weights[step] = {name: value.clone() for name, value in network.named_parameters()}
         return draw(self, step, network, metrics)
 
-    monkeypatch.setattr(Validation, "draw", noting)
+    monkeypatch.setattr(Validator, "draw", noting)
     options = {"run__validate_every": 1, "run__validation_prompts": ("red heart", "apple"), "run__keep_checkpoints": 1}
     folder = train_run(**options, run__best_metric="rmse_2", optim__max_train_steps=6, optim__learning_rate=3e-2)
     values = {line["step"]: line["val/rmse_2"] for line in metrics(folder) if "val/rmse_2" in line}
@@ -151,13 +151,13 @@ def test_what_a_student_draws_at_first_is_drawn_once(
     train_run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    latents = Validation._latents
+    latents = Validator._latents
 
-    def noting(self: Validation, pipeline: Any, steps: int) -> Tensor:
+    def noting(self: Validator, pipeline: Any, steps: int) -> Tensor:
         asked.append(steps)
         return latents(self, pipeline, steps)
 
-    monkeypatch.setattr(Validation, "_latents", noting)
+    monkeypatch.setattr(Validator, "_latents", noting)
     options = {"run__validate_every": 4, "run__validation_prompts": ("red heart", "apple"), "optim__max_train_steps": 4}
     options |= {"data__cache_dir": str(tmp_path / "cache")}
     first = train_run("first", **options)
@@ -290,7 +290,7 @@ def test_a_longer_run_draws_a_new_pipeline(train_run: Runner) -> None:
         ({"run__seed": 1}, "run.seed"),
         ({"data__resolution": 32}, "data.resolution"),
         ({"data__caption_drop": 0.5}, "data.caption_drop"),
-        ({"data__count": 3}, "data.count"),
+        ({"data__max_samples": 3}, "data.max_samples"),
         ({"student__omega_init": "random"}, "student.omega_init"),
     ],
 )
@@ -303,6 +303,6 @@ def test_a_changed_setting_is_refused_by_name(train_run: Runner, changes: dict[s
 
 
 def test_a_schedule_with_an_end_cannot_be_made_longer(train_run: Runner) -> None:
-    train_run(optim__lr_schedule="linear")
+    train_run(optim__lr_scheduler="linear")
     with pytest.raises(UsageError, match=r"holds a run with optim\.max_train_steps = 4, and this command says 6"):
-        train_run(optim__lr_schedule="linear", optim__max_train_steps=6)
+        train_run(optim__lr_scheduler="linear", optim__max_train_steps=6)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lcmdistill.config.schema import OptimConfig
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Models
+from lcmdistill.diffusion.types import Batch, Networks
 from lcmdistill.objectives import lcm
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.training.optimizer import learning_rate_at
@@ -33,7 +33,7 @@ GOLDEN_NORM = [3.564842, 3.390724, 2.076547, 3.557505, 2.774616, 0.911940]
 def test_the_loss_curve_is_the_golden_one(train_run: Runner) -> None:
     folder = train_run(
         optim__max_train_steps=6,
-        optim__accumulate=2,
+        optim__gradient_accumulation_steps=2,
         optim__learning_rate=1e-4,
         data__caption_drop=0.2,
         data__flip=True,
@@ -44,7 +44,7 @@ def test_the_loss_curve_is_the_golden_one(train_run: Runner) -> None:
 
 def test_accumulated_micro_batches_are_one_batch(train_run: Runner) -> None:
     whole = train_run("whole", optim__batch_size=8, optim__learning_rate=1e-4)
-    halves = train_run("halves", optim__batch_size=4, optim__accumulate=2, optim__learning_rate=1e-4)
+    halves = train_run("halves", optim__batch_size=4, optim__gradient_accumulation_steps=2, optim__learning_rate=1e-4)
     for key in ("loss", "grad_norm"):
         found, expected = [m[key] for m in metrics(halves)], [m[key] for m in metrics(whole)]
         assert found[0] == pytest.approx(expected[0], rel=1e-5)
@@ -90,14 +90,14 @@ def test_clipping_clips_what_the_optimiser_gets(train_run: Runner, gradient_norm
     ],
 )
 def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule: Any, expected: list[float]) -> None:
-    optim = OptimConfig(learning_rate=2.0, max_train_steps=8, warmup_steps=4, lr_schedule=schedule)
+    optim = OptimConfig(learning_rate=2.0, max_train_steps=8, warmup_steps=4, lr_scheduler=schedule)
     assert [learning_rate_at(step, optim) / 2.0 for step in range(8)] == pytest.approx(expected)
 
 
 def test_a_run_uses_and_tells_its_learning_rates(train_run: Runner) -> None:
     rates: list[float] = []
     handle = register_optimizer_step_pre_hook(lambda opt, args, options: rates.append(opt.param_groups[0]["lr"]))
-    folder = train_run(optim__lr_schedule="cosine", optim__warmup_steps=2)
+    folder = train_run(optim__lr_scheduler="cosine", optim__warmup_steps=2)
     handle.remove()
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     assert [line["learning_rate"] for line in metrics(folder)] == rates
@@ -106,14 +106,16 @@ def test_a_run_uses_and_tells_its_learning_rates(train_run: Runner) -> None:
 def test_the_loss_is_told_by_how_noisy_its_samples_were(train_run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told adds up to the loss, and stands where the objective has really looked."""
     times: list[Tensor] = []
-    draw = lcm.draw_times
+    draw = lcm.sample_times
 
     def noting(*args: Any) -> Any:
         times.append(draw(*args)[0])
         return draw(*args)
 
-    monkeypatch.setattr(lcm, "draw_times", noting)
-    folder = train_run(run__log_every=2, optim__max_train_steps=3, optim__batch_size=8, optim__accumulate=2)
+    monkeypatch.setattr(lcm, "sample_times", noting)
+    folder = train_run(
+        run__log_every=2, optim__max_train_steps=3, optim__batch_size=8, optim__gradient_accumulation_steps=2
+    )
     first, last = metrics(folder)
     drawn = [torch.cat(times[i : i + 8 : 2]) for i in (0, 8)]  # of loss, and again of where it was
     assert torch.equal(drawn[0], torch.cat(times[1:8:2]))
@@ -132,7 +134,7 @@ def test_captions_are_dropped_at_their_rate(
     dropped: list[bool] = []
     loss = LatentConsistency.loss
 
-    def noting(self: LatentConsistency, models: Models, batch: Batch, rng: Rng) -> Tensor:
+    def noting(self: LatentConsistency, models: Networks, batch: Batch, rng: Rng) -> Tensor:
         dropped.extend((batch.cond["prompt_embeds"] == models.null["prompt_embeds"]).all(-1).all(-1).tolist())
         return loss(self, models, batch, rng)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.utils import atomic as checkpoint
-from lcmdistill.utils.atomic import file_written_aside, write_text, written_aside
+from lcmdistill.utils.atomic import atomic_dir, atomic_file, write_text
 from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoints
@@ -23,13 +23,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def write(folder: Path, content: str) -> None:
-    with written_aside(folder) as aside:
+    with atomic_dir(folder) as aside:
         (aside / "deep").mkdir()
         (aside / "deep" / "file.txt").write_text(content)
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    with written_aside(tmp_path / "a" / "out") as aside:
+    with atomic_dir(tmp_path / "a" / "out") as aside:
         (aside / "file.txt").write_text("new")
         assert not (tmp_path / "a" / "out").exists()
     assert files(tmp_path) == {"a/out/file.txt": b"new"}
@@ -47,7 +47,7 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Bas
     write(tmp_path / "out", "old")
 
     def fail() -> None:
-        with written_aside(tmp_path / "out") as aside:
+        with atomic_dir(tmp_path / "out") as aside:
             (aside / "file.txt").write_text("half")
             raise error
 
@@ -59,17 +59,17 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Bas
 
 def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache" / "drawn.json"
-    with file_written_aside(path, shared=True) as one:
+    with atomic_file(path, shared=True) as one:
         one.write_text("one")
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        with file_written_aside(path, shared=True) as other:
+        with atomic_file(path, shared=True) as other:
             other.write_text("other")
         assert path.read_text() == "other"
     assert path.read_text() == "one"
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("way", [written_aside, file_written_aside])
+@pytest.mark.parametrize("way", [atomic_dir, atomic_file])
 def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
     way: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
     """safetensors makes its own for their owner alone, whom another program's is not."""
     path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
-    with file_written_aside(tmp_path / "lora.safetensors") as aside:
+    with atomic_file(tmp_path / "lora.safetensors") as aside:
         save_file({"w": torch.ones(4)}, aside)
     (tmp_path / "usual").touch()
     modes = {file.stat().st_mode for file in [*path.iterdir(), *tmp_path.glob("*.safetensors"), tmp_path / "usual"]}

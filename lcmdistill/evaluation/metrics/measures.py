@@ -21,7 +21,7 @@ KID_BLOCK = 1000
 "images that are compared with each other at once: the kernel matrix is as large as this squared"
 
 
-class Shown(NamedTuple):
+class ImagePair(NamedTuple):
     """Some images and what they stand beside, all of the same prompts and the same start noise.
 
     latents, reference_latents: (B, C, h, w); pixels, reference_pixels: (B, 3, H, W) in [0, 1]; prompts: B of them.
@@ -48,7 +48,7 @@ class Measure:
     about: str
     features: str
     against: str
-    kept: Callable[[Shown], Tensor]
+    kept: Callable[[ImagePair], Tensor]
     value: Callable[[Tensor], float]
     published: str = "no published figure"
     decimals: int = 3
@@ -78,12 +78,12 @@ def spread_ratio(kept: Tensor) -> float:
     return float(own / reference.clamp(min=1e-12))
 
 
-def squared_distance(shown: Shown) -> Tensor:
+def squared_distance(shown: ImagePair) -> Tensor:
     """Mean squared difference of latents, (B, 1)."""
     return (shown.latents.double() - shown.reference_latents.double()).square().flatten(1).mean(1, keepdim=True)
 
 
-def ssim(shown: Shown) -> Tensor:
+def ssim(shown: ImagePair) -> Tensor:
     """Structural similarity of pixels, (B, 1) (Wang et al. 2004, with the usual 11 x 11 Gaussian window)."""
     from torchmetrics.functional.image import structural_similarity_index_measure as similarity
 
@@ -109,10 +109,10 @@ def thumbnails(pixels: Tensor) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
 
 
-def _of_both(statistic: Callable[[Tensor], Tensor]) -> Callable[[Shown], Tensor]:
+def _of_both(statistic: Callable[[Tensor], Tensor]) -> Callable[[ImagePair], Tensor]:
     """A statistic of the images and of the reference beside it."""
 
-    def kept(shown: Shown) -> Tensor:
+    def kept(shown: ImagePair) -> Tensor:
         both = [statistic(part).view(len(part), -1) for part in (shown.pixels, shown.reference_pixels)]
         return torch.cat(both, 1)
 

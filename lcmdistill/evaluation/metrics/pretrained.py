@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.diffusion.losses import Distance
-from lcmdistill.evaluation.metrics.measures import Measure, Shown, eight_bit, mean
+from lcmdistill.diffusion.losses import LossFunction
+from lcmdistill.evaluation.metrics.measures import ImagePair, Measure, eight_bit, mean
 from lcmdistill.utils.errors import RunError, UsageError
 
 FID_IMAGES = 10_000
@@ -67,7 +67,7 @@ def clip_measure(folder: str, *, scorer: bool = False) -> Measure:
     model, processor = _clip(folder, "--scorer" if scorer else "--clip")
     name = Path(folder).name
 
-    def kept(shown: Shown) -> Tensor:
+    def kept(shown: ImagePair) -> Tensor:
         inputs = processor(
             text=list(shown.prompts),
             images=[image.permute(1, 2, 0).numpy() for image in eight_bit(shown.pixels)],
@@ -175,7 +175,7 @@ def _heads() -> dict[str, Tensor]:
     return {f"heads.{i}.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}
 
 
-def perceptual_distance(objective: Any, device: torch.device) -> Distance | None:
+def perceptual_distance(objective: Any, device: torch.device) -> LossFunction | None:
     """LPIPS as a distance between two batches of pixels in [-1, 1], (B, 1 or 3, H, W), as (B,); None without weights.
 
     Small images are enlarged to 224, as Consistency Models did (Song et al. 2023, app. C). Raises UsageError as Lpips.

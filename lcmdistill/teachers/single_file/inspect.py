@@ -34,7 +34,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Recognised:
+class CheckpointInfo:
     """A single-file checkpoint. layout: a key of LAYOUTS; why: how each was told, in words."""
 
     layout: str
@@ -68,7 +68,7 @@ def is_lora(header: Header) -> bool:
     return any(name.endswith(LORA_ENDS) for name in header.tensors)
 
 
-def recognise(path: Path, header: Header) -> Recognised:
+def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     """Family, prediction type and schedule of a checkpoint. Raises UsageError, saying what it is instead, if it is unknown."""
     names = header.tensors
     if is_lora(header):
@@ -97,7 +97,7 @@ def recognise(path: Path, header: Header) -> Recognised:
     parts.append(f"{prediction_type} ({how})")
     zero_snr = "ztsnr" in names
     parts += ["zero-terminal SNR (it holds a ztsnr marker)"] if zero_snr else []
-    return Recognised(layout, channels == 9, prediction_type, zero_snr, ", ".join(parts))
+    return CheckpointInfo(layout, channels == 9, prediction_type, zero_snr, ", ".join(parts))
 
 
 def _prediction_type(header: Header, layout: str, inpaints: bool) -> tuple[str, str]:

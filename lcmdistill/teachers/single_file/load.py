@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.teachers.single_file.inspect import LAYOUTS, Recognised, read_header, recognise
+from lcmdistill.teachers.single_file.inspect import LAYOUTS, CheckpointInfo, inspect_checkpoint, read_header
 from lcmdistill.utils.errors import UsageError
 
 CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
@@ -30,7 +30,7 @@ def load_single_file(path: Path, prediction_type: str | None = None, configs: Pa
     import torch
 
     header = read_header(path)
-    found = recognise(path, header)
+    found = inspect_checkpoint(path, header)
     start = LAYOUTS["sd1"][0]
     of_2022 = found.layout == "sd1" and not any(name.startswith(f"{start}text_model.") for name in header.tensors)
     kind = "StableDiffusionXL" if found.layout == "sdxl" else "StableDiffusion"
@@ -79,7 +79,7 @@ def _text_encoder_of_2022(path: Path, start: str, config: Path) -> Any:
 
 
 @contextmanager
-def _config_folder(found: Recognised, prediction_type: str | None, configs: Path) -> Iterator[Path]:
+def _config_folder(found: CheckpointInfo, prediction_type: str | None, configs: Path) -> Iterator[Path]:
     """A passing diffusers folder without weights, as the file needs it."""
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) / "configs"

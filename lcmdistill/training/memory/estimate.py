@@ -23,10 +23,10 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Models, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Networks, x0_eps_network
 from lcmdistill.students.build import make_student
-from lcmdistill.students.student import Door, Student, raw_network
-from lcmdistill.teachers.base import Teacher, can_take_omega, takes_omega, with_omega_input
+from lcmdistill.students.student import AutocastNetwork, Student, raw_network
+from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
 
 GIB = 2**30
 
@@ -151,7 +151,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     null, schedule = teacher.encode_prompts([""]).to("meta"), teacher.schedule.to("meta")
     student = _student(config, teacher, dtype)
     # A teacher that was asked beforehand is not there, unless its weights are those that a LoRA sits on.
-    answered = config.data.teacher_draws > 0
+    answered = config.data.teacher_cache_samples > 0
     beside = [] if answered and config.student.kind == "full" else [student.teacher]
     modules = nn.ModuleList([student.online, *beside, student.target])
     trained, live = list(student.trainable.values()), Live()
@@ -161,9 +161,11 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     of_teacher, of_student, of_target = (x0_eps_network(door, schedule, teacher.prediction_type) for door in doors)
     if answered:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
-    models = Models(schedule, of_teacher, of_student, of_target, null, perceptual=DISTANCES["l2"])
+    models = Networks(schedule, of_teacher, of_student, of_target, null, perceptual=DISTANCES["l2"])
     with live, _fused_attention():
-        if config.optim.accumulate > 1 or world > 1:  # gradients that are there before the backward pass
+        if (
+            config.optim.gradient_accumulation_steps > 1 or world > 1
+        ):  # gradients that are there before the backward pass
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
         rng = Rng(0, 0, range(len(z)), "meta")
@@ -186,7 +188,7 @@ def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student
     """The student without data, and all that it is trained against, computing as under autocast to `dtype`."""
     shape: Mapping[str, Any] = teacher.network.config
     adds_omega = config.student.kind == "full" and config.objective.omega == "input"
-    if adds_omega and can_take_omega(teacher.network) and not takes_omega(teacher.network):
+    if adds_omega and supports_omega_input(teacher.network) and not has_omega_input(teacher.network):
         shape = with_omega_input(teacher.network)
     with torch.device("meta"):
         network = type(teacher.network).from_config(shape).eval().requires_grad_(False)
@@ -200,14 +202,14 @@ def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student
             same_dropout=config.objective.same_dropout,
         )
     for door in nn.ModuleList([student.online, student.teacher, student.target]).modules():
-        if isinstance(door, Door):
+        if isinstance(door, AutocastNetwork):
             door.forward = partial(_open, door)
             if dtype != torch.float32:
                 _as_under_autocast(door.network, dtype)
     return student
 
 
-def _open(door: Door, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+def _open(door: AutocastNetwork, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
     """A door without its autocast, which the meta device has not."""
     return door.call(door.network, z, t, c, w).float()
 

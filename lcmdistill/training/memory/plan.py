@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcmdistill.config.recorded import begun
+from lcmdistill.config.recorded import resumable_config
 from lcmdistill.config.resolve import with_values
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.teachers.base import Teacher
@@ -46,7 +46,7 @@ class Plan:
         return self.needed.total <= self.room
 
 
-def choose(config: RunConfig, needed: Callable[[RunConfig], Breakdown], room: float, *, eight_bits: bool) -> Plan:
+def choose_plan(config: RunConfig, needed: Callable[[RunConfig], Breakdown], room: float, *, eight_bits: bool) -> Plan:
     """The cheapest settings whose memory is within `room` bytes, else the smallest there are.
 
     needed: `step_memory` or what stands for it; eight_bits: whether the optimiser may be bitsandbytes'.
@@ -65,7 +65,7 @@ def choose(config: RunConfig, needed: Callable[[RunConfig], Breakdown], room: fl
 def candidates(config: RunConfig, *, eight_bits: bool) -> Iterator[dict[str, Any]]:
     """What may be changed, cheapest first: {} and every mix of the measures, with the same global batch throughout."""
     batch = config.optim.batch_size
-    whole = batch * config.optim.accumulate
+    whole = batch * config.optim.gradient_accumulation_steps
     has_target = config.student.kind == "full" and config.student.target == "ema"
     mixes = product(
         [False] if config.run.gradient_checkpointing else [False, True],
@@ -81,12 +81,12 @@ def candidates(config: RunConfig, *, eight_bits: bool) -> Iterator[dict[str, Any
     for again, away, size, coarse in sorted(mixes, key=cost):
         values: dict[str, Any] = {"run.gradient_checkpointing": True} if again else {}
         values |= {"student.offload_target": True} if away else {}
-        values |= {"optim.batch_size": size, "optim.accumulate": whole // size} if size < batch else {}
+        values |= {"optim.batch_size": size, "optim.gradient_accumulation_steps": whole // size} if size < batch else {}
         yield values | ({"optim.optimizer": "adamw8bit"} if coarse else {})
 
 
 def _plan(config: RunConfig, values: dict[str, Any], memory: Breakdown, room: float) -> Plan:
-    told = {k: v for k, v in values.items() if k != "optim.accumulate"}
+    told = {k: v for k, v in values.items() if k != "optim.gradient_accumulation_steps"}
     changes = [f"{key} = {value}: {WHY[key]}" for key, value in told.items()]
     return Plan(with_values(config, values), tuple(changes), memory, room)
 
@@ -107,7 +107,7 @@ def estimator(asked: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int
             {
                 "student.offload_target": False,
                 "optim.optimizer": "adamw",
-                "optim.accumulate": min(optim.accumulate, 2),
+                "optim.gradient_accumulation_steps": min(optim.gradient_accumulation_steps, 2),
             },
         )
         if optim.batch_size in (1, top):
@@ -124,7 +124,7 @@ def estimator(asked: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int
     return needed
 
 
-def planned(
+def plan_memory(
     config: RunConfig, teacher: Teacher, device: torch.device, *, free: float, world: int = 1, loud: bool = False
 ) -> Plan | None:
     """The plan that `run.memory` asks for; None if it asks for none. loud: whether to say that it is being made.
@@ -137,7 +137,7 @@ def planned(
         return None
     if loud:
         say("memory: working out what a step takes")  # half a minute for the largest networks
-    dtype, before = compute_dtype(config.run.precision, device), begun(Path(config.run.output or ""))
+    dtype, before = compute_dtype(config.run.precision, device), resumable_config(Path(config.run.output or ""))
     needed = estimator(config, teacher, dtype, world)
     whole_card = said != "auto"
     room = usable(float(said) * GIB if whole_card else free, whole_card=whole_card)
@@ -145,7 +145,7 @@ def planned(
         cap_memory(device, room * SLACK)
     if before.get("run.memory") == said:
         return Plan(config, (), needed(config), room)
-    plan = choose(config, needed, room, eight_bits=device.type == "cuda" and not before and has_eight_bits())
+    plan = choose_plan(config, needed, room, eight_bits=device.type == "cuda" and not before and has_eight_bits())
     if not plan.fits and whole_card:
         raise UsageError(
             f"--memory {said} leaves {room / GIB:.2f} GiB for tensors, and the least that this run needs is "
@@ -158,7 +158,7 @@ def _smaller(config: RunConfig) -> str:
     return " or --rank" if config.student.kind == "lora" else ", train an adapter (lcmdistill distill-lora)"
 
 
-def tell(plan: Plan) -> None:
+def log_plan(plan: Plan) -> None:
     """Say what a run is estimated to take, what was picked so that it fits, and why."""
     said, room = plan.config.run.memory, f"{plan.room / GIB:.2f} GiB"
     verdict = f"; {said} leaves {room} for it" if plan.fits else f", which may not fit: {said} leaves {room} for it"

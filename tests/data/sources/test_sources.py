@@ -11,7 +11,7 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.registry import kind_of, open_source
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.data.survey import survey
-from lcmdistill.data.transforms import Sample, judge
+from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.utils.errors import UsageError
 from tests.support.data import captions, encoded, good, picture, reasons, write_tar
 
@@ -110,7 +110,7 @@ def test_the_teacher_s_prompts_are_members_without_an_image(tmp_path: Path) -> N
     path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
     members = list(open_source("teacher", str(path)))
     assert [(m.caption, m.image) for m in members] == [("a cat", None), ("a dog", None)]
-    judged = judge(members[0], DataConfig(resolution=16), 0, 0)
+    judged = check_sample(members[0], DataConfig(resolution=16), 0, 0)
     assert judged == Sample("a cat", None, (16, 16, 0, 0, 16, 16))
 
 
@@ -120,7 +120,7 @@ def test_the_bundled_prompts_are_many_and_distinct() -> None:
 
 
 def test_the_bundled_images_are_all_usable() -> None:
-    report = survey(DataConfig(sources=("tiny",), resolution=64, count=300), 0, seconds=60)[0]
+    report = survey(DataConfig(sources=("tiny",), resolution=64, max_samples=300), 0, seconds=60)[0]
     assert (report.kept, report.rejected) == (300, ())
 
 

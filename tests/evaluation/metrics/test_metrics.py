@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.evaluation.metrics.features import ScriptedFeatures
-from lcmdistill.evaluation.metrics.measures import Shown
+from lcmdistill.evaluation.metrics.measures import ImagePair
 from lcmdistill.evaluation.metrics.pretrained import clip_measure, fid_measure, lpips_measure, perceptual_distance
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import write_tokenizer
 
 
-def shown(count: int = 3, side: int = 64) -> Shown:
+def shown(count: int = 3, side: int = 64) -> ImagePair:
     a, b = (torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     latents = torch.zeros(count, 4, 8, 8)
-    return Shown(latents, a, latents, b, ("a red apple", "a blue car", "a green tree")[:count])
+    return ImagePair(latents, a, latents, b, ("a red apple", "a blue car", "a green tree")[:count])
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
 from lcmdistill.export.single_file import write_single_file
-from lcmdistill.teachers.loading import load_teacher, recognised_as
+from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.single_file import load as single_file
-from lcmdistill.teachers.single_file.inspect import LAYOUTS, Header, recognise
+from lcmdistill.teachers.single_file.inspect import LAYOUTS, Header, inspect_checkpoint
 from lcmdistill.teachers.single_file.load import CONFIGS, load_single_file, write_vocabulary
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import (
@@ -97,7 +97,7 @@ def header_of(tensors: Mapping[str, Tensor], **metadata: str) -> Header:
 @each_layout
 def test_real_checkpoints_are_recognised_by_their_keys(layout: str, full_size: dict[str, dict[str, Any]]) -> None:
     tensors = original_keys(layout, full_size[layout])
-    found = recognise(Path("x.safetensors"), header_of(tensors))
+    found = inspect_checkpoint(Path("x.safetensors"), header_of(tensors))
     guess = "v_prediction" if layout == "sd2" else "epsilon"
     assert (found.layout, found.inpaints, found.prediction_type, found.zero_snr) == (layout, False, guess, False)
     width = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[layout]
@@ -125,7 +125,7 @@ def test_what_a_file_says_of_itself_is_heard(
     tensors |= {name: torch.empty(0) for name in more if name != "9"}
     if "9" in more:
         tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(320, 9, 3, 3, device="meta")
-    found = recognise(Path("x.safetensors"), header_of(tensors, **metadata))
+    found = inspect_checkpoint(Path("x.safetensors"), header_of(tensors, **metadata))
     assert (found.layout, found.prediction_type) == (layout, prediction_type)
     assert (found.inpaints, found.zero_snr) == ("9" in more, "ztsnr" in more)
     assert why in found.why
@@ -223,7 +223,7 @@ def test_our_own_single_file_is_the_same_teacher(layout: str, tmp_path: Path, mo
     for name, model in models_of(pipeline).items():
         state = models_of(teacher.pipeline)[name].state_dict()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    assert "is Stable Diffusion" in recognised_as(str(file), None)
+    assert "is Stable Diffusion" in checkpoint_summary(str(file), None)
     other = load_teacher(str(file), prediction_type="sample")
     assert (other.prediction_type, other.pipeline.scheduler.config.prediction_type) == ("sample", "sample")
 

@@ -55,7 +55,7 @@ def real_step(config: RunConfig, teacher: Teacher, tmp_path: Path, norms_in_fp32
 def test_the_estimate_is_what_a_real_step_holds(
     kind: str, checkpointing: bool, accumulate: int, small_teacher: Path, tmp_path: Path
 ) -> None:
-    own = {"student__kind": kind, "optim__accumulate": accumulate}
+    own = {"student__kind": kind, "optim__gradient_accumulation_steps": accumulate}
     config = configured(small_teacher, run__gradient_checkpointing=checkpointing, **own)
     teacher = load_teacher(str(small_teacher))
     needed = step_memory(config, teacher, torch.float32)
@@ -114,7 +114,7 @@ def test_the_estimate_follows_what_is_asked(small_teacher: Path) -> None:
     plain = of()
     assert of(run__gradient_checkpointing=True).activations < 0.7 * plain.activations
     assert of(optim__batch_size=8).activations == pytest.approx(2 * plain.activations, rel=0.1)
-    assert of(optim__accumulate=3).total >= plain.total
+    assert of(optim__gradient_accumulation_steps=3).total >= plain.total
     assert of(student__target="live").target == 0
     assert of(torch.bfloat16).frozen == pytest.approx(plain.frozen / 2, rel=0.1)
     assert of(torch.bfloat16).activations < plain.activations

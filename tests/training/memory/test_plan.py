@@ -18,7 +18,7 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.training.memory import plan
 from lcmdistill.training.memory.estimate import GIB, Breakdown, optimizer_bytes, step_memory, usable
-from lcmdistill.training.memory.plan import MemoryCheck, Plan, candidates, choose, estimator, planned
+from lcmdistill.training.memory.plan import MemoryCheck, Plan, candidates, choose_plan, estimator, plan_memory
 from lcmdistill.training.optimizer import check_optimizer, make_optimizer
 from lcmdistill.utils.checkpoint import load_checkpoint
 from lcmdistill.utils.errors import UsageError
@@ -43,7 +43,7 @@ def by_formula(config: RunConfig) -> Breakdown:
 
 
 def whole(config: RunConfig) -> int:
-    return config.optim.batch_size * config.optim.accumulate
+    return config.optim.batch_size * config.optim.gradient_accumulation_steps
 
 
 # As asked it is 27 GiB: 11 of weights and their company, 16 of activations.
@@ -51,10 +51,14 @@ def whole(config: RunConfig) -> int:
     ("room", "eight_bits", "expected"),
     [
         (30, True, {}),
-        (24, True, {"optim.batch_size": 3, "optim.accumulate": 4}),
+        (24, True, {"optim.batch_size": 3, "optim.gradient_accumulation_steps": 4}),
         (16, True, {"run.gradient_checkpointing": True}),
-        (13, True, {"run.gradient_checkpointing": True, "optim.batch_size": 2, "optim.accumulate": 6}),
-        (12, True, {"run.gradient_checkpointing": True, "optim.batch_size": 1, "optim.accumulate": 12}),
+        (13, True, {"run.gradient_checkpointing": True, "optim.batch_size": 2, "optim.gradient_accumulation_steps": 6}),
+        (
+            12,
+            True,
+            {"run.gradient_checkpointing": True, "optim.batch_size": 1, "optim.gradient_accumulation_steps": 12},
+        ),
         (
             11,
             True,
@@ -62,32 +66,32 @@ def whole(config: RunConfig) -> int:
                 "run.gradient_checkpointing": True,
                 "student.offload_target": True,
                 "optim.batch_size": 1,
-                "optim.accumulate": 12,
+                "optim.gradient_accumulation_steps": 12,
             },
         ),
         (
             9.1,
             True,
             {"run.gradient_checkpointing": True, "optim.optimizer": "adamw8bit"}
-            | {"optim.batch_size": 1, "optim.accumulate": 12},
+            | {"optim.batch_size": 1, "optim.gradient_accumulation_steps": 12},
         ),
     ],
 )
 def test_the_cheapest_settings_that_fit_are_picked(room: float, eight_bits: bool, expected: dict[str, Any]) -> None:
     config = resolve({}, {})
-    picked = choose(config, by_formula, room * GIB, eight_bits=eight_bits)
+    picked = choose_plan(config, by_formula, room * GIB, eight_bits=eight_bits)
     changed = {k: v for k, v in flatten(picked.config).items() if v != flatten(config)[k]}
     assert changed == expected
     assert picked.fits
     assert picked.needed == by_formula(picked.config)
     assert whole(picked.config) == whole(config)
-    assert len(picked.changes) == len(expected) - ("optim.accumulate" in expected)
+    assert len(picked.changes) == len(expected) - ("optim.gradient_accumulation_steps" in expected)
     assert all(": " in change for change in picked.changes)
 
 
 @pytest.mark.parametrize("room", [8, 12, 16, 24])
 def test_a_plan_stays_under_its_limit_or_says_the_least_there_is(room: float) -> None:
-    picked = choose(resolve({}, {}), by_formula, room * GIB, eight_bits=False)
+    picked = choose_plan(resolve({}, {}), by_formula, room * GIB, eight_bits=False)
     assert picked.fits == (picked.needed.total <= room * GIB) == (room > 8)
     assert picked.needed.total == pytest.approx(11 * GIB) or room > 8
 
@@ -106,7 +110,7 @@ def test_room_is_left_for_what_is_not_tensors() -> None:
 def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
     small_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, asked = load_teacher(str(small_teacher)), configured(small_teacher, optim__accumulate=2)
+    teacher, asked = load_teacher(str(small_teacher)), configured(small_teacher, optim__gradient_accumulation_steps=2)
     calls = []
 
     def counted(*args: Any, **options: Any) -> Breakdown:
@@ -126,16 +130,16 @@ def test_auto_goes_by_what_a_gpu_has_free_and_leaves_a_cpu_alone(
 ) -> None:
     teacher, gpu = load_teacher(str(small_teacher)), torch.device("cuda")
     config = configured(small_teacher, run__output=str(tmp_path / "run"), run__precision="bf16")
-    assert planned(config, teacher, CPU, free=1.0) is None
-    assert planned(replace(config, run=replace(config.run, memory="off")), teacher, gpu, free=1.0) is None
+    assert plan_memory(config, teacher, CPU, free=1.0) is None
+    assert plan_memory(replace(config, run=replace(config.run, memory="off")), teacher, gpu, free=1.0) is None
     asked = step_memory(config, teacher, torch.bfloat16).total
-    ample, scarce = (planned(config, teacher, gpu, free=free) for free in (1.2 * asked, 0.7 * asked))
+    ample, scarce = (plan_memory(config, teacher, gpu, free=free) for free in (1.2 * asked, 0.7 * asked))
     assert ample is not None
     assert (ample.config, ample.fits) == (config, True)
     assert scarce is not None
     assert scarce.fits
     assert scarce.changes
-    none = planned(config, teacher, gpu, free=1.0)
+    none = plan_memory(config, teacher, gpu, free=1.0)
     assert none is not None
     assert not none.fits
 
@@ -149,7 +153,7 @@ def test_a_run_is_planned_says_so_and_learns_the_same(
     told = capsys.readouterr().out
     assert "memory, estimated: 0.01 GiB at the peak of a step (" in told
     said = read_toml(capped / "config.toml")
-    assert said["optim.batch_size"] * said["optim.accumulate"] == 4
+    assert said["optim.batch_size"] * said["optim.gradient_accumulation_steps"] == 4
     assert said["optim.batch_size"] < 4
     assert "  optim.batch_size = " in told
     assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
