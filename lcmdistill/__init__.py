@@ -22,7 +22,9 @@ def run(config: "RunConfig") -> Path:
     from lcmdistill.hub.publish import publish_run
     from lcmdistill.hub.run_documents import DOCUMENTS
     from lcmdistill.training.trainer import distill
+    from lcmdistill.utils.logging import configure_console
 
+    configure_console()
     folder = distill(config, DOCUMENTS)
     if config.run.push_to_hub and os.environ.get("RANK", "0") == "0":
         publish_run(folder, config.run.push_to_hub)

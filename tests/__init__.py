@@ -13,3 +13,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Models this small are fastest on one thread, and processes that are compared bit for bit must not differ in it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from lcmdistill.utils.logging import configure_console  # noqa: E402
+
+configure_console()

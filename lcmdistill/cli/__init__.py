@@ -17,6 +17,7 @@ from lcmdistill.cli.info import info
 from lcmdistill.cli.sample import sample
 from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import explain
+from lcmdistill.utils.logging import configure_console
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -59,6 +60,7 @@ def with_spins(environment: Mapping[str, str]) -> dict[str, str]:
 def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
     _quiet_libraries()
+    configure_console()
     os.environ |= with_spins(os.environ)
     # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
     gc.set_threshold(100_000, 50, 50)

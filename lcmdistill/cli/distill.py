@@ -1,5 +1,6 @@
 """`lcmdistill distill` and `lcmdistill distill-lora`: settle the configuration, check it, run it."""
 
+import logging
 import os
 from typing import Any
 
@@ -8,6 +9,8 @@ from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.toml import read_toml
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @takes({**WHAT, **FULL, **HOW})
@@ -41,13 +44,14 @@ def _train(kind: str, options: dict[str, Any]) -> None:
 
     resolved = resolve(file, flags, preset, objectives=OBJECTIVES)
     from lcmdistill.training import preflight
-    from lcmdistill.utils.logging import say
 
     if preset and os.environ.get("RANK", "0") == "0":
         changes = preset_changes({**file, **flags}, preset, objectives=OBJECTIVES)
-        say(f"preset {preset} ({PRESETS[preset].source}), against the defaults:{'' if changes else ' no difference'}")
+        logger.info(
+            f"preset {preset} ({PRESETS[preset].source}), against the defaults:{'' if changes else ' no difference'}"
+        )
         for change in changes:
-            say(f"  {change}")
+            logger.info(f"  {change}")
 
     if resolved.run.push_to_hub and os.environ.get("RANK", "0") == "0":
         check_login(resolved.run.push_to_hub)

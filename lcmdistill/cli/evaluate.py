@@ -1,5 +1,6 @@
 """`lcmdistill evaluate` and `lcmdistill report`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,8 @@ import typer
 
 from lcmdistill.cli._options import Debug, Device
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -65,7 +68,6 @@ def evaluate(
     from lcmdistill.report.card import add_to_card
     from lcmdistill.report.comparison import write_comparison
     from lcmdistill.report.page import evaluation_summary, write_report
-    from lcmdistill.utils.logging import say
 
     wish = EvaluationOptions(
         steps=tuple(int(n) for n in numbers),
@@ -86,10 +88,10 @@ def evaluate(
     for run in runs:
         written = write_report(run)
         add_to_card(run)
-        say(evaluation_summary(run))
-        say(f"look at {written}")
+        logger.info(evaluation_summary(run))
+        logger.info(f"look at {written}")
     if page:
-        say(f"side by side: {write_comparison(runs, page)}")
+        logger.info(f"side by side: {write_comparison(runs, page)}")
 
 
 def report(
@@ -99,12 +101,11 @@ def report(
     """Make RUN/report.html anew: training, validation and what an evaluation found, on one page; and the card's plots."""
     from lcmdistill.report.card import add_to_card
     from lcmdistill.report.page import write_report
-    from lcmdistill.utils.logging import say
 
     run = _named(run)
     page = write_report(run)
     evaluation_summary = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
-    say(f"look at {page}{evaluation_summary}")
+    logger.info(f"look at {page}{evaluation_summary}")
 
 
 def _named(run: Path) -> Path:

@@ -1,5 +1,6 @@
 """`lcmdistill export`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,6 +8,8 @@ import typer
 
 from lcmdistill.cli._options import Debug, PushToHub, finite
 from lcmdistill.config.schema import Format
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -39,7 +42,6 @@ def export(
     from lcmdistill.hub import client as hub
     from lcmdistill.hub import publish
     from lcmdistill.hub.model_card import put_export_card
-    from lcmdistill.utils.logging import say
 
     if push_to_hub:
         hub.check_login(push_to_hub)
@@ -49,6 +51,6 @@ def export(
         "quantize": quantize,
         "weights": weights,
     }
-    say(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
+    logger.info(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
     if push_to_hub:
         publish.publish_export(run, format_, output, push_to_hub)

@@ -1,5 +1,6 @@
 """`lcmdistill sample`."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,8 @@ import typer
 
 from lcmdistill.cli._options import Debug, Device, finite
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def sample(
@@ -72,7 +75,7 @@ def sample(
     from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
     from lcmdistill.teachers.prompts import count_truncated, token_limit
     from lcmdistill.utils.device import pick_device
-    from lcmdistill.utils.logging import progress, say
+    from lcmdistill.utils.logging import progress
 
     if model and base:
         raise UsageError("MODEL and --model say the same; give one of them")
@@ -92,7 +95,9 @@ def sample(
     guidance = guidance_scale if guidance_scale is not None else own
     texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
     if cut := count_truncated(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
-        say(f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there")
+        logger.info(
+            f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there"
+        )
     wanted = [text for text in texts for _ in range(num_images)]
     with progress("drawing", len(wanted)) as bar:
         drawings = sampling.generate(
@@ -117,4 +122,4 @@ def sample(
         sampler=sampling.sampler_of(pipeline),
         loras=list(zip(loras, scales, strict=True)),
     )
-    say(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+    logger.info(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")

@@ -1,13 +1,16 @@
 """The cache's bound: what no run has used for longest makes room."""
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from lcmdistill.utils.errors import RunError
-from lcmdistill.utils.logging import say
+
+logger = logging.getLogger(__name__)
+
 
 KINDS = ("latents", "answers")
 "the folders of a cache whose sub-folders each serve some runs, and can be made again"
@@ -38,7 +41,7 @@ def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
         shutil.rmtree(doomed, ignore_errors=True)
         removed += sizes[path]
     if removed:
-        say(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
+        logger.info(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
     return removed
 
 

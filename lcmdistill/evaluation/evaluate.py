@@ -1,6 +1,7 @@
 """`lcmdistill evaluate`: who is measured, on which prompts, at which steps and guidance, by which measures."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.naming import resolve_alias
 from lcmdistill.utils.device import compute_dtype, pick_device
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.logging import progress, say
+from lcmdistill.utils.logging import progress
+
+logger = logging.getLogger(__name__)
 
 SEED = 2026
 
@@ -133,7 +136,7 @@ def evaluate(runs: Sequence[Path], wish: EvaluationOptions) -> None:
             teacher.to(device)
         prompts = prompts or chosen_prompts(subjects, wish, teacher)
         if each.is_baked and wish.guidance_scales not in ((), (each.guidance_scale,)):
-            say(
+            logger.info(
                 f"{each.run}: its guidance, {each.guidance_scale:g}, is in its weights, and --guidance-scale cannot change it"
             )
         _evaluate_one(each, wish, teacher, prompts, _guidance(each, subjects, wish), device)
@@ -175,7 +178,7 @@ def chosen_prompts(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions, te
         who = "the run was" if len(subjects) == 1 else "the runs were"
         raise UsageError(f"--prompts {path}: {who} trained on every one of them; give others")
     if len(prompts) < len(asked):
-        say(f"{len(asked) - len(prompts)} of {len(asked)} prompts were trained on and are left out")
+        logger.info(f"{len(asked) - len(prompts)} of {len(asked)} prompts were trained on and are left out")
     return tuple(prompts[i * len(prompts) // count if count < len(prompts) else i % len(prompts)] for i in range(count))
 
 
@@ -212,8 +215,8 @@ def _evaluate_one(
         batch_size=wish.batch_size,
         device=device_name(device),
     )
-    say(f"{each.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
-    say(f"{len(sweep.cells())} cells, {sweep.evaluations} network evaluations, {_estimate(who, sweep)}")
+    logger.info(f"{each.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
+    logger.info(f"{len(sweep.cells())} cells, {sweep.evaluations} network evaluations, {_estimate(who, sweep)}")
     cache = cache_root(DataConfig(cache_dir=config.get("data.cache_dir"))) / "evaluation"
     with progress("evaluating", sweep.evaluations) as bar:
         done, last = [0], [""]
@@ -222,7 +225,7 @@ def _evaluate_one(
             done[0] += images * cell.evaluations
             bar.update(done[0], cell.name)
             if not bar.visible and cell.name != last[0]:
-                say(f"drawing {cell.name}")
+                logger.info(f"drawing {cell.name}")
                 last[0] = cell.name
 
         sweep_run(folder, cache, sweep, who, measures, about, tell)

@@ -1,13 +1,15 @@
 """What goes to the hub: a run's product, or one export, where its users look for it, under a card that says how it is used."""
 
+import logging
 import shlex
 from pathlib import Path
 
 from lcmdistill.config.recorded import load_run_config
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import export_card, pictures_of
-from lcmdistill.utils.logging import say
 from lcmdistill.utils.run_dir import lora_file
+
+logger = logging.getLogger(__name__)
 
 
 def publish_run(run: Path, repo: str) -> None:
@@ -34,8 +36,8 @@ def publish_export(run: Path, name: str, output: Path, repo: str) -> None:
 
 def _push(repo: str, files: dict[str, Path | bytes], card: str, title: str, again: list[str]) -> None:
     files["README.md"] = card.encode()
-    say(f"uploading {len(files)} files to {repo}")
-    say(f"uploaded: {hub.push(repo, files, f'Upload {title} with lcmdistill', shlex.join(again))}")
+    logger.info(f"uploading {len(files)} files to {repo}")
+    logger.info(f"uploaded: {hub.push(repo, files, f'Upload {title} with lcmdistill', shlex.join(again))}")
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:

@@ -4,8 +4,8 @@ and its section of the configuration, its `loss` is the paper's algorithm box, w
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,51 @@ Omega = Literal["input", "teacher", "none"]
 "whether a full student is told omega: by an input of its own, as its teacher is, or never"
 
 
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """What every program and page needs to know about a method. It lives on the objective's class, in its one file.
+
+    Attributes:
+        key: The name in OBJECTIVES and in `objective.name`.
+        title: What a full student is called, such as "LCM".
+        lora_title: What a LoRA student is called, such as "LCM-LoRA".
+        paper: Authors, year and arXiv number.
+        algorithm: The algorithm box or section of the paper.
+        scheduler: The diffusers scheduler class that samples a latent student.
+        scheduler_options: Options of that class that differ from the teacher's scheduler config.
+        sampler: The scheduler's name in user interfaces (ComfyUI, A1111).
+        sampling_options: Options that the method adds to a pipeline call, with their defaults, such as {"eta": 0.3}.
+        default_steps: The number of sampling steps to recommend.
+        relation: How the student relates to its start: "distilled from", "fine-tuned from", "trained from".
+        spaces: Where the method works: "latent", "pixel" or both.
+        student_kinds: What it trains: "full", "lora" or both.
+        start: What it starts from: "teacher" (a diffusion model) or "student" (a finished few-step model).
+        needs_images: Whether it cannot learn from latents that the teacher generates.
+        tags: Tags of the model card.
+    """
+
+    key: str
+    title: str
+    lora_title: str
+    paper: str
+    algorithm: str
+    scheduler: str = "LCMScheduler"
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "LCM"
+    sampling_options: Mapping[str, float] = field(default_factory=dict)
+    default_steps: int = 4
+    relation: str = "distilled from"
+    spaces: tuple[str, ...] = ("latent",)
+    student_kinds: tuple[str, ...] = ("full", "lora")
+    start: Literal["teacher", "student"] = "teacher"
+    needs_images: bool = False
+    tags: tuple[str, ...] = ("consistency-model",)
+
+
 class Objective(Protocol):
     """What the training loop asks of a method."""
+
+    info: ClassVar[MethodInfo]
 
     @property
     def omega(self) -> Omega:

@@ -11,6 +11,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.common import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
 from lcmdistill.utils.device import copy_to_device
 
@@ -22,6 +23,14 @@ class ConsistencyDistillation:
     Both networks of a pair have the same dropout mask.
     """
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="cd",
+        title="consistency model",
+        lora_title="consistency LoRA",
+        paper="Song et al. 2023, arXiv:2303.01469",
+        algorithm="Algorithm 2",
+        spaces=("latent", "pixel"),
+    )
     scales: int = 51
     "N, the points of the grid: 18 or 40 in the paper; 51 lie 20 of Stable Diffusion's time steps apart"
     solver: str = "heun"

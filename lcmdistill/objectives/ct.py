@@ -11,6 +11,7 @@ from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.common import check_decay, check_lpips, distance_of
 from lcmdistill.utils.device import copy_to_device
 
@@ -23,6 +24,15 @@ class ConsistencyTraining:
     pair have the same dropout mask.
     """
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="ct",
+        title="consistency model",
+        lora_title="consistency LoRA",
+        paper="Song et al. 2023, arXiv:2303.01469",
+        algorithm="Algorithm 3",
+        relation="trained from",
+        spaces=("latent", "pixel"),
+    )
     growth: Literal["sqrt", "doubling"] = "sqrt"
     "how the grid's points grow: from s0 to s1 + 1 as in Song et al. 2023, app. C, or from s0 + 1 by doubling (iCT)"
     s0: int = 2
@@ -110,6 +120,15 @@ class ConsistencyTraining:
 class ImprovedConsistencyTraining(ConsistencyTraining):
     """Consistency Training with the settings of iCT (Song & Dhariwal 2023, arXiv:2310.14189, Table 1)."""
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="ict",
+        title="consistency model",
+        lora_title="consistency LoRA",
+        paper="Song & Dhariwal 2023, arXiv:2310.14189",
+        algorithm="Table 1",
+        relation="trained from",
+        spaces=("latent", "pixel"),
+    )
     growth: Literal["sqrt", "doubling"] = "doubling"
     s0: int = 10
     s1: int = 1280

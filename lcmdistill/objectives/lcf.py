@@ -11,6 +11,7 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.common import check_decay, check_omega, check_skip, sample_omega, sample_times
 
 
@@ -22,6 +23,17 @@ class LatentConsistencyFineTuning:
     z_s have the same noise. omega is drawn and told to a network that takes it, and changes nothing else.
     """
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="lcf",
+        title="LCM",
+        lora_title="LoRA on an LCM",
+        paper="Luo et al. 2023, arXiv:2310.04378",
+        algorithm="Section 4.4",
+        relation="fine-tuned from",
+        start="student",
+        needs_images=True,
+        tags=("lcm", "latent-consistency-model"),
+    )
     skip: int = 20
     "k, the skipping step: how many time steps lie between z_t and z_s; 1 to T"
     times: Literal["grid", "all"] = "grid"

@@ -12,6 +12,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -27,6 +28,14 @@ from lcmdistill.objectives.common import (
 class LatentConsistency:
     """Latent Consistency Distillation (Luo et al. 2023, arXiv:2310.04378, Algorithm 1)."""
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="lcm",
+        title="LCM",
+        lora_title="LCM-LoRA",
+        paper="Luo et al. 2023, arXiv:2310.04378",
+        algorithm="Algorithm 1",
+        tags=("lcm", "latent-consistency-model"),
+    )
     skip: int = 20
     "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
     times: Literal["grid", "all"] = "grid"

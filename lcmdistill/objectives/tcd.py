@@ -11,6 +11,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Networks
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -32,6 +33,17 @@ class TrajectoryConsistency:
     by itself, so that there are no boundary scalings.
     """
 
+    info: ClassVar[MethodInfo] = MethodInfo(
+        key="tcd",
+        title="TCD student",
+        lora_title="TCD-LoRA",
+        paper="Zheng et al. 2024, arXiv:2402.19159",
+        algorithm="Algorithm 1",
+        scheduler="TCDScheduler",
+        sampler="TCD",
+        sampling_options={"eta": 0.3},
+        tags=("tcd", "trajectory-consistency-distillation"),
+    )
     skip: int = 20
     "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
     times: Literal["grid", "all"] = "grid"

@@ -1,5 +1,6 @@
 """Draw images with a student, and lay images out as a grid."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.pipelines import is_inpainting, network_of
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.logging import say
 from lcmdistill.utils.run_dir import lora_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def scheduler_for_loras(loras: Sequence[str], own: str) -> str:
     (first, chosen), *others = named
     for lora, name in others:
         if name != chosen:
-            say(f"{lora} is for a {name}, and {first} for a {chosen}: drawn with {chosen}, as the first one asks")
+            logger.info(
+                f"{lora} is for a {name}, and {first} for a {chosen}: drawn with {chosen}, as the first one asks"
+            )
     return chosen
 
 

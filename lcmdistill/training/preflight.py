@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -29,8 +30,9 @@ from lcmdistill.training.optimizer import check_optimizer
 from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.logging import say
 from lcmdistill.utils.metrics_log import check_tracker
+
+logger = logging.getLogger(__name__)
 
 SURVEY_SECONDS = 20.0
 
@@ -134,7 +136,7 @@ def check_early(config: RunConfig) -> None:
         check_run(config)
         check_tracker(config.run.report_to)
         if told := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
-            say(told)
+            logger.info(told)
     check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
@@ -165,8 +167,8 @@ def dry_run(config: RunConfig) -> None:
     validate_for_teacher(config, teacher)
     plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
-    say(to_toml(config))
-    say(f"output: {folder} ({state})")
+    logger.info(to_toml(config))
+    logger.info(f"output: {folder} ({state})")
     reports = survey(
         config.data,
         config.run.seed,
@@ -178,12 +180,12 @@ def dry_run(config: RunConfig) -> None:
     for spec, report in zip(config.data.sources, reports, strict=True):
         ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
-        say(
+        logger.info(
             f"data {spec}: {report}{unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}"
         )
     needed = plan.needed if plan else step_memory(config, teacher, dtype)
     kind = "U-Net" if teacher.network_name == "unet" else "transformer"
-    say(
+    logger.info(
         f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
@@ -196,15 +198,15 @@ def dry_run(config: RunConfig) -> None:
     if draws:
         answers = draws * asked["teacher"] * sum(report.kept for report in reports)
         size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
-        say(
+        logger.info(
             f"teacher's answers, asked beforehand: {answers:,}, estimated to take "
             f"{answers / config.optim.batch_size * forward / 3600:.2f} h and {answers * size / 1e9:.2f} GB of the cache"
         )
     whole = seconds * config.optim.max_train_steps / 3600
-    say(
+    logger.info(
         f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
     )
-    say("dry run: nothing was written")
+    logger.info("dry run: nothing was written")
 
 
 def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:

@@ -1,5 +1,6 @@
 """Build what a run needs: data, networks, optimizer."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from lcmdistill.training.optimizer import make_optimizer
 from lcmdistill.training.side_by_side import Ahead, division
 from lcmdistill.training.signals import Stop
 from lcmdistill.utils.device import compute_dtype, keep_freed_memory
-from lcmdistill.utils.logging import Progress, progress, say
+from lcmdistill.utils.logging import Progress, progress
+
+logger = logging.getLogger(__name__)
 
 NOISE_BINS = 10
 "parts of the way from clean to noise that the loss is told for"
@@ -201,7 +204,7 @@ def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Ca
         stop.check(f"stopped while {what}; what is done is kept, and the same command goes on")
         bar.update(done)
         if loud and not bar.visible and time.monotonic() - last > 10:
-            say(f"{what}: {done} samples")
+            logger.info(f"{what}: {done} samples")
             last = time.monotonic()
 
     return tell

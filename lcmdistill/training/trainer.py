@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,9 +44,11 @@ from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import load_checkpoint
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import RunError, UsageError
-from lcmdistill.utils.logging import progress, say
+from lcmdistill.utils.logging import progress
 from lcmdistill.utils.metrics_log import Metrics, check_tracker
 from lcmdistill.utils.run_dir import checkpoints
+
+logger = logging.getLogger(__name__)
 
 
 def train_steps(run: Run, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,7 +192,7 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
     if finished(config):
         check_run(config)
         if loud:
-            say(
+            logger.info(
                 f"{config.run.output} has all of the {config.optim.max_train_steps} steps asked for: nothing is left to do"
             )
         return Path(config.run.output or "")
@@ -199,7 +202,7 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
     folder = Path(config.run.output or "")
     done = checkpoints(folder / "checkpoints")
     if loud:
-        say(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
+        logger.info(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))
     config = resolve_run_defaults(config, world, teacher)
     if loud:
@@ -221,7 +224,7 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
     dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
     if loud:
         for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            say(
+            logger.info(
                 f"data {spec}: {report}{unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)}"
             )
     if not len(dataset):
@@ -243,9 +246,9 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
     if done:
         _restore(run, done[-1])
         if loud:
-            say(f"resuming from {done[-1].name}")
+            logger.info(f"resuming from {done[-1].name}")
     if loud and run.compiled:
-        say("the networks are compiled at the first step, which takes minutes; --compile off begins at once")
+        logger.info("the networks are compiled at the first step, which takes minutes; --compile off begins at once")
     metrics = Metrics(folder, config.run.report_to, flatten(config), run.step) if loud else None
     try:
         _follow(run, validation, metrics, stop)
@@ -258,8 +261,8 @@ def _distill(asked: RunConfig, documents: RunDocuments, accelerator: Accelerator
         documents.write(config, folder, teacher)
         mark_finished(folder, run.step)
         if better := best_checkpoint_advice(folder, config.run.best_metric):
-            say(better)
-        say(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {quote(str(folder))} --steps 4")
+            logger.info(better)
+        logger.info(f"done: {what} draws in 1 to 8 steps; try: lcmdistill sample {quote(str(folder))} --steps 4")
     accelerator.wait_for_everyone()
     return folder
 
@@ -300,7 +303,7 @@ def _follow(run: Run, validation: Validator | None, metrics: Metrics | None, sto
                         line += f"  {waiting:.0%} of the time waiting for data"
                     bar.update(run.step, line)
                     if not bar.visible:
-                        say(f"step {run.step}/{total}  {line}  left {left}")
+                        logger.info(f"step {run.step}/{total}  {line}  left {left}")
                 run.unlogged.clear()
                 run.by_noise.zero_()
                 count, since, run.waited = 0, time.monotonic(), 0.0
@@ -326,11 +329,11 @@ def _validate(run: Run, validation: Validator, metrics: Metrics | None) -> None:
     if numbers:
         distances = (f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS)
         told += f"  RMSE to the teacher {', '.join(distances)} steps"
-    say(told)
+    logger.info(told)
     if run.config.run.best_metric != "none":
         weights = run.student.averaged or run.student.trainable
         if worry := keep_best(run.folder, run.config.run.best_metric, run.step, weights):
-            say(worry)
+            logger.info(worry)
 
 
 def _check_finite(loss: float, norm: Tensor, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file, write_text
-from lcmdistill.utils.logging import say
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -72,7 +74,9 @@ class Validator:
 
         def draw() -> Tensor:
             count = len(self._prompts)
-            say(f"the teacher draws the {count} validation pictures in {TEACHER_STEPS} steps, once: they are kept")
+            logger.info(
+                f"the teacher draws the {count} validation pictures in {TEACHER_STEPS} steps, once: they are kept"
+            )
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
 

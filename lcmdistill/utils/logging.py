@@ -1,14 +1,26 @@
 """Console lines and progress bars."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
-def say(text: str) -> None:
-    """One plain line to standard output, at once."""
-    print(text, flush=True)
+class ConsoleHandler(logging.Handler):
+    """Write each record's message to standard output, whatever `sys.stdout` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def configure_console() -> None:
+    """Show the package's INFO messages on standard output. An application that added its own handler keeps it."""
+    root = logging.getLogger("lcmdistill")
+    if not root.handlers:
+        root.addHandler(ConsoleHandler())
+        root.setLevel(logging.INFO)
+        root.propagate = False
 
 
 class Progress:

@@ -172,7 +172,10 @@ def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch:
     assert waited[0] >= 1
 
 
-OUT_OF_MEMORY = "out of memory; lower --batch-size and raise --gradient-accumulation-steps by the same factor, or lower --resolution"
+OUT_OF_MEMORY = (
+    "out of memory; lower --batch-size and raise --gradient-accumulation-steps by the same factor, "
+    "or lower --resolution"
+)
 
 NO_SPACE = "no space is left on the disk; free some or choose another --output"
 

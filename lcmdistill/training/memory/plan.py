@@ -1,5 +1,6 @@
 """`--memory`: which settings let a run fit, at the least cost in time, and why. The choice is a pure function."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from lcmdistill.training.memory.estimate import GIB, SLACK, Breakdown, optimizer
 from lcmdistill.training.optimizer import has_eight_bits
 from lcmdistill.utils.device import cap_memory, compute_dtype, peak_memory
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.logging import say
+
+logger = logging.getLogger(__name__)
+
 
 # What each measure costs, as a share of a step's time; moments of eight bits change the result, and so come last.
 CHECKPOINTING, OFFLOADING, HALVING, EIGHT_BITS = 1 / 6, 0.1, 0.1, 10.0
@@ -136,7 +139,7 @@ def plan_memory(
     if said == "off" or (said == "auto" and device.type != "cuda"):
         return None
     if loud:
-        say("memory: working out what a step takes")  # half a minute for the largest networks
+        logger.info("memory: working out what a step takes")  # half a minute for the largest networks
     dtype, before = compute_dtype(config.run.precision, device), resumable_config(Path(config.run.output or ""))
     needed = estimator(config, teacher, dtype, world)
     whole_card = said != "auto"
@@ -163,9 +166,9 @@ def log_plan(plan: Plan) -> None:
     said, room = plan.config.run.memory, f"{plan.room / GIB:.2f} GiB"
     verdict = f"; {said} leaves {room} for it" if plan.fits else f", which may not fit: {said} leaves {room} for it"
     estimated = f"memory, estimated: {plan.needed.total / GIB:.2f} GiB at the peak of a step ({plan.needed})"
-    say(estimated + (verdict if math.isfinite(plan.room) else ""))
+    logger.info(estimated + (verdict if math.isfinite(plan.room) else ""))
     for change in plan.changes:
-        say(f"  {change}")
+        logger.info(f"  {change}")
 
 
 class MemoryCheck:
@@ -181,7 +184,7 @@ class MemoryCheck:
         took = peak_memory(self._device) if self._steps == 2 else None
         if took is not None and self._needed is not None:
             estimated = self._needed.total
-            say(
+            logger.info(
                 f"memory: {took / GIB:.2f} GiB at the peak of a step, estimated were {estimated / GIB:.2f} "
                 f"({estimated / took - 1:+.0%})"
             )
