@@ -1,18 +1,14 @@
-"""The training objectives, one file per paper."""
+"""The training objectives, one file per paper. OBJECTIVES is the one place that lists them."""
 
-from typing import Any
+from lcmdistill.utils.registry import LazyRegistry
 
-from lcmdistill.objectives.cd import ConsistencyDistillation
-from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
-from lcmdistill.objectives.lcf import LatentConsistencyFineTuning
-from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.objectives.tcd import TrajectoryConsistency
-
-OBJECTIVES: dict[str, type[Any]] = {
-    "lcm": LatentConsistency,
-    "lcf": LatentConsistencyFineTuning,
-    "tcd": TrajectoryConsistency,
-    "cd": ConsistencyDistillation,
-    "ct": ConsistencyTraining,
-    "ict": ImprovedConsistencyTraining,
-}
+OBJECTIVES = LazyRegistry(
+    {
+        "lcm": "lcmdistill.objectives.lcm:LatentConsistency",
+        "lcf": "lcmdistill.objectives.lcf:LatentConsistencyFineTuning",
+        "tcd": "lcmdistill.objectives.tcd:TrajectoryConsistency",
+        "cd": "lcmdistill.objectives.cd:ConsistencyDistillation",
+        "ct": "lcmdistill.objectives.ct:ConsistencyTraining",
+        "ict": "lcmdistill.objectives.ct:ImprovedConsistencyTraining",
+    }
+)

@@ -1,11 +1,11 @@
-"""The training objectives, a file for each paper. Each is a frozen dataclass: its fields are the paper's hyper-parameters
-and its section of the configuration, its `loss` is the paper's algorithm box, written on the pair (x0, eps).
+"""The contract of an objective. Each is a frozen dataclass in a file of its own: the fields are the paper's hyper-parameters
+and the [objective] section of the configuration; the methods are the paper's algorithm box on the pair (x0, eps).
 """
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
