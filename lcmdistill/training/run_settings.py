@@ -95,7 +95,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     return dataclasses.replace(
         config,
         objective=objective,
-        data=dataclasses.replace(config.data, count=count),
+        data=dataclasses.replace(config.data, max_samples=count),
         run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
     )
 

@@ -18,6 +18,7 @@ from lcmdistill.export import onnx as onnx_files
 from lcmdistill.export import registry as export
 from lcmdistill.export.trained_student import load_trained_student
 from lcmdistill.export.verify import network_output
+from lcmdistill.hub.model_card import put_export_card
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.finished_runs import finished_run
 
@@ -43,7 +44,7 @@ def lora_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def full_export(full_run: Path) -> tuple[Path, str]:
     """The folder of a full student's graphs, and the sentence about it."""
     output = full_run.parent / "onnx"
-    return output, export.export(full_run, "onnx", output, **OPTIONS)
+    return output, export.export(full_run, "onnx", output, **OPTIONS, write_card=put_export_card)
 
 
 @pytest.fixture(scope="module")

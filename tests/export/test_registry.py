@@ -174,9 +174,9 @@ def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
     code = f"""
 import os, signal, sys
 from lcmdistill import cli
-    from lcmdistill.export import registry as export
+from lcmdistill.export import registry as export
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whatever the tests were started from
-export.compared = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
+export.check_close = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
 sys.argv = ["lcmdistill", "export", {str(runs["sd1", "lora"])!r}, "--format", {name!r}, "--output", {str(output)!r}]
 cli.main()
 """
