@@ -61,11 +61,15 @@ def test_the_teacher_and_its_student_draw_with_as_many_layers(
         for skip in (None, 1)
     ]
     expected = pipeline_latents(student, ["a cat"], noise(), steps=1, guidance_scale=3.0)
-    assert all(torch.equal(each, expected) for each in latents)
+    for (
+        each
+    ) in latents:  # weights read from a file may lie elsewhere in memory, and some processors then round otherwise
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
     if family == "sd2":  # whoever reads the files follows
         read: Any = opened(tmp_path / "student")
         read.set_progress_bar_config(disable=True)
-        assert torch.equal(pipeline_latents(read, ["a cat"], noise(), steps=1, guidance_scale=3.0), expected)
+        again = pipeline_latents(read, ["a cat"], noise(), steps=1, guidance_scale=3.0)
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
         assert read.text_encoder.config.num_hidden_layers == 3
     elif zeros:  # diffusers' own word for it
         read = opened(tmp_path / "student")

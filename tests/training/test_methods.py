@@ -14,6 +14,7 @@ from lcmdistill.config.methods import METHODS
 from lcmdistill.diffusion.parameterization import to_x0_eps
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.export.registry import export
+from lcmdistill.hub.model_card import put_export_card
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.report.uses import uses
 from lcmdistill.sampling.generate import find_model, generate, load_student
@@ -133,7 +134,7 @@ def test_a_tcd_lora_is_drawn_by_its_scheduler(tcd_lora: Path, command: Command, 
 
 def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"dtype": "fp32", "guidance_scale": None, "verify": True}
-    export(tcd_lora, "fused", tmp_path / "fused", **options)
+    export(tcd_lora, "fused", tmp_path / "fused", **options, write_card=put_export_card)
     assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["scheduler"][1] == "TCDScheduler"
     assert ", eta=0.3)" in (tmp_path / "fused" / "README.md").read_text()
     said = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
