@@ -65,7 +65,8 @@ def test_a_single_file_says_what_it_was_recognised_as(tmp_path: Path, small_teac
 def test_the_bundled_teacher_has_its_licence_and_is_told_without_torch() -> None:
     from lcmdistill.teachers.naming import ALIASES
 
-    code = f"import sys; from lcmdistill.report.info import describe; print(describe({ALIASES['tiny']!r}), 'torch' in sys.modules)"
+    code = "import sys; from lcmdistill.report.info import describe; "
+    code += f"print(describe({ALIASES['tiny']!r}), 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "LICENSES.md" in told or "apache" in told.lower()
     assert told.strip().endswith("False")
