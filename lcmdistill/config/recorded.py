@@ -44,6 +44,12 @@ def teacher_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: settings[f"teacher.{key}"] for key in keys if f"teacher.{key}" in settings}
 
 
+def objective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the [objective] section of a run's settings, {"section.key": value}, by key."""
+    start = "objective."
+    return {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+
+
 def has_trained_student(folder: Path) -> bool:
     """Whether what a run was for is there: RUN/pipeline of a full student, RUN/lora of an adapter."""
     if load_run_config(folder).get("student.kind") == "lora":

@@ -130,12 +130,15 @@ class SamplerPair:
     def about(self, cell: SweepPoint, sweep: Sweep) -> dict[str, Any]:
         """Everything that decides what a cell's latents are."""
         is_student = cell.sampler == "student"
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        trained_steps = scheduler.config.get("original_inference_steps", 50) if scheduler is not None else 50
         return {
             "format": FORMAT,
             "cell": cell.name,
             "weights": self.student_fingerprint if is_student else self.teacher_fingerprint,
             "told": self.student_scale if is_student else None,
             **({"eta": self.eta} if is_student and self.eta is not None else {}),
+            **({"trained_steps": trained_steps} if is_student and trained_steps != 50 else {}),
             "prompts": sweep.prompts,
             "seed": sweep.seed,
             "resolution": sweep.resolution,

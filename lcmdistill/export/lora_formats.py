@@ -14,9 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.config.methods import METHODS, a1111_clip_skip, omega_range
+from lcmdistill.config.recorded import objective_settings
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
+from lcmdistill.sampling.student_pipeline import trained_steps
 from lcmdistill.students.lora import LoraLayer
-from lcmdistill.students.lora_files import DIFFUSERS_LORA, SCHEDULER_KEY, Lora, alpha_of, kohya_tensors, rank_of
+from lcmdistill.students.lora_files import (
+    DIFFUSERS_LORA,
+    ORIGINAL_STEPS_KEY,
+    SCHEDULER_KEY,
+    Lora,
+    alpha_of,
+    kohya_tensors,
+    rank_of,
+)
 from lcmdistill.teachers.naming import public_name
 
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -72,7 +82,7 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1",
         "modelspec.tags": f"{method.sampler.lower()},{method.lora.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
-        SCHEDULER_KEY: method.scheduler,
+        **sampling_header(recorded, base_pipeline),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
@@ -90,6 +100,20 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
     }
 
 
+def sampling_header(recorded: Mapping[str, Any], base_pipeline: Any) -> dict[str, str]:
+    """Return the header strings that name the scheduler of a LoRA and the number of time steps it was trained at.
+
+    Args:
+        recorded: The run's settings, {"section.key": value}.
+        base_pipeline: A pipeline with the teacher's number of time steps.
+    """
+    count = base_pipeline.scheduler.config.num_train_timesteps
+    return {
+        SCHEDULER_KEY: METHODS[recorded["objective.name"]].scheduler,
+        ORIGINAL_STEPS_KEY: str(trained_steps(count, objective_settings(recorded))),
+    }
+
+
 def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
     """One file for ComfyUI, A1111 and diffusers."""
     save_file(kohya_tensors(lora, dtype), path, metadata=dict(metadata))
@@ -102,12 +126,19 @@ def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) 
     save_file(peft_tensors(lora, "unet"), folder / DIFFUSERS_LORA, metadata=described)
 
 
-def write_peft(lora: Lora, folder: Path, base_model: str, scheduler: str) -> None:
-    """A peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`. scheduler: what draws with it."""
+def write_peft(lora: Lora, folder: Path, base_model: str, sampling: Mapping[str, str]) -> None:
+    """Write a peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`.
+
+    Args:
+        lora: The adapter.
+        folder: An existing folder.
+        base_model: The name of the model that the adapter belongs to.
+        sampling: The result of `sampling_header`.
+    """
     config = {**adapter_config(lora), "base_model_name_or_path": base_model, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    told = {"format": "pt", SCHEDULER_KEY: scheduler}
-    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata=told)
+    metadata = {"format": "pt", **sampling}
+    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata=metadata)
 
 
 def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:

@@ -133,7 +133,8 @@ def peft(product: TrainedStudent, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
     with atomic_dir(request.output) as aside:
-        write_peft(lora, aside, public_name(str(product.recorded["teacher.model"])), product.method.scheduler)
+        base = public_name(str(product.recorded["teacher.model"]))
+        write_peft(lora, aside, base, product.sampling_header())
         if not request.verify:
             return f"{request.output}: not verified"
         from peft import PeftModel

@@ -9,14 +9,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.config.methods import METHODS, Method
-from lcmdistill.config.recorded import has_trained_student, load_run_config, teacher_options
+from lcmdistill.config.recorded import has_trained_student, load_run_config, objective_settings, teacher_options
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.export.lora_formats import from_checkpoint, header, write_kohya, write_peft
+from lcmdistill.export.lora_formats import from_checkpoint, header, sampling_header, write_kohya, write_peft
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.lora import ONLINE, put_lora
-from lcmdistill.students.lora_files import Lora
+from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora
 from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
@@ -50,6 +50,12 @@ class TrainedStudent:
         """What the teacher's pipeline calls the network: "unet", or "transformer", whose adapters are peft's alone."""
         return "transformer" if (self.run / "lora" / "adapter_config.json").is_file() else "unet"
 
+    def sampling_header(self) -> dict[str, str]:
+        """Return the header strings of the run's LoRA that name its scheduler and time steps."""
+        with safe_open(lora_file(self.run), framework="pt") as file:
+            header = file.metadata() or {}
+        return {key: header[key] for key in (SCHEDULER_KEY, ORIGINAL_STEPS_KEY) if key in header}
+
     @property
     def guidance_scale(self) -> float:
         """What the run recommends to draw with, in diffusers' convention."""
@@ -71,7 +77,11 @@ class TrainedStudent:
         """The teacher on the student's scheduler: what a LoRA is loaded into."""
         teacher = self.teacher()
         return student_pipeline(
-            teacher, teacher.network, self.recorded["data.resolution"], scheduler=self.method.scheduler
+            teacher,
+            teacher.network,
+            self.recorded["data.resolution"],
+            scheduler=self.method.scheduler,
+            objective=objective_settings(self.recorded),
         )
 
     def pipeline(self) -> Any:
@@ -96,11 +106,14 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
             if teacher.network_name == "unet":
                 write_kohya(lora, aside / name, header(lora, flatten(config), folder.name, teacher.pipeline))
                 return folder / "lora" / name
-            scheduler = METHODS[config.objective_name].scheduler
-            write_peft(lora, aside, public_name(config.teacher.model), scheduler)  # what a transformer's readers know
+            base = public_name(config.teacher.model)
+            write_peft(lora, aside, base, sampling_header(flatten(config), teacher.pipeline))  # the one format it has
             return folder / "lora"
-    scheduler = METHODS[config.objective_name].scheduler
-    pipeline = student_pipeline(teacher, student.for_export(), config.data.resolution, scheduler=scheduler).to("cpu")
+    scheduler, objective = METHODS[config.objective_name].scheduler, objective_settings(flatten(config))
+    network = student.for_export()
+    pipeline = student_pipeline(teacher, network, config.data.resolution, scheduler=scheduler, objective=objective).to(
+        "cpu"
+    )
     save_pipeline(pipeline, folder / "pipeline", card)
     return folder / "pipeline"
 

@@ -16,7 +16,7 @@ from lcmdistill.config.methods import METHODS
 from lcmdistill.config.recorded import load_run_config, teacher_options
 from lcmdistill.sampling.student_pipeline import is_pixel_pipeline, pipeline_kwargs, vp_scheduler
 from lcmdistill.students.lora import choose_adapters
-from lcmdistill.students.lora_files import load_lora, scheduler_of
+from lcmdistill.students.lora_files import load_lora, original_steps_of, scheduler_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.pipelines import is_inpainting, network_of
@@ -97,7 +97,9 @@ def load_student(
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         own = type(pipeline.scheduler).__name__
-        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler or scheduler_for_loras(loras, own))
+        scheduler = scheduler or scheduler_for_loras(loras, own)
+        grids = [count for lora in loras if (count := original_steps_of(lora)) is not None]
+        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, grids[0] if grids else None)
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)

@@ -1,6 +1,6 @@
 """A student as a complete diffusers pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -12,28 +12,64 @@ from lcmdistill.teachers.prompts import prompt_kwargs
 from lcmdistill.utils.errors import UsageError
 
 STEPS = 4
-"the steps that a pipeline is set for unless it is told otherwise"
+"the number of sampling steps that a model card recommends"
+
+ORIGINAL_STEPS = 50
+"diffusers' default of `original_inference_steps`: T / k for T = 1000 and k = 20"
 
 
-def vp_scheduler(config: dict[str, Any], name: str) -> Any:
-    """A student's scheduler, LCMScheduler or TCDScheduler, on the teacher's own betas and prediction type.
+def trained_steps(num_steps: int, objective: Mapping[str, Any]) -> int:
+    """Return how many of the teacher's T time steps a student samples from: diffusers' `original_inference_steps`.
 
-    config: the teacher's scheduler config.
+    The schedulers of few-step students place this many time steps T / n apart, the last at T - 1, and sample at a
+    choice of them. A student that was trained on the grid of every k-th step must sample there and nowhere else.
+
+    Args:
+        num_steps: T, the number of the teacher's time steps.
+        objective: The objective's settings; methods without `skip` keep diffusers' default.
+    """
+    skip = objective.get("skip")
+    if skip is None or num_steps <= skip:
+        return min(ORIGINAL_STEPS, num_steps)
+    if objective.get("times", "grid") == "grid":
+        return num_steps // skip
+    # Trained at every time step from k to T - 1: the default grid, unless its sampled steps could lie below k.
+    least = num_steps // ORIGINAL_STEPS
+    if skip <= least:
+        return min(ORIGINAL_STEPS, num_steps)
+    return next(num_steps // gap for gap in range(skip + 1, num_steps + 1) if num_steps % gap == 0)
+
+
+def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | None = None) -> Any:
+    """Return a student's scheduler, LCMScheduler or TCDScheduler, with the teacher's betas and prediction type.
+
+    Args:
+        config: The teacher's scheduler config.
+        name: The scheduler's class.
+        original_steps: The result of `trained_steps`; None keeps diffusers' default.
     """
     import diffusers
 
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     values = {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if key in config}
+    if original_steps is not None:
+        values["original_inference_steps"] = original_steps
     return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
-def student_scheduler(teacher: Teacher, name: str) -> Any:
-    """What a student draws with: Consistency Models' scheduler on Karras's schedule, that of a name on a VP one."""
+def student_scheduler(teacher: Teacher, name: str, objective: Mapping[str, Any]) -> Any:
+    """Return a student's scheduler: the named one for a VP teacher, that of Consistency Models for Karras' schedule.
+
+    Args:
+        teacher: The teacher, whose betas and prediction type the student keeps.
+        name: The scheduler's class for a VP teacher.
+        objective: The objective's settings, for `trained_steps`.
+    """
     from diffusers import CMStochasticIterativeScheduler
 
     schedule = teacher.schedule
     if not isinstance(schedule, KarrasSchedule):
-        return vp_scheduler(teacher.pipeline.scheduler.config, name)
+        return vp_scheduler(teacher.pipeline.scheduler.config, name, trained_steps(schedule.num_steps, objective))
     return CMStochasticIterativeScheduler(
         num_train_timesteps=schedule.num_steps,
         sigma_min=schedule.sigma_min,
@@ -74,14 +110,20 @@ def pipeline_kwargs(
 
 
 def student_pipeline(
-    teacher: Teacher, network: Any, resolution: int | None = None, *, scheduler: str = "LCMScheduler"
+    teacher: Teacher,
+    network: Any,
+    resolution: int | None = None,
+    *,
+    scheduler: str = "LCMScheduler",
+    objective: Mapping[str, Any] | None = None,
 ) -> Any:
     """The student with everything around it, on its `student_scheduler`, in the class of the teacher's pipeline.
 
     A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class can run no other, and
     passes no eta on to a TCDScheduler. A ConsistencyModelPipeline in pixel space. A student with its guidance in its weights
     is to be used at guidance scale 1. The teacher's safety checker goes along where it ships one, as its licence asks.
-    resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own.
+    resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own. objective: its settings,
+    which decide the time steps that are sampled.
     """
     from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
@@ -94,7 +136,7 @@ def student_pipeline(
         kind = ConsistencyModelPipeline
     # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, teacher.network_name: network}
-    options |= {"scheduler": student_scheduler(teacher, scheduler)}
+    options |= {"scheduler": student_scheduler(teacher, scheduler, objective or {})}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
     pipeline.set_progress_bar_config(disable=True)

@@ -21,6 +21,9 @@ Lora = Mapping[str, LoraLayer]
 SCHEDULER_KEY = "lcmdistill.scheduler"
 "where a file's header names the class of diffusers that draws with it"
 
+ORIGINAL_STEPS_KEY = "lcmdistill.original_inference_steps"
+"the header entry with the scheduler's `original_inference_steps`: T / k of the training"
+
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 "the file that diffusers looks for in a folder; offline, older versions have to be told"
 
@@ -70,6 +73,13 @@ def scheduler_of(lora: str) -> str | None:
             return (file.metadata() or {}).get(SCHEDULER_KEY)
     except SafetensorError as error:
         raise UsageError(f"--lora {lora} is no safetensors file: {error}") from error
+
+
+def original_steps_of(lora: str) -> int | None:
+    """Return the `original_inference_steps` that a LoRA's header records, or None."""
+    with safe_open(_file_of(lora), framework="pt") as file:
+        value = (file.metadata() or {}).get(ORIGINAL_STEPS_KEY, "")
+    return int(value) if value.isdecimal() else None
 
 
 def _file_of(lora: str) -> Path:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcmdistill.config.methods import METHODS, omega_range
+from lcmdistill.config.recorded import objective_settings
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.latent_cache import cache_root
@@ -21,7 +22,7 @@ from lcmdistill.evaluation.metrics.measures import FREE
 from lcmdistill.evaluation.sweep import FORMAT, MEASURED, Pixels, as_image, cached_latents, digest, numbers_of
 from lcmdistill.sampling.generate import grid
 from lcmdistill.sampling.prompts import SHOWN, STEPS, default_prompts
-from lcmdistill.sampling.student_pipeline import student_pipeline
+from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file, write_text
@@ -43,6 +44,16 @@ class Validator:
         shape = (teacher.vae.config.latent_channels, side, side)
         seeds = [derive_seed(config.run.seed, "validation", prompt) for prompt in self._prompts]
         self._noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        objective, num_steps = objective_settings(flatten(config)), teacher.schedule.num_steps
+        self._trained_steps = max(STEPS) if teacher.in_pixels else trained_steps(num_steps, objective)
+        self._steps = [n for n in STEPS if n <= self._trained_steps]
+        if config.run.validate_every and config.run.best_metric.endswith(
+            tuple(f"_{n}" for n in STEPS if n > self._trained_steps)
+        ):
+            logger.info(
+                f"run.best_metric is {config.run.best_metric}, and objective.skip = {objective['skip']} trains only "
+                f"{self._trained_steps} time steps: no best checkpoint is kept; choose a metric of at most that many steps"
+            )
         self._reference: Pixels | None = None
         self._about: list[Any] = []
         "what decides how the teacher's pictures look"
@@ -89,14 +100,21 @@ class Validator:
         """
         teacher, device = self._teacher, network.device
         scheduler = METHODS[self._config.objective_name].scheduler
-        pipeline = student_pipeline(teacher, network, self._config.data.resolution, scheduler=scheduler)
+        pipeline = student_pipeline(
+            teacher,
+            network,
+            self._config.data.resolution,
+            scheduler=scheduler,
+            objective=objective_settings(flatten(self._config)),
+        )
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         resting = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
         for part in resting:
             part.to(device)
+        steps = self._steps
         kept = None if step else self._beginning(network)
         columns, numbers = [], {}
-        for n in STEPS:
+        for n in steps:
             draw = partial(self._latents, pipeline, n)
             latents = cached_latents(kept / f"{n}.safetensors", draw).latents if kept else draw()
             pixels = Pixels(teacher, latents, self._batch_size, [])
@@ -106,10 +124,11 @@ class Validator:
         for part in resting:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
-        picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in STEPS], labels=self._prompts)
+        picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in steps], labels=self._prompts)
         with atomic_file(self.picture(step)) as aside:
             picture.save(aside)
-        for i, (prompt, image) in enumerate(zip(self._prompts, columns[STEPS.index(SHOWN)], strict=True)):
+        shown = columns[steps.index(min(SHOWN, steps[-1]))]
+        for i, (prompt, image) in enumerate(zip(self._prompts, shown, strict=True)):
             info = PngInfo()
             info.add_itxt("prompt", prompt)
             image.save(self._folder / "samples" / f"sample-{i}.png", pnginfo=info)
@@ -145,7 +164,7 @@ class Validator:
         """Where it is kept what a student draws before it has learnt anything, by all that decides it."""
         config = self._config
         told = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
-        how = [config.run.validation_guidance_scale, str(network.dtype), network.device.type]
+        how = [config.run.validation_guidance_scale, str(network.dtype), network.device.type, self._trained_steps]
         return self._cache / f"beginning-{digest([FORMAT, MEASURED, sorted(FREE), self._about, told, how])}"
 
     def _numbers(self, pixels: Pixels, kept: Path | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from lcmdistill.diffusion.consistency import OMEGA_DIM
+from lcmdistill.diffusion.schedules import ddim_grid
 from lcmdistill.export.diffusers_pipeline import add_vocabularies, save_pipeline
-from lcmdistill.sampling.student_pipeline import student_pipeline, vp_scheduler
+from lcmdistill.sampling.generate import check_steps
+from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps, vp_scheduler
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import distill, resolve
 from tests.support.teachers import SMALL, build_teacher, write_tokenizer
@@ -167,6 +171,37 @@ def test_the_time_steps_are_those_that_were_trained(small_run: Path) -> None:
     for steps, expected in [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259])]:
         scheduler.set_timesteps(steps)
         assert scheduler.timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize("times", ["grid", "all"])
+@pytest.mark.parametrize("skip", [5, 10, 20, 25, 50, 100, 250, 500])
+def test_sampled_time_steps_are_trained_for_every_skip(skip: int, times: str, name: str) -> None:
+    from diffusers import DDIMScheduler
+
+    count = trained_steps(1000, {"skip": skip, "times": times})
+    trained = set(ddim_grid(1000, skip).tolist()) if times == "grid" else set(range(skip, 1000))
+    scheduler = vp_scheduler(DDIMScheduler().config, name, count)
+    if times == "grid":
+        assert count == 1000 // skip
+    if skip == 20:
+        assert scheduler.to_json_string() == vp_scheduler(DDIMScheduler().config, name).to_json_string()
+    for steps in range(1, 9):
+        if steps > count:
+            with pytest.raises(ValueError, match=r"cannot be larger|smaller than `num_inference_steps`"):
+                scheduler.set_timesteps(steps)
+            with pytest.raises(UsageError, match=f"--steps is {steps}; this model's scheduler has {count}"):
+                check_steps(SimpleNamespace(scheduler=scheduler), steps)
+            continue
+        scheduler.set_timesteps(steps)
+        assert set(scheduler.timesteps.tolist()) <= trained
+        assert scheduler.timesteps[0] == 999
+        assert len(scheduler.timesteps) == steps
+
+
+def test_methods_without_a_skip_keep_the_default_time_steps() -> None:
+    assert trained_steps(1000, {"scales": 18}) == 50
+    assert trained_steps(1000, {"skip": 7, "times": "all"}) == 50
 
 
 def test_a_pipeline_is_whole_or_the_old_one(tmp_path: Path, small_teacher: Path) -> None:
