@@ -327,7 +327,7 @@ def _validate(run: Run, validation: Validator, metrics: Metrics | None) -> None:
     numbers = validation.draw(run.step, run.student.for_sampling(), metrics)
     told = f"step {run.step} drawn: {validation.picture(run.step)}"
     if numbers:
-        distances = (f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS)
+        distances = (f"{numbers[f'val/rmse_{n}']:g} at {n}" for n in STEPS if f"val/rmse_{n}" in numbers)
         told += f"  RMSE to the teacher {', '.join(distances)} steps"
     logger.info(told)
     if run.config.run.best_metric != "none":
