@@ -25,7 +25,8 @@ from lcmdistill.evaluation.evaluate import real_images
 from lcmdistill.evaluation.metrics import features
 from lcmdistill.evaluation.metrics import measures as metrics
 from lcmdistill.evaluation.sweep import as_image
-from lcmdistill.sampling.generate import find_model, grid, load_student
+from lcmdistill.sampling.generate import find_model, load_student
+from lcmdistill.sampling.png import grid
 from lcmdistill.sampling.prompts import default_prompts
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher

@@ -27,7 +27,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
 from lcmdistill.diffusion.solvers import solve
 from lcmdistill.diffusion.types import Conditioning, Network, x0_eps_network
-from lcmdistill.sampling.generate import grid
+from lcmdistill.sampling.png import grid
 from lcmdistill.teachers.pixel import TIMESTEP_SCALE, call_unet_2d
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.utils.atomic import atomic_dir

@@ -3,7 +3,7 @@
 import logging
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,17 +60,30 @@ def sample(
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
     ] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.  [default: the run's own]")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Side of a square in pixels.  [default: the run's resolution]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Image width in pixels.  [default: the run's resolution]")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=8, help="Image height in pixels.  [default: the run's resolution]")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Inpainting models: the image to paint into.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Inpainting models: an image, white where it is painted.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
     device: Device = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Precision of the networks.  [default: the run's precision on CUDA, otherwise fp32]"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Draw images with a student: PNGs with their settings inside, and a grid."""
+    """Generate images: PNGs with embedded settings, plus a grid."""
     from lcmdistill.data.sources.teacher import read_prompts
     from lcmdistill.sampling import generate as sampling
+    from lcmdistill.sampling.png import write_images
     from lcmdistill.sampling.prompts import default_prompts
     from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
     from lcmdistill.teachers.prompts import count_truncated, token_limit
@@ -83,43 +96,48 @@ def sample(
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
     if not all(math.isfinite(scale) for scale in lora_scale or ()):
         raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
-    shown = sampling.read_image_and_mask(image, mask)
+    image_and_mask = sampling.read_image_and_mask(image, mask)
     found = sampling.find_model(model or base)
+    size = sampling.image_size(found, resolution, width, height)
     loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
     options = {**found.options, **({} if clip_skip is None else {"clip_skip": clip_skip})}
-    pipeline = sampling.load_student(found.path, pick_device(device), loras, scales, options, found.scheduler)
-    own = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
-    guidance = guidance_scale if guidance_scale is not None else own
+    target = pick_device(device)
+    dtype = sampling.sampling_dtype(precision, found.precision, target)
+    pipeline = sampling.load_student(found.path, target, loras, scales, options, found.scheduler, dtype)
+    default_guidance = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
+    guidance = guidance_scale if guidance_scale is not None else default_guidance
     texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
+    if warning := sampling.guidance_warning(found, guidance):
+        logger.info(warning)
     if cut := count_truncated(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):
         logger.info(
             f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there"
         )
     wanted = [text for text in texts for _ in range(num_images)]
-    with progress("drawing", len(wanted)) as bar:
-        drawings = sampling.generate(
+    with progress("generating", len(wanted)) as bar:
+        images = sampling.generate(
             pipeline,
             wanted,
             [seed + i for i in range(len(wanted))],
             steps=steps,
             guidance_scale=guidance,
-            resolution=resolution or found.resolution,
-            shown=shown,
+            size=size,
+            image_and_mask=image_and_mask,
             eta=eta,
             negative_prompt=negative_prompt,
             batch_size=batch_size,
             on_progress=bar.update,
         )
-    grid = sampling.write_images(
-        drawings,
+    grid = write_images(
+        images,
         output,
         model=found.path,
         steps=steps,
         guidance_scale=guidance,
-        sampler=sampling.sampler_of(pipeline),
+        sampler=sampling.sampler_name(pipeline),
         loras=list(zip(loras, scales, strict=True)),
     )
-    logger.info(f"{len(drawings)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+    logger.info(f"{len(images)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")

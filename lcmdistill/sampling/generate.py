@@ -1,25 +1,25 @@
-"""Draw images with a student, and lay images out as a grid."""
+"""Find a model, load it for sampling, and generate images with it."""
 
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
-from lcmdistill.config.methods import METHODS
-from lcmdistill.config.recorded import load_run_config, teacher_options
-from lcmdistill.sampling.student_pipeline import is_pixel_pipeline, pipeline_kwargs, vp_scheduler
+from lcmdistill.config.methods import METHODS, OmegaRange, omega_range
+from lcmdistill.config.recorded import load_run_config, run_takes_omega, teacher_options
+from lcmdistill.sampling.png import GeneratedImage
+from lcmdistill.sampling.student_pipeline import Size, is_pixel_pipeline, pipeline_kwargs, vp_scheduler
 from lcmdistill.students.lora import choose_adapters
 from lcmdistill.students.lora_files import load_lora, original_steps_of, scheduler_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.pipelines import is_inpainting, network_of
+from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
 
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
-    """One image and what it was drawn with. guidance_scale: diffusers' convention, omega + 1."""
-
-    image: Image.Image
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
 class ModelToSample:
-    """A model to sample from. guidance_scale, resolution and teacher: its run's own, None if it is not a run.
+    """A model to sample from. What only a run records is None for other models.
 
-    options: what `load_pipeline` is to be told besides the path: a LoRA's teacher may have a revision or a variant, and
-    clip_skip and the VAE's arithmetic are the run's.
+    Attributes:
+        path: A pipeline folder, a single file or a hub id; for a LoRA run, the teacher.
+        guidance_scale: The guidance scale that the run recommends.
+        resolution: The run's training resolution.
+        teacher: The run's teacher.
+        loras: LoRA files to load.
+        scheduler: The diffusers class that samples the LoRAs.
+        options: Further arguments of `load_pipeline`, such as a revision, clip_skip or the VAE's precision.
+        precision: The run's precision setting.
+        omegas: The omegas that the run was trained with.
+        is_baked: Whether the guidance is in the student's weights.
     """
 
     path: str
@@ -50,33 +50,57 @@ class ModelToSample:
     loras: tuple[str, ...] = ()
     scheduler: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    precision: str | None = None
+    omegas: OmegaRange | None = None
+    is_baked: bool = False
 
 
 def find_model(model: str | None) -> ModelToSample:
-    """A run folder, a pipeline folder or a hub id; None is the newest finished run under runs/.
+    """Resolve a run folder, a pipeline folder or a hub id. None is the newest finished run under runs/.
 
-    Raises UsageError if there is none, or a run has no pipeline yet.
+    Raises:
+        UsageError: There is no finished run, or the run has no pipeline yet.
     """
     if model is None:
-        made = [*Path("runs").glob("*/pipeline/model_index.json"), *Path("runs").glob("*/lora/*.safetensors")]
-        if not made:
-            raise UsageError("there is no finished run under runs/; name a MODEL, or train one: lcmdistill distill")
-        model = str(max(made, key=lambda path: path.stat().st_mtime).parent.parent)
+        finished = [*Path("runs").glob("*/pipeline/model_index.json"), *Path("runs").glob("*/lora/*.safetensors")]
+        if not finished:
+            raise UsageError("there is no finished run under runs/; specify MODEL, or train one: lcmdistill distill")
+        model = str(max(finished, key=lambda path: path.stat().st_mtime).parent.parent)
     run = Path(model).expanduser()
     config = load_run_config(run)
     if not config:
         return ModelToSample(model)
-    guidance, side = config.get("run.validation_guidance_scale"), config.get("data.resolution")
+    options = teacher_options(config)
+    omegas = omega_range(config)
+    recorded: dict[str, Any] = {
+        "guidance_scale": config.get("run.validation_guidance_scale"),
+        "resolution": config.get("data.resolution"),
+        "teacher": config["teacher.model"],
+        "precision": config.get("run.precision"),
+        "omegas": omegas,
+        "is_baked": omegas is not None and not run_takes_omega(run),
+    }
     if config.get("student.kind") == "lora":
-        lora = str(lora_file(run))
-        options = teacher_options(config)
-        teacher = options.pop("model")
         scheduler = METHODS[config["objective.name"]].scheduler
-        return ModelToSample(teacher, guidance, side, teacher, (lora,), scheduler, options)
+        teacher = options.pop("model")
+        return ModelToSample(teacher, loras=(str(lora_file(run)),), scheduler=scheduler, options=options, **recorded)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-    options = {k: v for k, v in teacher_options(config).items() if k in ("vae_dtype", "vae_tiling", "clip_skip")}
-    return ModelToSample(str(run / "pipeline"), guidance, side, config["teacher.model"], options=options)
+    options = {key: value for key, value in options.items() if key in ("vae_dtype", "vae_tiling", "clip_skip")}
+    return ModelToSample(str(run / "pipeline"), options=options, **recorded)
+
+
+def sampling_dtype(requested: str | None, recorded: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of a pipeline's networks.
+
+    Args:
+        requested: The value of --precision, which applies on every device.
+        recorded: The run's precision, which applies on CUDA only. Other devices compute in fp32.
+        device: The device to sample on.
+    """
+    if requested is not None:
+        return compute_dtype(requested, device)
+    return compute_dtype(recorded or "auto", device) if device.type == "cuda" else torch.float32
 
 
 def load_student(
@@ -86,18 +110,28 @@ def load_student(
     scales: Sequence[float] = (),
     options: Mapping[str, Any] | None = None,
     scheduler: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """A pipeline on its device, with LoRAs on it: half precision on CUDA, fp32 elsewhere.
+    """Load a pipeline and its LoRAs onto a device.
 
-    loras: kohya or diffusers files, or diffusers or peft folders; with any, the pipeline gets the scheduler, by default the
-    `scheduler_for_loras`. scales: their weights, 1 where there are fewer; options, scheduler: as in ModelToSample. Raises
-    UsageError on a file that is not a LoRA for this model.
+    Args:
+        model: A pipeline folder, a single file or a hub id.
+        device: The device to load onto.
+        loras: Kohya or diffusers files, or diffusers or peft folders. With any LoRA, the scheduler is replaced.
+        scales: The LoRAs' weights; missing ones are 1.
+        options: Further arguments of `load_pipeline`.
+        scheduler: The diffusers class that samples the LoRAs; None is `scheduler_for_loras`.
+        dtype: The dtype of all networks except the VAE; None is `sampling_dtype` without a recorded precision.
+
+    Raises:
+        UsageError: A file is not a LoRA for this model, or weights contain NaN or Inf.
     """
+    dtype = dtype or sampling_dtype(None, None, device)
     pipeline = load_pipeline(model, **(options or {}))
     pipeline.set_progress_bar_config(disable=True)
     if loras:
-        own = type(pipeline.scheduler).__name__
-        scheduler = scheduler or scheduler_for_loras(loras, own)
+        current = type(pipeline.scheduler).__name__
+        scheduler = scheduler or scheduler_for_loras(loras, current)
         grids = [count for lora in loras if (count := original_steps_of(lora)) is not None]
         pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, grids[0] if grids else None)
         names = [f"lora_{i}" for i in range(len(loras))]
@@ -108,42 +142,84 @@ def load_student(
             pipeline.set_adapters(names, weights)
         else:
             choose_adapters(network_of(pipeline), names, weights)
-    pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    pipeline.to(device, dtype)
     if "vae" in pipeline.components:
-        pipeline.vae.float()  # it computes in what it was told, and fp32 else: that of SDXL overflows in fp16
+        pipeline.vae.float()  # SDXL's VAE overflows in fp16; `vae_dtype` selects what it computes in
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and type(part).__name__.startswith("T5"):
             for name, module in part.named_modules():
-                if name.endswith(".wo"):  # where T5 overflows in half precision, as its own loader knows
+                if name.endswith(".wo"):  # this layer of T5 overflows in half precision; T5's own loader does the same
                     module.float()
+    _check_finite(pipeline, model, loras)
     return pipeline
 
 
-def scheduler_for_loras(loras: Sequence[str], own: str) -> str:
-    """The scheduler to draw with: what the first LoRA that names one names, which others may contradict and are told of; else
-    the model's own if it is a student's; else LCMScheduler."""
-    named = [(lora, name) for lora in loras if (name := scheduler_of(lora)) is not None]
-    if not named:
-        return own if own in ("LCMScheduler", "TCDScheduler") else "LCMScheduler"
-    (first, chosen), *others = named
+def _check_finite(pipeline: Any, model: str, loras: Sequence[str]) -> None:
+    """Raise UsageError if a weight is NaN or Inf; such a model generates black images."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        for parameter in part.parameters():
+            if parameter.is_floating_point() and not parameter.isfinite().all():
+                source = f"{model} with {', '.join(loras)}" if loras else model
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise UsageError(
+                    f"{source}: the {name}'s weights contain NaN or Inf in {dtype}; the training diverged or the file is "
+                    "damaged: train with a lower learning rate, or export --weights best"
+                )
+
+
+def scheduler_for_loras(loras: Sequence[str], current: str) -> str:
+    """Return the scheduler class to sample LoRAs with.
+
+    It is the class that the first LoRA records; a message reports the LoRAs that record another. Without a record it is
+    the model's current class if that is a student's, otherwise LCMScheduler.
+    """
+    recorded = [(lora, name) for lora in loras if (name := scheduler_of(lora)) is not None]
+    if not recorded:
+        return current if current in ("LCMScheduler", "TCDScheduler") else "LCMScheduler"
+    (first, chosen), *others = recorded
     for lora, name in others:
         if name != chosen:
             logger.info(
-                f"{lora} is for a {name}, and {first} for a {chosen}: drawn with {chosen}, as the first one asks"
+                f"{lora} is for a {name}, and {first} is for a {chosen}: using {chosen}, as the first LoRA records"
             )
     return chosen
 
 
 def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
-    """The files of --image and --mask, None without either. Raises UsageError if one is missing or cannot be read."""
+    """Read the files of --image and --mask. Return None if neither is given.
+
+    Raises:
+        UsageError: Only one is given, or a file cannot be read.
+    """
     if image is None and mask is None:
         return None
     if image is None or mask is None:
-        raise UsageError("--image and --mask go together: what is painted into, and where (white)")
+        raise UsageError("--image and --mask must be used together: the image to edit, and the area to repaint (white)")
     try:
         return Image.open(image).convert("RGB"), Image.open(mask).convert("L")
     except OSError as error:
         raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
+
+
+def image_size(model: ModelToSample, resolution: int | None, width: int | None, height: int | None) -> Size | None:
+    """Return the image size that the options ask for; None is the pipeline's native size.
+
+    --resolution N is short for --width N --height N. A missing side is the run's resolution.
+
+    Raises:
+        UsageError: The options contradict each other, or a side is missing.
+    """
+    if width is None and height is None:
+        return resolution or model.resolution
+    if resolution is not None:
+        raise UsageError("--resolution is for squares; pass either --resolution or --width and --height")
+    if (width is None or height is None) and model.resolution is None:
+        raise UsageError(
+            f"{'--height' if width is None else '--width'} needs the other side; pass --width and --height"
+        )
+    return height or model.resolution or 0, width or model.resolution or 0
 
 
 def generate(
@@ -153,159 +229,121 @@ def generate(
     *,
     steps: int,
     guidance_scale: float,
-    resolution: int | None = None,
-    shown: tuple[Image.Image, Image.Image] | None = None,
+    size: Size | None = None,
+    image_and_mask: tuple[Image.Image, Image.Image] | None = None,
     eta: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 4,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[GeneratedImage]:
-    """One image for each (prompt, seed). Every image has a generator of its own, so it does not depend on the batch.
+    """Generate one image per (prompt, seed). Each image has its own generator, so it does not depend on the batch size.
 
-    shown: image and mask for an inpainting model, which else draws from the prompt alone; eta: gamma of a TCDScheduler, None
-    is ETA. Raises UsageError on more steps than the scheduler has, a resolution that diffusers does not draw, an image for a
-    model that takes none, and an eta or a negative prompt that would have no effect.
+    Args:
+        pipeline: The pipeline to sample.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        steps: The number of sampling steps.
+        guidance_scale: The guidance scale in diffusers' convention (omega + 1).
+        size: The image size; None is the pipeline's native size.
+        image_and_mask: The image and mask for an inpainting model. Without them it generates from the prompt only.
+        eta: gamma of a TCDScheduler; None is the method's default.
+        negative_prompt: The negative prompt for all images.
+        batch_size: How many images to generate at once.
+        on_progress: Called with the number of finished images.
+
+    Raises:
+        UsageError: The scheduler has fewer steps, the size is not possible, or an option would have no effect.
     """
     _check_effects(pipeline, guidance_scale, eta, negative_prompt)
     check_steps(pipeline, steps)
-    if shown and not is_inpainting(pipeline):
-        raise UsageError("--image and --mask are for inpainting models, which this is not; leave them out")
-    multiple = 8 * network_of(pipeline).config.get("patch_size", 1)
-    if resolution is not None and resolution % multiple:
-        near = max(multiple, round(resolution / multiple) * multiple)
-        raise UsageError(f"--resolution is {resolution}; it must be a multiple of {multiple}: try {near}")
-    drawings: list[GeneratedImage] = []
+    if image_and_mask and not is_inpainting(pipeline):
+        raise UsageError("this is not an inpainting model; remove --image and --mask")
+    if size is not None:
+        _check_size(pipeline, size)
+    images: list[GeneratedImage] = []
     for i in range(0, len(prompts), batch_size):
-        some, theirs = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
-        told = pipeline_kwargs(
+        batch_prompts, batch_seeds = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
+        kwargs = pipeline_kwargs(
             pipeline,
-            some,
+            batch_prompts,
             guidance_scale=guidance_scale,
-            resolution=resolution,
-            shown=shown,
+            size=size,
+            image_and_mask=image_and_mask,
             negative_prompt=negative_prompt,
         )
-        told |= {} if eta is None else {"eta": eta}
-        generators = [torch.Generator().manual_seed(seed) for seed in theirs]
-        images = pipeline(**told, num_inference_steps=steps, generator=generators).images
-        drawings += [GeneratedImage(*each) for each in zip(images, some, theirs, strict=True)]
-        on_progress(len(drawings))
-    return drawings
+        kwargs |= {} if eta is None else {"eta": eta}
+        generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
+        outputs = pipeline(**kwargs, num_inference_steps=steps, generator=generators).images
+        images += [GeneratedImage(*each) for each in zip(outputs, batch_prompts, batch_seeds, strict=True)]
+        on_progress(len(images))
+    return images
+
+
+def _check_size(pipeline: Any, size: Size) -> None:
+    if is_pixel_pipeline(pipeline):
+        return  # `pipeline_kwargs` accepts the native size only
+    multiple = math.lcm(pipeline.vae_scale_factor * network_of(pipeline).config.get("patch_size", 1), 8)
+    sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
+    for option, side in sides.items():
+        if side % multiple:
+            nearest = max(multiple, round(side / multiple) * multiple)
+            raise UsageError(f"{option} is {side}; it must be a multiple of {multiple}: try {nearest}")
 
 
 def check_steps(pipeline: Any, steps: int) -> None:
     """Raise UsageError for more steps than a pipeline's scheduler has."""
-    known = pipeline.scheduler.config
-    most = known.get("original_inference_steps", known.get("num_train_timesteps", steps))
-    if steps > most:
-        raise UsageError(
-            f"--steps is {steps}; this model's scheduler has {most}, and 1 to 8 are what it was trained for"
+    config = pipeline.scheduler.config
+    limit = config.get("original_inference_steps", config.get("num_train_timesteps", steps))
+    if steps > limit:
+        raise UsageError(f"--steps is {steps}; this model's scheduler has {limit}, and students are trained for 1 to 8")
+
+
+def guidance_warning(model: ModelToSample, guidance_scale: float) -> str | None:
+    """Return a sentence if the student was not trained for a guidance scale; None if it was, or nothing is recorded."""
+    if model.omegas is None:
+        return None
+    if model.is_baked:
+        if guidance_scale in (1, model.guidance_scale):
+            return None
+        effect = "applies CFG on top of it, at twice the cost" if guidance_scale > 1 else "has no effect"
+        return (
+            f"this student was trained with guidance scale {model.omegas.scale} in its weights; guidance scale "
+            f"{guidance_scale:g} {effect}: use 1"
         )
+    if model.omegas.low + 1 <= guidance_scale <= model.omegas.high + 1:
+        return None
+    return (
+        f"guidance scale {guidance_scale:g} is outside the range that this student was trained with; expect poor images, "
+        f"or use {model.omegas.scale}"
+    )
 
 
 def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, negative_prompt: str | None) -> None:
+    """Raise UsageError for an option that would have no effect."""
     if eta is not None and type(pipeline.scheduler).__name__ != "TCDScheduler":
         raise UsageError(
-            f"--eta is for a TCDScheduler, and this model has {type(pipeline.scheduler).__name__}; leave it out"
+            f"--eta is for a TCDScheduler, and this model has {type(pipeline.scheduler).__name__}; remove this option"
         )
     if eta is not None and not 0.0 <= eta <= 1.0:
-        raise UsageError(f"--eta is {eta}; it must be from 0, no fresh noise, to 1")
+        raise UsageError(f"--eta is {eta}; it must be from 0 (no fresh noise) to 1")
     if is_pixel_pipeline(pipeline) and (negative_prompt is not None or guidance_scale != 1.0):
         option = "--guidance-scale" if negative_prompt is None else "--negative-prompt"
         raise UsageError(
-            f"{option} has no effect on a consistency model in pixel space, which has no guidance; leave it out"
+            f"{option} has no effect on a consistency model in pixel space, which has no guidance; remove this option"
         )
     if negative_prompt is None:
         return
     if has_omega_input(network_of(pipeline)):
         raise UsageError(
             "--negative-prompt has no effect on this student, whose guidance is an input of the network; train one with "
-            "--guidance free to keep it"
+            "--guidance free to use it"
         )
     if guidance_scale <= 1:
         raise UsageError(
-            f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; give a --guidance-scale above 1"
+            f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; pass a --guidance-scale above 1"
         )
 
 
-def write_images(
-    drawings: Sequence[GeneratedImage],
-    folder: Path,
-    *,
-    model: str,
-    steps: int,
-    guidance_scale: float,
-    sampler: str,
-    loras: Sequence[tuple[str, float]] = (),
-) -> Path:
-    """PNGs with the prompt and settings in their metadata, and grid.png. Returns the grid's path.
-
-    sampler: `sampler_of` the pipeline; loras: files or folders with their weights.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"--output {folder} is a file; name a folder") from error
-    except OSError as error:
-        raise UsageError(f"--output {folder} cannot be made ({error.strerror}); name another folder") from error
-    adapters = ", ".join(f"{lora}: {weight:g}" for lora, weight in loras)
-    for i, drawing in enumerate(drawings):
-        info = PngInfo()
-        # The line that A1111 and its kin read from an image's "parameters".
-        own = {"prompt": drawing.prompt, "steps": steps, "sampler": sampler, "guidance_scale": f"{guidance_scale:g}"}
-        own |= {"seed": drawing.seed, "model": model, **({"loras": adapters} if adapters else {})}
-        settings = (
-            f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance_scale:g}, Seed: {drawing.seed}, "
-            f"Size: {drawing.image.width}x{drawing.image.height}, Model: {model}"
-            + (f', Loras: "{adapters}"' if adapters else "")
-        )
-        info.add_itxt("parameters", f"{drawing.prompt}\n{settings}")
-        for key, value in own.items():
-            info.add_itxt(key, str(value))
-        drawing.image.save(folder / f"{i:03d}-{_slug(drawing.prompt)}.png", pnginfo=info)
-    columns = math.ceil(math.sqrt(len(drawings)))
-    rows = [drawings[i : i + columns] for i in range(0, len(drawings), columns)]
-    path = folder / "grid.png"
-    grid([[d.image for d in row] for row in rows]).save(path)
-    return path
-
-
-def sampler_of(pipeline: Any) -> str:
-    """The name of the scheduler that a pipeline draws with: "LCM", "DDIM"."""
+def sampler_name(pipeline: Any) -> str:
+    """Return the short name of a pipeline's scheduler, such as "LCM" or "DDIM"."""
     return type(pipeline.scheduler).__name__.removesuffix("Scheduler")
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
-
-
-def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    *,
-    columns: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    cell: int | None = None,
-) -> Image.Image:
-    """Images in rows, on white. columns: a heading for each column; labels: one for each row, set above it.
-
-    cell: side of a cell in pixels; by default the images' own, small ones doubled until they can be looked at.
-    """
-    side = cell or rows[0][0].width
-    while cell is None and side < 96:
-        side *= 2
-    gap, size = max(4, side // 24), max(11, side // 9)
-    font, line = ImageFont.load_default(size=size), round(size * 1.5)
-    head, above = (line * (1 + max(c.count("\n") for c in columns)) if columns else 0), line if labels else 0
-    width = max(len(row) for row in rows) * (side + gap) + gap
-    canvas = Image.new("RGB", (width, head + len(rows) * (side + gap + above) + gap), "white")
-    pen = ImageDraw.Draw(canvas)
-    for j, text in enumerate(columns):
-        pen.multiline_text((gap + j * (side + gap) + side / 2, head / 2), text, "black", font, "mm", align="center")
-    for i, row in enumerate(rows):
-        top = head + gap + i * (side + gap + above)
-        if labels:
-            pen.text((gap, top + above / 2), labels[i], "#555555", font, "lm")
-        for j, image in enumerate(row):
-            resample = Image.Resampling.NEAREST if side % image.width == 0 else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((side, side), resample), (gap + j * (side + gap), top + above))
-    return canvas

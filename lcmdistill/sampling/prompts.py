@@ -8,8 +8,8 @@ from lcmdistill.teachers.pixel import class_names
 
 STEPS = (1, 2, 4, 8)
 
-SHOWN = 4
-"the steps of the newest pictures that the model card shows one by one"
+PREVIEW_STEPS = 4
+"sampling steps of the validation images that the model card shows one by one"
 
 PROMPTS = (
     "portrait of an old fisherman, soft window light",
@@ -18,18 +18,20 @@ PROMPTS = (
     "a bowl of ramen, top view, food photography",
 )
 
-UNTOLD = ("image 1", "image 2", "image 3", "image 4")
-"rows of a network that takes no prompt; each has noise of its own"
+UNCONDITIONAL_LABELS = ("image 1", "image 2", "image 3", "image 4")
+"row labels for a network that takes no prompt; each row has its own noise"
 
 
 def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:
-    """The prompts of a validation grid that nobody chose: the tiny teacher speaks of other things than its elders.
+    """Return the prompts to use when the user specified none.
 
-    network: what draws; a class-conditional one has a name for each of its classes.
+    Args:
+        model: The teacher's alias, path or hub id. The bundled teacher has its own validation prompts.
+        network: The network to sample. A class-conditional network gets its class names.
     """
     from lcmdistill.teachers.naming import resolve_alias
 
     if type(network).__name__ == "UNet2DModel":
-        return class_names(network) or UNTOLD
-    own = Path(resolve_alias(model or "")) / "prompts-validation.txt"
-    return tuple(read_prompts(str(own))) if own.is_file() else PROMPTS
+        return class_names(network) or UNCONDITIONAL_LABELS
+    bundled = Path(resolve_alias(model or "")) / "prompts-validation.txt"
+    return tuple(read_prompts(str(bundled))) if bundled.is_file() else PROMPTS

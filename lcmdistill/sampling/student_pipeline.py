@@ -14,6 +14,9 @@ from lcmdistill.utils.errors import UsageError
 STEPS = 4
 "the number of sampling steps that a model card recommends"
 
+Size = int | tuple[int, int]
+"an image size in pixels: the side of a square, or (height, width)"
+
 ORIGINAL_STEPS = 50
 "diffusers' default of `original_inference_steps`: T / k for T = 1000 and k = 20"
 
@@ -50,8 +53,8 @@ def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | Non
     """
     import diffusers
 
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    values = {key: config[key] for key in (*kept, "rescale_betas_zero_snr") if key in config}
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    values = {key: config[key] for key in (*keys, "rescale_betas_zero_snr") if key in config}
     if original_steps is not None:
         values["original_inference_steps"] = original_steps
     return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
@@ -80,7 +83,7 @@ def student_scheduler(teacher: Teacher, name: str, objective: Mapping[str, Any])
 
 
 def is_pixel_pipeline(pipeline: Any) -> bool:
-    """Whether a student's pipeline draws pixels, by the names of classes or by nothing at all."""
+    """Return whether a student's pipeline generates pixels without a VAE, by class name or unconditionally."""
     return type(pipeline).__name__ == "ConsistencyModelPipeline"
 
 
@@ -89,24 +92,39 @@ def pipeline_kwargs(
     prompts: Sequence[str],
     *,
     guidance_scale: float | None,
-    resolution: int | None,
-    shown: tuple[Any, Any] | None = None,
+    size: Size | None,
+    image_and_mask: tuple[Any, Any] | None = None,
     negative_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """What a student's pipeline is called with, besides its steps and its noise, to draw an image a prompt.
+    """Return the arguments of a pipeline call that generates one image per prompt, except steps and noise.
 
-    shown: image and mask, as in `extra_call_kwargs`. Raises UsageError for what a pipeline in pixel space
-    cannot generate: a prompt that is not a class, or another size.
+    Args:
+        pipeline: A student's or a teacher's pipeline.
+        prompts: One prompt per image.
+        guidance_scale: The guidance scale in diffusers' convention (omega + 1).
+        size: The image size; None is the pipeline's native size.
+        image_and_mask: The image and mask for an inpainting pipeline, as in `extra_call_kwargs`.
+        negative_prompt: The negative prompt for all images.
+
+    Raises:
+        UsageError: A pipeline in pixel space cannot generate this class or this size.
     """
     if not is_pixel_pipeline(pipeline):
-        height, width = (resolution, resolution) if resolution else native_size(pipeline)
-        told = {"guidance_scale": guidance_scale, "height": height, "width": width}
-        told |= prompt_kwargs(pipeline, prompts, negative_prompt)
-        return told | extra_call_kwargs(pipeline, len(prompts), height, width, shown)
-    own = pipeline.unet.config.sample_size
-    if resolution not in (None, own):
-        raise UsageError(f"--resolution is {resolution}; this model draws at {own} and nothing else")
+        height, width = native_size(pipeline) if size is None else height_and_width(size)
+        kwargs = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        kwargs |= prompt_kwargs(pipeline, prompts, negative_prompt)
+        return kwargs | extra_call_kwargs(pipeline, len(prompts), height, width, image_and_mask)
+    native = pipeline.unet.config.sample_size
+    if size is not None and height_and_width(size) != (native, native):
+        height, width = height_and_width(size)
+        given = f"--resolution is {height}" if height == width else f"the size is {width}x{height}"
+        raise UsageError(f"{given}; this model generates only {native}x{native} px")
     return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Return (height, width) of an image size."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def student_pipeline(
@@ -117,28 +135,36 @@ def student_pipeline(
     scheduler: str = "LCMScheduler",
     objective: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The student with everything around it, on its `student_scheduler`, in the class of the teacher's pipeline.
+    """Return the student as a pipeline of the teacher's class, with a `student_scheduler`.
 
-    A LatentConsistencyModelPipeline if the U-Net of a StableDiffusionPipeline takes omega; that class can run no other, and
-    passes no eta on to a TCDScheduler. A ConsistencyModelPipeline in pixel space. A student with its guidance in its weights
-    is to be used at guidance scale 1. The teacher's safety checker goes along where it ships one, as its licence asks.
-    resolution: what the pipeline is to draw at unless told otherwise; by default the teacher's own. objective: its settings,
-    which decide the time steps that are sampled.
+    The class differs from the teacher's in two cases. A U-Net of a StableDiffusionPipeline that takes omega becomes a
+    LatentConsistencyModelPipeline; that class only runs such networks, and does not pass eta on to a TCDScheduler. A
+    network in pixel space becomes a ConsistencyModelPipeline. A student with guidance in its weights must be sampled at
+    guidance scale 1. The teacher's safety checker is included if it has one, because its license may require it.
+
+    Args:
+        teacher: The teacher, which provides all other components.
+        network: The student's network.
+        resolution: The pipeline's default resolution; None is the teacher's.
+        scheduler: The diffusers class that samples a latent student.
+        objective: The objective's settings, which decide the sampled time steps.
     """
     from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
-    if resolution is not None and teacher.network_name == "unet":  # to a transformer the size means more than a default
+    # A transformer uses sample_size for its position embeddings, so it must not change there.
+    if resolution is not None and teacher.network_name == "unet":
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
-    kind, source = type(teacher.pipeline), teacher.pipeline
-    if kind is StableDiffusionPipeline and has_omega_input(network) and scheduler == "LCMScheduler":
-        kind = LatentConsistencyModelPipeline
+    pipeline_class, source = type(teacher.pipeline), teacher.pipeline
+    if pipeline_class is StableDiffusionPipeline and has_omega_input(network) and scheduler == "LCMScheduler":
+        pipeline_class = LatentConsistencyModelPipeline
     if teacher.in_pixels:
-        kind = ConsistencyModelPipeline
-    # Its parts, and those of its options that are no parts, such as SDXL's rule for the empty prompt.
+        pipeline_class = ConsistencyModelPipeline
+    # The config holds options that are not components, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, teacher.network_name: network}
     options |= {"scheduler": student_scheduler(teacher, scheduler, objective or {})}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
-    pipeline = kind(**{name: options[name] for name in signature(kind.__init__).parameters if name in options})
+    accepted = signature(pipeline_class.__init__).parameters
+    pipeline = pipeline_class(**{name: options[name] for name in accepted if name in options})
     pipeline.set_progress_bar_config(disable=True)
     if "_clip_skip" in source.config:
         pipeline.register_to_config(_clip_skip=source.config["_clip_skip"])

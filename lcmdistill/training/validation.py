@@ -20,8 +20,8 @@ from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
 from lcmdistill.evaluation.metrics.measures import FREE
 from lcmdistill.evaluation.sweep import FORMAT, MEASURED, Pixels, as_image, cached_latents, digest, numbers_of
-from lcmdistill.sampling.generate import grid
-from lcmdistill.sampling.prompts import SHOWN, STEPS, default_prompts
+from lcmdistill.sampling.png import grid
+from lcmdistill.sampling.prompts import PREVIEW_STEPS, STEPS, default_prompts
 from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher.
 
-    The newest pictures of SHOWN steps lie beside it one by one, sample-0.png and on, their prompts inside.
+    The newest pictures of PREVIEW_STEPS steps lie beside it one by one, sample-0.png and on, their prompts inside.
     """
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
@@ -127,7 +127,7 @@ class Validator:
         picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in steps], labels=self._prompts)
         with atomic_file(self.picture(step)) as aside:
             picture.save(aside)
-        shown = columns[steps.index(min(SHOWN, steps[-1]))]
+        shown = columns[steps.index(min(PREVIEW_STEPS, steps[-1]))]
         for i, (prompt, image) in enumerate(zip(self._prompts, shown, strict=True)):
             info = PngInfo()
             info.add_itxt("prompt", prompt)

@@ -1,4 +1,4 @@
-"""Sampling: the pictures and what is written with them, from the newest run or any model, whatever the batch."""
+"""Sampling: models, sizes, precision and guidance; images do not depend on the batch size."""
 
 import os
 import re
@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from lcmdistill.sampling.generate import GeneratedImage, find_model, generate, grid, load_student, write_images
+from lcmdistill.config.methods import OmegaRange
+from lcmdistill.sampling.generate import (
+    ModelToSample,
+    find_model,
+    generate,
+    guidance_warning,
+    image_size,
+    load_student,
+    sampling_dtype,
+)
+from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command
 
@@ -21,78 +32,42 @@ def student(small_run: Path) -> Any:
     return load_student(str(small_run / "pipeline"), torch.device("cpu"))
 
 
-def pixels(drawings: list[GeneratedImage]) -> np.ndarray:
-    return np.stack([np.asarray(drawing.image, dtype=float) for drawing in drawings])
+def pixels(images: list[GeneratedImage]) -> np.ndarray:
+    return np.stack([np.asarray(each.image, dtype=float) for each in images])
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_an_image_does_not_depend_on_its_batch(student: Any, steps: int) -> None:
     prompts, seeds = ["red heart", "grinning face", "dog face"], [0, 1, 2]
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": 4.0, "resolution": 16}
-    alone = pixels(generate(student, prompts, seeds, batch_size=1, **options))
-    together = pixels(generate(student, prompts, seeds, batch_size=3, **options))
-    assert np.abs(alone - together).max() <= 1
-    assert np.abs(alone[0] - alone[1]).max() > 1
-    turned = generate(student, prompts[::-1], seeds[::-1], batch_size=2, **options)
-    assert [(d.prompt, d.seed) for d in turned] == [("dog face", 2), ("grinning face", 1), ("red heart", 0)]
-    assert np.abs(pixels(turned)[::-1] - alone).max() <= 1
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": 4.0, "size": 16}
+    single = pixels(generate(student, prompts, seeds, batch_size=1, **options))
+    batched = pixels(generate(student, prompts, seeds, batch_size=3, **options))
+    assert np.abs(single - batched).max() <= 1
+    assert np.abs(single[0] - single[1]).max() > 1
+    reverse = generate(student, prompts[::-1], seeds[::-1], batch_size=2, **options)
+    assert [(each.prompt, each.seed) for each in reverse] == [("dog face", 2), ("grinning face", 1), ("red heart", 0)]
+    assert np.abs(pixels(reverse)[::-1] - single).max() <= 1
 
 
-def test_progress_is_told(student: Any) -> None:
+def test_progress_is_reported(student: Any) -> None:
     done: list[int] = []
-    generate(
-        student, ["a"] * 5, range(5), steps=1, guidance_scale=4.0, resolution=16, batch_size=2, on_progress=done.append
-    )
+    generate(student, ["a"] * 5, range(5), steps=1, guidance_scale=4.0, size=16, batch_size=2, on_progress=done.append)
     assert done == [2, 4, 5]
 
 
-def test_what_was_drawn_is_in_the_metadata(tmp_path: Path) -> None:
-    prompt = "a “caf\u00e9”, 東京"
-    drawing = GeneratedImage(Image.new("RGB", (16, 16), "red"), prompt, 7)
-    how: dict[str, Any] = {"model": "runs/x/pipeline", "steps": 4, "guidance_scale": 4.5, "sampler": "LCM"}
-    write_images([drawing], tmp_path, **how)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["000-a-caf.png", "grid.png"]
-    text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
-    own = {key: str(value) for key, value in how.items()} | {"prompt": prompt, "seed": "7"}
-    settings = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Size: 16x16, Model: runs/x/pipeline"
-    assert text == {**own, "parameters": f"{prompt}\n{settings}"}
-    write_images([drawing], tmp_path, **how, loras=[("lcm.safetensors", 1.0), ("style", 0.5)])
-    text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
-    assert text["loras"] == "lcm.safetensors: 1, style: 0.5"
-    assert text["parameters"].endswith(', Loras: "lcm.safetensors: 1, style: 0.5"')
-
-
-def test_the_scheduler_that_really_drew_is_told(command: Command, tmp_path: Path, small_teacher: Path) -> None:
+def test_the_metadata_names_the_scheduler_in_use(command: Command, tmp_path: Path, small_teacher: Path) -> None:
     assert command("sample", small_teacher, "--prompt", "dog face", "--steps", 2, "--output", "out")[0] == 0
     text = getattr(Image.open(tmp_path / "out" / "000-dog-face.png"), "text")  # noqa: B009
     assert text["sampler"] == "DDIM"
     assert "loras" not in text
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3)])
-def test_all_images_are_in_the_grid(tmp_path: Path, count: int, columns: int) -> None:
-    drawings = [GeneratedImage(Image.new("RGB", (128, 128), (10 * i, 0, 0)), "a", i) for i in range(count)]
-    picture = Image.open(write_images(drawings, tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM"))
-    colours = {colour for _, colour in picture.getcolors() or []}
-    assert colours == {*((10 * i, 0, 0) for i in range(count)), (255, 255, 255)}
-    assert columns * 128 < picture.width < columns * 140
-    assert len(list(tmp_path.iterdir())) == count + 1
-
-
-def test_a_grid_has_headings_and_labels_and_small_images_are_enlarged() -> None:
-    cell = Image.new("RGB", (16, 16), "red")
-    plain = grid([[cell, cell]])
-    labelled = grid([[cell, cell]], columns=["1 step", "2 steps\nmore"], labels=["a prompt"])
-    assert plain.size[0] == labelled.size[0] >= 2 * 96
-    assert labelled.size[1] > plain.size[1]
-
-
-def test_a_run_is_found_with_what_it_was_trained_for(small_run: Path, small_teacher: Path) -> None:
+def test_a_run_brings_its_recorded_settings(small_run: Path, small_teacher: Path) -> None:
     found = find_model(str(small_run))
     assert found.path == str(small_run / "pipeline")
     assert (found.resolution, found.teacher) == (16, str(small_teacher))
-    assert found.guidance_scale == 4.0  # the middle of omega 1 to 5, and one
+    assert found.guidance_scale == 4.0  # omega 3, the middle of 1 to 5, plus 1
+    assert (found.precision, found.omegas, found.is_baked) == ("auto", OmegaRange(1.0, 5.0), False)
     folder = find_model(str(small_run / "pipeline"))
     assert (folder.path, folder.guidance_scale) == (str(small_run / "pipeline"), None)
     assert find_model("owner/name").path == "owner/name"
@@ -114,13 +89,15 @@ def test_the_newest_finished_run_is_the_default(
         find_model("runs/c")
 
 
-def test_another_program_s_config_is_no_run(tmp_path: Path, small_run: Path) -> None:
+def test_another_programs_config_is_not_a_run(tmp_path: Path, small_run: Path) -> None:
     shutil.copytree(small_run / "pipeline", tmp_path / "model")
     (tmp_path / "model" / "config.toml").write_text("[tool]\nx = 1\n")
     assert find_model(str(tmp_path / "model")).path == str(tmp_path / "model")
 
 
-def test_the_bare_command_draws_with_the_newest_run(command: Command, tmp_path: Path, small_run: Path) -> None:
+def test_the_command_without_arguments_samples_the_newest_run(
+    command: Command, tmp_path: Path, small_run: Path
+) -> None:
     shutil.copytree(small_run, tmp_path / "runs" / "small-lcm")
     code, told, _ = command("sample", "--steps", 2)
     assert code == 0
@@ -128,7 +105,7 @@ def test_the_bare_command_draws_with_the_newest_run(command: Command, tmp_path: 
     assert len(list((tmp_path / "samples").glob("[0-9]*.png"))) >= 4
 
 
-def test_prompts_seeds_and_numbers_of_images(command: Command, tmp_path: Path, small_run: Path) -> None:
+def test_prompts_seeds_and_image_counts(command: Command, tmp_path: Path, small_run: Path) -> None:
     (tmp_path / "prompts.txt").write_text("dog face\n\ncat face\n")
     options = ["--prompt", "red heart", "--prompts", "prompts.txt", "--num-images", 2, "--seed", 5, "--output", "out"]
     code, _, _ = command("sample", small_run, *options, "--steps", 1, "--guidance-scale", 3, "--resolution", 24)
@@ -144,7 +121,7 @@ def test_prompts_seeds_and_numbers_of_images(command: Command, tmp_path: Path, s
     assert {Image.open(path).size for path in paths} == {(24, 24)}
 
 
-def test_the_same_seed_gives_the_same_picture(command: Command, tmp_path: Path, small_run: Path) -> None:
+def test_the_same_seed_gives_the_same_image(command: Command, tmp_path: Path, small_run: Path) -> None:
     for i, seed in enumerate([3, 3, 4]):
         command("sample", small_run, "--prompt", "dog face", "--seed", seed, "--steps", 2, "--output", f"out{i}")
     first, again, other = (Image.open(tmp_path / f"out{i}" / "000-dog-face.png").tobytes() for i in range(3))
@@ -157,17 +134,19 @@ def test_the_same_seed_gives_the_same_picture(command: Command, tmp_path: Path, 
         ([], "there is no finished run under runs/"),
         (["no-such-model"], "'no-such-model'"),
         (["{run}", "--steps", "51"], "--steps is 51; this model's scheduler has 50"),
-        (["{run}", "--resolution", "20"], "--resolution is 20; it must be a multiple of 8"),
+        (["{run}", "--resolution", "20"], "--resolution is 20; it must be a multiple of 8: try 16"),
+        (["{run}", "--width", "32", "--height", "20"], "--height is 20; it must be a multiple of 8: try 16"),
+        (["{run}", "--width", "32", "--resolution", "32"], "pass either --resolution or --width and --height"),
         (["{run}", "--prompts", "absent.txt"], "--prompts absent.txt cannot be read"),
-        (["{run}", "--output", "file.txt"], "--output file.txt is a file; name a folder"),
-        (["{run}", "--output", "file.txt/x"], "--output file.txt/x cannot be made (Not a directory)"),
+        (["{run}", "--output", "file.txt"], "--output file.txt is a file; specify a folder"),
+        (["{run}", "--output", "file.txt/x"], "--output file.txt/x cannot be created (Not a directory)"),
         (["{run}", "--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
         (["{run}", "--guidance-scale", "inf"], "--guidance-scale is inf; it must be a finite number"),
         (["{run}", "--lora", "x", "--lora-scale", "nan"], "--lora-scale is nan; each must be a finite number"),
         (["{run}", "--device", "tpu-or-so"], "--device 'tpu-or-so' is no device"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_sentence(
+def test_impossible_requests_are_refused_in_one_sentence(
     command: Command, tmp_path: Path, small_run: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "file.txt").write_text("hello")
@@ -187,3 +166,111 @@ def test_impossible_numbers_are_refused(command: Command, arguments: list[str]) 
     assert code == 2
     assert arguments[0] in error
     assert "Traceback" not in error
+
+
+def test_a_size_need_not_be_square(command: Command, tmp_path: Path, small_run: Path) -> None:
+    options = ["--prompt", "dog face", "--steps", 1, "--output", "out"]
+    assert command("sample", small_run, *options, "--width", 32, "--height", 24)[0] == 0
+    assert Image.open(tmp_path / "out" / "000-dog-face.png").size == (32, 24)
+    assert command("sample", small_run, *options, "--width", 32)[0] == 0
+    assert Image.open(tmp_path / "out" / "000-dog-face.png").size == (32, 16)  # 16 is the run's resolution
+
+
+def test_the_options_of_the_image_size() -> None:
+    run, folder = ModelToSample("m", resolution=512), ModelToSample("m")
+    assert image_size(run, None, None, None) == 512
+    assert image_size(run, 256, None, None) == 256
+    assert image_size(run, None, 768, None) == (512, 768)
+    assert image_size(folder, None, None, None) is None
+    assert image_size(folder, None, 768, 256) == (256, 768)
+    with pytest.raises(UsageError, match=r"--width needs the other side; pass --width and --height"):
+        image_size(folder, None, 768, None)
+
+
+@pytest.mark.parametrize(
+    ("requested", "recorded", "device", "dtype"),
+    [
+        (None, "fp32", "cuda", torch.float32),
+        (None, "bf16", "cuda", torch.bfloat16),
+        (None, "fp16", "cuda", torch.float16),
+        ("fp16", "bf16", "cuda", torch.float16),
+        (None, "bf16", "cpu", torch.float32),
+        (None, None, "cpu", torch.float32),
+        ("bf16", "fp32", "cpu", torch.bfloat16),
+    ],
+)
+def test_the_precision_is_that_of_the_run(
+    requested: str | None, recorded: str | None, device: str, dtype: torch.dtype
+) -> None:
+    assert sampling_dtype(requested, recorded, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_automatic_precision_is_that_of_training(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    expected = torch.bfloat16 if has_bf16 else torch.float16
+    for recorded in ("auto", None):
+        assert sampling_dtype(None, recorded, torch.device("cuda")) == expected
+
+
+def test_the_networks_have_the_precision_and_the_vae_stays_in_fp32(
+    command: Command, small_run: Path, tmp_path: Path
+) -> None:
+    pipeline = load_student(str(small_run / "pipeline"), torch.device("cpu"), dtype=torch.bfloat16)
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
+    images = []
+    for precision in ("fp32", "bf16"):
+        options = ["--prompt", "dog face", "--steps", 1, "--output", precision, "--precision", precision]
+        assert command("sample", small_run, *options)[0] == 0
+        images.append(np.asarray(Image.open(tmp_path / precision / "000-dog-face.png"), dtype=float))
+    assert 0 < np.abs(images[0] - images[1]).mean() < 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    command: Command, small_run: Path, tmp_path: Path, value: float
+) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(small_run / "pipeline", folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"][0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, _, error = command("sample", folder, "--prompt", "dog face")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{folder}: the unet's weights contain NaN or Inf in float32; the training diverged" in error
+
+
+@pytest.mark.parametrize(
+    ("is_baked", "scale", "sentence"),
+    [
+        (False, 2.0, None),
+        (False, 6.0, None),
+        (
+            False,
+            40.0,
+            "guidance scale 40 is outside the range that this student was trained with; expect poor images, ",
+        ),
+        (False, 0.0, "guidance scale 0 is outside the range"),
+        (True, 1.0, None),
+        (
+            True,
+            3.0,
+            "2 to 6 in its weights; guidance scale 3 applies CFG on top of it, at twice the cost: use 1",
+        ),
+        (True, 0.0, "guidance scale 0 has no effect: use 1"),
+    ],
+)
+def test_guidance_outside_the_training_is_reported(is_baked: bool, scale: float, sentence: str | None) -> None:
+    model = ModelToSample("m", omegas=OmegaRange(1.0, 5.0), is_baked=is_baked)
+    warning = guidance_warning(model, scale)
+    assert warning is None if sentence is None else sentence in (warning or "")
+    assert guidance_warning(ModelToSample("m"), scale) is None
+
+
+def test_the_command_reports_guidance_outside_the_training(command: Command, small_run: Path) -> None:
+    for scale, reported in ((4, False), (40, True)):
+        _, out, _ = command("sample", small_run, "--prompt", "x", "--steps", 1, "--guidance-scale", scale)
+        assert (
+            "outside the range that this student was trained with; expect poor images, or use 2 to 6" in out
+        ) == reported

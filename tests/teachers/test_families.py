@@ -338,9 +338,9 @@ def test_an_inpainting_model_paints_into_an_image(folders: dict[str, Path], tmp_
         drawn[name] = np.asarray(Image.open(tmp_path / f"out-{name}" / "000-a-cat.png"), dtype=float)
     assert len({picture.tobytes() for picture in drawn.values()}) == 3  # it sees the image, and whether there is one
     for words, said in (
-        ([*base, "--image", "red.png"], "--image and --mask go together"),
+        ([*base, "--image", "red.png"], "--image and --mask must be used together"),
         ([*base, "--image", "red.png", "--mask", "none.png"], "cannot be read"),
-        (["sample", folders["sd1"], "--image", "red.png", "--mask", "mask.png"], "are for inpainting models"),
+        (["sample", folders["sd1"], "--image", "red.png", "--mask", "mask.png"], "this is not an inpainting model"),
     ):
         code, _, error = command(*words)
         assert (code, said in error, error.count("\n")) == (2, True, 1)

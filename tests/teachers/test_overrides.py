@@ -167,7 +167,7 @@ def test_a_safety_checker_goes_along_unless_it_is_dropped_by_name(
     assert (index["safety_checker"][0] is None, (tmp_path / "run/pipeline/safety_checker").is_dir()) == (drop, not drop)
     assert ("without the teacher's safety checker" in (tmp_path / "run" / "README.md").read_text()) is drop
     pipeline = load_student(str(tmp_path / "run" / "pipeline"), torch.device("cpu"))
-    assert black(generate(pipeline, ["a cat"], [0], steps=1, guidance_scale=4.0, resolution=16)) is not drop
+    assert black(generate(pipeline, ["a cat"], [0], steps=1, guidance_scale=4.0, size=16)) is not drop
     if drop:
         return
     assert same_weights(pipeline.safety_checker, opened(checked).safety_checker)

@@ -190,7 +190,7 @@ def test_a_vae_that_overflows_in_fp16_is_fine_unless_told(
 
 def test_images_are_decoded_in_fp32_around_half_a_network(small_run: Path) -> None:
     """What sampling on a GPU does."""
-    options: dict[str, Any] = {"steps": 1, "guidance_scale": 4.0, "resolution": 16}
+    options: dict[str, Any] = {"steps": 1, "guidance_scale": 4.0, "size": 16}
     pipeline = load_student(str(small_run / "pipeline"), torch.device("cpu"))
     pipeline.to(torch.bfloat16)
     pipeline.vae.float()
