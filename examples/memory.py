@@ -134,7 +134,7 @@ def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan |
     config = plan.config if plan else config
     data: Any = Latents(teacher, config.data.resolution)
     run = build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
-    peak_memory(accelerator.device, anew=True)
+    peak_memory(accelerator.device, reset=True)
     for _, _ in zip(range(steps), train_steps(run, config.objective), strict=False):
         pass
     return plan, peak_memory(accelerator.device)

@@ -32,7 +32,6 @@ from naive import Draws, naive_steps, untimed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcmdistill.cli import with_spins
 from lcmdistill.config.resolve import parse_assignment, resolve
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
@@ -51,6 +50,7 @@ from lcmdistill.training.setup import Run, build
 from lcmdistill.training.trainer import train_steps
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.device import compute_dtype, peak_memory, pick_device
+from lcmdistill.utils.runtime import thread_environment
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
@@ -293,7 +293,7 @@ def compare(name: str, rounds: int, given: dict[str, Any]) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side in names:
         # What the command line sets before it loads torch.
-        environment = dict(os.environ) if side == "naive" else with_spins(os.environ)
+        environment = dict(os.environ) if side == "naive" else thread_environment(os.environ)
         sides[side] = subprocess.Popen([*command, side, name, json.dumps(given)], env=environment, **pipes)
 
     def step(side: str) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def alone(side: str, name: str, kind: str, batches: list[int]) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        peak_memory(device, anew=True)
+        peak_memory(device, reset=True)
         try:
             take_two_steps(side, name, device, {**told, "optim.batch_size": batch})
             peaks.append(most_held(device))

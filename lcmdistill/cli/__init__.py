@@ -1,11 +1,8 @@
 """The command line. Every option is told in plain words; what it means is decided elsewhere, and imported late."""
 
-import gc
 import os
 import sys
 import time
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -18,14 +15,10 @@ from lcmdistill.cli.sample import sample
 from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import explain
 from lcmdistill.utils.logging import configure_console
+from lcmdistill.utils.runtime import configure_process
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-SPINS = "3000"
-"""how often a thread of the C library's OpenMP looks for another before it sleeps: some 30 microseconds, in which the next
-of a network's operations has come. The library's own 3 ms, beside another program, are on the very core that the one it
-waits for is to have; and to sleep at once costs more than most operations take"""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,27 +36,10 @@ app.command()(export)
 app.command()(info)
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' own chatter out of the output; their errors reach the user through ours."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # between two of them
-
-
-def with_spins(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which threads wait as SPINS says, unless it says already how they wait."""
-    return dict(environment) if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": SPINS, **environment}
-
-
 def main() -> None:
     """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
-    _quiet_libraries()
+    configure_process()
     configure_console()
-    os.environ |= with_spins(os.environ)
-    # Importing the libraries makes a million objects and no garbage: looking for some is a tenth of a command's start.
-    gc.set_threshold(100_000, 50, 50)
     try:
         with exit_on_sigterm():
             code = app(standalone_mode=False)  # what an Exit says; None if a command came to its end

@@ -1,7 +1,6 @@
 """A run's folder: whose it is, whether this command may go on in it, and the configuration it was started with."""
 
 import dataclasses
-import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from lcmdistill.data.survey import usable_count
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import UsageError, disk_error
 from lcmdistill.utils.run_dir import check_writable, checkpoint_step, checkpoints, step_name
 
 _MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
@@ -175,7 +174,7 @@ def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> No
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if disk_error(error):
             raise
         raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
     write_text(folder / "config.toml", to_toml(config))

@@ -26,8 +26,9 @@ from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.optimizer import make_optimizer
 from lcmdistill.training.side_by_side import Ahead, division
 from lcmdistill.training.signals import Stop
-from lcmdistill.utils.device import compute_dtype, keep_freed_memory
+from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.logging import Progress, progress
+from lcmdistill.utils.runtime import configure_training
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +105,7 @@ def build(
         same_dropout=config.objective.same_dropout,
     )
     networks = torch.nn.ModuleList([student.online, student.teacher, student.target])
-    if device.type == "cuda":
-        # What cuDNN's convolutions compute in; oneDNN's, on a CPU, have a layout of their own.
-        networks.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        torch.backends.cudnn.benchmark = True  # shapes are few, and steps many
-    elif device.type == "cpu":
-        keep_freed_memory()
+    configure_training(device, networks)
     optimizer = make_optimizer(config.optim, student.trainable.values(), device)
     online, optimizer = accelerator.prepare(student.online, optimizer)
     null = teacher.encode_prompts([""]).to(device)

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: written to a temporary name, then renamed."""
+"""Write files and folders that are either complete or absent: write under a temporary name, then rename."""
 
 import os
 import shutil
@@ -6,59 +6,81 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# There is no other way to ask for it.
+# The umask can only be read by setting it.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+PARTIAL, REPLACED = "partial", "old"
+"suffixes of hidden siblings: a folder that is being written, and the one that it replaces"
+
+
+def hidden_sibling(path: Path, suffix: str) -> Path:
+    """Return the hidden path next to `path` that a write of it uses, such as `.best.old`."""
+    return path.with_name(f".{path.name}.{suffix}")
 
 
 @contextmanager
 def atomic_dir(destination: Path) -> Iterator[Path]:
-    """A fresh folder to write into, which takes the place of `destination` once the block ends without an error."""
-    aside = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Yield an empty folder that replaces `destination` once the block ends without an error.
+
+    The replacement takes two renames. `restore_replaced` repairs the state that a process killed between them leaves.
+    """
+    restore_replaced(destination)
+    partial, replaced = hidden_sibling(destination, PARTIAL), hidden_sibling(destination, REPLACED)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        yield aside
-        for path in aside.rglob("*"):
+        yield partial
+        for path in partial.rglob("*"):
             if path.is_file():
                 _sync(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     if destination.exists():
-        destination.rename(old)
-    aside.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
+        destination.rename(replaced)
+    partial.rename(destination)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(destination: Path) -> None:
+    """Rename the replaced folder back if `destination` is missing: a process was killed while it swapped the two."""
+    replaced = hidden_sibling(destination, REPLACED)
+    if replaced.is_dir() and not destination.exists():
+        replaced.rename(destination)
 
 
 @contextmanager
 def atomic_file(destination: Path, *, shared: bool = False) -> Iterator[Path]:
-    """The same for one file: a path to write to, with the destination's ending, by which some programs go.
+    """Yield a path to write to, which replaces `destination` once the block ends without an error.
 
-    shared: other processes may write the same file at the same time, whose last one stays; without the ending, so that
-    nobody takes another's for a whole one.
+    The path keeps the suffix of `destination`, because some libraries choose a format by it.
+
+    Args:
+        destination: The file to write.
+        shared: Whether other processes may write the same file at the same time. The last one wins. The temporary name
+            then has no suffix, so that no process mistakes it for a complete file.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{destination.name}.{os.getpid()}" if shared else f".{destination.stem}.partial{destination.suffix}"
-    aside = destination.with_name(name)
+    name = f".{destination.name}.{os.getpid()}" if shared else f".{destination.stem}.{PARTIAL}{destination.suffix}"
+    partial = destination.with_name(name)
     try:
-        yield aside
-        _sync(aside)
-        aside.replace(destination)
+        yield partial
+        _sync(partial)
+        partial.replace(destination)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """A small text file, whole or not there. shared: as `atomic_file`."""
-    with atomic_file(path, shared=shared) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write a small text file atomically. `shared` has the meaning it has for `atomic_file`."""
+    with atomic_file(path, shared=shared) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
-    """Onto the disk, and readable for whoever files are here: safetensors leaves its own to their owner alone."""
+    """Flush a file to the disk, with the mode of any other new file: safetensors makes its files private."""
     path.chmod(0o666 & ~_UMASK)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())

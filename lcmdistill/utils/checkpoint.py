@@ -1,27 +1,45 @@
-"""Checkpoints as files: `step-N/` holds one safetensors file per group of tensors and a small `state.pt`."""
+"""Checkpoints as files: `step-N/` holds one safetensors file per group of tensors, and `state.pt` with plain values."""
 
+import logging
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.utils.atomic import atomic_dir
+from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_sibling, restore_replaced
 from lcmdistill.utils.errors import RunError
-from lcmdistill.utils.run_dir import checkpoints, step_name
+from lcmdistill.utils.run_dir import checkpoint_step, checkpoints, step_name
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
-"the folder beside the checkpoints"
+"the folder, next to the checkpoints, with the weights of the best validation"
+
+REMOVED = "removed"
+"suffix of the hidden folder that a checkpoint becomes while it is deleted"
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read: its folder, its groups of tensors on the CPU, and its state."""
+
+    path: Path
+    groups: Groups
+    state: dict[str, Any]
 
 
 def load_best(run: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, weights) of the best validation; None if none was kept."""
+    """Return (step, weights) of the best validation, or None if the run has none."""
     path = run / "checkpoints" / BEST
+    restore_replaced(path)
     if not (path / "state.pt").is_file():
         return None
     groups, state = load_checkpoint(path)
@@ -35,30 +53,97 @@ def save_checkpoint(
     state: dict[str, Any],
     name: str | None = None,
 ) -> Path:
-    """Write `step-N` under `folder`, or another name. groups: name -> tensors; state: plain values and tensors only."""
+    """Write a checkpoint atomically, and return its folder.
+
+    Args:
+        folder: The folder of all checkpoints.
+        step: The optimizer step, recorded in the state.
+        groups: Tensors by name, by group; each group becomes one file.
+        state: Plain values and tensors only.
+        name: The name of the checkpoint's folder; `step-N` by default.
+    """
     path = folder / (name or step_name(step))
-    with atomic_dir(path) as aside:
-        for name, tensors in groups.items():
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
-        torch.save({"step": step, **state}, aside / "state.pt")
+    with atomic_dir(path) as partial:
+        checksums = {}
+        for group, tensors in groups.items():
+            file = partial / f"{group}.safetensors"
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
+            checksums[file.name] = _checksum(file)
+        torch.save({"step": step, **state, "checksums": checksums}, partial / "state.pt")
     return path
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups, state) of a checkpoint, on the CPU. Raises RunError on one that is damaged."""
+def load_checkpoint(path: Path) -> tuple[Groups, dict[str, Any]]:
+    """Return (groups, state) of a checkpoint, on the CPU.
+
+    Raises:
+        RunError: A file is damaged or missing.
+    """
     try:
-        groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-        return groups, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise RunError(
-            f"the checkpoint {path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]}); remove that folder, "
-            "and the one before it is used"
-        ) from error
+        return _read(path)
+    except _DAMAGE as error:
+        raise RunError(f"{_describe(path, error)}; remove that folder to use the checkpoint before it") from error
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
-        # Renamed first: a removal that is cut off must not leave something that looks whole.
-        doomed = path.rename(path.with_name(f".{path.name}.old"))
-        shutil.rmtree(doomed)
+def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest intact checkpoint under a folder, or None if there are no checkpoints.
+
+    A damaged checkpoint is reported and skipped. It stays on the disk, so that all processes of a run reach the same result.
+
+    Raises:
+        RunError: There are checkpoints, and all of them are damaged.
+    """
+    saved = checkpoints(folder)
+    for path in reversed(saved):
+        try:
+            return Checkpoint(path, *_read(path))
+        except _DAMAGE as error:
+            logger.warning(f"{_describe(path, error)}; trying the checkpoint before it")
+    if saved:
+        raise RunError(f"all checkpoints in {folder} are damaged; remove that folder to train again from step 0")
+    return None
+
+
+def _read(path: Path) -> tuple[Groups, dict[str, Any]]:
+    """Return (groups, state). A checkpoint that an older version wrote has no checksums to verify."""
+    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    for name, checksum in state.pop("checksums", {}).items():
+        if _checksum(path / name) != checksum:
+            raise EOFError(f"{name} does not match its checksum")
+    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
+
+
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, UnpicklingError, FileNotFoundError)
+"what reading a damaged checkpoint raises"
+
+
+def _describe(path: Path, error: BaseException) -> str:
+    return f"the checkpoint {path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
+def prune(folder: Path, keep: int, last: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, and what interrupted writes and removals left behind.
+
+    Args:
+        folder: The folder of all checkpoints.
+        keep: How many checkpoints to keep.
+        last: The step that was just saved. A later checkpoint is one that was found damaged, and is removed.
+    """
+    saved = checkpoints(folder)
+    stale = [path for path in saved if last is not None and checkpoint_step(path) > last]
+    current = saved[: len(saved) - len(stale)]
+    for path in (*stale, *current[:-keep]):
+        # Renamed first: an interrupted removal must not leave a folder that looks complete.
+        path.rename(hidden_sibling(path, REMOVED))
+    for suffix in (PARTIAL, REPLACED, REMOVED):
+        for path in folder.glob(f".step-*.{suffix}"):  # not of `best`, which another thread may be writing
+            shutil.rmtree(path)
+
+
+def _checksum(file: Path) -> str:
+    """Return the CRC-32 of a file, in hexadecimal digits: enough against damage, and fast."""
+    crc = 0
+    with file.open("rb") as handle:
+        while block := handle.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"

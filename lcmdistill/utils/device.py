@@ -1,6 +1,5 @@
-"""Which device, and which dtype inside the networks."""
+"""The device of a run, the dtype inside its networks, and the memory that there is."""
 
-import ctypes
 import math
 import sys
 from pathlib import Path
@@ -10,16 +9,23 @@ from torch import Tensor
 
 from lcmdistill.utils.errors import UsageError
 
+GIB = 2**30
+"the unit of memory everywhere: the memory of a '12 GB' graphics card is 12 GiB"
+
 
 def copy_to_device(value: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on another device, without waiting for what that device is still at."""
+    """Return a CPU tensor on another device, without waiting for the device's current work."""
     if torch.device(device).type != "cuda":
         return value.to(device)
     return value.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name, or the best there is for "auto". Raises UsageError if it is not there."""
+    """Return a device by name; "auto" is the best one available.
+
+    Raises:
+        UsageError: The device is unknown or not available.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -27,23 +33,23 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise UsageError(f"unknown --device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(
-                f"--device {name} was asked for, but torch sees no CUDA GPU here; use --device cpu or auto"
-            )
+            raise UsageError(f"--device {name} is not available: torch finds no CUDA GPU; use --device cpu or auto")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
+            raise UsageError(
+                f"--device {name} is not available: the number of GPUs is {torch.cuda.device_count()}; use a lower index"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps was asked for, but it is not available here; use --device cpu or auto")
+        raise UsageError("--device mps is not available on this machine; use --device cpu or auto")
     elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"--device {name!r} cannot be trained on; use auto, cpu, cuda, cuda:1 or mps")
+        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast and of frozen weights; "auto" is half precision on CUDA only."""
+    """Return the dtype of autocast and of frozen weights; "auto" is half precision on CUDA only."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision in named:
         return named[precision]
@@ -53,25 +59,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> float:
-    """The bytes that a GPU has free; of other devices nothing is known, and it is infinite."""
+    """Return the free bytes of a GPU; infinity for other devices."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, where it is glibc's: for training on a CPU.
-
-    Large tensors else go back to the system each time, and come again as pages that it has to zero.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        if not mallopt(m_mmap_threshold, 2**30):
-            mallopt(m_mmap_threshold, 2**25)  # all that an older one allows
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
 def cpu_memory_left() -> float:
-    """The bytes that the CPU's memory can still give; infinite where the system does not say."""
+    """Return the bytes of main memory that are still available; infinity where the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -79,17 +72,28 @@ def cpu_memory_left() -> float:
         return math.inf
 
 
-def peak_memory(device: torch.device, *, anew: bool = False) -> int | None:
-    """The most bytes of tensors that a GPU has held at once since it was last asked to begin anew; None elsewhere."""
+def peak_memory(device: torch.device, *, reset: bool = False) -> int | None:
+    """Return the most bytes of tensors that a GPU has held at once since the last reset; None for other devices."""
     if device.type != "cuda":
         return None
-    if anew:
+    peak = torch.cuda.max_memory_allocated(device)
+    if reset:
         torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def peak_process_memory() -> int | None:
+    """Return the most bytes of main memory that this process has used so far; None where the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def cap_memory(device: torch.device, limit: float) -> None:
-    """Let tensors of this process take `limit` bytes of a GPU and no more."""
+    """Limit the tensors of this process to `limit` bytes of a GPU."""
     if device.type == "cuda":
-        whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)

@@ -1,16 +1,17 @@
 """Failures that a user meets: one sentence each, and the exit code that goes with it."""
 
 import errno
+import os
 
 
 class UsageError(Exception):
-    """What was asked for is wrong; the user can mend it on the command line or in the config. Exit code 2."""
+    """The request is wrong; the user can correct it on the command line or in the configuration. Exit code 2."""
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """What was asked for is fine but could not be done here. Exit code 1."""
+    """The request is right but could not be carried out here. Exit code 1."""
 
     exit_code = 1
 
@@ -23,21 +24,42 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+DISK_ERRORS = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than this file system or the limit on file sizes (ulimit -f) allows",
+}
+"errors of a disk that is full in one way or another, by number"
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return what is wrong with the disk if that is what an error reports, otherwise None.
+
+    Libraries written in other languages report the operating system's error in their text only.
+    """
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return DISK_ERRORS[error.errno]
+    text = str(error)
+    return next((reason for number, reason in DISK_ERRORS.items() if os.strerror(number) in text), None)
+
+
 def explain(error: BaseException) -> tuple[str, int]:
-    """The sentence and the exit code for any exception that reaches the command line."""
+    """Return the sentence and the exit code for any exception that reaches the command line."""
     if isinstance(error, UsageError | RunError | Interrupted):
         return str(error), error.exit_code
-    if isinstance(error, SystemExit):  # of `exit_on_sigterm`
-        return "stopped; what was saved before is intact", int(error.code or 0)
+    if isinstance(error, SystemExit):  # raised by `exit_on_sigterm`
+        return "stopped; saved files are intact", int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was saved before is intact", 130
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
-        return (
-            "no space is left on the disk; free some or choose another --output (checkpoints already written are intact)",
-            1,
-        )
+        return "interrupted; saved files are intact", 130
+    if reason := disk_error(error):
+        return f"{reason}; free some space or choose another --output (checkpoints already written are intact)", 1
     if isinstance(error, PermissionError):
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_working_directory():
+        return "the current folder no longer exists; change to another one and run again", 1
+    text = str(error).strip().split("\n")[0] or "no message"
+    if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's
+        return "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches", 1
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
         return (
@@ -45,5 +67,12 @@ def explain(error: BaseException) -> tuple[str, int]:
             "or lower --resolution",
             1,
         )
-    text = str(error).strip().split("\n")[0] or "no message"
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True

@@ -1,30 +1,82 @@
-"""Console lines and progress bars."""
+"""Where messages go: the console, the log file of a run, and progress bars.
+
+Modules log with `logging.getLogger(__name__)`: INFO is for the user, DEBUG for the log file only.
+"""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+PACKAGE = "lcmdistill"
+LOG_FILE = "log.txt"
+
+logger = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
-    """Write each record's message to standard output, whatever `sys.stdout` is at that moment."""
+    """Print the message of each record to the current `sys.stdout`.
+
+    A run must not end because its reader did: once the pipe is closed, the handler drops what follows.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        """Print a record; after a closed pipe, do nothing."""
+        try:
+            print(self.format(record), flush=True)
+        except BrokenPipeError:
+            discard_output()
+
+
+def discard_output() -> None:
+    """Send standard output to the null device, so that neither this program nor Python's exit writes to a closed pipe."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def configure_console() -> None:
-    """Show the package's INFO messages on standard output. An application that added its own handler keeps it."""
-    root = logging.getLogger("lcmdistill")
+    """Print the package's INFO messages on standard output. An application that added its own handler keeps it."""
+    root = logging.getLogger(PACKAGE)
     if not root.handlers:
-        root.addHandler(ConsoleHandler())
+        handler = ConsoleHandler(logging.INFO)
+        root.addHandler(handler)
         root.setLevel(logging.INFO)
         root.propagate = False
 
 
+@contextmanager
+def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
+    """Append the package's messages, DEBUG included, and all Python warnings to `log.txt` in a run folder.
+
+    Warnings go to the file instead of the console. For the main process; a resumed run appends to the same file.
+    """
+    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s rank {rank}  %(message)s"))
+    root, warnings = logging.getLogger(PACKAGE), logging.getLogger("py.warnings")
+    level, propagate = root.level, warnings.propagate
+    if any(isinstance(other, ConsoleHandler) for other in root.handlers):  # which has a level of its own
+        root.setLevel(logging.DEBUG)
+    root.addHandler(handler)
+    warnings.addHandler(handler)
+    warnings.propagate = False
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        warnings.propagate = propagate
+        warnings.removeHandler(handler)
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
 class Progress:
-    """A bar with speed and time left on a terminal; elsewhere, `say` lines are all there is."""
+    """A bar with speed and time left on a terminal; elsewhere it shows nothing."""
 
     def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task = bar, task
@@ -42,8 +94,8 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int | None, *, enabled: bool = True) -> Iterator[Progress]:
-    """A `Progress` for `total` units."""
-    if not (enabled and sys.stdout.isatty()):
+    """Yield a `Progress` for `total` units."""
+    if not (enabled and sys.stdout is not None and sys.stdout.isatty()):
         yield Progress(None, None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -1,4 +1,4 @@
-"""What a run tells: lines or a progress bar, metrics.jsonl always, and a tracker on request."""
+"""Numbers of a run over its steps: `metrics.jsonl` always, and a tracker on request. `METRICS` names them all."""
 
 import importlib.util
 import json
@@ -10,26 +10,48 @@ from typing import Any
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 
+METRICS = {
+    "step": "optimizer steps done",
+    "loss": "mean loss since the line before, over all processes",
+    "grad_norm": "norm of the last step's gradient before clipping",
+    "learning_rate": "learning rate of the last step",
+    "loss_by_noise": "mean loss in equal parts of the way from clean to noise; null where there was no sample",
+    "samples_per_s": "training samples per second, over all processes",
+    "data_wait": "share of the time spent waiting for data",
+    "seconds_PHASE": "seconds of a phase since the line before: data, teacher, target, forward, backward, optimizer, or "
+    "other (nothing of these); phases in parallel threads each count their own",
+    "peak_memory_gib": "most GiB of tensors on the GPU since the line before; on a CPU, of the whole process so far",
+    "mfu": "model FLOPs utilization: FLOP/s of the networks as a share of the device's peak, which log.txt names",
+    "val/METRIC_STEPS": "agreement with the teacher in validation (rmse, ssim) at a number of sampling steps",
+}
+"what the fields of a line of metrics.jsonl mean; words in capitals stand for several"
+
 
 def check_tracker(report_to: str) -> None:
-    """Raise UsageError if a tracker's package is not installed."""
+    """Raise UsageError if the package of a tracker is not installed."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UsageError(f"--report-to {report_to} needs: pip install 'lcmdistill[{report_to}]'")
 
 
 class Metrics:
-    """metrics.jsonl, and tensorboard or wandb beside it. Only the main process has one."""
+    """Write metrics.jsonl, and log to tensorboard or wandb. Only the main process has one.
+
+    Args:
+        folder: The run folder.
+        report_to: The tracker, or "none".
+        config: The configuration, for the tracker.
+        start_step: The step that the run resumes from. Lines of later steps, which the interrupted run wrote after its last
+            checkpoint, are removed.
+
+    Raises:
+        UsageError: The tracker is not installed.
+    """
 
     def __init__(self, folder: Path, report_to: str, config: Mapping[str, Any], start_step: int) -> None:
-        """start_step: lines of later steps, left by a run that was cut off after its last checkpoint, are removed.
-
-        Raises UsageError if the tracker is not installed.
-        """
         check_tracker(report_to)
         self._path = folder / "metrics.jsonl"
-        old = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        kept = [line for line in old if _step_of(line) <= start_step]
-        write_text(self._path, "".join(f"{line}\n" for line in kept))
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        write_text(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
         self._tensorboard: Any = None
         self._wandb: Any = None
         if report_to == "tensorboard":
@@ -39,20 +61,20 @@ class Metrics:
         elif report_to == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
 
-            # An id of the run's own, kept with it: two folders of one name must not be one run to the server.
-            kept_id = folder / "wandb-id.txt"
-            if not kept_id.is_file():
-                write_text(kept_id, uuid.uuid4().hex)
+            # The id is recorded in the run: two folders of the same name must not be one run to the server.
+            id_file = folder / "wandb-id.txt"
+            if not id_file.is_file():
+                write_text(id_file, uuid.uuid4().hex)
             self._wandb = wandb.init(
                 project="lcmdistill",
                 name=folder.name,
-                id=kept_id.read_text(encoding="utf-8"),
+                id=id_file.read_text(encoding="utf-8"),
                 resume="allow",
                 config=dict(config),
             )
 
     def log(self, step: int, values: Mapping[str, float], **curves: Sequence[float | None]) -> None:
-        """One line of numbers, everywhere. curves: lists of numbers, for metrics.jsonl alone."""
+        """Write one line of numbers. The tracker gets `values`; `curves`, lists of numbers, go to metrics.jsonl only."""
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **values, **curves}) + "\n")
         if self._tensorboard is not None:
@@ -62,7 +84,7 @@ class Metrics:
             self._wandb.log(dict(values), step=step)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """A PIL image to the tracker; the file is the caller's."""
+        """Send a PIL image to the tracker. The caller writes the file."""
         if self._tensorboard is not None:
             import numpy as np
 
@@ -73,7 +95,7 @@ class Metrics:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Flush the trackers."""
+        """Flush the tracker."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -81,19 +103,19 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that was cut off, or that is none of ours, is left out."""
-    path, found = run / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """Return the lines of a run's metrics.jsonl. Incomplete and foreign lines are ignored."""
+    path, lines = run / "metrics.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            told = json.loads(line)
+            line = json.loads(text)
         except ValueError:
             continue
-        found += [told] if isinstance(told, dict) and "step" in told else []
-    return found
+        lines += [line] if isinstance(line, dict) and "step" in line else []
+    return lines
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; a line cut off in the middle counts as late."""
+    """Return the step of a line of metrics. An incomplete line counts as later than all others."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

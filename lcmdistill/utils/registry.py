@@ -6,7 +6,7 @@ from typing import Any
 
 
 class LazyRegistry(Mapping[str, Any]):
-    """A mapping of keys to objects that are imported when they are first asked for.
+    """A mapping of keys to objects that are imported on first access.
 
     Args:
         members: {key: "package.module:name"}, in the order that messages and `--help` list them.

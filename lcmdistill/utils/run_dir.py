@@ -1,50 +1,115 @@
-"""Paths inside a run folder."""
+"""Paths inside a run folder, and the lock that keeps a second run out of it."""
 
-import errno
+import logging
+import os
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import UsageError, disk_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints under a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.pt").is_file())
+    """Return the complete checkpoints under a folder, oldest first. Folders with other names are ignored."""
+    saved = [path for path in folder.glob("step-*") if _is_checkpoint(path)]
+    return sorted(saved, key=checkpoint_step)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    digits = path.name.removeprefix("step-")
+    return digits.isdecimal() and path.name == step_name(int(digits)) and (path / "state.pt").is_file()
 
 
 def step_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
+    """Return the name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint was written at."""
+    """Return the step that a checkpoint was saved at."""
     return int(path.name.removeprefix("step-"))
 
 
 def lora_file(run: Path) -> Path:
-    """The one file of a run's LoRA. Raises UsageError if there is none yet, or which one it is cannot be told."""
+    """Return the LoRA file of a run.
+
+    Raises:
+        UsageError: There is no LoRA yet, or there are several.
+    """
     files = [path for path in sorted((run / "lora").glob("*.safetensors")) if not path.name.startswith(".")]
     if not files:
         raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         raise UsageError(
-            f"{run / 'lora'} holds {len(files)} LoRAs ({names}) and the run made one; move the others away"
+            f"{run / 'lora'} contains {len(files)} LoRAs ({names}), but a run writes one; move the others away"
         )
     return files[0]
 
 
 def check_writable(path: Path) -> None:
-    """Raise UsageError unless a file or folder can be made there; found out by trying, as rights alone do not tell."""
-    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not above.is_dir():
-        raise UsageError(f"--output {path} cannot be made: {above} is a file; choose another place")
+    """Raise UsageError unless a file or folder can be created at `path`. It is tried, because permissions do not tell."""
+    parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not parent.is_dir():
+        raise UsageError(f"--output {path} cannot be created: {parent} is a file; choose another place")
     try:
-        with tempfile.TemporaryDirectory(dir=above, prefix=".lcmdistill-"):
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".lcmdistill-"):
             pass
     except OSError as error:
-        why = "no permission" if isinstance(error, PermissionError) else error.strerror
-        if error.errno == errno.ENOSPC:
+        reason = "no permission" if isinstance(error, PermissionError) else error.strerror
+        if disk_error(error):
             raise
-        raise UsageError(f"--output {path} cannot be written: {why} in {above}; choose another place") from error
+        raise UsageError(f"--output {path} is not writable: {reason} in {parent}; choose another place") from error
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is created if needed. For the main process, for as long as the run lives.
+
+    The lock ends with the process, however it ends. A folder that is still empty at the end is removed again.
+
+    Raises:
+        UsageError: Another run holds the lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except BlockingIOError:
+            held = False
+        except OSError as error:  # a file system without locks
+            logger.debug(f"{path}: no lock ({error.strerror}); a second run in this folder will not be noticed")
+            held = True
+        if not held:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise UsageError(
+                f"--output {folder} is in use by another run{f' ({holder})' if holder else ''}; wait until it ends, "
+                "or choose another folder"
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # if empty
+    finally:
+        os.close(descriptor)

@@ -20,6 +20,7 @@ from lcmdistill.training import checkpoint, preflight
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils import errors
 from lcmdistill.utils.run_dir import checkpoints
+from lcmdistill.utils.runtime import SPIN_COUNT
 from tests.support.runs import resolve
 from tests.support.teachers import SMALL, Command
 
@@ -66,11 +67,11 @@ def sentence(error: str) -> str:
         (["--gradient-accumulation-steps", "0"], "optim.gradient_accumulation_steps is 0; it must be at least 1"),
         (["--max-train-steps", "-5"], "optim.max_train_steps is -5; it must be at least 1"),
         (["--learning-rate", "nan"], "optim.learning_rate is nan; it must be a finite number"),
-        (["--device", "gpu"], "--device 'gpu' is no device"),
-        (["--device", "cuda:99"], "--device cuda:99 was asked for, but"),
+        (["--device", "gpu"], "unknown --device 'gpu'"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available: "),
         (["--output", "thesis"], "--output thesis holds files that no run of lcmdistill made"),
         (["--output", "file.txt"], "--output file.txt is a file; name a folder"),
-        (["--output", "file.txt/x"], "--output file.txt/x cannot be made: "),
+        (["--output", "file.txt/x"], "--output file.txt/x cannot be created: "),
         (["--set", "student.kind=lora"], "student.kind is not for --set: distill trains a full student, distill-lora"),
         (
             ["--config", "lora.toml"],
@@ -103,7 +104,7 @@ def test_wrong_usage_ends_in_one_sentence(
 def test_cuda_that_is_not_there_is_told(command: Command, options: list[Any]) -> None:
     code, _, error = command(*options, "--device", "cuda")
     assert code == 2
-    assert sentence(error) == "--device cuda was asked for, but torch sees no CUDA GPU here; use --device cpu or auto"
+    assert sentence(error) == "--device cuda is not available: torch finds no CUDA GPU; use --device cpu or auto"
 
 
 def test_an_output_that_cannot_be_written_is_told(
@@ -177,7 +178,7 @@ OUT_OF_MEMORY = (
     "or lower --resolution"
 )
 
-NO_SPACE = "no space is left on the disk; free some or choose another --output"
+NO_SPACE = "no space left on device; free some space or choose another --output"
 
 
 def allocate_too_much() -> None:
@@ -286,7 +287,7 @@ def test_help_is_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, cli.SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_how_threads_wait_is_set_before_torch_makes_any(given: dict[str, str], expected: str | None) -> None:
     told = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"

@@ -273,7 +273,7 @@ def test_a_lora_beside_a_runs_own_is_not_drawn_with_it(lora_run: Path, tmp_path:
     assert len(find_model(str(run)).loras) == 1
     shutil.copy(run / "lora" / "run.safetensors", run / "lora" / "style.safetensors")
     for use in (lambda: find_model(str(run)), lambda: load_trained_student(run)):
-        with pytest.raises(UsageError, match=r"lora holds 2 LoRAs \(run.safetensors, style.safetensors\)"):
+        with pytest.raises(UsageError, match=r"lora contains 2 LoRAs \(run.safetensors, style.safetensors\)"):
             use()
 
 

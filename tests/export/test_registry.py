@@ -130,7 +130,7 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
         ("full", ["--format", "kohya", "--output", "x.safetensors"], "--format kohya is for LoRA runs"),
         ("lora", ["--format", "pipeline", "--output", "x"], "use --format fused for a full pipeline"),
         ("lora", ["--format", "kohya", "--output", "x"], "must end in .safetensors"),
-        ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "cannot be written: .* in /proc"),
+        ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "is not writable: .* in /proc"),
         ("lora", ["--format", "peft", "--output", "taken"], "taken exists; name a new one"),
         (
             "lora",
@@ -186,7 +186,7 @@ cli.main()
     if number != signal.SIGKILL:
         assert ended.returncode == 128 + number, ended.stderr
         assert ended.stderr.count("\n") == 1
-        assert "what was saved before is intact" in ended.stderr
+        assert "saved files are intact" in ended.stderr
         assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
     else:
         assert ended.returncode == -signal.SIGKILL

@@ -277,7 +277,7 @@ def test_where_a_comparison_goes_is_known_before_anything_is_drawn(command: Comm
     (tmp_path / "file").write_text("")
     for more, message in (
         (["one", "two", "--output", "two"], "--output two is a folder; name a file, such as two/comparison.html"),
-        (["one", "two", "--output", "file/c.html"], "--output file/c.html cannot be made"),
+        (["one", "two", "--output", "file/c.html"], "--output file/c.html cannot be created"),
         (["one", "--output", "c.html"], "--output is for several runs; the page of one is one/report.html"),
         (["one", "./one"], "a run is named twice"),
     ):

@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_image(command: Command, tmp_path: Path, sm
         (["{run}", "--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
         (["{run}", "--guidance-scale", "inf"], "--guidance-scale is inf; it must be a finite number"),
         (["{run}", "--lora", "x", "--lora-scale", "nan"], "--lora-scale is nan; each must be a finite number"),
-        (["{run}", "--device", "tpu-or-so"], "--device 'tpu-or-so' is no device"),
+        (["{run}", "--device", "tpu-or-so"], "unknown --device 'tpu-or-so'"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_sentence(

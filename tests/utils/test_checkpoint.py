@@ -13,7 +13,14 @@ from torch import Tensor
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.utils import atomic as checkpoint
 from lcmdistill.utils.atomic import atomic_dir, atomic_file, write_text
-from lcmdistill.utils.checkpoint import load_checkpoint, prune, save_checkpoint
+from lcmdistill.utils.checkpoint import (
+    BEST,
+    load_best,
+    load_checkpoint,
+    load_latest_checkpoint,
+    prune,
+    save_checkpoint,
+)
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoints
 
@@ -140,6 +147,95 @@ def test_a_damaged_one_is_named(tmp_path: Path, name: str, size: int) -> None:
     with pytest.raises(RunError, match=r"step-00000003 is damaged .*remove that folder") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
+    flip_a_bit(path / "student.safetensors")
+    with pytest.raises(RunError, match=r"is damaged \(student.safetensors does not match its checksum\)"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_is_damage(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, GROUPS, {})
+    (path / "target.safetensors").unlink()
+    with pytest.raises(RunError, match=r"is damaged .*No such file"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, GROUPS, {})
+    torch.save({"step": 3}, path / "state.pt")
+    assert load_checkpoint(path)[1] == {"step": 3}
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_latest_checkpoint(tmp_path) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"student": {"w": torch.full((4,), float(step))}}, {"value": step})
+    latest = load_latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert (latest.path.name, latest.state) == ("step-00000003", {"step": 3, "value": 3})
+    assert capsys.readouterr().out == ""
+    flip_a_bit(tmp_path / "step-00000003" / "student.safetensors")
+    (tmp_path / "step-00000002" / "state.pt").write_bytes(b"PK")
+    latest = load_latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.path.name == "step-00000001"
+    assert latest.groups["student"]["w"].tolist() == [1.0] * 4
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is damaged (")[0][-13:] for line in lines] == ["step-00000003", "step-00000002"]
+    assert all(line.endswith("; trying the checkpoint before it") for line in lines)
+    flip_a_bit(tmp_path / "step-00000001" / "student.safetensors")
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged; remove that folder to train again"):
+        load_latest_checkpoint(tmp_path)
+
+
+def test_damaged_checkpoints_after_the_step_that_was_resumed_are_removed(tmp_path: Path) -> None:
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    save_checkpoint(tmp_path, 3, GROUPS, {})  # resumed from 2, because 4 is damaged
+    prune(tmp_path, 1, last=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_the_best_weights_survive_a_kill_while_they_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    folder, calls = tmp_path / "checkpoints", []
+    save_checkpoint(folder, 1, {"weights": {"w": torch.ones(2)}}, {}, name=BEST)
+    original = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == rename:
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, 2, {"weights": {"w": torch.zeros(2)}}, {}, name=BEST)
+    best = load_best(tmp_path)
+    assert best is not None
+    assert (best[0], best[1]["w"].tolist()) == (1, [1.0, 1.0])
+    save_checkpoint(folder, 3, {"weights": {"w": torch.zeros(2)}}, {}, name=BEST)
+    assert [path.name for path in folder.iterdir()] == [BEST]
+
+
+def test_leftovers_of_killed_processes_are_removed_with_the_next_checkpoint(tmp_path: Path) -> None:
+    for name in (".step-00000001.partial", ".step-00000001.old", ".step-00000001.removed", ".best.partial"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path, 2, GROUPS, {})
+    prune(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".best.partial", "step-00000002"]
 
 
 def test_the_state_loads_with_weights_only(tmp_path: Path) -> None:

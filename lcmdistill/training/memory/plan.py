@@ -176,7 +176,7 @@ class MemoryCheck:
 
     def __init__(self, needed: Breakdown | None, device: torch.device) -> None:
         self._needed, self._device, self._steps = needed, device, 0
-        peak_memory(device, anew=True)
+        peak_memory(device, reset=True)
 
     def after_step(self) -> None:
         """To be told of every step."""

@@ -276,7 +276,7 @@ def test_bitsandbytes_state_is_saved_and_restored(monkeypatch: pytest.MonkeyPatc
 def test_on_a_gpu_both_are_said_after_the_second_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan, "peak_memory", lambda device, anew=False: None if anew else 4 * GIB)
+    monkeypatch.setattr(plan, "peak_memory", lambda device, reset=False: None if reset else 4 * GIB)
     needed = by_formula(resolve({}, {"optim.batch_size": 1}))  # 15 GiB
     check = MemoryCheck(needed, torch.device("cuda"))
     check.after_step()

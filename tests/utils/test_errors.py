@@ -1,0 +1,54 @@
+"""Every failure of the surroundings ends in one sentence."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcmdistill.utils.errors import explain
+from tests.support.training import ROOT
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_full_disk_in_all_its_forms(number: int, foreign: bool) -> None:
+    text = os.strerror(number)
+    error = RuntimeError(f"I/O error: {text} (os error {number})") if foreign else OSError(number, text)
+    sentence, code = explain(error)
+    assert code == 1
+    assert sentence.endswith("free some space or choose another --output (checkpoints already written are intact)")
+    assert sentence.startswith(
+        {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota"}.get(number, "a file is la")
+    )
+
+
+def test_an_unknown_home_folder_is_named() -> None:
+    sentence, code = explain(RuntimeError("Could not determine home directory."))
+    assert (code, sentence) == (1, "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "info {run}", "info nothing-there"])
+@pytest.mark.parametrize(
+    "surroundings",
+    ["mkdir gone; cd gone; rmdir ../gone; {command}", "env -u HOME {command}", "{command} >&-", "{command} | head -1"],
+)
+def test_odd_surroundings_end_in_a_sentence_or_work(
+    tmp_path: Path, small_run: Path, surroundings: str, arguments: str
+) -> None:
+    command = f"'{sys.executable}' -m lcmdistill {arguments.format(run=small_run)}"
+    script = f"set -o pipefail; {surroundings.format(command=command)}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in ended.stderr
+    assert "Exception" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) <= 1
+    if "nothing-there" in arguments:
+        assert ended.returncode in (1, 2)
+        assert ended.stderr.startswith("Error: ")
+    else:
+        assert ended.returncode == 0 or "gone" in surroundings or ("head" in surroundings and "help" in arguments)
