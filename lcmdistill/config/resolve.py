@@ -229,6 +229,7 @@ def _check(config: RunConfig) -> None:
         "optim.max_grad_norm": config.optim.max_grad_norm,
         "run.seed": config.run.seed,
         "run.validate_every": config.run.validate_every,
+        "run.profile": config.run.profile,
     }
     for key, value in not_negative.items():
         if value < 0:

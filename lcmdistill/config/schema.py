@@ -248,6 +248,8 @@ class RunSection:
         "ssim_4"
     )
     "what checkpoints/best is chosen by: agreement with the teacher in validation, at so many steps"
+    profile: int = 0
+    "steps to trace with torch.profiler, after a warm-up of 3, into the run's profile folder; 0 traces none"
     report_to: Tracker = Tracker.none
     "tracker besides metrics.jsonl"
     push_to_hub: str | None = None

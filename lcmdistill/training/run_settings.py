@@ -40,6 +40,7 @@ MUTABLE_ON_RESUME = {
     "run.validation_prompts",
     "run.validation_guidance_scale",
     "run.best_metric",
+    "run.profile",
     "run.report_to",
     "run.push_to_hub",
 }

@@ -14,13 +14,16 @@ ROOT = Path(__file__).parent.parent.parent
 Runner = Callable[..., Path]
 
 VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait")
-"the numbers of a line of metrics"
+"the numbers of a line of metrics, besides those of the profiler"
+
+CLOCK = ("samples_per_s", "data_wait", "seconds_", "peak_memory", "mfu")
+"prefixes of the numbers that depend on the clock and the machine"
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in VALUES[-2:]} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:
