@@ -35,14 +35,16 @@ def test_a_run_s_messages_and_warnings_are_in_its_log_file(tmp_path: Path, capsy
 
 
 def test_an_application_s_own_handlers_get_no_more_than_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, records = logging.getLogger("lcmdistill"), []
-    application = logging.Handler()
-    application.emit = records.append
+    class Application(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    root, application, messages = logging.getLogger("lcmdistill"), Application(), list[str]()
     monkeypatch.setattr(root, "handlers", [application])
     with log_file(tmp_path):
         logger.debug("switches")
         logger.info("message")
-    assert [record.getMessage() for record in records] == ["message"]
+    assert messages == ["message"]
     assert root.handlers == [application]
 
 
