@@ -30,8 +30,7 @@ from lcmdistill.training.distributed import make_accelerator
 from lcmdistill.training.memory.estimate import GIB, usable
 from lcmdistill.training.memory.plan import Plan, choose_plan, estimator, plan_memory
 from lcmdistill.training.run_settings import resolve_run_defaults
-from lcmdistill.training.setup import build
-from lcmdistill.training.trainer import train_steps
+from lcmdistill.training.trainer import make_trainer
 from lcmdistill.utils.device import peak_memory
 from lcmdistill.utils.errors import UsageError
 
@@ -133,9 +132,9 @@ def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan |
     plan = plan_memory(config, teacher, accelerator.device, free=0.0)
     config = plan.config if plan else config
     data: Any = Latents(teacher, config.data.resolution)
-    run = build(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
+    trainer = make_trainer(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
     peak_memory(accelerator.device, reset=True)
-    for _, _ in zip(range(steps), train_steps(run, config.objective), strict=False):
+    for _, _ in zip(range(steps), trainer.steps(), strict=False):
         pass
     return plan, peak_memory(accelerator.device)
 

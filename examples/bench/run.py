@@ -41,13 +41,12 @@ from lcmdistill.data.sources.registry import open_source
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives.base import forwards
 from lcmdistill.objectives.common import sample_omega
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.distributed import make_accelerator
-from lcmdistill.training.setup import Run, build
-from lcmdistill.training.trainer import train_steps
+from lcmdistill.training.prefetch import Prefetcher
+from lcmdistill.training.trainer import Trainer, make_trainer
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.device import compute_dtype, peak_memory, pick_device
 from lcmdistill.utils.runtime import thread_environment
@@ -122,7 +121,7 @@ def teacher_of(name: str, device: torch.device) -> Teacher:
     return teacher
 
 
-def product(name: str, device: torch.device, **more: Any) -> Run:
+def product(name: str, device: torch.device, **more: Any) -> tuple[Trainer, Teacher]:
     """A run of the product at its first step, its caches warm."""
     config, teacher = settings(name, **more), teacher_of(name, device)
     if name == "tiny":
@@ -132,7 +131,7 @@ def product(name: str, device: torch.device, **more: Any) -> Run:
         from memory import Latents
 
         dataset = Latents(teacher, config.data.resolution)
-    return build(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)
+    return make_trainer(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset), teacher
 
 
 def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator[Draws]:
@@ -154,7 +153,7 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
             captions = [sample.caption for sample in samples]
         else:
             pixels, captions = any_pixels, [""] * batch
-        t, s = config.objective.pair(schedule, rng)
+        t, s = config.objective.sample_timesteps(schedule, rng)
         omega = sample_omega("baked", config.objective.w_min, config.objective.w_max, rng)
         assert omega is not None
         latents = None if members else torch.zeros(batch, *z)  # as the product's, which has no VAE to ask
@@ -184,16 +183,17 @@ def naive(name: str, device: torch.device, config: RunConfig, clock: Any) -> Ite
         images_and_draws(name, config, teacher),
         lora=config.student.rank if config.student.kind == "lora" else None,
         learning_rate=config.optim.learning_rate,
-        mu=config.objective.mu(0),
+        mu=config.objective.ema_decay_at(0),
         dtype=compute_dtype(config.run.precision, device),
         clock=clock,
     )
 
 
-def timed_product(run: Run, clock: Clock) -> Iterator[float]:
+def timed_product(trainer: Trainer, clock: Clock) -> Iterator[float]:
     """The product's loop, its parts timed: what is around the networks is the rest."""
 
-    ahead = run.side_by_side
+    step: Any = trainer.train_step
+    ahead = trainer.order if isinstance(trainer.order, Prefetcher) else None
     half = 1.0 if ahead is None else 0.5
 
     def timed(part: str, function: Callable[..., Any], share: float = half) -> Callable[..., Any]:
@@ -203,23 +203,20 @@ def timed_product(run: Run, clock: Clock) -> Iterator[float]:
 
         return call
 
-    models, student = run.models, run.student
-    run.models = replace(
-        models,
-        teacher=timed("teacher", models.teacher),
-        target=timed("target", models.target),
-        student=timed("student, forward and backward", models.student),
-    )
-    # The way back and the optimiser's step go while the teacher is asked, or alone.
-    update, alone = "clip, AdamW, EMA", half if ahead is not None and ahead.asks else 1.0
-    run.accelerator.backward = timed("student, forward and backward", run.accelerator.backward, alone)
-    run.accelerator.clip_grad_norm_ = timed(update, run.accelerator.clip_grad_norm_, alone)
-    run.optimizer.step = timed(update, run.optimizer.step, alone)
-    object.__setattr__(student, "follow", timed(update, student.follow, alone))
-    for loss, _ in train_steps(run, run.config.objective):
+    accelerator = trainer.accelerator
+    step.teacher = replace(step.teacher, network=timed("teacher", step.teacher.network))
+    step.target_network = timed("target", step.target_network)
+    step.student_network = timed("student, forward and backward", step.student_network)
+    # Backward pass and optimizer run while the teacher does, or have all cores.
+    update, alone = "clip, AdamW, EMA", half if ahead is not None and ahead.has_teacher else 1.0
+    accelerator.backward = timed("student, forward and backward", accelerator.backward, alone)
+    accelerator.clip_grad_norm_ = timed(update, accelerator.clip_grad_norm_, alone)
+    step.optimizer.step = timed(update, step.optimizer.step, alone)
+    object.__setattr__(step.student, "follow", timed(update, step.student.follow, alone))
+    for loss, _ in trainer.steps():
         if ahead is not None:  # whatever is asked for the next step belongs to this one's time
             ahead.frozen.submit(int).result()
-        yield loss.item() if run.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
+        yield loss.item() if trainer.step % 10 == 0 else loss  # pyright: ignore[reportReturnType]
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -240,16 +237,15 @@ def most_held(device: torch.device) -> int:
     return peak_memory(device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step_flops(run: Run) -> float:
+def step_flops(config: RunConfig, teacher: Teacher) -> float:
     """Of the six forwards' worth that a step is: student 3, teacher 2, target 1. Counted of the teacher's network: a student's
     omega input adds next to nothing."""
-    teacher, config = run.teacher, run.config
     z, t, c = teacher.example(config.optim.batch_size, config.data.resolution, "meta")
     with torch.device("meta"):
         network = type(teacher.network).from_config(teacher.network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.call(network, z, t, c.values, None)
-    asked = forwards(config.objective, teacher.schedule)
+    asked = config.objective.num_forwards
     return counter.get_total_flops() * (3 * asked["student"] + asked["teacher"] + asked["target"])
 
 
@@ -264,9 +260,9 @@ def one_side(side: str, name: str, given: dict[str, Any]) -> None:
         config = settings(name, **told)
         steps = naive(name, device, config, clock)
     else:
-        run = product(name, device, **told)
-        config, steps = run.config, timed_product(run, clock)
-        facts["flops"] = step_flops(run)
+        trainer, teacher = product(name, device, **told)
+        config, steps = trainer.config, timed_product(trainer, clock)
+        facts["flops"] = step_flops(config, teacher)
     dtype = compute_dtype(config.run.precision, device)
     for line in sys.stdin:
         if line == "forget\n":
@@ -374,8 +370,8 @@ def take_two_steps(side: str, name: str, device: torch.device, told: dict[str, A
     if side == "naive":
         steps = naive(name, device, settings(name, **told), untimed)
     else:
-        run = product(name, device, **told)
-        steps = (float(loss) for loss, _ in train_steps(run, run.config.objective))
+        trainer, _ = product(name, device, **told)
+        steps = (float(loss) for loss, _ in trainer.steps())
     for _ in range(2):
         next(steps)
 

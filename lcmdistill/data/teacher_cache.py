@@ -1,16 +1,15 @@
-"""The teacher's answers, asked once and kept: a step then takes four forwards' worth of arithmetic instead of six.
+"""Cached teacher outputs: a step then takes four forwards' worth of arithmetic instead of six.
 
-The step of DDIM or Euler under guidance is linear in omega, so that one answer with the prompt and one without serve every
-omega, full students and LoRAs, and every later run on the same data. The price is diversity: a sample is met only at the
-`draws` noises and times that the teacher was asked for, and no longer at fresh ones.
+The step of DDIM or Euler under guidance is linear in omega, so that one output with the prompt and one without serve every
+omega, full students and LoRAs, and every later run on the same data. The price is diversity: a sample is only met at the
+`draws` noises and times that were precomputed, and not at fresh ones.
 
-Shapes: n samples of a chunk, d draws of each, B batch, C h w latents.
+Shapes: n samples of a chunk, d draws per sample, B batch, C h w latents.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,72 +23,71 @@ from lcmdistill.data.eviction import cache_evicted_error
 from lcmdistill.data.loader import batch_of
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Conditioning, Networks, RawNetwork, x0_eps_network
-from lcmdistill.objectives.base import Objective, forwards, only
+from lcmdistill.diffusion.types import Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
+from lcmdistill.objectives.base import Objective
 from lcmdistill.utils.device import copy_to_device
 from lcmdistill.utils.errors import UsageError
 
 CHUNK = 64
-"samples in a file"
+"samples per file"
+PROBED = 512
+"the times of so many samples tell two ways of drawing them apart"
 
-PEEKED = 512
-"so many samples' times and more tell two ways of drawing them apart"
 
-
-def check_teacher_cache(objective: Objective, schedule: NoiseSchedule, draws: int) -> None:
-    """Raise UsageError for a method whose teacher cannot be asked beforehand."""
+def check_teacher_cache(objective: Objective, draws: int) -> None:
+    """Raise UsageError for a method whose teacher outputs cannot be computed before the run."""
     if draws < 0:
-        raise UsageError(
-            f"data.teacher_cache_samples is {draws}; it must be at least 0, which asks the teacher at every step"
-        )
+        raise UsageError(f"data.teacher_cache_samples is {draws}; it must be at least 0, which caches nothing")
     if not draws:
         return
-    asked = forwards(objective, schedule).get("teacher", 0)
-    if asked == (1 if getattr(objective, "guidance", "free") == "free" else 2):
+    forwards = objective.num_forwards.get("teacher", 0)
+    if forwards == (1 if getattr(objective, "guidance", "free") == "free" else 2):
         return
-    problem = (
-        "asks no teacher" if not asked else f"asks its teacher twice a step with {getattr(objective, 'solver', '')}"
-    )
+    if not forwards:
+        raise UsageError("data.teacher_cache_samples caches teacher outputs, and this objective has no teacher; use 0")
+    solver = getattr(objective, "solver", "")
     raise UsageError(
-        f"data.teacher_cache_samples keeps what the teacher answers, and this objective {problem}; "
-        f"{'leave it at 0' if not asked else 'use --solver ddim or euler'}"
+        f"data.teacher_cache_samples caches one teacher evaluation per step, and {solver} takes two; "
+        "use --solver ddim or euler"
     )
 
 
 def cached_noise_index(step: int, places: Sequence[int], global_batch: int, size: int, draws: int) -> list[int]:
-    """The how-manieth of its kept draws each sample is met at: another one in each epoch, and round again."""
+    """Return which of its cached draws each sample uses: another one in each epoch, in turn."""
     return [(step * global_batch + place) // size % draws for place in places]
 
 
 class TeacherOutputCache:
-    """The kept raw outputs of a teacher, memory-mapped."""
+    """The cached raw outputs of a teacher, memory-mapped."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, prediction_type: str) -> None:
         """Raises RunError if some of them are no longer there."""
         self.folder = folder
+        self._prediction_type = prediction_type
         try:
             self._chunks = [safe_open(_path(folder, first), framework="pt") for first in range(0, size, CHUNK)]
         except FileNotFoundError:
             raise cache_evicted_error(folder) from None
-        self._names = sorted(self._chunks[0].keys())  # "cond" first, as it is asked
+        self._names = sorted(self._chunks[0].keys())  # "cond" first, in the order of the network's batch
 
-    def teacher(self, asked: Sequence[tuple[int, int]], device: torch.device) -> RawNetwork:
-        """A network that has the answers to these (sample, draw) by heart: with the prompts, or with them and without."""
-        rows = [(self._chunks[index // CHUNK], index % CHUNK, draw) for index, draw in asked]
-        # Read now, ahead of the step, and once for all who ask.
+    def teacher(self, rng: Rng, schedule: NoiseSchedule, null: Conditioning) -> TeacherNetwork:
+        """Return a teacher that reads its outputs for the rng's fixed draws instead of computing them."""
+        assert rng.fixed_draws is not None
+        rows = [(self._chunks[index // CHUNK], index % CHUNK, draw) for index, draw in rng.fixed_draws]
         read = [chunk.get_slice(name)[i, draw] for name in self._names for chunk, i, draw in rows]
-        kept = copy_to_device(torch.stack(read), device).float()
-        return lambda z, t, c, w: kept
+        output = copy_to_device(torch.stack(read), rng.device).float()
+        return TeacherNetwork(x0_eps_network(lambda z, t, c, w: output, schedule, self._prediction_type), null)
 
 
 def precompute(
     root: Path,
     objective: Objective,
-    models: Networks,
     raw: RawNetwork,
     prediction_type: str,
+    schedule: NoiseSchedule,
+    null: Conditioning,
     dataset: LatentDataset,
-    about: Mapping[str, Any],
+    cache_key: Mapping[str, Any],
     *,
     seed: int,
     draws: int,
@@ -100,51 +98,64 @@ def precompute(
     world: int = 1,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
-    """Ask for this rank's share of the answers that are not there yet, and return their folder under `root`.
+    """Compute this rank's share of the missing outputs, by the objective's own `teacher_step`.
 
-    raw: the teacher; about: what tells teacher and data from others; draws: of each sample.
+    Args:
+        root: The cache; the outputs go to a folder under it.
+        objective: The method, whose teacher takes one evaluation per step.
+        raw: The teacher's network.
+        prediction_type: What it predicts.
+        schedule: The teacher's schedule, on the device.
+        null: The empty prompt, B = 1.
+        dataset: The prepared samples.
+        cache_key: What tells teacher and data from others.
+        seed: The run's seed.
+        draws: Noises and times per sample.
+        caption_drop: The share of captions that are replaced by the empty prompt.
+        batch_size: Samples per forward.
+        device: Where the network is.
+        rank: This process.
+        world: The number of processes.
+        on_progress: Called with the number of outputs that are done.
+
+    Returns:
+        The folder of the outputs.
     """
     size = len(dataset)
-    peeked = [(i, 0) for i in range(min(size, PEEKED))]
-    times, _ = objective.pair(models.schedule, Rng(seed, 0, range(len(peeked)), device, kept=peeked))
-    guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is asked for, too
-    named = {**about, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
-    digest = hashlib.blake2b(json.dumps([named, times.tolist()], sort_keys=True).encode(), digest_size=12).hexdigest()
+    probed = [(i, 0) for i in range(min(size, PROBED))]
+    times, _ = objective.sample_timesteps(schedule, Rng(seed, 0, range(len(probed)), device, fixed_draws=probed))
+    guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is evaluated, too
+    key = {**cache_key, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
+    digest = hashlib.blake2b(json.dumps([key, times.tolist()], sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = root / "answers" / digest
     folder.mkdir(parents=True, exist_ok=True)
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
         if number % world == rank and not is_complete(path):
-            asked = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
+            pairs = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
             parts: list[dict[str, Tensor]] = []
-            for start in range(0, len(asked), batch_size):
+            for start in range(0, len(pairs), batch_size):
                 on_progress(first * draws + start)
-                some = asked[start : start + batch_size]
-                rng = Rng(seed, 0, range(len(some)), device, kept=some)
-                read = dataset.read([index for index, _ in some])
-                batch = batch_of(read, rng, models.null, caption_drop)
-                parts.append(_asked(objective, models, raw, prediction_type, batch, rng))
+                some = pairs[start : start + batch_size]
+                rng = Rng(seed, 0, range(len(some)), device, fixed_draws=some)
+                batch = batch_of(dataset.read([index for index, _ in some]), rng, null, caption_drop)
+                outputs: list[Tensor] = []
+
+                def recorded(
+                    z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None, to: list[Tensor] = outputs
+                ) -> Tensor:
+                    to.append(raw(z, t, c, w))
+                    return to[-1]
+
+                with torch.no_grad():
+                    teacher = TeacherNetwork(x0_eps_network(recorded, schedule, prediction_type), null)
+                    objective.teacher_step(teacher, schedule, batch, rng)
+                (output,) = outputs
+                named = zip(("cond", "null"), output.split(len(some)), strict=False)
+                parts.append({name: value.half().cpu() for name, value in named})
             write_tensors(path, {k: torch.cat([part[k] for part in parts]).unflatten(0, (-1, draws)) for k in parts[0]})
         on_progress(min(first + CHUNK, size) * draws)
     return folder
-
-
-@torch.no_grad()
-def _asked(
-    objective: Objective, models: Networks, raw: RawNetwork, prediction_type: str, batch: Batch, rng: Rng
-) -> dict[str, Tensor]:
-    """What the objective asks its teacher, and is answered, (B, C, h, w) fp16 each: its own loss, with no other networks."""
-    heard: list[Tensor] = []
-
-    def listening(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-        heard.append(raw(z, t, c, w))
-        return heard[-1]
-
-    teacher = x0_eps_network(listening, models.schedule, prediction_type)
-    objective.loss(only(replace(models, teacher=teacher), "teacher"), batch, rng)
-    (answer,) = heard
-    named = zip(("cond", "null"), answer.split(len(batch.latents)), strict=False)
-    return {name: value.half().cpu() for name, value in named}
 
 
 def _path(folder: Path, first: int) -> Path:

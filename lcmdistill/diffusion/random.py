@@ -17,15 +17,15 @@ class Rng:
     places: each sample's place in the global batch. However a global batch is cut into processes and micro-batches, a
     sample meets the same noise, times and omega; a resumed run needs its step number and nothing else. Draws are made
     on the CPU, one generator a sample, so that they are the same on every device.
-    kept: where the teacher was asked beforehand, which sample of the data stands at each place, and for the how-manieth
-    time: the draws of what it was asked (KEPT) belong to these, and not to step and place.
+    fixed_draws: with cached teacher outputs, the (sample, draw) behind each place. All draws then belong to these and not
+    to step and place, except those that are requested as `fresh`.
     """
 
     seed: int
     step: int
     places: Sequence[int]
     device: torch.device | str = "cpu"
-    kept: Sequence[tuple[int, int]] | None = None
+    fixed_draws: Sequence[tuple[int, int]] | None = None
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal draws, (B, *shape) fp32."""
@@ -33,25 +33,22 @@ class Rng:
             torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)]), self.device
         )
 
-    def uniform(self, stream: str) -> Tensor:
-        """Uniform draws in [0, 1), (B,) fp32."""
-        return copy_to_device(torch.cat([torch.rand(1, generator=g) for g in self._generators(stream)]), self.device)
+    def uniform(self, stream: str, *, fresh: bool = False) -> Tensor:
+        """Uniform draws in [0, 1), (B,) fp32. fresh: new at every step, for what no teacher output depends on."""
+        draws = [torch.rand(1, generator=g) for g in self._generators(stream, fresh=fresh)]
+        return copy_to_device(torch.cat(draws), self.device)
 
     def integers(self, stream: str, high: int) -> Tensor:
         """Uniform draws from 0 to high - 1, (B,) int64."""
         draws = [torch.randint(high, (1,), generator=g) for g in self._generators(stream)]
         return copy_to_device(torch.cat(draws), self.device)
 
-    def _generators(self, stream: str) -> list[torch.Generator]:
-        if self.kept is not None and stream in TEACHER_STREAMS:
-            owners = [("kept", *sample) for sample in self.kept]
+    def _generators(self, stream: str, *, fresh: bool = False) -> list[torch.Generator]:
+        if self.fixed_draws is not None and not fresh:
+            owners = [("kept", *sample) for sample in self.fixed_draws]
         else:
             owners = [(self.step, place) for place in self.places]
         return [torch.Generator().manual_seed(derive_seed(self.seed, stream, *owner)) for owner in owners]
-
-
-TEACHER_STREAMS = ("posterior", "caption-drop", "times", "noise")
-"the streams that decide what a teacher is asked"
 
 
 def seed_dropout(rng: Rng) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.losses import LossFunction
-from lcmdistill.diffusion.parameterization import X0Eps, network_input, to_x0_eps
-from lcmdistill.diffusion.random import Rng, seed_dropout
+from lcmdistill.diffusion.parameterization import X0Eps, guided, network_input, to_x0_eps
 from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.solvers import Denoiser
 
 
 @dataclass(frozen=True)
@@ -77,24 +76,33 @@ RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The networks of a distillation, each giving (x0, eps), on one schedule. null: the empty prompt alone, B = 1.
+class TeacherNetwork:
+    """The frozen teacher as objectives see it. null: the empty prompt, with B = 1."""
 
-    perceptual: LPIPS, where its weights are given; has_dropout: whether any of the networks has dropout that acts.
-    """
-
-    schedule: NoiseSchedule
-    teacher: Network
-    student: Network
-    target: Network
+    network: Network
     null: Conditioning
-    perceptual: LossFunction | None = None
-    has_dropout: bool = False
 
-    def seed_dropout(self, rng: "Rng") -> None:
-        """Let what dropout draws from here on be the rng's own; nothing happens where there is none."""
-        if self.has_dropout:
-            seed_dropout(rng)
+    def denoiser(self, cond: Conditioning, w: Tensor | None) -> Denoiser:
+        """Return the teacher as a function of (z, t) alone, under classifier-free guidance unless `w` is None.
+
+        Both prompts go through the network in one forward. Guidance acts on (x0, eps) at every evaluation. For DDIM and
+        Euler this equals guiding the solver's increment (Luo et al. 2023, Eq. 14). A solver with two evaluations calls the
+        second one where the guided first one led: it follows the guided model's own PF-ODE to its order.
+
+        Args:
+            cond: The samples' conditioning.
+            w: Omega per sample, (B,) fp32; None for the unguided teacher.
+        """
+
+        def denoise(z: Tensor, t: Tensor) -> X0Eps:
+            if w is None:
+                return self.network(z, t, cond, None)
+            both = cond.cat(cond.with_prompt(self.null))
+            x0, eps = self.network(torch.cat([z, z]), torch.cat([t, t]), both, None)
+            (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
+            return guided(X0Eps(x0_cond, eps_cond), X0Eps(x0_null, eps_null), w)
+
+        return denoise
 
 
 def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: str) -> Network:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.solvers import ddim
-from lcmdistill.diffusion.types import Conditioning, Network, Networks, x0_eps_network
+from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, as_written, cached_latents, digest, key_of
-from lcmdistill.objectives.common import teacher_denoiser
 from lcmdistill.students.student import AutocastNetwork, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pipelines import network_of
@@ -75,7 +74,7 @@ def trajectory(teacher: Teacher, prompts: Sequence[str], noise: Tensor, scale: f
     w = torch.full((len(noise),), scale - 1.0, device=device)
     null = teacher.encode_prompts([""]).to(device)
     network = network_for(teacher, teacher.network, dtype)
-    psi = teacher_denoiser(Networks(schedule, network, network, network, null=null), c, w)
+    psi = TeacherNetwork(network, null).denoiser(c, w)
     times = schedule.grid(POINTS).flip(0).to(device)
     z, found = schedule.sigma(times[:1]) * noise.to(device), []
     for t, s in pairwise([*times, times[-1]]):

@@ -2,19 +2,15 @@
 and the [objective] section of the configuration; the methods are the paper's algorithm box on the pair (x0, eps).
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.losses import DISTANCES
-from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Conditioning, Network, Networks
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 
 Omega = Literal["input", "teacher", "none"]
 "whether a full student is told omega: by an input of its own, as its teacher is, or never"
@@ -61,68 +57,68 @@ class MethodInfo:
     tags: tuple[str, ...] = ("consistency-model",)
 
 
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """One micro-batch as the teacher's part leaves it, without gradients. A method adds what else its loss needs.
+
+    The student is evaluated at (z_t, t, w), the target network at (z_s, s, w).
+
+    Attributes:
+        t: The noisier time of each pair, (B,).
+        s: The cleaner time, s < t, (B,).
+        z_t: The noised latents at t, (B, C, h, w) fp32.
+        z_s: The latents at s that belong to the same trajectory.
+        w: Omega, (B,) fp32; None where guidance is free or absent.
+    """
+
+    t: Tensor
+    s: Tensor
+    z_t: Tensor
+    z_s: Tensor
+    w: Tensor | None = None
+
+
 class Objective(Protocol):
-    """What the training loop asks of a method."""
+    """A method as two functions and an identity.
+
+    `teacher_step` never sees the student, so it may run ahead in a thread or a stream, on another device, or on cached
+    teacher outputs. `loss` sees the student and the target network only. Both are free to look at shapes and channels and
+    to draw from any stream of `rng`; draws that no teacher output depends on are requested as `fresh`.
+    """
 
     info: ClassVar[MethodInfo]
 
     @property
     def omega(self) -> Omega:
-        """Whether a full student is told omega."""
+        """Whether a full student receives omega."""
         ...
 
     @property
     def same_dropout(self) -> bool:
-        """Whether the target network has the student's dropout, with its very mask, or none."""
+        """Whether the target network has the student's dropout with the same mask, or none."""
         ...
 
-    def mu(self, step: int) -> float:
-        """The rate of the target's EMA after a step; 0 makes the target the live student."""
+    @property
+    def num_forwards(self) -> Mapping[str, int]:
+        """Forwards per sample: {"teacher": 2, "target": 1, "student": 1}. Declared, and checked by a test that counts."""
+        ...
+
+    def ema_decay_at(self, step: int) -> float:
+        """Return mu, the rate of the target's EMA after a step; 0 makes the target the live student."""
         ...
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError, in one sentence, if the fields are impossible for a teacher of T = num_steps."""
         ...
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
-        """The times (t, s), s < t, each (B,), that `loss` compares its networks at: the same draw whenever it is asked."""
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Draw the times (t, s), s < t, each (B,): the same ones whenever it is called with the same rng."""
         ...
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        """The method's loss on each sample of a batch of clean latents, (B,) fp32, with gradients to the student only."""
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> Any:
+        """Draw times, noise and omega, and let the teacher take its step. Runs without gradients; returns a State."""
         ...
 
-
-def only(models: Networks, *roles: str) -> Networks:
-    """Of the networks "teacher", "student" and "target" these alone, for a loss that is thrown away; the others cost nothing,
-    and say what they were given."""
-
-    def silent(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-        return X0Eps(z, z)
-
-    others = {role: silent for role in ("teacher", "student", "target") if role not in roles}
-    return replace(models, **others, perceptual=DISTANCES["l2"])
-
-
-def forwards(objective: Objective, schedule: NoiseSchedule) -> Mapping[str, int]:
-    """How many forwards a sample takes of each network, {"teacher": 2, "target": 1, "student": 1}: asked and counted."""
-    asked: Counter[str] = Counter()
-
-    def counting(role: str) -> Network:
-        def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-            asked[role] += len(z)
-            return X0Eps(z, z)
-
-        return network
-
-    nothing = Conditioning({})
-    models = Networks(
-        schedule.to("cpu"),
-        counting("teacher"),
-        counting("student"),
-        counting("target"),
-        nothing,
-        perceptual=DISTANCES["l2"],
-    )
-    objective.loss(models, Batch(torch.zeros(1, 1, 1, 1), nothing), Rng(0, 0, [0]))
-    return asked
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: Any) -> Tensor:
+        """Return the loss of each sample, (B,) fp32, with gradients to the student only."""
+        ...

@@ -10,9 +10,15 @@ from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.base import MethodInfo
-from lcmdistill.objectives.common import check_decay, check_lpips, check_solver, distance_of, teacher_denoiser
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.base import MethodInfo, State
+from lcmdistill.objectives.common import (
+    check_decay,
+    check_lpips,
+    check_solver,
+    loss_function,
+    teacher_forwards,
+)
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -44,8 +50,12 @@ class ConsistencyDistillation:
     same_dropout: ClassVar[bool] = True
     omega: ClassVar[Literal["none"]] = "none"
 
-    def mu(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         return self.ema_decay
+
+    @property
+    def num_forwards(self) -> dict[str, int]:
+        return {"teacher": teacher_forwards(self.solver, "free"), "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
         if self.scales < 2:
@@ -54,18 +64,19 @@ class ConsistencyDistillation:
         check_solver(self.solver)
         check_lpips(self.distance, self.lpips_weights)
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
         grid, n = copy_to_device(schedule.grid(self.scales), rng.device), rng.integers("times", self.scales - 1)
         return grid[n + 1], grid[n]
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        schedule, x, c = models.schedule, batch.latents, batch.cond
-        t, s = self.pair(schedule, rng)
-        z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
+        t, s = self.sample_timesteps(schedule, rng)
+        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, None), schedule, z_t, t, s)
+        return State(t=t, s=s, z_t=z_t, z_s=z_s)
+
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
+        t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
         with torch.no_grad():
-            z_s = SOLVERS[self.solver](teacher_denoiser(models, c, None), schedule, z_t, t, s)
-            models.seed_dropout(rng)
-            target = consistency_function(schedule, z_s, models.target(z_s, s, c, None).x0, s)
-        models.seed_dropout(rng)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, None).x0, t)
-        return distance_of(self.distance, models)(prediction, target)
+            goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
+        return loss_function(self.distance, self.lpips_weights, z_t.device)(prediction, goal)

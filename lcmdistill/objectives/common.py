@@ -1,4 +1,4 @@
-"""What the objectives share: the teacher's step, the draws of times and omega, and the checks of fields that many have.
+"""What objectives share: random draws of times and omega, the loss function by name, and checks of common fields.
 
 Shapes: B batch, T number of the teacher's time steps, N number of points of a grid.
 """
@@ -7,31 +7,11 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.losses import DISTANCES, LossFunction
-from lcmdistill.diffusion.parameterization import X0Eps, guided
+from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule, ddim_grid
-from lcmdistill.diffusion.solvers import SOLVERS, Denoiser
-from lcmdistill.diffusion.types import Conditioning, Networks
+from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.utils.device import copy_to_device
-
-
-def teacher_denoiser(models: Networks, cond: Conditioning, w: Tensor | None) -> Denoiser:
-    """The teacher as a denoiser, under classifier-free guidance unless w is None; both prompts go through in one forward.
-
-    Guidance acts on (x0, eps) at every evaluation. For DDIM and Euler this equals guiding the solver's increment as Luo et
-    al. 2023, Eq. 14 writes it. A solver of two evaluations asks a second time where the guided first has led: it follows
-    the guided model's own PF-ODE, to its order, and not the sum of two steps of unguided ones. w: (B,) fp32.
-    """
-
-    def denoiser(z: Tensor, t: Tensor) -> X0Eps:
-        if w is None:
-            return models.teacher(z, t, cond, None)
-        both = cond.cat(cond.with_prompt(models.null))
-        x0, eps = models.teacher(torch.cat([z, z]), torch.cat([t, t]), both, None)
-        (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
-        return guided(X0Eps(x0_cond, eps_cond), X0Eps(x0_null, eps_null), w)
-
-    return denoiser
 
 
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -55,7 +35,7 @@ def sample_end_time(schedule: NoiseSchedule, s: Tensor, rng: Rng) -> Tensor:
     """s' <= s, any of the schedule's time steps up to s, (B,) as s."""
     steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
     count = torch.searchsorted(steps, s.contiguous()) + 1
-    return steps[(rng.uniform("end") * count).long().clamp(max=count - 1)]
+    return steps[(rng.uniform("end", fresh=True) * count).long().clamp(max=count - 1)]
 
 
 def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -66,16 +46,17 @@ def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
     """omega, one per sample, (B,) fp32; None where guidance is left "free"."""
-    return None if guidance == "free" else w_min + (w_max - w_min) * rng.uniform("omega")
+    return None if guidance == "free" else w_min + (w_max - w_min) * rng.uniform("omega", fresh=True)
 
 
-def distance_of(name: str, models: Networks) -> LossFunction:
-    """The distance of a name; "lpips" is the models' own, which has weights."""
-    if name != "lpips":
-        return DISTANCES[name]
-    if models.perceptual is None:
-        raise ValueError("objective.distance is lpips, and its weights were not given")
-    return models.perceptual
+def loss_function(distance: str, lpips_weights: str | None, device: torch.device) -> LossFunction:
+    """Return the distance that a key names; "lpips" is a network that is loaded once from `lpips_weights`."""
+    return DISTANCES[distance] if lpips_weights is None else perceptual_distance(lpips_weights, device)
+
+
+def teacher_forwards(solver: str, guidance: str) -> int:
+    """Count the teacher forwards per sample of one solver step; guidance doubles them."""
+    return SOLVERS[solver].evaluations * (1 if guidance == "free" else 2)
 
 
 def check_skip(skip: int, times: str, num_steps: int) -> None:

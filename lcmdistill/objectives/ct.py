@@ -10,9 +10,9 @@ from torch import Tensor
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.base import MethodInfo
-from lcmdistill.objectives.common import check_decay, check_lpips, distance_of
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.base import MethodInfo, State
+from lcmdistill.objectives.common import check_decay, check_lpips, loss_function
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -67,9 +67,13 @@ class ConsistencyTraining:
         k = min(step, whole) / whole
         return math.ceil(math.sqrt(k * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2) - 1) + 1
 
-    def mu(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         """exp(s0 ln mu0 / N(k)), N the intervals: as slow as mu0 was on the first grid (Song et al. 2023, app. C)."""
         return self.mu0 ** (self.s0 / (self.scales(step) - 1))
+
+    @property
+    def num_forwards(self) -> dict[str, int]:
+        return {"teacher": 0, "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
         if not 1 <= self.s0 <= self.s1:
@@ -85,22 +89,24 @@ class ConsistencyTraining:
         check_decay("mu0", self.mu0)
         check_lpips(self.distance, self.lpips_weights)
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
         grid = copy_to_device(schedule.grid(self.scales(rng.step)), rng.device)
         n = self._draw(schedule, grid, rng)
         return grid[n + 1], grid[n]
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        schedule, x, c = models.schedule, batch.latents, batch.cond
-        t, s = self.pair(schedule, rng)
-        noise = rng.normal("noise", x.shape[1:])
-        z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
+        t, s = self.sample_timesteps(schedule, rng)
+        noise = rng.normal("noise", batch.latents.shape[1:])
+        z_t, z_s = (schedule.diffuse(batch.latents, noise, time) for time in (t, s))
+        return State(t=t, s=s, z_t=z_t, z_s=z_s)
+
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
+        t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
         with torch.no_grad():
-            models.seed_dropout(rng)
-            target = consistency_function(schedule, z_s, models.target(z_s, s, c, None).x0, s)
-        models.seed_dropout(rng)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, None).x0, t)
-        return self._weight(schedule, t, s) * distance_of(self.distance, models)(prediction, target)
+            goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
+        distance = loss_function(self.distance, self.lpips_weights, z_t.device)(prediction, goal)
+        return self._weight(schedule, t, s) * distance
 
     def _draw(self, schedule: NoiseSchedule, grid: Tensor, rng: Rng) -> Tensor:
         if self.times == "uniform":

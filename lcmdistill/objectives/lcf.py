@@ -10,8 +10,8 @@ from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import check_decay, check_omega, check_skip, sample_omega, sample_times
 
 
@@ -54,24 +54,31 @@ class LatentConsistencyFineTuning:
     def omega(self) -> Literal["teacher", "none"]:
         return "none" if self.guidance == "free" else "teacher"
 
-    def mu(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         return self.ema_decay
+
+    @property
+    def num_forwards(self) -> dict[str, int]:
+        return {"teacher": 0, "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
         check_skip(self.skip, self.times, num_steps)
         check_omega(self.w_min, self.w_max)
         check_decay("ema_decay", self.ema_decay)
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
         return sample_times(schedule, self.skip, self.times, rng)
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        schedule, x, c = models.schedule, batch.latents, batch.cond
-        t, s = self.pair(schedule, rng)
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
+        t, s = self.sample_timesteps(schedule, rng)
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        noise = rng.normal("noise", x.shape[1:])
-        z_t, z_s = schedule.diffuse(x, noise, t), schedule.diffuse(x, noise, s)
+        noise = rng.normal("noise", batch.latents.shape[1:])
+        z_t, z_s = (schedule.diffuse(batch.latents, noise, time) for time in (t, s))
+        return State(t=t, s=s, z_t=z_t, z_s=z_s, w=w)
+
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
+        t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
         with torch.no_grad():
-            target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
-        return DISTANCES[self.distance](prediction, target)
+            goal = consistency_function(schedule, z_s, target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
+        return DISTANCES[self.distance](prediction, goal)

@@ -11,8 +11,8 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -20,7 +20,7 @@ from lcmdistill.objectives.common import (
     check_solver,
     sample_omega,
     sample_times,
-    teacher_denoiser,
+    teacher_forwards,
 )
 
 
@@ -58,8 +58,12 @@ class LatentConsistency:
     def omega(self) -> Literal["input", "none"]:
         return "none" if self.guidance == "free" else "input"
 
-    def mu(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         return self.ema_decay
+
+    @property
+    def num_forwards(self) -> dict[str, int]:
+        return {"teacher": teacher_forwards(self.solver, self.guidance), "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
         check_skip(self.skip, self.times, num_steps)
@@ -67,17 +71,19 @@ class LatentConsistency:
         check_decay("ema_decay", self.ema_decay)
         check_solver(self.solver)
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
         return sample_times(schedule, self.skip, self.times, rng)
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        schedule, x, c = models.schedule, batch.latents, batch.cond
-        t, s = self.pair(schedule, rng)
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
+        t, s = self.sample_timesteps(schedule, rng)
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
+        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, w), schedule, z_t, t, s)
+        return State(t=t, s=s, z_t=z_t, z_s=z_s, w=w)
+
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
+        t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
         with torch.no_grad():
-            psi = teacher_denoiser(models, c, w)
-            z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
-            target = consistency_function(schedule, z_s, models.target(z_s, s, c, w).x0, s)
-        prediction = consistency_function(schedule, z_t, models.student(z_t, t, c, w).x0, t)
-        return DISTANCES[self.distance](prediction, target)
+            goal = consistency_function(schedule, z_s, target(z_s, s, c, w).x0, s)
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
+        return DISTANCES[self.distance](prediction, goal)

@@ -10,8 +10,8 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -20,8 +20,15 @@ from lcmdistill.objectives.common import (
     sample_end_time,
     sample_omega,
     sample_times,
-    teacher_denoiser,
+    teacher_forwards,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndState(State):
+    """A State and the end of each trajectory. end: s' <= s, (B,)."""
+
+    end: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +73,12 @@ class TrajectoryConsistency:
     def omega(self) -> Literal["input", "none"]:
         return "none" if self.guidance == "free" else "input"
 
-    def mu(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         return self.ema_decay
+
+    @property
+    def num_forwards(self) -> dict[str, int]:
+        return {"teacher": teacher_forwards(self.solver, self.guidance), "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
         check_skip(self.skip, self.times, num_steps)
@@ -75,18 +86,20 @@ class TrajectoryConsistency:
         check_decay("ema_decay", self.ema_decay)
         check_solver(self.solver)
 
-    def pair(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, schedule: NoiseSchedule, rng: Rng) -> tuple[Tensor, Tensor]:
         return sample_times(schedule, self.skip, self.times, rng)
 
-    def loss(self, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        schedule, x, c = models.schedule, batch.latents, batch.cond
-        t, s = self.pair(schedule, rng)
+    def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> EndState:
+        t, s = self.sample_timesteps(schedule, rng)
         end = sample_end_time(schedule, s, rng)  # s'
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        z_t = schedule.diffuse(x, rng.normal("noise", x.shape[1:]), t)
+        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, w), schedule, z_t, t, s)
+        return EndState(t=t, s=s, z_t=z_t, z_s=z_s, w=w, end=end)
+
+    def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: EndState) -> Tensor:
+        t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
         with torch.no_grad():
-            psi = teacher_denoiser(models, c, w)
-            z_s = SOLVERS[self.solver](psi, schedule, z_t, t, s)
-            target = schedule.diffuse(*models.target(z_s, s, c, w), end)
-        prediction = schedule.diffuse(*models.student(z_t, t, c, w), end)
-        return DISTANCES[self.distance](prediction, target)
+            goal = schedule.diffuse(*target(z_s, s, c, w), state.end)
+        prediction = schedule.diffuse(*student(z_t, t, c, w), state.end)
+        return DISTANCES[self.distance](prediction, goal)

@@ -17,8 +17,7 @@ from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
-from lcmdistill.evaluation.metrics.pretrained import perceptual_distance
-from lcmdistill.objectives.base import forwards
+from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.student import AutocastNetwork
 from lcmdistill.teachers.base import Teacher, has_omega_input, needs_caption, supports_omega_input
@@ -43,7 +42,7 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_teacher_cache(config.objective, teacher.schedule, config.data.teacher_cache_samples)
+    check_teacher_cache(config.objective, config.data.teacher_cache_samples)
     _check_start(config, teacher)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
@@ -92,7 +91,8 @@ def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
     if config.objective_name in ("tcd", "lcm", "lcf"):
         raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
     # For what it raises of a wrong file, before data are prepared.
-    perceptual_distance(config.objective, torch.device("cpu"))
+    if weights := getattr(config.objective, "lpips_weights", None):
+        perceptual_distance(weights, torch.device("cpu"))
 
 
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
@@ -190,7 +190,7 @@ def dry_run(config: RunConfig) -> None:
         f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
     log_plan(plan or Plan(config, (), needed))
-    asked, forward = forwards(config.objective, teacher.schedule), _forward_seconds(config, teacher, device, dtype)
+    asked, forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)
     draws = config.data.teacher_cache_samples
     of_teacher = 0 if draws else asked["teacher"]
     # A backward pass takes twice a forward's time.

@@ -12,11 +12,8 @@ import torch
 from lcmdistill.data.loader import batch_of
 from lcmdistill.data.teacher_cache import cached_noise_index, precompute
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives.base import forwards
 from lcmdistill.training import setup as loop
-from lcmdistill.training import trainer
 from lcmdistill.training.preflight import dry_run
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.runs import distill, resolve
@@ -28,9 +25,8 @@ CPU = torch.device("cpu")
 
 def one_evaluation() -> list[str]:
     """The objectives that ask a teacher at all."""
-    schedule = vp_schedule({})
     names = [name for name, kind in OBJECTIVES.items() if "solver" in kind.__dataclass_fields__]
-    return [name for name in names if forwards(OBJECTIVES[name](solver="ddim"), schedule).get("teacher")]
+    return [name for name in names if OBJECTIVES[name](solver="ddim").num_forwards["teacher"]]
 
 
 EACH_ASKING = [
@@ -52,25 +48,31 @@ def test_a_kept_answer_is_the_teacher_s_own(name: str, guidance: str, speed_sett
         data__caption_drop=0.3,
         **own,
     )
-    assert run.answers is not None
-    asked = [(5, 1), (0, 0), (5, 0)]
-    rng = Rng(run.config.run.seed, 9, range(3), kept=asked)
-    batch = batch_of(run.dataset.read([index for index, _ in asked]), rng, run.models.null, 0.3)
-    live = run.config.objective.loss(run.models, batch, rng)
-    kept = run.config.objective.loss(trainer._answered(run, rng), batch, rng)
-    torch.testing.assert_close(kept, live, rtol=2e-3, atol=2e-5)
-    assert live.std() > 0.01 * live.mean()  # the three are told apart
-    other = run.config.objective.loss(trainer._answered(run, replace(rng, kept=asked[::-1])), batch, rng)
+    step: Any = run.train_step
+    assert step.teacher_outputs is not None
+    draws = [(5, 1), (0, 0), (5, 0)]
+    rng = Rng(run.config.run.seed, 9, range(3), fixed_draws=draws)
+    batch = batch_of(run.dataset.read([index for index, _ in draws]), rng, step.null, 0.3)
+
+    def loss(state: Any) -> torch.Tensor:
+        return step.objective.loss(step.student_network, step.target_network, step.schedule, batch, state)
+
+    live = loss(step.objective.teacher_step(step.teacher, step.schedule, batch, rng))
+    torch.testing.assert_close(loss(step.prepare(batch, rng)), live, rtol=2e-3, atol=2e-5)
+    assert live.std() > 0.01 * live.mean()  # the three differ
+    # The outputs of other draws, at the times and noise of these.
+    others = step.teacher_outputs.teacher(replace(rng, fixed_draws=draws[::-1]), step.schedule, step.null)
+    other = loss(step.objective.teacher_step(others, step.schedule, batch, rng))
     assert not torch.allclose(other, live, rtol=2e-3)
 
 
 def test_omega_stays_free_and_the_rest_is_the_sample_s_own(speed_settings: Settings) -> None:
     asked = [(3, 0), (3, 1), (4, 0)]
-    one, two = (Rng(0, step, range(3), kept=asked) for step in (1, 2))
+    one, two = (Rng(0, step, range(3), fixed_draws=asked) for step in (1, 2))
     for stream in ("posterior", "noise", "times", "caption-drop"):
         assert torch.equal(one.uniform(stream), two.uniform(stream))
         assert len(set(one.uniform(stream).tolist())) == 3
-    assert not torch.equal(one.uniform("omega"), two.uniform("omega"))
+    assert not torch.equal(one.uniform("omega", fresh=True), two.uniform("omega", fresh=True))
 
 
 def test_every_epoch_meets_another_draw_and_then_the_first_again() -> None:
@@ -87,7 +89,7 @@ def test_every_epoch_meets_another_draw_and_then_the_first_again() -> None:
 def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = built(speed_settings, data__teacher_cache_samples=2)
+    built(speed_settings, data__teacher_cache_samples=2)
     (folder,) = Path(speed_settings["data.cache_dir"], "answers").iterdir()
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(files) == 1
@@ -95,8 +97,7 @@ def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
         speed_settings, data__teacher_cache_samples=2, objective__w_max=3.0, objective__w_min=2.0, student__kind="lora"
     )
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
-    assert next(run.teacher.network.parameters()).device == CPU
-    assert again.answers is not None
+    assert again.train_step.cache_folders == [folder]
     for changed in (
         {"objective__skip": 50},
         {"run__seed": 1},
@@ -119,7 +120,7 @@ def test_answers_that_were_removed_while_they_were_asked_are_missed(
     with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
         built(speed_settings, data__teacher_cache_samples=1)
     monkeypatch.undo()
-    assert built(speed_settings, data__teacher_cache_samples=1).answers is not None
+    assert built(speed_settings, data__teacher_cache_samples=1).train_step.cache_folders
 
 
 @pytest.mark.parametrize("kind", ["latents", "answers"])
@@ -154,8 +155,11 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"objective.solver": "heun"}, r"asks its teacher twice a step with heun; use --solver ddim or euler"),
-        ({"objective.name": "ct"}, "asks no teacher; leave it at 0"),
+        (
+            {"objective.solver": "heun"},
+            r"one teacher evaluation per step, and heun takes two; use --solver ddim or euler",
+        ),
+        ({"objective.name": "ct"}, "this objective has no teacher; use 0"),
         ({"data.buckets": ("16x24", "16x16")}, "leave it at 0, or leave data.buckets out"),
         ({"data.teacher_cache_samples": -1}, "must be at least 0"),
     ],

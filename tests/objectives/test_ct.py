@@ -7,13 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.diffusion.types import Conditioning, Network, Networks
-from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
-from tests.support.objectives import NULL, SD15, asked_of, each_objective, gaussian_batch, made
+from tests.support.objectives import NULL, SD15, asked_of, gaussian_batch
 from tests.support.oracle import oracle_models
 
 
@@ -23,7 +20,7 @@ from tests.support.oracle import oracle_models
 def test_golden_curriculum_of_consistency_training(step: int, scales: int, mu: float) -> None:
     objective = ConsistencyTraining(s1=200, mu0=0.95, curriculum_steps=800_000)
     assert objective.scales(step) == scales
-    assert objective.mu(step) == pytest.approx(mu, rel=1e-6)
+    assert objective.ema_decay_at(step) == pytest.approx(mu, rel=1e-6)
 
 
 def test_a_curriculum_stays_at_its_end() -> None:
@@ -37,7 +34,7 @@ def test_golden_curriculum_of_ict() -> None:
     found = [objective.scales(50_000 * i) for i in range(8)]
     assert found == [11, 21, 41, 81, 161, 321, 641, 1281]
     assert objective.scales(49_999) == 11
-    assert objective.mu(0) == objective.mu(399_999) == 0.0
+    assert objective.ema_decay_at(0) == objective.ema_decay_at(399_999) == 0.0
 
 
 def test_ict_s_times_are_its_discretised_lognormal() -> None:
@@ -60,7 +57,7 @@ def asked_times(objective: ConsistencyTraining, schedule: NoiseSchedule, draws: 
 def test_ict_weighs_a_pair_by_its_distance_in_sigma() -> None:
     batch, rng, models = gaussian_batch(64), Rng(0, 0, range(64)), oracle_models(KarrasSchedule(), NULL)
     plain, weighed = (
-        ImprovedConsistencyTraining(weighting=weighting).loss(models, batch, rng)
+        models.loss(ImprovedConsistencyTraining(weighting=weighting), batch, rng)
         for weighting in ("uniform", "inverse")
     )
     ((t, _),), ((s, _),) = (asked_of("ict", KarrasSchedule())[role] for role in ("student", "target"))
@@ -73,28 +70,6 @@ def test_a_grid_finer_than_the_table_lies_between_its_steps() -> None:
     assert (grid.diff() > 0).all()
     models = oracle_models(vp_schedule(SD15), NULL)
     objective = ImprovedConsistencyTraining(curriculum_steps=1)
-    loss = objective.loss(models, gaussian_batch(32), Rng(0, 7, range(32)))
+    loss = models.loss(objective, gaussian_batch(32), Rng(0, 7, range(32)))
     assert objective.scales(7) == 1281
     assert loss.isfinite().all()
-
-
-@each_objective
-def test_both_networks_drop_the_same_where_the_method_says_so(objective: str) -> None:
-    """Song et al. 2023: the noise of dropout is not to be told from inconsistency."""
-    masks: dict[str, Tensor] = {}
-
-    def dropping(role: str) -> Network:
-        def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-            masks[role] = torch.nn.functional.dropout(torch.ones_like(z), 0.5)
-            return X0Eps(z, z)
-
-        return network
-
-    roles = ("teacher", "student", "target")
-    models = Networks(vp_schedule(SD15), *map(dropping, roles), null=NULL, has_dropout=True)
-    state = torch.get_rng_state()
-    models.seed_dropout(rng := Rng(0, 0, range(4)))
-    made(objective).loss(models, gaussian_batch(4), rng)
-    torch.set_rng_state(state)
-    assert torch.equal(masks["student"], masks["target"]) == OBJECTIVES[objective]().same_dropout
-    assert OBJECTIVES[objective]().same_dropout == (objective in ("cd", "ct", "ict"))

@@ -12,22 +12,28 @@ from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Batch, Conditioning, Networks, RawNetwork, x0_eps_network
-from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.diffusion.types import Batch, Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
+from lcmdistill.objectives import OBJECTIVES, common
 from lcmdistill.objectives.common import sample_times
 from lcmdistill.objectives.lcm import LatentConsistency
 from tests.support.objectives import NULL, SD15, each_objective, gaussian_batch, made
-from tests.support.oracle import oracle_models
+from tests.support.oracle import Networks, oracle_models
 
 
-def test_lpips_is_the_models_own() -> None:
-    models = replace(oracle_models(KarrasSchedule(), NULL), perceptual=lambda a, b: (a - b).flatten(1).norm(dim=1))
+def test_lpips_is_loaded_from_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def norm(weights: str, device: torch.device) -> Any:
+        asked.append(weights)
+        return lambda a, b: (a - b).flatten(1).norm(dim=1)
+
+    monkeypatch.setattr(common, "perceptual_distance", norm)
+    models = oracle_models(KarrasSchedule(), NULL)
     objective = OBJECTIVES["cd"](distance="lpips", lpips_weights="somewhere")
-    plain = OBJECTIVES["cd"](distance="l2").loss(models, gaussian_batch(4), Rng(0, 0, range(4)))
-    found = objective.loss(models, gaussian_batch(4), Rng(0, 0, range(4)))
+    plain = models.loss(OBJECTIVES["cd"](distance="l2"), gaussian_batch(4), Rng(0, 0, range(4)))
+    found = models.loss(objective, gaussian_batch(4), Rng(0, 0, range(4)))
     torch.testing.assert_close(found, (32 * plain).sqrt())  # 2 channels of 4 x 4
-    with pytest.raises(ValueError, match="its weights were not given"):
-        objective.loss(replace(models, perceptual=None), gaussian_batch(4), Rng(0, 0, range(4)))
+    assert asked == ["somewhere"]
 
 
 def conv_network(seed: int, channels: int = 4, width: int = 2) -> RawNetwork:
@@ -96,7 +102,7 @@ def algorithm_1(
 
 def random_models(schedule: NoiseSchedule, kind: str, raw: dict[str, RawNetwork]) -> Networks:
     teacher, student, target = (x0_eps_network(raw[role], schedule, kind) for role in ("teacher", "student", "target"))
-    return Networks(schedule, teacher, student, target, NULL)
+    return Networks(schedule, TeacherNetwork(teacher, NULL), student, target)
 
 
 RAW = {role: conv_network(seed) for seed, role in enumerate(("teacher", "student", "target"))}
@@ -112,7 +118,7 @@ PARITY_RNG = Rng(seed=5, step=36, places=range(16))  # a step whose times on the
 def test_one_step_equals_algorithm_1(kind: str, times: Any, distance: Any) -> None:
     schedule = vp_schedule(SD15)
     objective = LatentConsistency(skip=20, times=times, distance=distance, w_min=2.0, w_max=14.0)
-    loss = objective.loss(random_models(schedule, kind, RAW), PARITY_BATCH, PARITY_RNG)
+    loss = random_models(schedule, kind, RAW).loss(objective, PARITY_BATCH, PARITY_RNG)
     t, _ = sample_times(schedule, 20, times, PARITY_RNG)
     assert times == "all" or {19, 999} <= set(t.tolist())
     drawn = {
@@ -141,7 +147,7 @@ def test_a_v_teacher_trains_like_the_epsilon_teacher_it_was_converted_from(objec
 
     of_v = {role: as_v(network) for role, network in RAW.items()}
     losses = [
-        made(objective, solver=solver).loss(random_models(schedule, kind, raw), PARITY_BATCH, PARITY_RNG)
+        random_models(schedule, kind, raw).loss(made(objective, solver=solver), PARITY_BATCH, PARITY_RNG)
         for kind, raw in (("epsilon", RAW), ("v_prediction", of_v))
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from lcmdistill.diffusion.losses import DISTANCES
+from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, VPSchedule, vp_schedule
+from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
 from lcmdistill.diffusion.solvers import SOLVERS
-from lcmdistill.diffusion.types import Networks
+from lcmdistill.diffusion.types import Conditioning, Network
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives.base import forwards
 from lcmdistill.objectives.common import sample_end_time, sample_times
 from tests.support.objectives import NULL, SD15, asked_of, each_objective, fields_of, gaussian_batch, made
-from tests.support.oracle import oracle_models, scaled, slope, smooth_schedule
+from tests.support.oracle import Networks, oracle_models, scaled, slope, smooth_schedule
 from tests.support.solvers import ORDER
 
 TEACHERLESS = ("lcf", "ct", "ict")
@@ -49,7 +49,7 @@ def rms_residuals(objective: str, schedule: NoiseSchedule, times: str = "grid", 
     for step in SKIPS:
         own = made(objective, step=step, distance="l2", weighting="uniform", times=times, **fields)
         models = exact_models(objective, schedule, rng, step, times)
-        found.append(own.loss(models, batch, rng).mean().sqrt().item())
+        found.append(models.loss(own, batch, rng).mean().sqrt().item())
     return found
 
 
@@ -91,9 +91,9 @@ def test_loss_is_nothing_where_all_data_are_one_image(objective: str, schedule: 
     exact = exact_models(objective, SCHEDULES[schedule], rng, 32, "grid")
     models = oracle_models(SCHEDULES[schedule], NULL, std=0.0, omega=False)
     if objective == "tcd":  # whose map is then the way to every time
-        models = replace(exact, **dict.fromkeys(("teacher", "student", "target"), models.teacher))
+        models = replace(exact, teacher=models.teacher, student=models.teacher.network, target=models.teacher.network)
     own = made(objective, step=32, guidance="free", distance="l2", weighting="uniform")
-    assert own.loss(models, batch, rng).max().item() < 1e-5
+    assert models.loss(own, batch, rng).max().item() < 1e-5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -109,7 +109,7 @@ def test_a_consistency_function_without_the_guidance_is_found_out(objective: str
     """It follows another PF-ODE than the teacher's steps, so its loss falls an order slower."""
     batch, rng = gaussian_batch(512), Rng(0, 0, range(512))
     models = oracle_models(SCHEDULES["VP"], NULL, omega=False)
-    losses = [made(objective, step=k, distance="l2").loss(models, batch, rng) for k in SKIPS]
+    losses = [models.loss(made(objective, step=k, distance="l2"), batch, rng) for k in SKIPS]
     residuals = [loss.mean().sqrt().item() for loss in losses]
     assert slope(SKIPS, residuals) == pytest.approx(1, abs=0.3)
     assert residuals[0] > 10 * rms_residuals(objective, SCHEDULES["VP"])[0]
@@ -127,10 +127,12 @@ def test_free_guidance_follows_the_teacher_as_it_is(objective: str) -> None:
 def test_gradients_reach_the_student_only(objective: str, distance: Any) -> None:
     exact = oracle_models(smooth_schedule(1000), NULL)
     if objective == "tcd":
-        exact = replace(exact, student=exact.teacher, target=exact.teacher)
+        exact = replace(exact, student=exact.teacher.network, target=exact.teacher.network)
     factors = {role: torch.tensor([1.1], requires_grad=True) for role in ("teacher", "student", "target")}
-    models = replace(exact, **{role: scaled(getattr(exact, role), factor) for role, factor in factors.items()})
-    loss = made(objective, distance=distance).loss(models, gaussian_batch(8), Rng(0, 0, range(8)))
+    models = exact
+    for role, factor in factors.items():
+        models = models.with_network(role, scaled(exact.network(role), factor))
+    loss = models.loss(made(objective, distance=distance), gaussian_batch(8), Rng(0, 0, range(8)))
     assert loss.shape == (8,)
     assert loss.dtype == torch.float32
     loss.mean().backward()
@@ -220,25 +222,64 @@ def test_the_named_solver_takes_the_step(objective: str, monkeypatch: pytest.Mon
     schedule, rng = smooth_schedule(1000), Rng(0, 0, range(8))
     exact = exact_models(objective, schedule, rng, 20, "grid")
     monkeypatch.setitem(SOLVERS, "nowhere", lambda denoiser, schedule, z, t, s: z)
-    lost, found = (made(objective, solver=name).loss(exact, gaussian_batch(8), rng) for name in ("nowhere", "euler"))
+    lost, found = (exact.loss(made(objective, solver=name), gaussian_batch(8), rng) for name in ("nowhere", "euler"))
     assert (lost > 3 * found).all()
 
 
+def counted(objective: Any) -> dict[str, int]:
+    """How many samples' worth of forwards each network really takes for one sample."""
+    exact = oracle_models(vp_schedule(SD15), NULL)
+    counts = {"teacher": 0, "target": 0, "student": 0}
+
+    def counting(role: str) -> Network:
+        def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+            counts[role] += len(z)
+            return X0Eps(z, z)
+
+        return network
+
+    models = exact
+    for role in counts:
+        models = models.with_network(role, counting(role))
+    models.loss(objective, gaussian_batch(1), Rng(0, 0, [0]))
+    return counts
+
+
 @each_objective
-def test_forwards_are_counted(objective: str) -> None:
-    told = {"student": 1, "target": 1} | ({} if objective in TEACHERLESS else {"teacher": 2})
-    assert forwards(made(objective), vp_schedule(SD15)) == told
-    with FakeTensorMode():  # of a device that need not be there
-        assert forwards(made(objective), VPSchedule(torch.empty(1000, device="cuda"))) == told
+def test_declared_forwards_are_those_that_are_counted(objective: str) -> None:
+    every: list[dict[str, Any]] = [{}, {"guidance": "free"}, *({"solver": solver} for solver in SOLVERS)]
+    for fields in every:
+        own = made(objective, **fields)
+        assert own.num_forwards == counted(own)
 
 
-def test_forwards_tell_solvers_and_guidance_apart() -> None:
+def test_forwards_depend_on_solver_and_guidance() -> None:
     ways: list[Any] = [("ddim", "baked"), ("dpm-solver++", "baked"), ("ddim", "free"), ("heun", "free")]
-    counted = [
-        forwards(made("lcm", solver=solver, guidance=guidance), vp_schedule(SD15))["teacher"]
-        for solver, guidance in ways
-    ]
-    assert counted == [2, 4, 1, 2]
+    forwards = [made("lcm", solver=solver, guidance=guidance).num_forwards["teacher"] for solver, guidance in ways]
+    assert forwards == [2, 4, 1, 2]
+
+
+@each_objective
+def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
+    """On which a training step relies that evaluates it beside the student."""
+    exact, own = oracle_models(vp_schedule(SD15), NULL), made(objective)
+    batch, rng = gaussian_batch(4), Rng(0, 0, range(4))
+    state = own.teacher_step(exact.teacher, exact.schedule, batch, rng)
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def noting(role: str) -> Network:
+        def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+            seen[role] = (z, t, c, w)
+            return X0Eps(z, z)
+
+        return network
+
+    own.loss(noting("student"), noting("target"), exact.schedule, batch, state)
+    for role, wanted in (
+        ("student", (state.z_t, state.t, batch.cond, state.w)),
+        ("target", (state.z_s, state.s, batch.cond, state.w)),
+    ):
+        assert all(given is expected for given, expected in zip(seen[role], wanted, strict=True))
 
 
 @pytest.mark.parametrize(

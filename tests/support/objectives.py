@@ -1,7 +1,6 @@
 """Helpers that several tests share."""
 
 import dataclasses
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,11 +51,13 @@ def asked_of(objective: str, schedule: NoiseSchedule, **fields: Any) -> dict[str
     def spy(role: str) -> Network:
         def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
             asked[role].append((t, w))
-            return exact.teacher(z, t, c, w)
+            return exact.teacher.network(z, t, c, w)
 
         return network
 
-    models = replace(exact, **{role: spy(role) for role in asked})
+    models = exact
+    for role in asked:
+        models = models.with_network(role, spy(role))
     own = made(objective, solver="ddim", w_min=3.0, w_max=4.0, **fields)
-    own.loss(models, gaussian_batch(64), Rng(0, 0, range(64)))
+    models.loss(own, gaussian_batch(64), Rng(0, 0, range(64)))
     return asked

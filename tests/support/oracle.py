@@ -7,15 +7,42 @@ again one, with mean_c + w (mean_c - mean_null): its consistency function is kno
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.parameterization import X0Eps
+from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule, VPSchedule
-from lcmdistill.diffusion.types import Conditioning, Network, Networks
+from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetwork
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What an objective's two functions are given."""
+
+    schedule: NoiseSchedule
+    teacher: TeacherNetwork
+    student: Network
+    target: Network
+
+    def loss(self, objective: Any, batch: Batch, rng: Rng) -> Tensor:
+        """The teacher's part, without gradients, then the loss of each sample, (B,)."""
+        with torch.no_grad():
+            state = objective.teacher_step(self.teacher, self.schedule, batch, rng)
+        return objective.loss(self.student, self.target, self.schedule, batch, state)
+
+    def with_network(self, role: str, network: Network) -> "Networks":
+        """The same with another network in one of the roles."""
+        other: Any = replace(self.teacher, network=network) if role == "teacher" else network
+        return replace(self, **{role: other})
+
+    def network(self, role: str) -> Network:
+        """The network of a role."""
+        return self.teacher.network if role == "teacher" else getattr(self, role)
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,7 @@ def oracle_models(
         x0 = torch.where(c_out > 0, (f - c_skip * z) / c_out.clamp(min=1e-6), f)  # at the first time f is z
         return X0Eps(x0, torch.full_like(x0, torch.nan))  # f is made of x0 alone
 
-    return Networks(schedule=schedule, teacher=teacher, student=student, target=student, null=null)
+    return Networks(schedule, TeacherNetwork(teacher, null), student, student)
 
 
 def scaled(network: Network, factor: Tensor) -> Network:

@@ -7,16 +7,16 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.distributed import make_accelerator
-from lcmdistill.training.setup import Run, build
+from lcmdistill.training.trainer import Trainer, make_trainer
 from tests.support.runs import resolve
 
 Settings = dict[str, Any]
 
 
-def built(speed_settings: Settings, **changes: Any) -> Run:
-    """A run at its first step."""
+def built(speed_settings: Settings, **changes: Any) -> Trainer:
+    """A trainer at its first step."""
     config = resolve({}, {**speed_settings, **{key.replace("__", "."): value for key, value in changes.items()}})
     teacher = load_teacher(config.teacher.model)
     (spec,) = config.data.sources
     dataset = LatentDataset([prepare(spec, config.data, teacher, config.run.seed)], [config.data.max_samples])
-    return build(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)
+    return make_trainer(config, Path(config.run.output or ""), make_accelerator(config), teacher, dataset)

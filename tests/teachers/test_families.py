@@ -17,7 +17,7 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.transforms import transform
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Conditioning, Networks, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Conditioning, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import raw_network
@@ -27,6 +27,7 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import FAMILY_BUILDERS
+from tests.support.oracle import Networks
 from tests.support.teachers import SMALL, Command, edited
 
 each_family = pytest.mark.parametrize("family", list(FAMILY_BUILDERS))
@@ -156,13 +157,13 @@ def loss_and_gradient(teacher: Teacher, kind: str) -> tuple[torch.Tensor, torch.
         x0_eps_network(raw_network(module), teacher.schedule, teacher.prediction_type)
         for module in (student.teacher, student.online, student.target)
     ]
-    models = Networks(teacher.schedule, *networks, null=teacher.encode_prompts([""]))
+    frozen, online, target = networks
+    models = Networks(teacher.schedule, TeacherNetwork(frozen, teacher.encode_prompts([""])), online, target)
     z, _, c = teacher.example(4, 16, "cpu")
     rng = Rng(0, 0, range(4))
     latents = rng.normal("latents", z.shape[1:])
-    loss = LatentConsistency(times="all").loss(
-        models, Batch(latents, c.with_prompt(teacher.encode_prompts(["a cat"]))), rng
-    )
+    batch = Batch(latents, c.with_prompt(teacher.encode_prompts(["a cat"])))
+    loss = models.loss(LatentConsistency(times="all"), batch, rng)
     loss.mean().backward()
     gradients = [value.grad for _, value in sorted(student.trainable.items())]
     return loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])

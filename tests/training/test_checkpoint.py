@@ -12,7 +12,6 @@ from lcmdistill.teachers.single_file.load import CONFIGS
 from lcmdistill.training import checkpoint
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.compile import compile_blocks
-from lcmdistill.training.trainer import _restore
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import distill, resolve
 from tests.support.speed import Settings, built
@@ -61,19 +60,20 @@ def test_a_failure_of_the_writing_thread_is_not_lost(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_files_do_not_tell_what_layout_a_network_computes_in(kind: str, speed_settings: Settings) -> None:
-    run = built(speed_settings, student__kind=kind)
-    run.student.network.to(memory_format=torch.channels_last)  # as on CUDA
-    assert not all(value.is_contiguous() for value in run.student.network.state_dict().values())
-    assert all(value.is_contiguous() for value in run.student.for_export().state_dict().values())
+    student = built(speed_settings, student__kind=kind).train_step.student
+    student.network.to(memory_format=torch.channels_last)  # as on CUDA
+    assert not all(value.is_contiguous() for value in student.network.state_dict().values())
+    assert all(value.is_contiguous() for value in student.for_export().state_dict().values())
 
 
 def test_moments_come_back_in_the_layout_of_their_parameters(speed_settings: Settings) -> None:
     told = {**speed_settings, "optim.max_train_steps": 2, "run.checkpoint_every": 2}
     folder = distill(resolve({}, told))
     run = built(speed_settings)
-    torch.nn.ModuleList([run.student.online, run.student.target]).to(memory_format=torch.channels_last)  # pyright: ignore
-    _restore(run, checkpoints(folder / "checkpoints")[-1])
-    for parameter, state in run.optimizer.state.items():
+    step: Any = run.train_step
+    torch.nn.ModuleList([step.student.online, step.student.target]).to(memory_format=torch.channels_last)  # pyright: ignore
+    run.restore(checkpoints(folder / "checkpoints")[-1])
+    for parameter, state in step.optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
 
 

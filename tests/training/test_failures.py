@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Networks
-from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.training.distributed import StopSignal
 from lcmdistill.training.signals import Stop
+from lcmdistill.training.train_step import ConsistencyStep
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.training import ROOT, Runner, assert_same, losses, metrics
@@ -42,21 +41,23 @@ def broken(folder: Path, to: Path) -> Path:
 def test_a_loss_that_is_not_finite_ends_the_run(train_run: Runner, tmp_path: Path, small_teacher: Path) -> None:
     with pytest.raises(RunError) as caught:
         train_run(teacher__model=str(broken(small_teacher, tmp_path / "teacher")))
-    assert re.search(
-        r"the loss is no longer finite \(step 1: loss nan.*no checkpoint had been written", str(caught.value)
-    )
+    assert re.search(r"the loss is NaN or infinite \(step 1: loss nan.*no checkpoint was written", str(caught.value))
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_the_last_good_checkpoint_is_kept(train_run: Runner, monkeypatch: pytest.MonkeyPatch, log_every: int) -> None:
     """Found at the next line of metrics, and if that is far, before anything broken is saved."""
-    loss = LatentConsistency.loss
+    forward_backward = ConsistencyStep.forward_backward
 
-    def explode(self: LatentConsistency, models: Networks, batch: Batch, rng: Rng) -> Tensor:
-        return loss(self, models, batch, rng) * (torch.inf if rng.step >= 3 else 1)
+    def explode(self: ConsistencyStep, batch: Any, state: Any, target: Any, rng: Rng, *, is_last: bool) -> Tensor:
+        losses = forward_backward(self, batch, state, target, rng, is_last=is_last)
+        if rng.step >= 3:
+            for parameter in self.student.trainable.values():
+                parameter.grad = torch.full_like(parameter, torch.inf)
+        return losses * (torch.inf if rng.step >= 3 else 1)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LatentConsistency, "loss", explode)
+        patched.setattr(ConsistencyStep, "forward_backward", explode)
         with pytest.raises(RunError, match="the last good checkpoint, step-00000002, is kept"):
             train_run(optim__max_train_steps=8, run__log_every=log_every)
     whole = train_run("whole", optim__max_train_steps=8, run__log_every=log_every)

@@ -12,7 +12,6 @@ from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.export.registry import export
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.objectives.base import forwards as evaluations
 from lcmdistill.sampling.generate import find_model, load_student
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pipelines import extra_call_kwargs
@@ -180,7 +179,7 @@ def test_the_curriculum_moves_the_target_s_rate(method_run: MethodRunner, monkey
     monkeypatch.setattr(student, "ema_update", lambda target, online, mu: rates.append(mu))
     method_run("ct", objective__s1=5)
     objective = OBJECTIVES["ct"](s1=5, curriculum_steps=4)
-    assert rates == [objective.mu(step) for step in range(4)]
+    assert rates == [objective.ema_decay_at(step) for step in range(4)]
     assert len(set(rates)) == 4
 
 
@@ -231,6 +230,5 @@ def test_a_dry_run_tells_the_method_s_settings(
     assert code == 0, error
     assert f'name = "{objective}"' in said
     assert "dry run: nothing was written" in said
-    teacher = load_teacher(str(start))
-    asked = evaluations(OBJECTIVES[objective](), teacher.schedule)
+    asked = OBJECTIVES[objective]().num_forwards
     assert 3 * asked["student"] + asked["teacher"] + asked["target"] == forwards

@@ -6,10 +6,9 @@ Nothing is downloaded. Shapes: B images, H W pixels, F features.
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lcmdistill.diffusion.losses import LossFunction
+from lcmdistill.diffusion.lpips import Lpips
 from lcmdistill.evaluation.metrics.measures import ImagePair, Measure, eight_bit, mean
 from lcmdistill.utils.errors import RunError, UsageError
 
@@ -116,80 +115,6 @@ def _clip(folder: str, option: str) -> tuple[Any, Any]:
     if type(model.config).model_type != "clip":
         raise UsageError(f"{option} {folder} is a {model.config.model_type} model; a CLIPModel is needed")
     return model.eval().requires_grad_(False), processor
-
-
-class Lpips(nn.Module):
-    """LPIPS with AlexNet (Zhang et al. 2018), version 0.1: images in [0, 1] twice, (B, 3, H, W) -> (B,).
-
-    The backbone is torchvision's file, the heads those that torchmetrics brings. Raises UsageError if the file is another.
-    """
-
-    def __init__(self, path: Path, option: str = "--lpips") -> None:
-        super().__init__()
-        widths, kernels, strides = (64, 192, 384, 256, 256), (11, 5, 3, 3, 3), (4, 1, 1, 1, 1)
-        layers: list[nn.Module] = []
-        before = 3
-        for i, (width, kernel, stride) in enumerate(zip(widths, kernels, strides, strict=True)):
-            layers += [nn.MaxPool2d(3, 2)] if i in (1, 2) else []
-            layers += [nn.Conv2d(before, width, kernel, stride, 2 if i < 2 else 1), nn.ReLU()]
-            before = width
-        self.features = nn.Sequential(*layers)
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        self.load_state_dict({**_alexnet(path, self.features, option), **_heads()})
-        self.eval().requires_grad_(False)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        found = []
-        x = torch.cat([a, b])
-        x = (2 * x - 1 - self.get_buffer("shift")) / self.get_buffer("scale")
-        head = iter(self.heads)
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                of_a, of_b = (x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()).chunk(2)
-                found.append(next(head)((of_a - of_b).square()).mean((1, 2, 3)))
-        return torch.stack(found).sum(0)
-
-
-def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"{option} {path} is not there; give torchvision's file alexnet-owt-7be5be79.pth")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        own = {key: value for key, value in state.items() if key.startswith("features.")}
-        features.load_state_dict({key.removeprefix("features."): value for key, value in own.items()})
-    except Exception as error:  # of what is no pickle at all, nearly any
-        raise UsageError(
-            f"{option} {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
-        ) from error
-    return own
-
-
-def _heads() -> dict[str, Tensor]:
-    import torchmetrics
-
-    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    return {f"heads.{i}.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}
-
-
-def perceptual_distance(objective: Any, device: torch.device) -> LossFunction | None:
-    """LPIPS as a distance between two batches of pixels in [-1, 1], (B, 1 or 3, H, W), as (B,); None without weights.
-
-    Small images are enlarged to 224, as Consistency Models did (Song et al. 2023, app. C). Raises UsageError as Lpips.
-    """
-    path = getattr(objective, "lpips_weights", None)
-    if path is None:
-        return None
-    network = Lpips(Path(path).expanduser(), "objective.lpips_weights").to(device)
-
-    def shown(pixels: Tensor) -> Tensor:
-        side, images = max(pixels.shape[-1], 224), (pixels.float().expand(-1, 3, -1, -1) + 1) / 2
-        return nn.functional.interpolate(images, size=(side, side), mode="bilinear")
-
-    return lambda a, b: network(shown(a), shown(b))
 
 
 def lpips_measure(path: Path) -> Measure:

@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
-from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, Networks, x0_eps_network
+from lcmdistill.diffusion.types import Batch, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
@@ -161,7 +160,9 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     of_teacher, of_student, of_target = (x0_eps_network(door, schedule, teacher.prediction_type) for door in doors)
     if answered:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
-    models = Networks(schedule, of_teacher, of_student, of_target, null, perceptual=DISTANCES["l2"])
+    objective = config.objective
+    if getattr(objective, "lpips_weights", None):  # its network is small beside the others
+        objective = dataclasses.replace(objective, distance="l2", lpips_weights=None)
     with live, _fused_attention():
         if (
             config.optim.gradient_accumulation_steps > 1 or world > 1
@@ -169,7 +170,10 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
         rng = Rng(0, 0, range(len(z)), "meta")
-        config.objective.loss(models, Batch(torch.zeros_like(z), c), rng).mean().backward()
+        batch = Batch(torch.zeros_like(z), c)
+        with torch.no_grad():
+            state = objective.teacher_step(TeacherNetwork(of_teacher, null), schedule, batch, rng)
+        objective.loss(of_student, of_target, schedule, batch, state).mean().backward()
     count = sum(p.numel() for p in trained)
     activations = live.peak - sum(sizes.values()) - 4 * count
     if config.student.offload_target and config.student.kind == "full":

@@ -13,10 +13,9 @@ from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training import setup as loop
-from lcmdistill.training import trainer
 from lcmdistill.training.distributed import make_accelerator
 from lcmdistill.training.memory.estimate import Breakdown, Live, optimizer_bytes, step_memory
+from lcmdistill.training.trainer import make_trainer
 from tests.support.memory import configured
 
 Latents: Any = runpy.run_path(str(Path(__file__).parent.parent.parent.parent / "examples" / "memory.py"))["Latents"]
@@ -31,22 +30,21 @@ def held(student: Student) -> list[Tensor]:
 def real_step(config: RunConfig, teacher: Teacher, tmp_path: Path, norms_in_fp32: bool = False) -> tuple[Any, int]:
     """A run, and the most bytes of storages that its second step had at once, the optimiser's aside."""
     data: Any = Latents(teacher, config.data.resolution)
-    planned_run = loop.build(config, tmp_path, make_accelerator(config), teacher, data)
+    planned_run = make_trainer(config, tmp_path, make_accelerator(config), teacher, data)
+    step: Any = planned_run.train_step
     if norms_in_fp32:
-        for module in nn.ModuleList(
-            [planned_run.student.online, planned_run.student.teacher, planned_run.student.target]
-        ).modules():
+        for module in nn.ModuleList([step.student.online, step.student.teacher, step.student.target]).modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.float().register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
     live = Live()
-    live.hold(held(planned_run.student))
+    live.hold(held(step.student))
     with live:
-        steps = trainer.train_steps(planned_run, config.objective)
+        steps = planned_run.steps()
         next(steps)
         live.peak = 0
         next(steps)
-    moments = [v for values in planned_run.optimizer.state_dict()["state"].values() for v in values.values()]
-    return planned_run, live.peak - sum(v.untyped_storage().nbytes() for v in moments)
+    moments = [v for values in step.optimizer.state_dict()["state"].values() for v in values.values()]
+    return step, live.peak - sum(v.untyped_storage().nbytes() for v in moments)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -59,18 +57,18 @@ def test_the_estimate_is_what_a_real_step_holds(
     config = configured(small_teacher, run__gradient_checkpointing=checkpointing, **own)
     teacher = load_teacher(str(small_teacher))
     needed = step_memory(config, teacher, torch.float32)
-    planned_run, peak = real_step(config, teacher, tmp_path)
+    step, peak = real_step(config, teacher, tmp_path)
     assert needed.total - needed.optimizer == pytest.approx(peak, rel=0.02)
-    trained = list(planned_run.student.trainable.values())
+    trained = list(step.student.trainable.values())
     assert needed.trainable == sum(p.numel() for p in trained)
     assert needed.student == needed.gradients == sum(p.untyped_storage().nbytes() for p in trained)
     assert needed.optimizer == sum(
         v.untyped_storage().nbytes()
-        for values in planned_run.optimizer.state_dict()["state"].values()
+        for values in step.optimizer.state_dict()["state"].values()
         for name, v in values.items()
         if name != "step"
     )
-    everything = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(planned_run.student)}
+    everything = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(step.student)}
     assert needed.frozen + needed.student + needed.target == pytest.approx(sum(everything.values()), rel=0.02)
 
 

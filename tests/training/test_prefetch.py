@@ -11,8 +11,9 @@ import torch
 
 from lcmdistill.data.loader import read_ahead
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.training import side_by_side, trainer
-from lcmdistill.training.setup import Run
+from lcmdistill.training import prefetch
+from lcmdistill.training.prefetch import InOrder, Prefetcher
+from lcmdistill.training.trainer import Trainer
 from tests.support.speed import Settings, built
 
 
@@ -21,10 +22,10 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
-def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
+def stepped(run: Trainer, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
     """The losses of a run's next steps, and what is trained after them."""
-    told = [float(loss) for loss, _ in itertools.islice(trainer.train_steps(run, run.config.objective), steps)]
-    return told, list(run.student.trainable.values())
+    losses = [float(loss) for loss, _ in itertools.islice(run.steps(), steps)]
+    return losses, list(run.train_step.student.trainable.values())
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -45,21 +46,22 @@ def stepped(run: Run, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
     ],
     ids=str,
 )
-def test_work_side_by_side_is_the_whole_micro_batch_s(own: Settings, speed_settings: Settings) -> None:
+def test_work_ahead_gives_what_work_in_order_gives(own: Settings, speed_settings: Settings) -> None:
     if own.get("objective__name") in ("cd", "ct"):
         speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
     own = {"optim__batch_size": 16, "optim__gradient_accumulation_steps": 2, **own}
     own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(speed_settings, **own) for _ in range(3))
-    assert run.side_by_side is not None
-    whole.side_by_side = None
+    assert isinstance(run.order, Prefetcher)
+    whole.order = InOrder()
     (losses, weights), (others, their), (plain, _) = map(stepped, (run, again, whole))
     assert losses == others
     assert all(map(torch.equal, weights, their))
     near = 1e-5 if run.config.run.precision == "fp32" else 5e-3
     assert losses == pytest.approx(plain, rel=near)
-    torch.testing.assert_close(run.by_noise, whole.by_noise, rtol=near, atol=near / 10)
-    means, its = ([state["exp_avg"] for state in each.optimizer.state.values()] for each in (run, whole))
+    torch.testing.assert_close(run.loss_by_noise, whole.loss_by_noise, rtol=near, atol=near / 10)
+    steps: list[Any] = [run.train_step, whole.train_step]
+    means, its = ([state["exp_avg"] for state in step.optimizer.state.values()] for step in steps)
     largest = max(float(value.abs().max()) for value in its)
     torch.testing.assert_close(means, its, rtol=0, atol=10 * near * largest)
 
@@ -67,10 +69,10 @@ def test_work_side_by_side_is_the_whole_micro_batch_s(own: Settings, speed_setti
 @pytest.mark.usefixtures("two_cores")
 def test_what_threads_would_share_is_left_whole(speed_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter is switched on and off in one network; a large network needs no threads of its own."""
-    assert built(speed_settings).side_by_side is not None
-    assert built(speed_settings, student__kind="lora").side_by_side is None
-    monkeypatch.setattr(side_by_side, "SMALL", 1000)
-    assert built(speed_settings).side_by_side is None
+    assert isinstance(built(speed_settings).order, Prefetcher)
+    assert not isinstance(built(speed_settings, student__kind="lora").order, Prefetcher)
+    monkeypatch.setattr(prefetch, "SMALL", 1000)
+    assert not isinstance(built(speed_settings).order, Prefetcher)
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -80,7 +82,8 @@ def test_what_fails_while_it_is_asked_ahead_ends_the_step(speed_settings: Settin
     def broken(*_: Any) -> Any:
         raise RuntimeError("the teacher is out of order")
 
-    run.models = replace(run.models, teacher=broken)
+    step: Any = run.train_step
+    step.teacher = replace(step.teacher, network=broken)
     with pytest.raises(RuntimeError, match="out of order"):
         stepped(run)
 
@@ -97,7 +100,7 @@ def test_an_adapter_beside_its_target_s_learns_recomputed_or_not(
     for again in (False, True):
         own = {"student__kind": "lora", "student__target": target, "run__gradient_checkpointing": again}
         run = built(speed_settings, objective__name=name, student__dropout=0.1 * (target == "live"), **own)
-        steps = itertools.islice(trainer.train_steps(run, run.config.objective), 2)
+        steps = itertools.islice(run.steps(), 2)
         found.append([float(value) for loss, norm in steps for value in (loss, norm)])
         assert min(found[-1]) > 0
     assert found[0] == pytest.approx(found[1], rel=1e-4)
