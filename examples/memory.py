@@ -27,11 +27,11 @@ from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
 from lcmdistill.teachers.sd import call_unet
 from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
 from lcmdistill.training.distributed import make_accelerator
-from lcmdistill.training.memory.estimate import GIB, usable
+from lcmdistill.training.memory.estimate import usable
 from lcmdistill.training.memory.plan import Plan, choose_plan, estimator, plan_memory
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.trainer import make_trainer
-from lcmdistill.utils.device import peak_memory
+from lcmdistill.utils.device import GIB, peak_memory
 from lcmdistill.utils.errors import UsageError
 
 LIMITS = (8, 12, 16, 24)
@@ -97,14 +97,14 @@ def cell(plan: Plan) -> str:
 
 def table(rows: list[str]) -> None:
     """Print what each limit leads to, as markdown. The numbers are GiB at the peak of a step."""
-    print(f"| run | trains | as asked, 4 x 3 | {' | '.join(f'{limit} GB' for limit in LIMITS)} |")
+    print(f"| run | trains | as asked, 4 x 3 | {' | '.join(f'{limit} GiB' for limit in LIMITS)} |")
     print("|---|---|---|" + "---|" * len(LIMITS))
     for row in rows:
         teacher = full_size(row.partition("-")[0])
         config = configured(row, teacher)
         needed = estimator(config, teacher, torch.bfloat16, 1)
         asked = needed(config)
-        plans = [choose_plan(config, needed, usable(n * GIB, whole_card=True), eight_bits=False) for n in LIMITS]
+        plans = [choose_plan(config, needed, usable(n * GIB, whole_gpu=True), allow_8bit=False) for n in LIMITS]
         cells = [f"{asked.trainable:,}", f"{asked.total / GIB:.1f}", *map(cell, plans)]
         print(f"| {row}, {config.data.resolution} px | {' | '.join(cells)} |", flush=True)
 
@@ -156,13 +156,13 @@ def main() -> None:
         try:
             plan, took = measure(config, teacher)
         except UsageError as error:
-            print(f"| {row} | {limit} GB | {error} | | |")
+            print(f"| {row} | {limit} GiB | {error} | | |")
             continue
         assert plan is not None
         assert took is not None
         estimated = plan.needed.total
         off = f"{estimated / took - 1:+.0%}, {'under' if took < limit * GIB else 'OVER'} the limit"
-        print(f"| {row} | {limit} GB | {cell(plan)} | {took / GIB:.2f} | {off} |", flush=True)
+        print(f"| {row} | {limit} GiB | {cell(plan)} | {took / GIB:.2f} | {off} |", flush=True)
         del teacher
         torch.cuda.empty_cache()
     return None

@@ -107,8 +107,8 @@ HOW: dict[str, Any] = {
     "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
     "memory": _option(
         str | None,
-        "GB to stay under, by recomputing activations, smaller micro-batches and the like: a number, auto (what a GPU has "
-        "free), or off.  [default: auto]",
+        "GPU memory limit in GiB (12 for a 12 GB card), met by gradient checkpointing, smaller micro-batches and the like: "
+        "a number, auto (the free memory of a GPU) or off.  [default: auto]",
     ),
     "compile": _option(
         AutoOnOff | None,

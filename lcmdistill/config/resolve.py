@@ -195,7 +195,7 @@ def _is_positive(text: str) -> bool:
 def _check(config: RunConfig) -> None:
     """Ranges that a type does not show."""
     if (memory := config.run.memory) not in ("auto", "off") and not _is_positive(memory):
-        raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GB, such as 12")
+        raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GiB, such as 12")
     positive = {
         "data.resolution": config.data.resolution,
         "data.teacher_steps": config.data.teacher_steps,

@@ -227,7 +227,7 @@ class RunSection:
     device: str = "auto"
     "auto, cpu, cuda, cuda:1, mps, ..."
     memory: str = "auto"
-    "GB that the run is to fit in: auto is what a GPU has free, and everything on a CPU; off plans nothing"
+    "GPU memory limit in GiB, the unit of a 12 GB card: a number, auto (the free memory of a GPU; no limit on a CPU) or off"
     gradient_checkpointing: bool = False
     "recompute activations in the backward pass: less memory, about a third more time"
     compile: AutoOnOff = AutoOnOff.auto

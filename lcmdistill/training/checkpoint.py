@@ -13,9 +13,13 @@ from lcmdistill.utils.device import cpu_memory_left
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, from a copy on the CPU, while training goes on: one at a time.
+    """Write the checkpoints of a run in a thread, from a copy on the CPU, while training continues; one at a time.
 
-    Where the copy would take more than half of the memory that the CPU has left, it is written at once and without one.
+    A copy that would take more than half of the available main memory is not made: the checkpoint is then written directly.
+
+    Args:
+        folder: The folder of the checkpoints.
+        keep: How many checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -24,24 +28,29 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of a step; what the last one met with is raised here."""
+        """Start writing the checkpoint of a step. An error of the previous one is raised here."""
         self.wait()
         size = sum(value.nbytes for tensors in groups.values() for value in tensors.values())
         if size > cpu_memory_left() / 2:
             self._write(step, groups, state)
             return
-        # Strides stay as they are: the thread makes contiguous what is not.
-        copied = {k: {n: _copy(v) for n, v in tensors.items()} for k, tensors in groups.items()}
-        self._writing = self._thread.submit(self._write, step, copied, state)
+        # Strides stay as they are: the thread makes the copies contiguous.
+        copies = {k: {n: _copy(v) for n, v in tensors.items()} for k, tensors in groups.items()}
+        self._writing = self._thread.submit(self._write, step, copies, state)
 
     def wait(self) -> None:
-        """Come back once everything is written; raises what went wrong."""
+        """Wait until everything is written. An error of the thread is raised here."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _write(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         save_checkpoint(self._folder, step, groups, state)
+        prune(self._folder, self._keep, last=step)
+
+    def close(self) -> None:
+        """Wait, and remove extra checkpoints of a run that was killed before it removed them. For the main process."""
+        self.wait()
         prune(self._folder, self._keep)
 
 
@@ -50,7 +59,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors, "parameter index.name"; a plain whole number becomes one of int64."""
+    """Return the state of an optimizer as flat tensors, "parameter index.name"; an int becomes a tensor of int64."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
 
@@ -66,5 +75,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                # The file knows no strides, and a fused step wants them to be the parameter's.
+                # A file has no strides, and a fused step needs those of the parameter.
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""`run.compile`: networks compiled block by block, where the run is long enough to pay for it."""
+"""`run.compile`: compile networks block by block, where the run is long enough to repay the compilation."""
 
 from collections.abc import Iterator
 
@@ -6,33 +6,41 @@ import torch
 from torch import nn
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
-"what networks repeat: of one class and shape, each is compiled once"
+"classes of the blocks that networks repeat: blocks of one class and shape share a compilation"
 
-PAYS_FROM = 2000
-"optimiser steps; fewer are over before the minutes of compilation have come back"
+REPAID_AFTER = 2000
+"optimizer steps, per shape of latents, after which faster steps have made up for the minutes of compilation"
 
 
-def should_compile(wish: str, device: torch.device, steps: int, shapes: int = 1, *, adapter: bool = False) -> bool:
-    """Whether to compile. wish: auto, on or off; steps: optimiser steps of the run; shapes: of latents, each of which is
-    compiled for and has its share of the steps; adapter: whether a LoRA is trained.
+def should_compile(choice: str, device: torch.device, steps: int, shapes: int = 1, *, adapter: bool = False) -> bool:
+    """Return whether to compile.
 
-    auto never does on a CPU, where the compiler takes minutes and gains little, nor an adapter, whose many small layers take it
-    longest.
+    auto does not compile on a CPU, where the compiler takes minutes and gains little, nor for a LoRA, whose many small layers
+    take it longest.
+
+    Args:
+        choice: auto, on or off.
+        device: The device of the run.
+        steps: Optimizer steps of the run.
+        shapes: Number of shapes of latents. Each is compiled for, and has its share of the steps.
+        adapter: Whether a LoRA is trained.
     """
-    worth_it = device.type == "cuda" and not adapter and steps >= PAYS_FROM * shapes
-    return wish == "on" or (wish == "auto" and worth_it)
+    repaid = device.type == "cuda" and not adapter and steps >= REPAID_AFTER * shapes
+    return choice == "on" or (choice == "auto" and repaid)
 
 
 def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
-    """Compile a network's blocks in place, for the shapes that they meet first; parameters keep their names.
+    """Compile the blocks of a network in place, for the shapes that they meet first. Parameters keep their names.
 
-    shapes: how many kinds of latents there are.
+    Each block is a graph of its own: the first of a kind is compiled, and the others are found in the cache.
 
-    Each is a graph of its own, so that the first of a kind is compiled and the others are found in the cache.
+    Args:
+        network: The network, or several in one module.
+        shapes: Number of shapes of latents.
     """
-    import torch._dynamo  # more than a second, of every start
+    import torch._dynamo  # takes more than a second, which other commands need not spend
 
-    # Widths, resolutions, and with or without gradients: all are variants of one block, and no more than 8 would be kept.
+    # Widths, resolutions, and with or without gradients: all are variants of one block, and by default only 8 are kept.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * shapes)
     for block in dict.fromkeys(_blocks(network)):  # adapters share a network
         block.compile(dynamic=False)
@@ -40,7 +48,7 @@ def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
     for module in network.children():
-        # What is around a single transformer block, a norm and two projections, fuses with it.
+        # The norm and the two projections around a single transformer block fuse with it.
         if type(module).__name__ in BLOCKS or len(getattr(module, "transformer_blocks", ())) == 1:
             yield module
         else:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for an end; the program ends where nothing is lost."""
+"""Ctrl-C and SIGTERM request a stop; the program stops where nothing is lost."""
 
 import os
 import signal
@@ -10,30 +10,30 @@ from lcmdistill.utils.errors import Interrupted
 
 
 class Stop:
-    """The signal that asked for an end, 0 while none has."""
+    """The signal that requested a stop; 0 until there is one."""
 
     signal: int = 0
 
     def check(self, message: str) -> None:
-        """Raise Interrupted if an end was asked for."""
+        """Raise Interrupted if a stop was requested."""
         if self.signal:
             raise Interrupted(message, self.signal)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """The first signal is noted, for the program to end at a good place; a second one ends it at once."""
+    """Record the first signal, for the program to stop at a safe point. A second one stops it immediately."""
     stop = Stop()
 
-    def ask(number: int, frame: Any) -> None:
+    def request(number: int, frame: Any) -> None:
         if stop.signal:
             raise KeyboardInterrupt
         stop.signal = number
         if os.environ.get("RANK", "0") == "0":
-            # Past Python's own buffers, which a handler may have been called in the middle of.
-            os.write(2, b"\nstopping at the next good place, where nothing is lost; once more stops at once\n")
+            # Not through Python's buffers, which the handler may have interrupted.
+            os.write(2, b"\nstopping at the next safe point; press Ctrl-C again to stop immediately\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -43,7 +43,7 @@ def catch_signals() -> Iterator[Stop]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, through what tidies up behind it: a SystemExit of 143."""
+    """Let SIGTERM end the program as Ctrl-C does, with all cleanup: by a SystemExit of 143."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -197,7 +197,7 @@ def test_a_key_like_no_other_is_answered_with_the_sections() -> None:
         ("data.min_size=-1", "data.min_size is -1; it must be at least 0"),
         ("data.sources=[1, 2]", "data.sources is [1, 2]; it must be a list of strings"),
         ("data.sources=[]", "data.sources is empty"),
-        ("run.memory=lots", "run.memory is 'lots'; it must be auto, off, or a number of GB"),
+        ("run.memory=lots", "run.memory is 'lots'; it must be auto, off, or a number of GiB"),
         ("run.memory=0", "run.memory is '0'; it must be auto"),
         ("optim.optimizer=sgd", "optim.optimizer is 'sgd'; choose from adamw, adamw8bit"),
         ("run.precision=fp8", "run.precision is 'fp8'; choose from auto, fp32, bf16, fp16"),

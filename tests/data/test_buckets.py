@@ -19,7 +19,7 @@ from lcmdistill.data.sources.registry import open_source
 from lcmdistill.data.survey import survey
 from lcmdistill.data.transforms import Sample, check_sample, transform
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.compile import PAYS_FROM, should_compile
+from lcmdistill.training.compile import REPAID_AFTER, should_compile
 from lcmdistill.training.memory.estimate import step_memory
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.utils.errors import UsageError
@@ -343,13 +343,15 @@ def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Pat
 
 def test_compiling_pays_where_each_shape_has_steps_enough() -> None:
     gpu = torch.device("cuda")
-    assert [should_compile("auto", gpu, steps, 7) for steps in (PAYS_FROM, 7 * PAYS_FROM - 1, 7 * PAYS_FROM)] == [
+    assert [
+        should_compile("auto", gpu, steps, 7) for steps in (REPAID_AFTER, 7 * REPAID_AFTER - 1, 7 * REPAID_AFTER)
+    ] == [
         False,
         False,
         True,
     ]
     assert (
-        should_compile("auto", gpu, PAYS_FROM),
+        should_compile("auto", gpu, REPAID_AFTER),
         should_compile("on", gpu, 1, 7),
         should_compile("off", gpu, 10**6),
     ) == (True, True, False)

@@ -22,4 +22,4 @@ def configured(small_teacher: Path, **changes: Any) -> RunConfig:
 
 
 TIGHT = 0.6 + 1.1 * 0.0073
-"GB of a card of which seven and a half MiB are left for tensors, half of what this run takes as it is"
+"GiB of a GPU of which 7.5 MiB are left for tensors, half of what this run takes by default"

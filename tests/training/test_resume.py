@@ -74,7 +74,7 @@ def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     told = capfd.readouterr()
     assert ended.value.code == code
     assert [line for line in told.err.splitlines() if line] == [
-        "stopping at the next good place, where nothing is lost; once more stops at once",
+        "stopping at the next safe point; press Ctrl-C again to stop immediately",
         "stopped at step 3, which is saved; the same command resumes",
     ]
     assert not (tmp_path / "cut" / "pipeline").exists()

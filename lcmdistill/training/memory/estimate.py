@@ -1,8 +1,8 @@
-"""What a training step holds on its device: the step itself, made on the meta device, with every storage counted.
+"""The memory of a training step: the step itself runs on the meta device, and every storage is counted.
 
-Nothing here is a table: the networks are the teacher's own classes at its own shapes, the objective is the configured one, and
-autograd saves what it saves. Left out is what a kernel takes for itself (cuDNN's and cuBLAS's workspaces), and how an
-allocator breaks memory into pieces: see `usable`.
+Nothing here is a table: the networks are the teacher's classes in its shapes, the objective is the configured one, and autograd
+saves what it always saves. Not counted are the workspaces of kernels (cuDNN, cuBLAS) and the allocator's fragmentation: see
+`usable`.
 """
 
 import dataclasses
@@ -26,38 +26,45 @@ from lcmdistill.diffusion.types import Batch, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
-
-GIB = 2**30
+from lcmdistill.utils.device import GIB
 
 CONTEXT = 0.6 * GIB
-"what CUDA itself takes of a card before the first tensor"
+"memory of a GPU that CUDA itself takes before the first tensor"
 
 SLACK = 1.1
-"for workspaces and the allocator's broken pieces"
+"factor for workspaces and fragmentation"
 
-_KNOWN: dict[Any, list[tuple[Any, ...]]] = {}
-"an operation and its inputs on the meta device -> (shape, strides, dtype) of each tensor that it gives"
+_OUTPUTS: dict[Any, list[tuple[Any, ...]]] = {}
+"an operation and its inputs on the meta device -> (shape, strides, dtype) of each output"
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Bytes on the device at the peak of a step. base, trainable: parameters of the teacher, and of what is trained."""
+    """Bytes on the device at the peak of a step.
+
+    Attributes:
+        base: Number of parameters of the teacher.
+        trainable: Number of trained parameters.
+        frozen: The teacher's weights, or the weights under a LoRA.
+        student: The trained weights.
+        target: The part of the EMA target that is on the device.
+        gradients: The gradients of the trained weights.
+        optimizer: The optimizer's moments.
+        activations: Everything else at the peak.
+    """
 
     base: int
     trainable: int
     frozen: int
-    "the teacher's weights, or those that a LoRA sits on"
     student: int
     target: int
-    "the EMA target, as far as it lies on the device"
     gradients: int
     optimizer: int
     activations: int
-    "what the peak holds beyond all these"
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """The bytes at the peak."""
         return self.frozen + self.student + self.target + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
@@ -66,13 +73,13 @@ class Breakdown:
         return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
 
 
-def usable(limit: float, *, whole_card: bool) -> float:
-    """How many bytes of tensors fit in `limit` bytes: of a whole card, or of what is free of one that is in use."""
-    return (limit - CONTEXT if whole_card else limit) / SLACK
+def usable(limit: float, *, whole_gpu: bool) -> float:
+    """Return how many bytes of tensors fit in `limit` bytes: of a whole GPU, or of the free memory of one in use."""
+    return (limit - CONTEXT if whole_gpu else limit) / SLACK
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, for as long as it lives. `peak` is the most at once."""
+    """Count the bytes of every storage that an operation creates, for as long as it lives. `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,34 +87,39 @@ class Live(TorchDispatchMode):
         self.now = self.peak = 0
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count storages that are there already, for good; returns their bytes."""
+        """Count existing storages permanently, and return their bytes."""
         before = self.now
         for tensor in tensors:
             self._count(tensor, forever=True)
         return self.now - before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._repeated(func, args, kwargs or {})
+        """Run an operation and count its outputs."""
+        out = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         return out
 
     @staticmethod
-    def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation gives: of inputs such as it had before, new tensors such as it gave then.
+    def _run(func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the outputs of an operation; for inputs like earlier ones, new tensors like the earlier outputs.
 
-        Without data it can be nothing else, and most of an operation's time on the meta device goes into finding that out.
+        Without data the outputs depend on nothing else, and to derive their shapes takes most of the time on the meta device.
         """
-        key = func, _described(args), _described(tuple(kwargs.items()))
-        shapes = _KNOWN.get(key)
+        key = func, _signature(args), _signature(tuple(kwargs.items()))
+        shapes = _OUTPUTS.get(key)
         if shapes is not None:
-            made = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in shapes]
-            return made[0] if len(made) == 1 else tuple(made)
+            tensors = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in shapes]
+            return tensors[0] if len(tensors) == 1 else tuple(tensors)
         out = func(*args, **kwargs)
-        own = (out,) if isinstance(out, Tensor) else out
-        if _makes_new(func) and isinstance(own, tuple) and all(isinstance(x, Tensor) and x.is_meta for x in own):
-            _KNOWN[key] = [(x.shape, x.stride(), x.dtype) for x in own]
+        outputs = (out,) if isinstance(out, Tensor) else out
+        if (
+            _allocates(func)
+            and isinstance(outputs, tuple)
+            and all(isinstance(x, Tensor) and x.is_meta for x in outputs)
+        ):
+            _OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) for x in outputs]
         return out
 
     def _count(self, tensor: Tensor, *, forever: bool = False) -> None:
@@ -126,30 +138,37 @@ class Live(TorchDispatchMode):
 
 
 @cache
-def _makes_new(func: Any) -> bool:
-    """Whether all that an operation gives is new: neither a view of its inputs nor one of them."""
+def _allocates(func: Any) -> bool:
+    """Return whether all outputs of an operation are new: neither its inputs nor views of them."""
     schema = func._schema
     return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
 
 
-def _described(x: Any) -> Any:
-    """All that the meta device knows of an operation's inputs, to look it up by."""
+def _signature(x: Any) -> Any:
+    """Return everything that the outputs on the meta device depend on, as a key."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.device.type
     if isinstance(x, list | tuple):
-        return tuple(map(_described, x))
+        return tuple(map(_signature, x))
     return type(x), x
 
 
 def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, world: int = 1) -> Breakdown:
-    """The memory of one micro-batch of an optimiser step on one of `world` devices, computing in `dtype`.
+    """Return the memory of one micro-batch of an optimizer step.
 
-    Raises UsageError for a LoRA that the teacher cannot have.
+    Args:
+        config: The configuration of the run.
+        teacher: The teacher; its weights are not used.
+        dtype: The dtype inside the networks.
+        world: Number of processes.
+
+    Raises:
+        UsageError: The configuration asks for a LoRA that the teacher cannot have.
     """
     z, _, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), "meta")
     null, schedule = teacher.encode_prompts([""]).to("meta"), teacher.schedule.to("meta")
     student = _student(config, teacher, dtype)
-    # A teacher that was asked beforehand is not there, unless its weights are those that a LoRA sits on.
+    # With cached outputs the teacher is not on the device, unless a LoRA is on its weights.
     answered = config.data.teacher_cache_samples > 0
     beside = [] if answered and config.student.kind == "full" else [student.teacher]
     modules = nn.ModuleList([student.online, *beside, student.target])
@@ -189,7 +208,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
 
 
 def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student:
-    """The student without data, and all that it is trained against, computing as under autocast to `dtype`."""
+    """Return the student with its teacher and target on the meta device, computing as under autocast to `dtype`."""
     shape: Mapping[str, Any] = teacher.network.config
     adds_omega = config.student.kind == "full" and config.objective.omega == "input"
     if adds_omega and supports_omega_input(teacher.network) and not has_omega_input(teacher.network):
@@ -205,29 +224,31 @@ def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student
             omega=config.objective.omega,
             same_dropout=config.objective.same_dropout,
         )
-    for door in nn.ModuleList([student.online, student.teacher, student.target]).modules():
-        if isinstance(door, AutocastNetwork):
-            door.forward = partial(_open, door)
+    for module in nn.ModuleList([student.online, student.teacher, student.target]).modules():
+        if isinstance(module, AutocastNetwork):
+            module.forward = partial(_forward_without_autocast, module)
             if dtype != torch.float32:
-                _as_under_autocast(door.network, dtype)
+                _emulate_autocast(module.network, dtype)
     return student
 
 
-def _open(door: AutocastNetwork, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
-    """A door without its autocast, which the meta device has not."""
-    return door.call(door.network, z, t, c, w).float()
+def _forward_without_autocast(
+    network: AutocastNetwork, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None
+) -> Tensor:
+    """Run a network's forward pass; the meta device has no autocast."""
+    return network.call(network.network, z, t, c, w).float()
 
 
-def _as_under_autocast(network: nn.Module, dtype: torch.dtype) -> None:
-    """What CUDA's autocast does to what networks are made of: products in `dtype`, norms in fp32."""
+def _emulate_autocast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Do what CUDA's autocast does to the modules of a network: products in `dtype`, norms in fp32."""
 
-    def cast(module: Any, forward: Any, wanted: torch.dtype, x: Tensor) -> Tensor:
-        kept = dict(module._parameters)
-        module._parameters.update({name: p.to(wanted) for name, p in kept.items() if p is not None})
+    def cast(module: Any, forward: Any, to: torch.dtype, x: Tensor) -> Tensor:
+        parameters = dict(module._parameters)
+        module._parameters.update({name: p.to(to) for name, p in parameters.items() if p is not None})
         try:
-            return forward(x.to(wanted))
+            return forward(x.to(to))
         finally:
-            module._parameters.update(kept)
+            module._parameters.update(parameters)
 
     modules: list[Any] = list(network.modules())
     for module in modules:
@@ -240,20 +261,20 @@ def _as_under_autocast(network: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention as on a CPU or a GPU, where its matrix is never whole; the meta device would make it."""
+    """Use an attention that never holds its whole matrix, as on a CPU or a GPU; the meta device would allocate it."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[0]
 
-    usual = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = fused
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = usual
+        functional.scaled_dot_product_attention = original
 
 
 def optimizer_bytes(name: str, count: int) -> int:
-    """The bytes of an optimiser's two moments of `count` numbers: fp32, or eight bits with a scale for each 256."""
+    """Return the bytes of an optimizer's two moments of `count` numbers: fp32, or 8 bits and a scale per 256 numbers."""
     return 8 * count if name == "adamw" else 2 * (count + 4 * -(-count // 256))

@@ -17,10 +17,11 @@ from lcmdistill.config.toml import flatten, read_toml
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.training.memory import plan
-from lcmdistill.training.memory.estimate import GIB, Breakdown, optimizer_bytes, step_memory, usable
+from lcmdistill.training.memory.estimate import Breakdown, optimizer_bytes, step_memory, usable
 from lcmdistill.training.memory.plan import MemoryCheck, Plan, candidates, choose_plan, estimator, plan_memory
 from lcmdistill.training.optimizer import check_optimizer, make_optimizer
 from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.device import GIB
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.memory import TIGHT, PlannedRunner, configured
@@ -48,7 +49,7 @@ def whole(config: RunConfig) -> int:
 
 # As asked it is 27 GiB: 11 of weights and their company, 16 of activations.
 @pytest.mark.parametrize(
-    ("room", "eight_bits", "expected"),
+    ("room", "allow_8bit", "expected"),
     [
         (30, True, {}),
         (24, True, {"optim.batch_size": 3, "optim.gradient_accumulation_steps": 4}),
@@ -77,9 +78,9 @@ def whole(config: RunConfig) -> int:
         ),
     ],
 )
-def test_the_cheapest_settings_that_fit_are_picked(room: float, eight_bits: bool, expected: dict[str, Any]) -> None:
+def test_the_cheapest_settings_that_fit_are_picked(room: float, allow_8bit: bool, expected: dict[str, Any]) -> None:
     config = resolve({}, {})
-    picked = choose_plan(config, by_formula, room * GIB, eight_bits=eight_bits)
+    picked = choose_plan(config, by_formula, room * GIB, allow_8bit=allow_8bit)
     changed = {k: v for k, v in flatten(picked.config).items() if v != flatten(config)[k]}
     assert changed == expected
     assert picked.fits
@@ -91,20 +92,20 @@ def test_the_cheapest_settings_that_fit_are_picked(room: float, eight_bits: bool
 
 @pytest.mark.parametrize("room", [8, 12, 16, 24])
 def test_a_plan_stays_under_its_limit_or_says_the_least_there_is(room: float) -> None:
-    picked = choose_plan(resolve({}, {}), by_formula, room * GIB, eight_bits=False)
+    picked = choose_plan(resolve({}, {}), by_formula, room * GIB, allow_8bit=False)
     assert picked.fits == (picked.needed.total <= room * GIB) == (room > 8)
     assert picked.needed.total == pytest.approx(11 * GIB) or room > 8
 
 
 def test_what_is_set_already_is_no_measure() -> None:
     asked = {"run.gradient_checkpointing": True, "student.target": "live", "optim.batch_size": 1}
-    assert list(candidates(resolve({}, asked), eight_bits=False)) == [{}]
+    assert list(candidates(resolve({}, asked), allow_8bit=False)) == [{}]
     lora = resolve({}, {"student.kind": "lora", "student.target": "ema", "optim.batch_size": 1})
-    assert list(candidates(lora, eight_bits=False)) == [{}, {"run.gradient_checkpointing": True}]
+    assert list(candidates(lora, allow_8bit=False)) == [{}, {"run.gradient_checkpointing": True}]
 
 
 def test_room_is_left_for_what_is_not_tensors() -> None:
-    assert usable(12 * GIB, whole_card=True) < usable(12 * GIB, whole_card=False) < 12 * GIB
+    assert usable(12 * GIB, whole_gpu=True) < usable(12 * GIB, whole_gpu=False) < 12 * GIB
 
 
 def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
@@ -119,7 +120,7 @@ def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
 
     monkeypatch.setattr(plan, "step_memory", counted)
     needed = estimator(asked, teacher, torch.bfloat16, 1)
-    for values in candidates(asked, eight_bits=False):  # eight bits change the optimiser's bytes alone, by a formula
+    for values in candidates(asked, allow_8bit=False):  # eight bits change the optimiser's bytes alone, by a formula
         config = plan.with_values(asked, values)
         assert needed(config).total >= 0.999 * step_memory(config, teacher, torch.bfloat16).total
     assert len(calls) <= 4
@@ -183,9 +184,7 @@ def test_another_global_batch_is_refused_as_ever(planned_run: PlannedRunner) -> 
 
 
 def test_what_fits_in_nothing_is_refused_in_a_sentence(planned_run: PlannedRunner, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"--memory 0\.6 leaves 0\.00 GiB .* the least that this run needs is .*adapter"
-    ):
+    with pytest.raises(UsageError, match=r"--memory 0\.6 leaves 0\.00 GiB .* this run needs at least .*adapter"):
         planned_run(run__memory="0.6")
     assert not (tmp_path / "run").exists()
 
@@ -197,7 +196,7 @@ def test_a_dry_run_prints_the_plan_and_the_planned_settings(
     options = ["distill", "--teacher", small_teacher, "--data", image_folder, *sets, "--output", "out"]
     code, told, error = command(*options, "--memory", TIGHT, "--dry-run")
     assert (code, error) == (0, "")
-    assert "0.01 GiB for it" in told
+    assert "leaves 0.01 GiB for tensors" in told
     assert "batch_size = 4\n" not in told
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +282,7 @@ def test_on_a_gpu_both_are_said_after_the_second_step(
     assert capsys.readouterr().out == ""
     check.after_step()
     check.after_step()
-    assert capsys.readouterr().out == "memory: 4.00 GiB at the peak of a step, estimated were 15.00 (+275%)\n"
+    assert capsys.readouterr().out == "memory: 4.00 GiB at the peak of a step (estimated 15.00 GiB, +275%)\n"
     MemoryCheck(None, CPU).after_step()
     assert Plan(resolve({}, {}), (), needed).fits
     assert json.dumps(str(needed)).count("activations") == 1
