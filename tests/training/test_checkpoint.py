@@ -1,4 +1,4 @@
-"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+"""Checkpoints are written in a thread, and hold the same whatever the memory layout."""
 
 import threading
 from pathlib import Path
@@ -23,7 +23,7 @@ def groups(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("left", [1e12, 0.0])
-def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(
+def test_a_checkpoint_holds_the_tensors_at_the_time_of_the_call(
     left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With memory for a copy, which a thread writes, and without."""
@@ -59,14 +59,14 @@ def test_a_failure_of_the_writing_thread_is_not_lost(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_files_do_not_tell_what_layout_a_network_computes_in(kind: str, speed_settings: Settings) -> None:
+def test_exports_do_not_depend_on_the_memory_layout(kind: str, speed_settings: Settings) -> None:
     student = built(speed_settings, student__kind=kind).train_step.student
     student.network.to(memory_format=torch.channels_last)  # as on CUDA
     assert not all(value.is_contiguous() for value in student.network.state_dict().values())
     assert all(value.is_contiguous() for value in student.for_export().state_dict().values())
 
 
-def test_moments_come_back_in_the_layout_of_their_parameters(speed_settings: Settings) -> None:
+def test_moments_are_restored_in_the_layout_of_their_parameters(speed_settings: Settings) -> None:
     told = {**speed_settings, "optim.max_train_steps": 2, "run.checkpoint_every": 2}
     folder = distill(resolve({}, told))
     run = built(speed_settings)

@@ -1,4 +1,4 @@
-"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+"""Compiled blocks train the same as others."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_compiled_blocks_train_the_same(
     kind: str, speed_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = {**speed_settings, "student.kind": kind, "optim.max_train_steps": 3, "run.log_every": 1}
-    told |= {"optim.learning_rate": 1e-6}  # at which what rounding leaves does not grow
+    told |= {"optim.learning_rate": 1e-6}  # at which rounding differences do not grow
     plain, compiled = (
         distill(resolve({}, {**told, "run.compile": wish, "run.output": str(tmp_path / wish)}))
         for wish in ("off", "on")

@@ -1,4 +1,4 @@
-"""Training runs: what they compute, what they leave behind, and how they are interrupted, resumed and refused."""
+"""Training runs that fail, that are refused, or that span several processes."""
 
 import re
 import shutil
@@ -64,12 +64,12 @@ def test_the_last_good_checkpoint_is_kept(train_run: Runner, monkeypatch: pytest
     assert_same(train_run(optim__max_train_steps=8, run__log_every=log_every), whole)
 
 
-def test_a_learning_rate_without_measure_ends_the_run(train_run: Runner) -> None:
+def test_an_excessive_learning_rate_ends_the_run(train_run: Runner) -> None:
     with pytest.raises(RunError, match="lower --learning-rate"):
         train_run(optim__learning_rate=1e30, optim__max_train_steps=6)
 
 
-def test_two_processes_are_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
     options = {"optim__batch_size": 2, "optim__gradient_accumulation_steps": 2, "optim__learning_rate": 1e-4}
     one = train_run("one", **{**options, "optim__gradient_accumulation_steps": 4})
     config = (one / "config.toml").read_text()
@@ -91,7 +91,7 @@ def test_two_processes_are_one_with_the_same_global_batch(train_run: Runner, tmp
     assert worst < 1e-4
 
 
-def test_a_signal_that_any_process_met_stops_them_all() -> None:
+def test_a_signal_to_any_process_stops_all() -> None:
     for theirs in (0, 15):
         accelerator: Any = Mock(num_processes=2, device=torch.device("cpu"))
         accelerator.gather = lambda mine, theirs=theirs: torch.cat([mine, torch.tensor([float(theirs)])])

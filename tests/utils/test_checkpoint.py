@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the last few kept, and everything read back bit for bit."""
+"""Atomic writes, and checkpoints: complete or absent, verified, and restored bit for bit."""
 
 import os
 from collections.abc import Callable
@@ -35,14 +35,14 @@ def write(folder: Path, content: str) -> None:
         (aside / "deep" / "file.txt").write_text(content)
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_complete(tmp_path: Path) -> None:
     with atomic_dir(tmp_path / "a" / "out") as aside:
         (aside / "file.txt").write_text("new")
         assert not (tmp_path / "a" / "out").exists()
     assert files(tmp_path) == {"a/out/file.txt": b"new"}
 
 
-def test_a_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_folder_replaces_the_old_one(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     write(tmp_path / "out", "new")
     assert files(tmp_path) == {"out/deep/file.txt": b"new"}
@@ -50,7 +50,7 @@ def test_a_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+def test_an_error_keeps_the_old_folder_and_no_leftovers(tmp_path: Path, error: BaseException) -> None:
     write(tmp_path / "out", "old")
 
     def fail() -> None:
@@ -64,7 +64,7 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Bas
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache" / "drawn.json"
     with atomic_file(path, shared=True) as one:
         one.write_text("one")
@@ -77,7 +77,7 @@ def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("way", [atomic_dir, atomic_file])
-def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
+def test_a_stop_during_the_flush_leaves_nothing(
     way: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_stop_while_the_disk_is_waited_for_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     for name in (".out.partial", ".out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rest.txt").write_text("half")
@@ -98,7 +98,7 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_text_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_file_is_complete_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.txt", "old é")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old é"
 
@@ -117,7 +117,7 @@ GROUPS: dict[str, dict[str, Tensor]] = {
 }
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_is_restored_bit_for_bit(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 12, GROUPS, {"global_batch": 8, "scaler": {"scale": 2.0}})
     assert path.name == "step-00000012"
     groups, state = load_checkpoint(path)
@@ -129,8 +129,8 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert groups[name][key].dtype == value.dtype
 
 
-def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
-    """safetensors makes its own for their owner alone, whom another program's is not."""
+def test_files_have_the_mode_of_any_other_file(tmp_path: Path) -> None:
+    """safetensors creates files that only their owner may read."""
     path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
     with atomic_file(tmp_path / "lora.safetensors") as aside:
         save_file({"w": torch.ones(4)}, aside)
@@ -141,7 +141,7 @@ def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["student.safetensors", "state.pt"])
 @pytest.mark.parametrize("size", [0, 20])
-def test_a_damaged_one_is_named(tmp_path: Path, name: str, size: int) -> None:
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, size: int) -> None:
     path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {})
     (path / name).write_bytes((path / name).read_bytes()[:size])
     with pytest.raises(RunError, match=r"step-00000003 is damaged .*remove that folder") as caught:
@@ -243,13 +243,13 @@ def test_the_state_loads_with_weights_only(tmp_path: Path) -> None:
     assert torch.load(path / "state.pt", weights_only=True)["step"] == 1
 
 
-def test_a_tensor_that_is_no_contiguous_block_is_saved_as_it_looks(tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_contiguous_keeps_its_values(tmp_path: Path) -> None:
     value = torch.arange(6.0).view(2, 3).t()
     groups, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"student": {"a": value}}, {}))
     assert torch.equal(groups["student"]["a"], value)
 
 
-def test_only_whole_checkpoints_count_in_order(tmp_path: Path) -> None:
+def test_complete_checkpoints_are_listed_in_order(tmp_path: Path) -> None:
     for step in (100, 20, 3):
         save_checkpoint(tmp_path, step, GROUPS, {})
     (tmp_path / "step-00000200").mkdir()
@@ -259,7 +259,7 @@ def test_only_whole_checkpoints_count_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9])
-def test_the_last_few_are_kept(tmp_path: Path, keep: int) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     steps = [1, 2, 3, 4]
     for step in steps:
         save_checkpoint(tmp_path, step, GROUPS, {})
@@ -267,7 +267,7 @@ def test_the_last_few_are_kept(tmp_path: Path, keep: int) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in steps[-keep:]]
 
 
-def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_whole(
+def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -305,7 +305,7 @@ def trained() -> Any:
     return model, optimizer
 
 
-def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, trained: Any) -> None:
+def test_an_optimizer_is_restored_bit_for_bit(tmp_path: Path, trained: Any) -> None:
     model, optimizer = trained
     groups = {"student": dict(model.named_parameters()), "optimizer": optimizer_tensors(optimizer)}
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path, 3, groups, {}))
@@ -321,7 +321,7 @@ def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, trained: Any) -> No
         assert torch.equal(mine, its)
 
 
-def test_restoring_leaves_the_settings_as_they_are(trained: Any) -> None:
+def test_restoring_keeps_the_optimizer_s_settings(trained: Any) -> None:
     _, optimizer = trained
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     other = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.3)

@@ -1,4 +1,4 @@
-"""Training runs: what they compute, what they leave behind, and how they are interrupted, resumed and refused."""
+"""The log of metrics, trackers, and progress bars."""
 
 import io
 import json
@@ -13,14 +13,16 @@ from lcmdistill.utils import atomic as checkpoint
 from lcmdistill.utils.metrics_log import Metrics
 
 
-def test_metrics_of_steps_that_were_lost_are_removed(tmp_path: Path) -> None:
+def test_metrics_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 3}\n{"step": 4, "lo')
     Metrics(tmp_path, "none", {}, 2).log(3, {"loss": 4.0})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1, 2, 4]
 
 
-def test_a_metrics_file_is_whole_whenever_the_program_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_file_is_complete_whenever_the_program_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1}\n')
     monkeypatch.setattr(checkpoint, "_sync", raising := Mock(side_effect=OSError(28, "No space left on device")))
@@ -30,7 +32,7 @@ def test_a_metrics_file_is_whole_whenever_the_program_dies(tmp_path: Path, monke
     assert path.read_text() == '{"step": 1, "loss": 1}\n'
 
 
-def test_wandb_knows_a_run_again_by_an_id_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_recognizes_a_run_by_its_unique_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = Mock(__spec__=True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for parent in ("a", "a", "b"):
@@ -40,7 +42,7 @@ def test_wandb_knows_a_run_again_by_an_id_that_no_other_has(tmp_path: Path, monk
     assert first == again != other
 
 
-def test_a_bar_is_drawn_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcmdistill.utils.logging import progress
 
     class Terminal(io.StringIO):

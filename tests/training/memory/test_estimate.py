@@ -1,4 +1,4 @@
-"""Memory: the estimate against a real step's storages, the plan that is made of it, and what the plan changes in a run."""
+"""The estimate against the storages of a real step."""
 
 import runpy
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_the_activations_are_what_autograd_saves(small_teacher: Path) -> None:
     assert needed.activations + needed.gradients == pytest.approx(size, rel=0.1)
 
 
-def test_the_estimate_follows_what_is_asked(small_teacher: Path) -> None:
+def test_the_estimate_follows_the_settings(small_teacher: Path) -> None:
     teacher = load_teacher(str(small_teacher))
 
     def of(dtype: torch.dtype = torch.float32, **changes: Any) -> Breakdown:
@@ -129,7 +129,7 @@ def test_every_objective_can_be_estimated(objective: str, small_teacher: Path) -
     assert step_memory(config, load_teacher(str(small_teacher)), torch.bfloat16).activations > 0
 
 
-def test_storages_are_counted_as_long_as_they_live() -> None:
+def test_storages_are_counted_while_they_live() -> None:
     live = Live()
     weight = torch.zeros(100)
     assert live.hold([weight, weight[:5]]) == 400
@@ -144,7 +144,7 @@ def test_storages_are_counted_as_long_as_they_live() -> None:
     assert live.peak == 600
 
 
-def test_what_an_operation_gave_once_is_not_worked_out_again() -> None:
+def test_outputs_of_a_repeated_operation_are_new_tensors() -> None:
     x, live = torch.empty(2, 4, 8, 8, device="meta"), Live()
 
     def once(x: Tensor) -> list[Tensor]:

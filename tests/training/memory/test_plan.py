@@ -1,4 +1,4 @@
-"""Memory: the estimate against a real step's storages, the plan that is made of it, and what the plan changes in a run."""
+"""The plan for `--memory`, and its effect on a run."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def by_formula(config: RunConfig) -> Breakdown:
-    """Something that behaves as `step_memory` does, of a network of one GiB in half precision."""
+    """Stand in for `step_memory`, for a network of 1 GiB in half precision."""
     half = GIB // 2
     activations = config.optim.batch_size * (GIB if config.run.gradient_checkpointing else 4 * GIB)
     sizes = {"frozen": GIB, "student": 2 * GIB, "gradients": 2 * GIB, "activations": activations}
@@ -47,7 +47,7 @@ def whole(config: RunConfig) -> int:
     return config.optim.batch_size * config.optim.gradient_accumulation_steps
 
 
-# As asked it is 27 GiB: 11 of weights and their company, 16 of activations.
+# By default 27 GiB: 11 of weights, gradients and moments, and 16 of activations.
 @pytest.mark.parametrize(
     ("room", "allow_8bit", "expected"),
     [
@@ -78,7 +78,7 @@ def whole(config: RunConfig) -> int:
         ),
     ],
 )
-def test_the_cheapest_settings_that_fit_are_picked(room: float, allow_8bit: bool, expected: dict[str, Any]) -> None:
+def test_the_cheapest_settings_that_fit_are_chosen(room: float, allow_8bit: bool, expected: dict[str, Any]) -> None:
     config = resolve({}, {})
     picked = choose_plan(config, by_formula, room * GIB, allow_8bit=allow_8bit)
     changed = {k: v for k, v in flatten(picked.config).items() if v != flatten(config)[k]}
@@ -91,24 +91,24 @@ def test_the_cheapest_settings_that_fit_are_picked(room: float, allow_8bit: bool
 
 
 @pytest.mark.parametrize("room", [8, 12, 16, 24])
-def test_a_plan_stays_under_its_limit_or_says_the_least_there_is(room: float) -> None:
+def test_a_plan_stays_under_its_limit_or_reports_the_minimum(room: float) -> None:
     picked = choose_plan(resolve({}, {}), by_formula, room * GIB, allow_8bit=False)
     assert picked.fits == (picked.needed.total <= room * GIB) == (room > 8)
     assert picked.needed.total == pytest.approx(11 * GIB) or room > 8
 
 
-def test_what_is_set_already_is_no_measure() -> None:
+def test_measures_in_use_are_not_candidates() -> None:
     asked = {"run.gradient_checkpointing": True, "student.target": "live", "optim.batch_size": 1}
     assert list(candidates(resolve({}, asked), allow_8bit=False)) == [{}]
     lora = resolve({}, {"student.kind": "lora", "student.target": "ema", "optim.batch_size": 1})
     assert list(candidates(lora, allow_8bit=False)) == [{}, {"run.gradient_checkpointing": True}]
 
 
-def test_room_is_left_for_what_is_not_tensors() -> None:
+def test_room_is_left_for_more_than_tensors() -> None:
     assert usable(12 * GIB, whole_gpu=True) < usable(12 * GIB, whole_gpu=False) < 12 * GIB
 
 
-def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
+def test_the_estimator_counts_few_steps_and_is_never_below_them(
     small_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, asked = load_teacher(str(small_teacher)), configured(small_teacher, optim__gradient_accumulation_steps=2)
@@ -126,7 +126,7 @@ def test_the_estimator_asks_for_few_steps_and_is_never_below_them(
     assert len(calls) <= 4
 
 
-def test_auto_goes_by_what_a_gpu_has_free_and_leaves_a_cpu_alone(
+def test_auto_plans_for_the_free_memory_of_a_gpu_and_not_on_a_cpu(
     small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, gpu = load_teacher(str(small_teacher)), torch.device("cuda")
@@ -145,7 +145,7 @@ def test_auto_goes_by_what_a_gpu_has_free_and_leaves_a_cpu_alone(
     assert not none.fits
 
 
-def test_a_run_is_planned_says_so_and_learns_the_same(
+def test_a_planned_run_reports_its_plan_and_learns_the_same(
     planned_run: PlannedRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A sum taken in other parts is rounded otherwise, which AdamW makes grow, on some processors to 1.2e-4 at its usual rate.
@@ -160,14 +160,14 @@ def test_a_run_is_planned_says_so_and_learns_the_same(
     assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
 
 
-def test_a_planned_run_resumes_bit_for_bit_by_the_same_command(planned_run: PlannedRunner) -> None:
+def test_a_planned_run_resumes_bit_for_bit(planned_run: PlannedRunner) -> None:
     whole_run = planned_run("whole")
     planned_run("parts", optim__max_train_steps=2)
     assert_same(whole_run, planned_run("parts"))
 
 
 @pytest.mark.slow
-def test_a_run_can_be_planned_anew_and_goes_on(planned_run: PlannedRunner) -> None:
+def test_a_run_can_resume_with_another_plan(planned_run: PlannedRunner) -> None:
     folder = planned_run(optim__max_train_steps=2)
     first = read_toml(folder / "config.toml")
     planned_run(run__memory="off")
@@ -177,13 +177,13 @@ def test_a_run_can_be_planned_anew_and_goes_on(planned_run: PlannedRunner) -> No
 
 
 @pytest.mark.slow
-def test_another_global_batch_is_refused_as_ever(planned_run: PlannedRunner) -> None:
+def test_another_global_batch_is_refused(planned_run: PlannedRunner) -> None:
     planned_run(optim__max_train_steps=2)
     with pytest.raises(UsageError, match=r"holds a run with optim\.batch_size"):
         planned_run(optim__batch_size=8)
 
 
-def test_what_fits_in_nothing_is_refused_in_a_sentence(planned_run: PlannedRunner, tmp_path: Path) -> None:
+def test_a_run_that_cannot_fit_is_refused_in_a_sentence(planned_run: PlannedRunner, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--memory 0\.6 leaves 0\.00 GiB .* this run needs at least .*adapter"):
         planned_run(run__memory="0.6")
     assert not (tmp_path / "run").exists()
@@ -207,7 +207,7 @@ def test_an_offloaded_target_is_the_same_target(planned_run: PlannedRunner) -> N
     assert_same(here, away)
 
 
-def test_an_offloaded_target_resumes_bit_for_bit_be_it_offloaded_or_not(planned_run: PlannedRunner) -> None:
+def test_an_offloaded_target_resumes_bit_for_bit(planned_run: PlannedRunner) -> None:
     own = {"run__memory": "off", "run__precision": "bf16"}
     whole_run = planned_run("whole", **own, student__offload_target=True)
     planned_run("parts", **own, student__offload_target=True, optim__max_train_steps=2)
@@ -217,7 +217,7 @@ def test_an_offloaded_target_resumes_bit_for_bit_be_it_offloaded_or_not(planned_
     assert losses(moved) == pytest.approx(losses(whole_run), rel=0.1)  # its first steps had a target in fp32
 
 
-def test_what_is_exported_is_the_average_in_full_precision(planned_run: PlannedRunner) -> None:
+def test_the_export_is_the_average_in_full_precision(planned_run: PlannedRunner) -> None:
     folder = planned_run(run__memory="off", run__precision="bf16", student__offload_target=True)
     average = load_checkpoint(checkpoints(folder / "checkpoints")[-1])[0]["target"]
     drawn = load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -225,7 +225,7 @@ def test_what_is_exported_is_the_average_in_full_precision(planned_run: PlannedR
     assert all(torch.equal(drawn[name], value) for name, value in average.items())
 
 
-def test_eight_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+def test_8bit_moments_are_refused_where_unsupported(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     eight = OptimConfig(optimizer="adamw8bit")
     code, told, error = command("distill", "--teacher", "tiny", "--set", "optim.optimizer=adamw8bit", "--device", "cpu")
     assert (code, told) == (2, "")
@@ -272,7 +272,7 @@ def test_bitsandbytes_state_is_saved_and_restored(monkeypatch: pytest.MonkeyPatc
     assert (state["state1"].tolist(), state["state1"].dtype) == ([3, 3, 3], torch.uint8)
 
 
-def test_on_a_gpu_both_are_said_after_the_second_step(
+def test_on_a_gpu_estimate_and_peak_are_logged_after_the_second_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "peak_memory", lambda device, reset=False: None if reset else 4 * GIB)
