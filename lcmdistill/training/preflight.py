@@ -1,4 +1,4 @@
-"""What can be known before a run: is the teacher sound, are the data usable, will it fit, how long will it take."""
+"""Checks before a run: the settings against the teacher, the data, the memory, and the time that it takes."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ SURVEY_SECONDS = 20.0
 
 
 def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
-    """Raise UsageError for a setting that this teacher makes impossible."""
+    """Raise UsageError for a setting that is impossible with this teacher."""
     try:
         config.objective.check(teacher.schedule.num_steps)
     except ValueError as error:
@@ -45,58 +45,68 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
     check_teacher_cache(config.objective, config.data.teacher_cache_samples)
     _check_start(config, teacher)
     if config.student.kind == "lora" and config.student.start == "scratch":
-        raise UsageError("student.start is scratch, and a LoRA is an addition to the teacher; use lcmdistill distill")
+        raise UsageError(
+            "student.start is scratch, but a LoRA is an addition to the teacher's weights; use lcmdistill distill"
+        )
     if config.data.buckets is not None:
-        _guard_buckets(config, teacher)
+        _check_buckets(config, teacher)
     if teacher.in_pixels:
-        _guard_pixels(config, teacher)
+        _check_pixels(config, teacher)
     if config.student.kind == "lora":
         check_layers(teacher.network, config.student)
     omegas = omega_range(flatten(config))
     has_input = supports_omega_input(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and omegas and omegas.low != omegas.high:
         raise UsageError(
-            f"omega is drawn from {omegas.low:g} to {omegas.high:g}, and a {type(teacher.network).__name__} has no input for "
-            "it; set objective.w_min and objective.w_max to one value"
+            f"omega is sampled from {omegas.low:g} to {omegas.high:g}, but a {type(teacher.network).__name__} has no omega "
+            "input; set objective.w_min and objective.w_max to the same value"
         )
     resolution, patch, multiple = config.data.resolution, teacher.network.config.get("patch_size", 1), teacher.multiple
     if not teacher.in_pixels and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
             f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
-            f"{f', a patch takes {patch}' if patch > 1 else ''}, and diffusers draws in multiples of 8): try {near}"
+            f"{f', a patch has {patch}' if patch > 1 else ''}, and diffusers generates multiples of 8); try {near}"
         )
 
 
-def _guard_buckets(config: RunConfig, teacher: Teacher) -> None:
-    """Raise UsageError for buckets that cannot be, or would have no effect."""
+def _check_buckets(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for buckets that are impossible or have no effect."""
     if config.data.teacher_cache_samples:
         raise UsageError(
-            "data.teacher_cache_samples keeps answers of one size; leave it at 0, or leave data.buckets out"
+            "data.teacher_cache_samples caches teacher outputs of one size; set it to 0, or remove data.buckets"
         )
     if teacher.in_pixels:
-        raise UsageError("data.buckets is for latent models; a teacher in pixel space draws one size: leave it out")
+        raise UsageError(
+            "data.buckets is for latent models, and a pixel-space teacher has one size; remove data.buckets"
+        )
     if set(config.data.sources) == {"teacher"}:
-        raise UsageError("data.buckets is for images of your own, and --data teacher draws squares: leave it out")
+        raise UsageError(
+            "data.buckets is for your own images, and --data teacher generates squares; remove data.buckets"
+        )
     bucket_sizes(config.data, teacher.multiple)
 
 
-def _guard_pixels(config: RunConfig, teacher: Teacher) -> None:
-    """Raise UsageError for a setting that has no sense for a network of pixels."""
-    own, resolution = teacher.network.config.sample_size, config.data.resolution
-    if resolution != own:
-        raise UsageError(f"data.resolution is {resolution}; the teacher draws pixels at {own}: pass --resolution {own}")
+def _check_pixels(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a setting that is meaningless for a pixel-space network."""
+    size, resolution = teacher.network.config.sample_size, config.data.resolution
+    if resolution != size:
+        raise UsageError(
+            f"data.resolution is {resolution}, but this pixel-space teacher has {size} pixels; pass --resolution {size}"
+        )
     if config.student.kind == "lora":
-        raise UsageError("a teacher in pixel space has no LoRA format that any program reads; use lcmdistill distill")
+        raise UsageError(
+            "LoRA is not supported for pixel-space teachers, because no program reads one; use lcmdistill distill"
+        )
     if config.objective_name in ("tcd", "lcm", "lcf"):
         raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
-    # For what it raises of a wrong file, before data are prepared.
+    # Loaded here for its errors, before data are prepared.
     if weights := getattr(config.objective, "lpips_weights", None):
         perceptual_distance(weights, torch.device("cpu"))
 
 
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
-    """Raise UsageError unless what the method starts from is a teacher, or for fine-tuning an LCM."""
+    """Raise UsageError unless the method can start from this model: a teacher, or an LCM for fine-tuning."""
     sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
     is_lcm = sampled_by == "LCMScheduler" or (has_omega_input(teacher.network) and sampled_by != "TCDScheduler")
     if config.objective_name == "lcf":
@@ -110,33 +120,38 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
                 f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
             )
         if config.objective.omega == "none" and has_omega_input(teacher.network):
-            raise UsageError(f"--guidance free, and {model} takes omega: its guidance is in its weights; leave it out")
+            raise UsageError(
+                f"--guidance free, but {model} has an omega input: its guidance is in its weights; remove --guidance"
+            )
         if config.student.start == "scratch":
-            raise UsageError("student.start is scratch, and --objective lcf fine-tunes an LCM; leave it out")
+            raise UsageError("student.start is scratch, but --objective lcf fine-tunes an LCM; remove student.start")
         if "teacher" in config.data.sources:
-            raise UsageError("--objective lcf learns from images of your own; name them with --data")
+            raise UsageError("--objective lcf trains on your own images; pass them with --data")
     elif is_lcm or sampled_by == "TCDScheduler":
         raise UsageError(
-            f"{model} draws in few steps already and has no ODE of its own to distil; name its teacher"
+            f"{model} is already a few-step model and has no ODE to distill; pass its original teacher"
             f"{'' if teacher.in_pixels else ', or fine-tune an LCM with --objective lcf'}"
         )
     if getattr(config.objective, "distance", "") == "lpips" and not teacher.in_pixels:
         raise UsageError(
-            "objective.distance is lpips, which compares images, and this teacher works on latents; try huber"
+            "objective.distance is lpips, which compares images, but this teacher works on latents; try huber"
         )
 
 
 def check_early(config: RunConfig) -> None:
-    """What takes no teacher to find out: the folder, the device, and whether the data hold anything at all.
+    """Check what needs no teacher: the folder, the device, and whether there is any usable data.
 
-    Says what a teacher of one file was recognised as.
+    Logs what a single-file teacher was detected as.
+
+    Raises:
+        UsageError: A check fails.
     """
-    # Of several processes one may already have begun to fill the folder when another looks.
+    # The main process only: another process may look when this one has already written to the folder.
     if os.environ.get("RANK", "0") == "0":
         check_run(config)
         check_tracker(config.run.report_to)
-        if told := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
-            logger.info(told)
+        if summary := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
+            logger.info(summary)
     check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
@@ -144,7 +159,7 @@ def check_early(config: RunConfig) -> None:
 
 
 def _takes_prompts(model: str) -> bool:
-    """Whether images need captions, as far as this is known before the teacher is loaded: of one on the hub it is not."""
+    """Return whether images need captions; False where that is unknown before the teacher is loaded, as for a hub id."""
     if model in ALIASES:
         return True
     try:
@@ -156,7 +171,7 @@ def _takes_prompts(model: str) -> bool:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Open the teacher and the data, and say what a run would do: counts, configuration, memory, time."""
+    """Open the teacher and the data, and log what a run would do: samples, configuration, memory and time."""
     device = pick_device(config.run.device)
     dtype = compute_dtype(config.run.precision, device)
     folder = Path(config.run.output or "")
@@ -193,24 +208,25 @@ def dry_run(config: RunConfig) -> None:
     asked, forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)
     draws = config.data.teacher_cache_samples
     of_teacher = 0 if draws else asked["teacher"]
-    # A backward pass takes twice a forward's time.
+    # A backward pass takes twice as long as a forward pass.
     seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.gradient_accumulation_steps
     if draws:
-        answers = draws * asked["teacher"] * sum(report.kept for report in reports)
+        outputs = draws * asked["teacher"] * sum(report.kept for report in reports)
         size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
         logger.info(
-            f"teacher's answers, asked beforehand: {answers:,}, estimated to take "
-            f"{answers / config.optim.batch_size * forward / 3600:.2f} h and {answers * size / 1e9:.2f} GB of the cache"
+            f"cached teacher outputs: {outputs:,}, estimated to take "
+            f"{outputs / config.optim.batch_size * forward / 3600:.2f} h and {outputs * size / 1e9:.2f} GB on disk"
         )
-    whole = seconds * config.optim.max_train_steps / 3600
+    hours = seconds * config.optim.max_train_steps / 3600
     logger.info(
-        f"time, estimated from one forward: {seconds:.2f} s a step, {whole:.2f} h for {config.optim.max_train_steps} steps"
+        f"time, estimated from one forward pass: {seconds:.2f} s per step, {hours:.2f} h for "
+        f"{config.optim.max_train_steps} steps"
     )
     logger.info("dry run: nothing was written")
 
 
 def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
-    """What a micro-batch takes of the teacher's network, tried."""
+    """Return the measured seconds of one forward pass of the teacher's network on a micro-batch."""
     module = AutocastNetwork(teacher.network.to(device, dtype), teacher.call, dtype)
     z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
     with torch.no_grad():

@@ -338,7 +338,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(
     assert "output: out (new)" in told
     assert re.search(r"epsilon-predicting U-Net of [\d,]+ parameters", told)
     assert re.search(r"memory, estimated: \d+\.\d+ GiB", told)
-    assert re.search(r"time, estimated from one forward: [\d.]+ s a step, [\d.]+ h for 4 steps", told)
+    assert re.search(r"time, estimated from one forward pass: [\d.]+ s per step, [\d.]+ h for 4 steps", told)
     assert "nothing was written" in told
 
 

@@ -298,7 +298,7 @@ def test_the_memory_is_that_of_the_largest(folders: dict[str, Path], shapes_fold
         ({"data.buckets": ("square",)}, "data.buckets is 'square'; it must be auto, or sizes as HEIGHTxWIDTH"),
         ({"data.buckets": ("32x33",)}, "its sides must be multiples of 8: try 32x32"),
         ({"data.buckets": ("0x32",)}, "its sides must be multiples of 8: try 8x32"),
-        ({"data.sources": ("teacher",)}, "--data teacher draws squares"),
+        ({"data.sources": ("teacher",)}, "--data teacher generates squares"),
     ],
 )
 def test_buckets_that_cannot_be_are_refused(

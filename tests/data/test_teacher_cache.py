@@ -139,7 +139,7 @@ def test_a_dry_run_tells_what_asking_beforehand_takes(
     speed_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dry_run(resolve({}, {**speed_settings, "data.teacher_cache_samples": 1000}))
-    assert re.search(r"asked beforehand: 24,000, .* [\d.]+ h and 0.01 GB of the cache", capsys.readouterr().out)
+    assert re.search(r"cached teacher outputs: 24,000, .* [\d.]+ h and 0.01 GB on disk", capsys.readouterr().out)
 
 
 def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_path: Path) -> None:

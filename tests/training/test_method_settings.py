@@ -140,10 +140,18 @@ def test_a_lora_can_be_fine_tuned_on_an_lcm(method_run: MethodRunner, command: C
     ("objective", "changes", "message"),
     [
         ("lcf", {"teacher__model": "TEACHER"}, "fine-tunes an LCM, and .* is none"),
-        ("lcf", {"objective__guidance": "free"}, "takes omega: its guidance is in its weights; leave it out"),
-        ("lcf", {"student__start": "scratch"}, "start is scratch, and --objective lcf fine-tunes an LCM; leave it out"),
-        ("lcf", {"data__sources": ("teacher",)}, "learns from images of your own; name them with --data"),
-        ("lcm", {"teacher__model": "RUN"}, "draws in few steps already and has no ODE of its own to distil"),
+        (
+            "lcf",
+            {"objective__guidance": "free"},
+            "has an omega input: its guidance is in its weights; remove --guidance",
+        ),
+        (
+            "lcf",
+            {"student__start": "scratch"},
+            "start is scratch, but --objective lcf fine-tunes an LCM; remove student.start",
+        ),
+        ("lcf", {"data__sources": ("teacher",)}, "trains on your own images; pass them with --data"),
+        ("lcm", {"teacher__model": "RUN"}, "is already a few-step model and has no ODE to distill"),
         ("ct", {"objective__distance": "lpips", "objective__lpips_weights": "x.pth"}, "works on latents; try huber"),
     ],
 )

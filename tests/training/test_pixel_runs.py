@@ -170,7 +170,7 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
     [
         ({"objective.name": "lcm"}, "--objective lcm is for latent models; in pixel space use cd, ct or ict"),
         ({"objective.name": "tcd"}, "--objective tcd is for latent models"),
-        ({"student.kind": "lora"}, "no LoRA format that any program reads"),
+        ({"student.kind": "lora"}, "LoRA is not supported for pixel-space teachers"),
         ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "nowhere.pth is not there"),
         ({"objective.distance": "lpips", "objective.lpips_weights": __file__}, "does not hold AlexNet's weights"),
     ],

@@ -42,7 +42,7 @@ def test_an_empty_folder_is_fine(train_run: Runner, tmp_path: Path) -> None:
     [
         (
             {"data__resolution": 15},
-            r"data\.resolution is 15; it must be a multiple of 8 \(the VAE's factor is 2.*try 16",
+            r"data\.resolution is 15; it must be a multiple of 8 \(the VAE's factor is 2.*; try 16",
         ),
         ({"objective__skip": 1000}, r"objective\.skip \(k\) is 1000; it must be from 1 to 999"),
         ({"objective__w_min": 6.0}, r"objective\.w_min is 6.0, above objective\.w_max, 5.0"),
