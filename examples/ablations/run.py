@@ -108,7 +108,7 @@ def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) ->
     each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in BESIDE else IMAGES)
     steps, scales = wanted(name)
     wish = replace(wish, real=real_source([each], wish))
-    prompts, resolution = chosen_prompts([each], wish, teacher), each.config["data.resolution"]
+    prompts, resolution = chosen_prompts([each], wish, teacher), each.config.data.resolution
     sweep = Sweep(
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )

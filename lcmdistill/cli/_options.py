@@ -1,7 +1,7 @@
 """The options of the training commands, told in plain words: each one once, with the setting that it stands for."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,13 +11,13 @@ import typer
 from lcmdistill.config.presets import PresetName
 from lcmdistill.config.schema import (
     AutoOnOff,
-    ObjectiveName,
     Precision,
     PredictionType,
-    SolverName,
     TargetKind,
     Tracker,
 )
+from lcmdistill.diffusion import SOLVERS
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
@@ -35,6 +35,11 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise UsageError(f"--guidance-scale is {value}; it must be a finite number")
     return value
+
+
+def one_of(registry: Iterable[str]) -> Any:
+    """Return the type of an option that takes a key of a registry."""
+    return Literal[tuple(registry)]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def _option(kind: Any, text: str, *names: str) -> Any:
@@ -83,8 +88,8 @@ HOW: dict[str, Any] = {
         list[str] | None,
         "Cut images to several sizes instead of one square, each to the nearest: auto, or HEIGHTxWIDTH; repeatable.",
     ),
-    "objective": _option(ObjectiveName | None, "The method.  [default: lcm]"),
-    "solver": _option(SolverName | None, "The teacher's PF-ODE solver.  [default: ddim; cd heun]"),
+    "objective": _option(one_of(OBJECTIVES) | None, "The method.  [default: lcm]"),
+    "solver": _option(one_of(SOLVERS) | None, "The teacher's PF-ODE solver.  [default: ddim; cd heun]"),
     "guidance": _option(
         Literal["baked", "free"] | None,
         "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act; lcf: as the LCM was "

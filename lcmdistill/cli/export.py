@@ -2,19 +2,24 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lcmdistill.cli._options import Debug, PushToHub, finite
-from lcmdistill.config.schema import Format
+from lcmdistill.cli._options import Debug, PushToHub, finite, one_of
+from lcmdistill.export import EXPORTERS
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    ExportFormat = str
+else:
+    ExportFormat = one_of(EXPORTERS)
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    format_: Annotated[Format, typer.Option("--format", help="What to write.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
     output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"],

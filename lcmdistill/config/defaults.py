@@ -24,15 +24,6 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
     "ssd1b": {"data.resolution": 1024},
 }
 
-# What an objective means for the other sections. Without guidance the empty prompt is trained too, for CFG to pull from.
-OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cd": {"data.caption_drop": 0.1},
-    "ct": {"data.caption_drop": 0.1},
-    "ict": {"data.caption_drop": 0.1, "student.target": TargetKind.live},
-}
-
-FREE_GUIDANCE_DEFAULTS: dict[str, Any] = {"data.caption_drop": 0.1}
-
 # What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,
 # and the LCM-LoRA report fixes omega, which an adapter has no input for.
 LORA_DEFAULTS: dict[str, Any] = {

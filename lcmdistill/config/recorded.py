@@ -1,19 +1,37 @@
-"""Read the configuration that a run folder records."""
+"""Read the configuration that a run folder records, back into the dataclasses that it was written from."""
 
-import dataclasses
 import json
+import logging
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.schema import TeacherConfig
+from lcmdistill.config.build import build_section, choose, is_known
+from lcmdistill.config.schema import SECTIONS, RunConfig
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.run_dir import checkpoints
+
+logger = logging.getLogger(__name__)
+
+# Settings by the names that they had before 0.1.0. No run is read by them: a wrong value would pass unseen.
+RENAMED = {
+    "data.teacher_draws": "data.teacher_cache_samples",
+    "data.draw_steps": "data.teacher_steps",
+    "data.count": "data.max_samples",
+    "optim.accumulate": "optim.gradient_accumulation_steps",
+    "optim.lr_schedule": "optim.lr_scheduler",
+}
+
+# The keys by which a config.toml is known to be a run's.
+_OF_A_RUN = {"teacher.model", "objective.name", "optim.max_train_steps"}
 
 
 def run_takes_omega(run: Path) -> bool:
-    """Whether the U-Net of a finished run's pipeline has an omega input, by its file. Raises UsageError if that is no JSON."""
+    """Return whether the U-Net of a finished run's pipeline has an omega input, according to its config.json.
+
+    Raises:
+        UsageError: The file is not valid JSON.
+    """
     path = run / "pipeline" / "unet" / "config.json"
     try:
         return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
@@ -21,37 +39,43 @@ def run_takes_omega(run: Path) -> bool:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 
-def load_run_config(folder: Path) -> dict[str, Any]:
-    """{"section.key": value} of the run in a folder; empty if there is none, or another program's config.toml."""
+def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | None:
+    """Return the configuration of the run in a folder; None if the folder holds no run.
+
+    A setting that the file lacks has its default. A setting that this version does not know is counted and logged.
+
+    Args:
+        folder: The run folder.
+        objectives: The registry of objectives, {name: class}.
+
+    Raises:
+        UsageError: The file was written by an earlier version, or a value in it is not allowed.
+    """
     path = folder / "config.toml"
+    flat = _read_flat(path)
+    if not flat.keys() >= _OF_A_RUN:
+        return None
+    if old := sorted(RENAMED.keys() & flat.keys()):
+        raise UsageError(
+            f"{path} was written by an earlier version: {old[0]} is now called {RENAMED[old[0]]}; rename it in that file, "
+            "or start the run again in a new folder"
+        )
+    try:
+        name = choose("objective.name", str(flat.pop("objective.name")), tuple(objectives))
+        sections: dict[str, type] = {**SECTIONS, "objective": objectives[name]}
+        built = {section: build_section(section, cls, flat) for section, cls in sections.items()}
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}; correct the file, or choose another run") from error
+    if unknown := [key for key in flat if not is_known(key, sections)]:
+        logger.info(f"{path}: {len(unknown)} settings are unknown to this version and ignored, such as {unknown[0]}")
+    return RunConfig(objective_name=name, chosen=frozenset(flat), **built)
+
+
+def _read_flat(path: Path) -> dict[str, Any]:
+    """Return a TOML file's values as {"section.key": value}; empty if there is none, or it is not TOML."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
     sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
-    flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return flat if {"teacher.model", "objective.name", "optim.max_train_steps"} <= flat.keys() else {}
-
-
-def resumable_config(folder: Path) -> dict[str, Any]:
-    """`recorded`, of a run that has a checkpoint to go on from; empty for one that failed before its first."""
-    return load_run_config(folder) if checkpoints(folder / "checkpoints") else {}
-
-
-def teacher_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `load_teacher` is to be told for a recorded run's teacher: model, revision, its VAE and the like."""
-    keys = [field.name for field in dataclasses.fields(TeacherConfig)]
-    return {key: settings[f"teacher.{key}"] for key in keys if f"teacher.{key}" in settings}
-
-
-def objective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the [objective] section of a run's settings, {"section.key": value}, by key."""
-    start = "objective."
-    return {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
-
-
-def has_trained_student(folder: Path) -> bool:
-    """Whether what a run was for is there: RUN/pipeline of a full student, RUN/lora of an adapter."""
-    if load_run_config(folder).get("student.kind") == "lora":
-        return any((folder / "lora").glob("*.safetensors"))
-    return (folder / "pipeline" / "model_index.json").is_file()
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -4,24 +4,17 @@ import dataclasses
 import difflib
 import math
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
-from lcmdistill.config.defaults import (
-    ALIAS_DEFAULTS,
-    FREE_GUIDANCE_DEFAULTS,
-    LORA_ALIAS_DEFAULTS,
-    LORA_DEFAULTS,
-    OBJECTIVE_DEFAULTS,
-)
-from lcmdistill.config.methods import omega_range
+from lcmdistill.config.build import build_section, choose, is_known
+from lcmdistill.config.defaults import ALIAS_DEFAULTS, LORA_ALIAS_DEFAULTS, LORA_DEFAULTS
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.presets import PRESETS
-from lcmdistill.config.schema import SECTIONS, ObjectiveName, RunConfig, TeacherConfig, known_sections
-from lcmdistill.config.toml import flatten, read_toml
+from lcmdistill.config.recorded import RENAMED, read_run_config
+from lcmdistill.config.schema import SECTIONS, RunConfig, TeacherConfig, known_sections
+from lcmdistill.config.toml import flatten
 from lcmdistill.utils.errors import UsageError
 
 
@@ -46,24 +39,26 @@ def resolve(
     allowed.
     """
     chosen = {**file, **flags}
-    name = _coerce("objective.name", chosen.pop("objective.name", ObjectiveName.lcm), ObjectiveName)
-    sections = {**SECTIONS, "objective": objectives[name]}
+    name = choose("objective.name", str(chosen.pop("objective.name", RunConfig.objective_name)), tuple(objectives))
+    sections, info = {**SECTIONS, "objective": objectives[name]}, objectives[name].info
     model, is_lora = str(chosen.get("teacher.model", TeacherConfig().model)), chosen.get("student.kind") == "lora"
     defaults = ALIAS_DEFAULTS.get(model, {})
     if is_lora:
         defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
-    defaults = {**defaults, **_of_run(Path(model)), **OBJECTIVE_DEFAULTS.get(name, {})}
+    defaults = {**defaults, **_defaults_of_run(Path(model), objectives), **info.defaults}
     if {**defaults, **chosen}.get("objective.guidance") == "free":
-        defaults |= FREE_GUIDANCE_DEFAULTS
+        defaults |= info.free_guidance_defaults
     defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}
-    values = {**{k: v for k, v in defaults.items() if v is not None and _known(k, sections)}, **chosen}
-    built = {section: _build(section, cls, values) for section, cls in sections.items()}
-    unknown = [key for key in values if not _known(key, sections)]
+    values = {**{k: v for k, v in defaults.items() if v is not None and is_known(k, sections)}, **chosen}
+    built = {section: build_section(section, cls, values) for section, cls in sections.items()}
+    unknown = [key for key in values if not is_known(key, sections)]
     if unknown:
         section, _, key = unknown[0].partition(".")
         if section == "objective" and any(key in {f.name for f in dataclasses.fields(o)} for o in objectives.values()):
             own = ", ".join(f.name for f in dataclasses.fields(objectives[name]))
             raise UsageError(f"objective.{key} is no setting of {name}, which has {own}")
+        if unknown[0] in RENAMED:
+            raise UsageError(f"{unknown[0]} is now called {RENAMED[unknown[0]]}; rename it")
         raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
     config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
     if config.run.output is None:
@@ -111,24 +106,17 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _of_run(folder: Path) -> dict[str, Any]:
-    """The defaults of a run that goes on from another's product: what the other was trained with."""
+def _defaults_of_run(folder: Path, objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a run that starts from another run's student: what the other run was trained with."""
     run = folder.parent if folder.name == "pipeline" else folder
-    path = run.expanduser() / "config.toml"
-    settings = read_toml(path) if path.is_file() else {}
-    of_alias = {
-        k: v for k, v in ALIAS_DEFAULTS.get(settings.get("teacher.model", ""), {}).items() if k != "data.sources"
-    }
-    kept = ("data.resolution", "objective.w_min", "objective.w_max")
-    # The other methods that know guidance start from a teacher, and no teacher is a run's product.
-    is_free = "objective.name" in settings and omega_range(settings) is None
-    guidance = {"objective.guidance": "free"} if is_free else {}
-    return of_alias | {k: settings[k] for k in kept if k in settings} | guidance
-
-
-def _known(dotted: str, sections: Mapping[str, type]) -> bool:
-    section, _, key = dotted.partition(".")
-    return section in sections and key in {f.name for f in dataclasses.fields(sections[section])}
+    config = read_run_config(run.expanduser(), objectives)
+    if config is None:
+        return {}
+    alias = {k: v for k, v in ALIAS_DEFAULTS.get(config.teacher.model, {}).items() if k != "data.sources"}
+    inherited = ("data.resolution", "objective.w_min", "objective.w_max")
+    recorded = {key: value for key, value in flatten(config).items() if key in inherited}
+    # The other methods that know guidance start from a teacher, and no teacher is a run's student.
+    return alias | recorded | ({"objective.guidance": "free"} if omega_range(config) is None else {})
 
 
 def _closest(dotted: str, sections: Mapping[str, type]) -> str:
@@ -139,50 +127,6 @@ def _closest(dotted: str, sections: Mapping[str, type]) -> str:
     near = near or [k for k in every if "_" in k and "".join(w[0] for w in k.split(".")[1].split("_")) == key]
     near = near or difflib.get_close_matches(dotted, every, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; sections are {known_sections()}"
-
-
-def _build(section: str, cls: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    given = {
-        f.name: _coerce(f"{section}.{f.name}", values[f"{section}.{f.name}"], hints[f.name])
-        for f in dataclasses.fields(cls)
-        if f"{section}.{f.name}" in values
-    }
-    return cls(**given)
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or a UsageError that says what is allowed."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None or value == "none":
-            return None
-        return _coerce(key, value, next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        if value in args:
-            return value
-        raise UsageError(f"{key} is {value!r}; choose from {', '.join(map(str, args))}")
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, Sequence) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-        raise UsageError(f"{key} is {value!r}; it must be a list of strings")
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        if str(value) in [str(member) for member in hint]:
-            return hint(str(value))
-        raise UsageError(f"{key} is {str(value)!r}; choose from {', '.join(map(str, hint))}")
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-        raise UsageError(f"{key} is {value}; it must be a finite number")
-    if hint is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if hint is str and not isinstance(value, bool | list | dict):
-        return str(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint]
-    raise UsageError(f"{key} is {value!r}; it must be {kind}")
 
 
 def _is_positive(text: str) -> bool:

@@ -5,27 +5,6 @@ from enum import StrEnum
 from typing import Any, Literal
 
 
-class ObjectiveName(StrEnum):
-    """The keys of OBJECTIVES, spelled out so that --help needs no torch."""
-
-    lcm = "lcm"
-    lcf = "lcf"
-    tcd = "tcd"
-    cd = "cd"
-    ct = "ct"
-    ict = "ict"
-
-
-class SolverName(StrEnum):
-    """The keys of SOLVERS, spelled out so that --help needs no torch."""
-
-    ddim = "ddim"
-    euler = "euler"
-    heun = "heun"
-    dpm_solver = "dpm-solver"
-    dpm_solver_pp = "dpm-solver++"
-
-
 class Precision(StrEnum):
     """What autocast does around the network; schedules, conversions and the loss are fp32 always."""
 
@@ -33,18 +12,6 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class Format(StrEnum):
-    """The keys of EXPORTERS, spelled out so that --help needs no torch."""
-
-    pipeline = "pipeline"
-    fused = "fused"
-    kohya = "kohya"
-    diffusers_lora = "diffusers-lora"
-    peft = "peft"
-    single_file = "single-file"
-    onnx = "onnx"
 
 
 class PredictionType(StrEnum):
@@ -260,7 +227,7 @@ class RunSection:
 class RunConfig:
     """Everything a run is told. `objective` holds the fields of the chosen objective's own dataclass."""
 
-    objective_name: ObjectiveName = ObjectiveName.lcm
+    objective_name: str = "lcm"
     objective: Any = None
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)

@@ -114,15 +114,6 @@ def _or_one(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
-SOLVERS: dict[str, Solver] = {
-    "ddim": ddim,
-    "euler": euler,
-    "heun": heun,
-    "dpm-solver": dpm_solver,
-    "dpm-solver++": dpm_solver_pp,
-}
-
-
 def solve(denoiser: Denoiser, schedule: NoiseSchedule, noise: Tensor, points: int, solver: Solver = heun) -> Tensor:
     """From pure noise to clean images along the schedule's grid, (B, C, h, w) fp32.
 

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import has_trained_student, load_run_config, run_takes_omega, teacher_options
-from lcmdistill.config.schema import DataConfig
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.recorded import run_takes_omega
+from lcmdistill.config.schema import DataConfig, RunConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import kind_of, open_source
 from lcmdistill.data.sources.remote import REMOTE
@@ -27,6 +27,7 @@ from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_measure, f
 from lcmdistill.evaluation.results import write_sweep
 from lcmdistill.evaluation.self_consistency import curve
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, digest, sweep_run
+from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.generate import ModelToSample, check_steps, find_model, load_student
 from lcmdistill.sampling.prompts import default_prompts
 from lcmdistill.teachers.base import Teacher
@@ -77,7 +78,7 @@ class EvaluatedRun:
     """A finished run. guidance_scale: what it recommends, in the teacher's terms: of a LoRA what it was trained with."""
 
     run: Path
-    config: Mapping[str, Any]
+    config: RunConfig
     found: ModelToSample
 
     @property
@@ -105,10 +106,8 @@ class EvaluatedRun:
 
 def evaluated_run(run: Path) -> EvaluatedRun:
     """A run to be measured. Raises UsageError if it is none, or has not finished."""
-    config = load_run_config(run)
-    if not config:
-        raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
-    if config["objective.name"] == "lcf":
+    config = require_run_config(run)
+    if config.objective.info.start == "student":
         raise UsageError(
             f"{run} was fine-tuned without a teacher, and there is nothing to measure it against; sample it"
         )
@@ -123,14 +122,14 @@ def evaluate(runs: Sequence[Path], wish: EvaluationOptions) -> None:
     What is there from before, drawn alike, is not drawn again. Raises UsageError for what the user can mend.
     """
     subjects = [evaluated_run(run) for run in runs]
-    resolutions = sorted({s.config["data.resolution"] for s in subjects})
+    resolutions = sorted({s.config.data.resolution for s in subjects})
     if len(resolutions) > 1:
         raise UsageError(f"the runs draw at {resolutions} px and cannot be compared; evaluate each by itself")
     device = pick_device(wish.device)
     wish = replace(wish, real=real_source(subjects, wish))
     prompts, teacher, before = (), None, None
     for each in subjects:
-        settings = teacher_options(each.config)
+        settings = asdict(each.config.teacher)
         if teacher is None or settings != before:
             teacher, before = load_teacher(**settings), settings
             teacher.to(device)
@@ -167,10 +166,10 @@ def chosen_prompts(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions, te
     if teacher.in_pixels and wish.prompts is None:
         names = default_prompts(None, teacher.network)
         return tuple(names[i % len(names)] for i in range(count))
-    own = Path(resolve_alias(subjects[0].config["teacher.model"])) / "prompts-heldout.txt"
+    own = Path(resolve_alias(subjects[0].config.teacher.model)) / "prompts-heldout.txt"
     bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"
     path = wish.prompts or str(own if own.is_file() else bundled)
-    drew = [each.config.get("data.prompts") for each in subjects if "teacher" in each.config["data.sources"]]
+    drew = [each.config.data.prompts for each in subjects if "teacher" in each.config.data.sources]
     known = {prompt for file in drew for prompt in read_prompts(file)}
     asked = read_prompts(path)
     prompts = [prompt for prompt in asked if prompt not in known]
@@ -191,7 +190,7 @@ def _evaluate_one(
     device: torch.device,
 ) -> None:
     config, folder = each.config, each.run / "evaluation"
-    resolution = config["data.resolution"]
+    resolution = config.data.resolution
     sweep = Sweep(
         prompts=prompts,
         steps=wish.steps,
@@ -217,7 +216,7 @@ def _evaluate_one(
     )
     logger.info(f"{each.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
     logger.info(f"{len(sweep.cells())} cells, {sweep.evaluations} network evaluations, {_estimate(who, sweep)}")
-    cache = cache_root(DataConfig(cache_dir=config.get("data.cache_dir"))) / "evaluation"
+    cache = cache_root(DataConfig(cache_dir=config.data.cache_dir)) / "evaluation"
     with progress("evaluating", sweep.evaluations) as bar:
         done, last = [0], [""]
 
@@ -234,7 +233,7 @@ def _evaluate_one(
         "is_baked": each.is_baked,
         "held_out": not teacher.in_pixels,
         "has_classes": bool(teacher.own_prompts),
-        "trained_steps": config["optim.max_train_steps"],
+        "trained_steps": config.optim.max_train_steps,
     }
     write_sweep(folder, sweep, measures, more)
 
@@ -292,7 +291,7 @@ def chosen_measures(
     elif has_mobilenet():
         network = (MobileNetV2Features(), "MobileNetV2")
     if source and network:
-        real = real_images(source, each.config["data.resolution"], 2 * count)
+        real = real_images(source, each.config.data.resolution, 2 * count)
         measures["kid"] = kid_measure(*network, features_of(network[0], real), f"{len(real)} real images of {source}")
         about["real"] = [source, len(real), digest(real.mean((1, 2, 3)).tolist())]
     elif wish.features:
@@ -320,7 +319,7 @@ def _fid(each: EvaluatedRun, wish: EvaluationOptions, count: int, source: str | 
     if source is None:
         raise UsageError("--inception: FID needs real images, and the run has none; name some with --real")
     network = ScriptedFeatures(wish.inception, "--inception")
-    real = real_images(source, each.config["data.resolution"], max(count, FID_IMAGES))
+    real = real_images(source, each.config.data.resolution, max(count, FID_IMAGES))
     return fid_measure(network, wish.inception.stem, features_of(network, real), source)
 
 
@@ -328,7 +327,7 @@ def real_source(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions) -> st
     """Where real images are, the same for all runs: what was named, or the first of their data that holds any."""
     if wish.real is not None:
         return wish.real
-    return next((spec for each in subjects for spec in each.config["data.sources"] if _holds_images(spec)), None)
+    return next((spec for each in subjects for spec in each.config.data.sources if _holds_images(spec)), None)
 
 
 def _holds_images(spec: str) -> bool:

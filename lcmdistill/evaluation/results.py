@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.measures import Measure
 from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, picture_places
@@ -27,9 +28,9 @@ class Results:
     consistency: tuple[tuple[float, float, float], ...] = ()
     "noisiness, the student's error, the teacher's"
 
-    def is_of(self, config: Mapping[str, Any]) -> bool:
+    def is_of(self, config: RunConfig) -> bool:
         """Whether the run was trained as long then as it is now by its config."""
-        now = config["optim.max_train_steps"]
+        now = config.optim.max_train_steps
         return self.about.get("trained_steps", now) == now
 
     @property

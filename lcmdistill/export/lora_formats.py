@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcmdistill.config.methods import METHODS, a1111_clip_skip, omega_range
-from lcmdistill.config.recorded import objective_settings
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.sampling.student_pipeline import trained_steps
 from lcmdistill.students.lora import LoraLayer
@@ -28,6 +28,7 @@ from lcmdistill.students.lora_files import (
     rank_of,
 )
 from lcmdistill.teachers.naming import public_name
+from lcmdistill.teachers.overrides import a1111_clip_skip
 
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 "original layout -> sd-scripts' name of the base, by whose beginning A1111 and its kin know what a LoRA is for"
@@ -55,34 +56,34 @@ def adapter_config(lora: Lora) -> dict[str, Any]:
     }
 
 
-def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: Any) -> dict[str, str]:
+def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dict[str, str]:
     """The header that UIs show: base model, rank, alpha, omega in both conventions, and how the file is used.
 
-    recorded: {"section.key": value} of the run; base_pipeline: the teacher's, which tells the architecture.
+    config: the run's; base_pipeline: the teacher's, which tells the architecture.
     """
-    base, side = public_name(str(recorded["teacher.model"])), recorded["data.resolution"]
+    base, side = public_name(config.teacher.model), config.data.resolution
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     version = BASE_VERSIONS[layout] + ("_v" if layout != "sdxl" and prediction_type == "v_prediction" else "")
-    method, omegas = METHODS[recorded["objective.name"]], omega_range(recorded)
+    method, omegas = config.objective.info, omega_range(config)
     omega = (
         f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "its guidance left free"
     )
-    skip = recorded.get("teacher.clip_skip")
+    skip, k = config.teacher.clip_skip, getattr(config.objective, "skip", 1)
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts act"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        **file_header(recorded, title),
+        **file_header(config, title),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.description": f"{method.lora} {method.how} {base} with {omega}",
+        "modelspec.description": f"{method.lora_title} {method.relation} {base} with {omega}",
         "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1",
-        "modelspec.tags": f"{method.sampler.lower()},{method.lora.lower().replace(' ', '-')},lcmdistill",
+        "modelspec.tags": f"{method.sampler.lower()},{method.lora_title.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
-        **sampling_header(recorded, base_pipeline),
+        **sampling_header(config, base_pipeline),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
@@ -91,26 +92,26 @@ def header(lora: Lora, recorded: Mapping[str, Any], title: str, base_pipeline: A
         "ss_sd_model_name": base,
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": title,
-        "ss_steps": str(recorded["optim.max_train_steps"]),
-        "ss_learning_rate": str(recorded["optim.learning_rate"]),
-        "ss_seed": str(recorded["run.seed"]),
+        "ss_steps": str(config.optim.max_train_steps),
+        "ss_learning_rate": str(config.optim.learning_rate),
+        "ss_seed": str(config.run.seed),
         **({"ss_clip_skip": str(a1111_clip_skip(skip, is_xl=layout == "sdxl"))} if skip else {}),
-        "ss_mixed_precision": str(recorded["run.precision"]),
-        "ss_training_comment": f"{method.lora}, k = {recorded.get('objective.skip', 1)}, {omegas.omega if omegas else omega}",
+        "ss_mixed_precision": str(config.run.precision),
+        "ss_training_comment": f"{method.lora_title}, k = {k}, {omegas.omega if omegas else omega}",
     }
 
 
-def sampling_header(recorded: Mapping[str, Any], base_pipeline: Any) -> dict[str, str]:
+def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
     """Return the header strings that name the scheduler of a LoRA and the number of time steps it was trained at.
 
     Args:
-        recorded: The run's settings, {"section.key": value}.
+        config: The run's settings.
         base_pipeline: A pipeline with the teacher's number of time steps.
     """
     count = base_pipeline.scheduler.config.num_train_timesteps
     return {
-        SCHEDULER_KEY: METHODS[recorded["objective.name"]].scheduler,
-        ORIGINAL_STEPS_KEY: str(trained_steps(count, objective_settings(recorded))),
+        SCHEDULER_KEY: config.objective.info.scheduler,
+        ORIGINAL_STEPS_KEY: str(trained_steps(count, config.objective)),
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from lcmdistill.config.methods import omega_range
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.export import EXPORTERS
 from lcmdistill.export.diffusers_pipeline import write_pipeline
 from lcmdistill.export.lora_formats import header, write_diffusers_lora, write_kohya, write_peft
 from lcmdistill.export.onnx import cases_of, need_onnx, verify_onnx, write_onnx
@@ -112,7 +113,7 @@ def _trained(product: TrainedStudent, request: Request, lora: Lora) -> tuple[dic
         raise UsageError(
             f"a {type(trained).__name__} loads no such file; use --format peft, or fused for a full pipeline"
         )
-    told = header(lora, product.recorded, product.run.name, trained)
+    told = header(lora, product.config, product.run.name, trained)
     return told, network_outputs(trained.unet, request.guidance_scale) if request.verify else {}
 
 
@@ -133,8 +134,7 @@ def peft(product: TrainedStudent, request: Request) -> str:
     """A peft adapter folder."""
     lora = _lora_of(product, "peft")
     with atomic_dir(request.output) as aside:
-        base = public_name(str(product.recorded["teacher.model"]))
-        write_peft(lora, aside, base, product.sampling_header())
+        write_peft(lora, aside, public_name(product.config.teacher.model), product.sampling_header())
         if not request.verify:
             return f"{request.output}: not verified"
         from peft import PeftModel
@@ -151,7 +151,7 @@ def single_file(product: TrainedStudent, request: Request) -> str:
     _need_text_unet(made, "single-file")
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
-    bakes, free = has_omega_input(made.unet), omega_range(product.recorded) is None
+    bakes, free = has_omega_input(made.unet), omega_range(product.config) is None
     cfg = product.guidance_scale if free else 1.0
     with atomic_file(path) as aside, configs_of(made) as configs:
         write_single_file(
@@ -159,14 +159,14 @@ def single_file(product: TrainedStudent, request: Request) -> str:
             aside,
             dtype=request.dtype,
             guidance_scale=request.guidance_scale if bakes else None,
-            metadata=file_header(product.recorded, path.stem),
+            metadata=file_header(product.config, path.stem),
             method=product.method,
             cfg=cfg,
         )
         use = (
             f"put it among the checkpoints of A1111 or ComfyUI: {product.method.sampler} sampler, 4 steps, CFG {cfg:g}"
         )
-        omegas = omega_range(product.recorded)
+        omegas = omega_range(product.config)
         if bakes and omegas and not omegas.low <= request.guidance_scale - 1 <= omegas.high:
             use += f"; it was trained with guidance scales of {omegas.scale} and never saw {request.guidance_scale:g}"
         if not request.verify:
@@ -210,17 +210,6 @@ def _file(output: Path) -> Path:
     return output
 
 
-EXPORTERS: dict[str, Callable[[TrainedStudent, Request], str]] = {
-    "pipeline": pipeline,
-    "fused": fused,
-    "kohya": kohya,
-    "diffusers-lora": diffusers_lora,
-    "peft": peft,
-    "single-file": single_file,
-    "onnx": onnx,
-}
-
-
 def export(
     run: Path,
     name: str,
@@ -246,7 +235,7 @@ def export(
     if run.resolve() in output.resolve().parents and output.resolve().relative_to(run.resolve()).parts[0] in _OWN:
         raise UsageError(f"--output {output} lies in what the run itself writes; name a place outside of it")
     if guidance_scale is not None and (
-        name != "single-file" or product.lora is not None or not omega_range(product.recorded)
+        name != "single-file" or product.lora is not None or not omega_range(product.config)
     ):
         raise UsageError(
             f"--guidance-scale {guidance_scale:g} is for what bakes it in, the single file of a full student whose guidance is "

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lcmdistill.config.methods import METHODS, Method
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.bake_guidance import bake_omega
 from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
+from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.sampling.student_pipeline import STEPS
 from lcmdistill.teachers.naming import license_name, license_of, public_name
 from lcmdistill.teachers.pipelines import is_inpainting
@@ -70,7 +72,7 @@ def write_single_file(
     dtype: torch.dtype,
     guidance_scale: float | None = None,
     metadata: Mapping[str, str] | None = None,
-    method: Method = METHODS["lcm"],
+    method: MethodInfo = LatentConsistency.info,
     cfg: float = 1.0,
 ) -> None:
     """Write `path` (.safetensors).
@@ -104,17 +106,17 @@ def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
     return INPAINTING.get(layout, known) if known and is_inpainting(pipeline) else known
 
 
-def file_header(recorded: Mapping[str, Any], title: str) -> dict[str, str]:
-    """What a run's settings, {"section.key": value}, tell of a file: its title, licence, author, and what it was made from."""
-    model, repo = str(recorded["teacher.model"]), recorded.get("run.push_to_hub")
-    base, licence, method = public_name(model), license_name(license_of(model)), METHODS[recorded["objective.name"]]
-    told = {"modelspec.title": title, "modelspec.description": f"{method.full} {method.how} {base}"}
+def file_header(config: RunConfig, title: str) -> dict[str, str]:
+    """What a run's settings tell of a file: its title, licence, author, and what it was made from."""
+    model, repo = config.teacher.model, config.run.push_to_hub
+    base, licence, method = public_name(model), license_name(license_of(model)), config.objective.info
+    told = {"modelspec.title": title, "modelspec.description": f"{method.title} {method.relation} {base}"}
     told |= {"modelspec.license": licence} if licence else {}
-    return told | ({"modelspec.author": str(repo).partition("/")[0]} if repo else {})
+    return told | ({"modelspec.author": repo.partition("/")[0]} if repo else {})
 
 
 def header_of(
-    pipeline: Any, guidance_scale: float | None, method: Method = METHODS["lcm"], cfg: float = 1.0
+    pipeline: Any, guidance_scale: float | None, method: MethodInfo = LatentConsistency.info, cfg: float = 1.0
 ) -> dict[str, str]:
     """The safetensors header: what the file is and how it is to be sampled (ModelSpec 1.0.1).
 

@@ -1,5 +1,6 @@
 """What a run made, written and loaded again."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,11 @@ from typing import Any, Literal
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.config.methods import METHODS, Method
-from lcmdistill.config.recorded import has_trained_student, load_run_config, objective_settings, teacher_options
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.config.toml import flatten
 from lcmdistill.export.diffusers_pipeline import save_pipeline
 from lcmdistill.export.lora_formats import from_checkpoint, header, sampling_header, write_kohya, write_peft
+from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.lora import ONLINE, put_lora
 from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora
@@ -30,20 +30,20 @@ from lcmdistill.utils.run_dir import checkpoints, lora_file
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A finished run. recorded: its settings, {"section.key": value}; lora: its adapter, None for a full student.
+    """A finished run. config: its settings; lora: its adapter, None for a full student.
 
     weights: of a full student, those that are to take the place of its last ones.
     """
 
     run: Path
-    recorded: Mapping[str, Any]
+    config: RunConfig
     lora: Lora | None
     weights: Mapping[str, Tensor] | None = None
 
     @property
-    def method(self) -> Method:
+    def method(self) -> MethodInfo:
         """What the run's objective is called, and what samples its student."""
-        return METHODS[self.recorded["objective.name"]]
+        return self.config.objective.info
 
     @property
     def network_name(self) -> str:
@@ -59,7 +59,8 @@ class TrainedStudent:
     @property
     def guidance_scale(self) -> float:
         """What the run recommends to draw with, in diffusers' convention."""
-        return float(self.recorded["run.validation_guidance_scale"])
+        scale = self.config.run.validation_guidance_scale
+        return 1.0 if scale is None else scale
 
     @property
     def is_xl(self) -> bool:
@@ -71,18 +72,12 @@ class TrainedStudent:
 
     def teacher(self) -> Teacher:
         """The teacher, loaded afresh."""
-        return load_teacher(**teacher_options(self.recorded))
+        return load_teacher(**dataclasses.asdict(self.config.teacher))
 
     def base_pipeline(self) -> Any:
         """The teacher on the student's scheduler: what a LoRA is loaded into."""
         teacher = self.teacher()
-        return student_pipeline(
-            teacher,
-            teacher.network,
-            self.recorded["data.resolution"],
-            scheduler=self.method.scheduler,
-            objective=objective_settings(self.recorded),
-        )
+        return student_pipeline(teacher, teacher.network, self.config.data.resolution, objective=self.config.objective)
 
     def pipeline(self) -> Any:
         """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
@@ -104,16 +99,13 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
         with atomic_dir(folder / "lora") as aside:
             if teacher.network_name == "unet":
-                write_kohya(lora, aside / name, header(lora, flatten(config), folder.name, teacher.pipeline))
+                write_kohya(lora, aside / name, header(lora, config, folder.name, teacher.pipeline))
                 return folder / "lora" / name
             base = public_name(config.teacher.model)
-            write_peft(lora, aside, base, sampling_header(flatten(config), teacher.pipeline))  # the one format it has
+            write_peft(lora, aside, base, sampling_header(config, teacher.pipeline))  # the one format it has
             return folder / "lora"
-    scheduler, objective = METHODS[config.objective_name].scheduler, objective_settings(flatten(config))
     network = student.for_export()
-    pipeline = student_pipeline(teacher, network, config.data.resolution, scheduler=scheduler, objective=objective).to(
-        "cpu"
-    )
+    pipeline = student_pipeline(teacher, network, config.data.resolution, objective=config.objective).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", card)
     return folder / "pipeline"
 
@@ -123,24 +115,22 @@ def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -
 
     Raises UsageError if the folder is no run, the run has not finished, or it has kept no best.
     """
-    found = load_run_config(run)
-    if not found:
-        raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
-    if found.get("student.kind", "full") == "full":
+    config = require_run_config(run)
+    if config.student.kind == "full":
         if not has_trained_student(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-        return TrainedStudent(run, found, None, _best(run) if weights == "best" else None)
+        return TrainedStudent(run, config, None, _best(run) if weights == "best" else None)
     file, saved = lora_file(run), checkpoints(run / "checkpoints")
     if not saved:
         raise UsageError(
             f"{run / 'checkpoints'} holds no checkpoint, from which a LoRA is exported in all its precision; put it back, or "
             f"use {file} as it is"
         )
-    alpha = float(found["student.alpha"])
+    alpha = config.student.alpha
     if weights == "best":
-        return TrainedStudent(run, found, from_checkpoint(_best(run), alpha))
+        return TrainedStudent(run, config, from_checkpoint(_best(run), alpha))
     groups, _ = load_checkpoint(saved[-1])
-    return TrainedStudent(run, found, from_checkpoint(groups["target"] or groups["student"], alpha))
+    return TrainedStudent(run, config, from_checkpoint(groups["target"] or groups["student"], alpha))
 
 
 def _best(run: Path) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from lcmdistill.config.methods import METHODS, Method, a1111_clip_skip, describe_objective, omega_range
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.export.trained_student import TrainedStudent, load_trained_student
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.naming import (
@@ -25,6 +26,7 @@ from lcmdistill.teachers.naming import (
     public_path,
     redact_paths,
 )
+from lcmdistill.teachers.overrides import a1111_clip_skip
 from lcmdistill.utils.atomic import write_text
 
 _FULL_USE = """```python
@@ -100,8 +102,8 @@ _ELSEWHERE = {
 }
 
 
-def _image(method: Method, guidance: float, clip_skip: int = 0) -> str:
-    call = method.call(4, guidance)
+def _image(method: MethodInfo, guidance: float, clip_skip: int = 0) -> str:
+    call = method.pipeline_call(4, guidance)
     return f"image = {call.removesuffix(')') + f', clip_skip={clip_skip})' if clip_skip else call}.images[0]"
 
 
@@ -112,7 +114,7 @@ def card_for(
     file: str,
     model: str,
     *,
-    method: Method,
+    method: MethodInfo,
     guidance: float,
     has_omega_input: bool,
     is_xl: bool,
@@ -129,7 +131,7 @@ def card_for(
     if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
         return card
     base = "StableDiffusionXL" if is_xl else "StableDiffusion"
-    kind = "LatentConsistencyModel" if has_omega_input and not is_xl and method.scheduler == "LCMScheduler" else base
+    kind = "LatentConsistencyModel" if has_omega_input and not is_xl and not method.sampling_options else base
     values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": network}
     values |= {"scheduler": method.scheduler, "call": _image(method, guidance), "onnx_class": f"ORT{kind}Pipeline"}
     values |= {"file_class": f"{base}Pipeline", "loaded": loading_code(model, f"{base}Pipeline", method.scheduler)}
@@ -150,7 +152,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    method, objective = METHODS[config.objective_name], config.objective
+    method, objective = config.objective.info, config.objective
     name, is_lora, licence = (
         public_name(config.teacher.model),
         config.student.kind == "lora",
@@ -188,13 +190,13 @@ def model_card(
     if teacher.in_pixels:
         use = _pixel_use(folder, teacher)
     settings = redact_paths(flatten(config))
-    omegas = omega_range(settings)
+    omegas = omega_range(config)
     of_omega = (
         f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
         if omegas
         else "trained without guidance"
     )
-    kind = method.lora if is_lora else method.full
+    kind = method.lora_title if is_lora else method.title
     article = "An" if kind.startswith(("LCM", "LoRA")) else "A"
     size = f" of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else ""
     called = license_name(licence)
@@ -209,10 +211,10 @@ def model_card(
 
 # {folder.name}: {name} in 1 to 8 steps
 
-{article} {kind}{size} ({method.paper}), {method.how} `{name}` with lcmdistill. {terms}
+{article} {kind}{size} ({method.paper}), {method.relation} `{name}` with lcmdistill. {terms}
 
 - {"guidance as its start had it" if as_started else of_omega}
-- {config.optim.max_train_steps} optimiser steps, {describe_objective(settings)}, {config.data.resolution} px
+- {config.optim.max_train_steps} optimiser steps, {method.describe(objective)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
 {_pieces(config, is_xl=is_xl)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
@@ -292,10 +294,10 @@ def export_card(run: Path, name: str, place: str, file: str = "") -> str:
 def _export_card(product: TrainedStudent, name: str, place: str, file: str = "") -> str:
     path = product.run / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    free = omega_range(product.recorded) is None
+    free = omega_range(product.config) is None
     has_omega = product.lora is None and name in ("pipeline", "onnx") and not free
     loaded_as = "pipeline" if name == "fused" else name
-    model, method = str(product.recorded["teacher.model"]), product.method
+    model, method = product.config.teacher.model, product.method
     guidance = product.guidance_scale if has_omega or free else 1.0
     about = {"method": method, "guidance": guidance, "has_omega_input": has_omega, "is_xl": product.is_xl}
     return card_for(card, loaded_as, place, file, model, **about, network=product.network_name)

@@ -4,9 +4,9 @@ import logging
 import shlex
 from pathlib import Path
 
-from lcmdistill.config.recorded import load_run_config
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import export_card, pictures_of
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.utils.run_dir import lora_file
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ def publish_run(run: Path, repo: str) -> None:
 
     Raises RunError naming the command that uploads again.
     """
-    is_lora = load_run_config(run).get("student.kind") == "lora"
+    is_lora = require_run_config(run).student.kind == "lora"
     folder = run / ("lora" if is_lora else "pipeline")
     file = lora_file(run).name if is_lora else ""
     command = "distill-lora" if is_lora else "distill"

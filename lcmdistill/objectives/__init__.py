@@ -1,6 +1,11 @@
 """The training objectives, one file per paper. OBJECTIVES is the one place that lists them."""
 
+from typing import TYPE_CHECKING
+
 from lcmdistill.utils.registry import LazyRegistry
+
+if TYPE_CHECKING:
+    from lcmdistill.objectives.base import MethodInfo
 
 OBJECTIVES = LazyRegistry(
     {
@@ -12,3 +17,8 @@ OBJECTIVES = LazyRegistry(
         "ict": "lcmdistill.objectives.ct:ImprovedConsistencyTraining",
     }
 )
+
+
+def method_sampled_by(scheduler: str) -> "MethodInfo | None":
+    """Return a method whose students a diffusers scheduler class samples; None if it samples none of them."""
+    return next((each.info for each in OBJECTIVES.values() if each.info.scheduler == scheduler), None)

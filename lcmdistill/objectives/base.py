@@ -4,6 +4,7 @@ and the [objective] section of the configuration; the methods are the paper's al
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -14,6 +15,10 @@ from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 
 Omega = Literal["input", "teacher", "none"]
 "whether a full student is told omega: by an input of its own, as its teacher is, or never"
+
+
+EMPTY_PROMPTS: Mapping[str, Any] = MappingProxyType({"data.caption_drop": 0.1})
+"for a student without guidance of its own: the empty prompt is trained too, for CFG to pull away from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,11 @@ class MethodInfo:
         start: What it starts from: "teacher" (a diffusion model) or "student" (a finished few-step model).
         needs_images: Whether it cannot learn from latents that the teacher generates.
         tags: Tags of the model card.
+        summary: A format string over the objective's fields that states how it steps, such as "k = {skip}".
+        defaults: Defaults that the method sets outside [objective], {"section.key": value}.
+        free_guidance_defaults: Further ones where `objective.guidance` is free.
+        mutable_on_resume: Fields of the objective that a resumed run may be given differently.
+        decided_by_teacher: Fields of the objective that the teacher's files decide unless they are set.
     """
 
     key: str
@@ -55,6 +65,20 @@ class MethodInfo:
     start: Literal["teacher", "student"] = "teacher"
     needs_images: bool = False
     tags: tuple[str, ...] = ("consistency-model",)
+    summary: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    free_guidance_defaults: Mapping[str, Any] = field(default_factory=lambda: EMPTY_PROMPTS)
+    mutable_on_resume: tuple[str, ...] = ()
+    decided_by_teacher: tuple[str, ...] = ()
+
+    def describe(self, objective: "Objective") -> str:
+        """Return how an objective steps, in words: "ddim solver, k = 20"."""
+        return self.summary.format_map(vars(objective))
+
+    def pipeline_call(self, steps: int, guidance_scale: float) -> str:
+        """Return the Python code that generates an image with a pipeline of this method's students."""
+        options = "".join(f", {name}={value:g}" for name, value in self.sampling_options.items())
+        return f'pipeline("a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}{options})'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
-from lcmdistill.objectives.base import MethodInfo, State
+from lcmdistill.objectives.base import EMPTY_PROMPTS, MethodInfo, State
 from lcmdistill.objectives.common import (
     check_decay,
     check_lpips,
@@ -36,6 +36,8 @@ class ConsistencyDistillation:
         paper="Song et al. 2023, arXiv:2303.01469",
         algorithm="Algorithm 2",
         spaces=("latent", "pixel"),
+        summary="{solver} solver, N = {scales}",
+        defaults=EMPTY_PROMPTS,
     )
     scales: int = 51
     "N, the points of the grid: 18 or 40 in the paper; 51 lie 20 of Stable Diffusion's time steps apart"

@@ -6,11 +6,11 @@ Shapes: B batch, T number of the teacher's time steps, N number of points of a g
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.losses import DISTANCES, LossFunction
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule, ddim_grid
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.utils.device import copy_to_device
 
 

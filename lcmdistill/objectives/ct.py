@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lcmdistill.config.schema import TargetKind
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
-from lcmdistill.objectives.base import MethodInfo, State
+from lcmdistill.objectives.base import EMPTY_PROMPTS, MethodInfo, State
 from lcmdistill.objectives.common import check_decay, check_lpips, loss_function
 from lcmdistill.utils.device import copy_to_device
 
@@ -32,6 +33,9 @@ class ConsistencyTraining:
         algorithm="Algorithm 3",
         relation="trained from",
         spaces=("latent", "pixel"),
+        summary="N growing to {s1}",
+        defaults=EMPTY_PROMPTS,
+        mutable_on_resume=("curriculum_steps",),
     )
     growth: Literal["sqrt", "doubling"] = "sqrt"
     "how the grid's points grow: from s0 to s1 + 1 as in Song et al. 2023, app. C, or from s0 + 1 by doubling (iCT)"
@@ -134,6 +138,9 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
         algorithm="Table 1",
         relation="trained from",
         spaces=("latent", "pixel"),
+        summary="N growing to {s1}",
+        defaults={**EMPTY_PROMPTS, "student.target": TargetKind.live},
+        mutable_on_resume=("curriculum_steps",),
     )
     growth: Literal["sqrt", "doubling"] = "doubling"
     s0: int = 10

@@ -33,6 +33,8 @@ class LatentConsistencyFineTuning:
         start="student",
         needs_images=True,
         tags=("lcm", "latent-consistency-model"),
+        summary="k = {skip}",
+        decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
     "k, the skipping step: how many time steps lie between z_t and z_s; 1 to T"

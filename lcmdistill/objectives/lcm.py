@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import (
@@ -35,6 +35,8 @@ class LatentConsistency:
         paper="Luo et al. 2023, arXiv:2310.04378",
         algorithm="Algorithm 1",
         tags=("lcm", "latent-consistency-model"),
+        summary="{solver} solver, k = {skip}",
+        decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
     "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"

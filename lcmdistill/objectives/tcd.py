@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import (
@@ -50,6 +50,8 @@ class TrajectoryConsistency:
         sampler="TCD",
         sampling_options={"eta": 0.3},
         tags=("tcd", "trajectory-consistency-distillation"),
+        summary="{solver} solver, k = {skip}",
+        decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
     "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"

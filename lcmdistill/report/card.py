@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from lcmdistill.config.recorded import load_run_config
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.verdict import verdict
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.curves import consistency_charts, quality_charts, training_charts
 from lcmdistill.report.plots import write_plots
 from lcmdistill.utils.atomic import write_text
@@ -19,7 +19,7 @@ def add_to_card(run: Path) -> bool:
     what it is now."""
     results, path = read_results(run), run / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if results is None or not results.is_of(load_run_config(run)) or "\n## Use\n" not in card:
+    if results is None or not results.is_of(require_run_config(run)) or "\n## Use\n" not in card:
         return False
     plots = {"quality": [*quality_charts(results), *consistency_charts(results)]}
     plots["training"] = training_charts(read_metrics(run))

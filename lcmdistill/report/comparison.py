@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.recorded import load_run_config
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.verdict import seconds, verdict
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.charts import Chart, Series
 from lcmdistill.report.curves import good
 from lcmdistill.report.page import evaluation_rows, picture_of, render_page, run_description, table
@@ -40,7 +40,7 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
         rows.append(
             {
                 "name": name,
-                "what": run_description(load_run_config(run)),
+                "what": run_description(require_run_config(run)),
                 "headline": judged.headline,
                 "guidance": f"{results.guidance_scale:g}",
                 "time": "" if taken is None else f"{seconds(taken)} at {chosen} step{'s' * (chosen > 1)}",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.methods import METHODS, describe_objective, omega_range
 from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
@@ -212,44 +211,47 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> list[Row]:
-    from lcmdistill.config.recorded import has_trained_student, load_run_config, run_takes_omega
+    from lcmdistill.config.guidance import omega_range
+    from lcmdistill.config.recorded import run_takes_omega
+    from lcmdistill.objectives.recorded import has_trained_student, load_run_config
     from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
 
-    found = load_run_config(folder)
-    if not found:
+    config = load_run_config(folder)
+    if config is None:
         raise UsageError(f"{folder} is no run of lcmdistill: its config.toml is another program's")
-    method, lora = METHODS[found["objective.name"]], found.get("student.kind") == "lora"
+    method, is_lora = config.objective.info, config.student.kind == "lora"
+    title = method.lora_title if is_lora else method.title
     saved = checkpoints(folder / "checkpoints")
-    done, asked = (checkpoint_step(saved[-1]) if saved else 0), found["optim.max_train_steps"]
-    omegas = omega_range(found)
+    done, asked = (checkpoint_step(saved[-1]) if saved else 0), config.optim.max_train_steps
+    omegas = omega_range(config)
     guidance = (
         f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
     )
     has_pipeline = (folder / "pipeline").is_dir()
-    if found["objective.name"] == "lcf" and omegas and has_pipeline and not run_takes_omega(folder):
+    if method.start == "student" and omegas and has_pipeline and not run_takes_omega(folder):
         guidance = "as its start had it"
     rows = [
         ("run", str(folder)),
         (
             "what",
-            f"a run: {method.lora if lora else method.full} ({method.paper}), {method.how} {found['teacher.model']}",
+            f"a run: {title} ({method.paper}), {method.relation} {config.teacher.model}",
         ),
         (
             "steps",
             f"{done} of {asked}, "
-            f"{found['optim.batch_size']} x {found['optim.gradient_accumulation_steps']} samples per process",
+            f"{config.optim.batch_size} x {config.optim.gradient_accumulation_steps} samples per process",
         ),
-        ("objective", describe_objective(found) or str(found["objective.name"])),
+        ("objective", method.describe(config.objective)),
         ("guidance", guidance),
-        *([("clip skip", f"{skip}, as diffusers counts")] if (skip := found.get("teacher.clip_skip")) else []),
-        ("data", f"{', '.join(found['data.sources'])}, {found['data.resolution']} px"),
+        *([("clip skip", f"{skip}, as diffusers counts")] if (skip := config.teacher.clip_skip) else []),
+        ("data", f"{', '.join(config.data.sources)}, {config.data.resolution} px"),
         (
             "settings",
-            f"learning rate {found['optim.learning_rate']}, seed {found['run.seed']}, {found['run.precision']}",
+            f"learning rate {config.optim.learning_rate}, seed {config.run.seed}, {config.run.precision}",
         ),
     ]
     if not has_trained_student(folder):
         return [*rows, ("product", "none yet: run its command again to finish it")]
-    if lora:
+    if is_lora:
         return [*rows, *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path))]
     return [*rows, *_pipeline(folder / "pipeline")]

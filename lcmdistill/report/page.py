@@ -10,13 +10,14 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lcmdistill.config.methods import METHODS, describe_objective, omega_range
-from lcmdistill.config.recorded import load_run_config
-from lcmdistill.config.toml import settings_to_toml
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.sweep import Sampler
 from lcmdistill.evaluation.verdict import Verdict, seconds, verdict
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
 from lcmdistill.report.guidance import guidance_note
@@ -36,9 +37,7 @@ SAMPLERS = {"student": "student", "teacher": "teacher", "trailing": "teacher, fr
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html; returns its path. Raises UsageError if the folder is no run."""
-    config = load_run_config(run)
-    if not config:
-        raise UsageError(f"{run} is no run of lcmdistill: it holds no config.toml; name a folder such as runs/tiny-lcm")
+    config = require_run_config(run)
     path = run / "report.html"
     write_text(path, render_page("report.html", context(run, config)))
     return path
@@ -66,7 +65,7 @@ def evaluation_summary(run: Path) -> str:
     return "\n".join([f"{run.name}: {judged.headline}", *(f"  {reason}" for reason in judged.reasons)])
 
 
-def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def context(run: Path, config: RunConfig) -> dict[str, Any]:
     """All that the page of a run shows."""
     results, lines = read_results(run), read_metrics(run)
     judged = verdict(results) if results else None
@@ -89,7 +88,7 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "grids": validation_grids(run / "samples"),
         "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
         "made": configuration_rows(config),
-        "settings": settings_to_toml(redact_paths(config)).strip(),
+        "settings": settings_to_toml(redact_paths(flatten(config))).strip(),
     }
     titles = {"matrix": ("steps", "Steps and guidance"), "quality": ("quality", "How good"), "times": ("time", "Time")}
     titles |= {"training": ("training", "Training"), "grids": ("validation", "Validation")}
@@ -98,15 +97,15 @@ def context(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _warnings(run: Path, config: Mapping[str, Any], results: Results | None) -> list[str]:
+def _warnings(run: Path, config: RunConfig, results: Results | None) -> list[str]:
     """What a run's validations give reason to say, and an evaluation that is older than the run."""
-    metric = config.get("run.best_metric", "none")
+    metric = config.run.best_metric
     values = history(run, metric)
     said = [quality_warning(metric, values) if values else None, best_checkpoint_advice(run, metric)]
     if results and not results.is_of(config):
         said.append(
             f"what this page measures was drawn after {results.about['trained_steps']} training steps, and the run was taken "
-            f"to {config['optim.max_train_steps']} since; measure it anew: lcmdistill evaluate {quote(str(run))}"
+            f"to {config.optim.max_train_steps} since; measure it anew: lcmdistill evaluate {quote(str(run))}"
         )
     return [f"{text[0].upper()}{text[1:]}." for text in said if text]
 
@@ -119,51 +118,48 @@ def evaluation_rows(*groups: list[Chart]) -> list[dict[str, Any]]:
     return [{"chart": chart, "svg": Markup(to_svg(chart, i))} for i, chart in enumerate(charts)]
 
 
-def run_description(config: Mapping[str, Any]) -> str:
+def run_description(config: RunConfig) -> str:
     """One sentence: what was distilled from what."""
-    kind, method = (
-        "A LoRA" if config.get("student.kind") == "lora" else "A full student",
-        METHODS[config["objective.name"]],
-    )
-    size = config["optim.batch_size"] * config["optim.gradient_accumulation_steps"]
+    kind, method = "A LoRA" if config.student.kind == "lora" else "A full student", config.objective.info
+    size = config.optim.batch_size * config.optim.gradient_accumulation_steps
     return (
-        f"{kind}, {method.how} the teacher {public_name(config['teacher.model'])} by {config['objective.name'].upper()} in "
-        f"{config['optim.max_train_steps']} steps of {size} samples at {config['data.resolution']} px."
+        f"{kind}, {method.relation} the teacher {public_name(config.teacher.model)} by {config.objective_name.upper()} in "
+        f"{config.optim.max_train_steps} steps of {size} samples at {config.data.resolution} px."
     )
 
 
-def configuration_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def configuration_rows(config: RunConfig) -> list[tuple[str, str]]:
     """The settings that a reader asks for first."""
     omegas = omega_range(config)
     found = [
-        ("Teacher", public_name(config["teacher.model"])),
+        ("Teacher", public_name(config.teacher.model)),
         ("Student", _student(config)),
-        ("Objective", f"{config['objective.name']}, {describe_objective(config)}"),
-        ("Data", ", ".join(config["data.sources"])),
-        ("Optimiser", f"AdamW, learning rate {short(config['optim.learning_rate'])}, {config['optim.lr_scheduler']}"),
+        ("Objective", f"{config.objective_name}, {config.objective.info.describe(config.objective)}"),
+        ("Data", ", ".join(config.data.sources)),
+        ("Optimiser", f"AdamW, learning rate {short(config.optim.learning_rate)}, {config.optim.lr_scheduler}"),
         (
             "Length",
-            f"{config['optim.max_train_steps']} steps of {config['optim.batch_size']} x "
-            f"{config['optim.gradient_accumulation_steps']} samples",
+            f"{config.optim.max_train_steps} steps of {config.optim.batch_size} x "
+            f"{config.optim.gradient_accumulation_steps} samples",
         ),
-        ("Seed", str(config["run.seed"])),
+        ("Seed", str(config.run.seed)),
     ]
     if omegas is not None:
         found.insert(3, ("Guidance", f"guidance scale {omegas.scale} in diffusers' convention (omega is one less)"))
     return found
 
 
-def _student(config: Mapping[str, Any]) -> str:
-    if config.get("student.kind") == "lora":
-        return f"LoRA of rank {config['student.rank']}, alpha {config['student.alpha']:g}, target {config['student.target']}"
-    return f"full network, target {config['student.target']}"
+def _student(config: RunConfig) -> str:
+    if config.student.kind == "lora":
+        return f"LoRA of rank {config.student.rank}, alpha {config.student.alpha:g}, target {config.student.target}"
+    return f"full network, target {config.student.target}"
 
 
-def _training_about(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
+def _training_about(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     trained = [line for line in lines if "loss" in line]
-    size = config["optim.batch_size"] * config["optim.gradient_accumulation_steps"]
+    size = config.optim.batch_size * config.optim.gradient_accumulation_steps
     return (
-        f"{trained[-1]['step']} steps of {size} samples a process, logged every {config['run.log_every']}."
+        f"{trained[-1]['step']} steps of {size} samples a process, logged every {config.run.log_every}."
         if trained
         else ""
     )

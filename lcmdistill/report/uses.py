@@ -1,11 +1,11 @@
 """How a run's files are used in diffusers, ComfyUI, A1111 and on the command line."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lcmdistill.config.methods import ETA, METHODS, omega_range
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.single_file.inspect import read_header
 
@@ -18,25 +18,26 @@ def _class_of(lora: Path) -> str:
     return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
 
 
-def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any]]:
+def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
     """A card each: name, lines of text, and code where there is some. steps: how many are recommended."""
-    method, free = METHODS[config["objective.name"]], omega_range(config) is None
-    guidance = config["run.validation_guidance_scale"]
+    method, free = config.objective.info, omega_range(config) is None
+    guidance = config.run.validation_guidance_scale or 1.0
     settings = f"{steps} steps, CFG {guidance if free else 1:g}"
     sampler, comfy = (
         f"sampler {method.sampler}, {settings}",
         f"ModelSamplingDiscrete set to lcm; KSampler: sampler LCM, {settings}",
     )
-    if method.sampler == "TCD":  # which with eta 1 is the LCM sampler
-        sampler = f"sampler TCD with eta {ETA:g}, or LCM where there is no TCD, {settings}"
-        comfy += f". For TCD's own sampler with eta {ETA:g} add the custom nodes ComfyUI-TCD"
+    eta = method.sampling_options.get("eta")
+    if eta is not None:  # which with eta 1 is the LCM sampler
+        sampler = f"sampler TCD with eta {eta:g}, or LCM where there is no TCD, {settings}"
+        comfy += f". For TCD's own sampler with eta {eta:g} add the custom nodes ComfyUI-TCD"
     acts = "Guidance and negative prompts act when it draws, at twice the cost."
     command = {
         "name": "Command line",
         "lines": ["PNGs with their settings inside, and a grid."],
         "code": f'lcmdistill sample {quote(str(run))} --steps {steps} --prompt "a prompt"',
     }
-    if config.get("student.kind") == "lora":
+    if config.student.kind == "lora":
         file = f"{run.name}.safetensors"
         return [
             {
@@ -46,10 +47,10 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
                     + (f". {acts}" if free else "; its guidance is in its weights.")
                 ],
                 "code": _DIFFUSERS_LORA.format(
-                    loaded=loading_code(config["teacher.model"], _class_of(run / "lora" / file), method.scheduler),
+                    loaded=loading_code(config.teacher.model, _class_of(run / "lora" / file), method.scheduler),
                     run=run,
                     file=file,
-                    call=method.call(steps, guidance if free else 1),
+                    call=method.pipeline_call(steps, guidance if free else 1),
                 ),
             },
             {
@@ -79,7 +80,7 @@ def uses(run: Path, config: Mapping[str, Any], steps: int) -> list[dict[str, Any
                 if free
                 else "Guidance is an input of the network and costs nothing; negative prompts have no effect."
             ],
-            "code": _DIFFUSERS_FULL.format(run=run, call=method.call(steps, guidance)),
+            "code": _DIFFUSERS_FULL.format(run=run, call=method.pipeline_call(steps, guidance)),
         },
         {
             "name": "ComfyUI",

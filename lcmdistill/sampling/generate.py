@@ -1,5 +1,6 @@
 """Find a model, load it for sampling, and generate images with it."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lcmdistill.config.methods import METHODS, OmegaRange, omega_range
-from lcmdistill.config.recorded import load_run_config, run_takes_omega, teacher_options
+from lcmdistill.config.guidance import OmegaRange, omega_range
+from lcmdistill.config.recorded import run_takes_omega
+from lcmdistill.objectives import OBJECTIVES, method_sampled_by
+from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, is_pixel_pipeline, pipeline_kwargs, vp_scheduler
 from lcmdistill.students.lora import choose_adapters
@@ -24,6 +27,9 @@ from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SCHEDULER = "LCMScheduler"
+"for LoRAs that record no scheduler, on a model whose own is not a student's"
 
 
 @dataclass(frozen=True)
@@ -68,25 +74,25 @@ def find_model(model: str | None) -> ModelToSample:
         model = str(max(finished, key=lambda path: path.stat().st_mtime).parent.parent)
     run = Path(model).expanduser()
     config = load_run_config(run)
-    if not config:
+    if config is None:
         return ModelToSample(model)
-    options = teacher_options(config)
+    options = dataclasses.asdict(config.teacher)
+    teacher = options.pop("model")
     omegas = omega_range(config)
     recorded: dict[str, Any] = {
-        "guidance_scale": config.get("run.validation_guidance_scale"),
-        "resolution": config.get("data.resolution"),
-        "teacher": config["teacher.model"],
-        "precision": config.get("run.precision"),
+        "guidance_scale": config.run.validation_guidance_scale,
+        "resolution": config.data.resolution,
+        "teacher": teacher,
+        "precision": config.run.precision,
         "omegas": omegas,
         "is_baked": omegas is not None and not run_takes_omega(run),
     }
-    if config.get("student.kind") == "lora":
-        scheduler = METHODS[config["objective.name"]].scheduler
-        teacher = options.pop("model")
+    if config.student.kind == "lora":
+        scheduler = config.objective.info.scheduler
         return ModelToSample(teacher, loras=(str(lora_file(run)),), scheduler=scheduler, options=options, **recorded)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-    options = {key: value for key, value in options.items() if key in ("vae_dtype", "vae_tiling", "clip_skip")}
+    options = {key: options[key] for key in ("vae_dtype", "vae_tiling", "clip_skip")}
     return ModelToSample(str(run / "pipeline"), options=options, **recorded)
 
 
@@ -173,11 +179,11 @@ def scheduler_for_loras(loras: Sequence[str], current: str) -> str:
     """Return the scheduler class to sample LoRAs with.
 
     It is the class that the first LoRA records; a message reports the LoRAs that record another. Without a record it is
-    the model's current class if that is a student's, otherwise LCMScheduler.
+    the model's current class if that is a student's, otherwise DEFAULT_SCHEDULER.
     """
     recorded = [(lora, name) for lora in loras if (name := scheduler_of(lora)) is not None]
     if not recorded:
-        return current if current in ("LCMScheduler", "TCDScheduler") else "LCMScheduler"
+        return current if method_sampled_by(current) else DEFAULT_SCHEDULER
     (first, chosen), *others = recorded
     for lora, name in others:
         if name != chosen:
@@ -320,10 +326,11 @@ def guidance_warning(model: ModelToSample, guidance_scale: float) -> str | None:
 
 def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, negative_prompt: str | None) -> None:
     """Raise UsageError for an option that would have no effect."""
-    if eta is not None and type(pipeline.scheduler).__name__ != "TCDScheduler":
-        raise UsageError(
-            f"--eta is for a TCDScheduler, and this model has {type(pipeline.scheduler).__name__}; remove this option"
-        )
+    scheduler = type(pipeline.scheduler).__name__
+    method = method_sampled_by(scheduler)
+    if eta is not None and (method is None or "eta" not in method.sampling_options):
+        known = sorted({each.info.scheduler for each in OBJECTIVES.values() if "eta" in each.info.sampling_options})
+        raise UsageError(f"--eta is for a {', '.join(known)}, and this model has {scheduler}; remove this option")
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise UsageError(f"--eta is {eta}; it must be from 0 (no fresh noise) to 1")
     if is_pixel_pipeline(pipeline) and (negative_prompt is not None or guidance_scale != 1.0):

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+from lcmdistill.objectives.base import Objective
+from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.base import Teacher, has_omega_input
 from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size
 from lcmdistill.teachers.pixel import class_labels
@@ -21,7 +23,7 @@ ORIGINAL_STEPS = 50
 "diffusers' default of `original_inference_steps`: T / k for T = 1000 and k = 20"
 
 
-def trained_steps(num_steps: int, objective: Mapping[str, Any]) -> int:
+def trained_steps(num_steps: int, objective: Any) -> int:
     """Return how many of the teacher's T time steps a student samples from: diffusers' `original_inference_steps`.
 
     The schedulers of few-step students place this many time steps T / n apart, the last at T - 1, and sample at a
@@ -29,12 +31,12 @@ def trained_steps(num_steps: int, objective: Mapping[str, Any]) -> int:
 
     Args:
         num_steps: T, the number of the teacher's time steps.
-        objective: The objective's settings; methods without `skip` keep diffusers' default.
+        objective: The run's objective; methods without `skip` keep diffusers' default.
     """
-    skip = objective.get("skip")
+    skip = getattr(objective, "skip", None)
     if skip is None or num_steps <= skip:
         return min(ORIGINAL_STEPS, num_steps)
-    if objective.get("times", "grid") == "grid":
+    if objective.times == "grid":
         return num_steps // skip
     # Trained at every time step from k to T - 1: the default grid, unless its sampled steps could lie below k.
     least = num_steps // ORIGINAL_STEPS
@@ -60,19 +62,19 @@ def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | Non
     return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
 
 
-def student_scheduler(teacher: Teacher, name: str, objective: Mapping[str, Any]) -> Any:
-    """Return a student's scheduler: the named one for a VP teacher, that of Consistency Models for Karras' schedule.
+def student_scheduler(teacher: Teacher, objective: Objective) -> Any:
+    """Return a student's scheduler: the method's own for a VP teacher, that of Consistency Models for Karras' schedule.
 
     Args:
         teacher: The teacher, whose betas and prediction type the student keeps.
-        name: The scheduler's class for a VP teacher.
-        objective: The objective's settings, for `trained_steps`.
+        objective: The run's objective, which names the scheduler and decides the time steps.
     """
     from diffusers import CMStochasticIterativeScheduler
 
     schedule = teacher.schedule
     if not isinstance(schedule, KarrasSchedule):
-        return vp_scheduler(teacher.pipeline.scheduler.config, name, trained_steps(schedule.num_steps, objective))
+        count = trained_steps(schedule.num_steps, objective)
+        return vp_scheduler(teacher.pipeline.scheduler.config, objective.info.scheduler, count)
     return CMStochasticIterativeScheduler(
         num_train_timesteps=schedule.num_steps,
         sigma_min=schedule.sigma_min,
@@ -132,36 +134,36 @@ def student_pipeline(
     network: Any,
     resolution: int | None = None,
     *,
-    scheduler: str = "LCMScheduler",
-    objective: Mapping[str, Any] | None = None,
+    objective: Objective | None = None,
 ) -> Any:
     """Return the student as a pipeline of the teacher's class, with a `student_scheduler`.
 
     The class differs from the teacher's in two cases. A U-Net of a StableDiffusionPipeline that takes omega becomes a
-    LatentConsistencyModelPipeline; that class only runs such networks, and does not pass eta on to a TCDScheduler. A
-    network in pixel space becomes a ConsistencyModelPipeline. A student with guidance in its weights must be sampled at
-    guidance scale 1. The teacher's safety checker is included if it has one, because its license may require it.
+    LatentConsistencyModelPipeline; that class only runs such networks, and does not pass sampling options such as eta on
+    to the scheduler. A network in pixel space becomes a ConsistencyModelPipeline. A student with guidance in its weights
+    must be sampled at guidance scale 1. The teacher's safety checker is included if it has one, because its license may
+    require it.
 
     Args:
         teacher: The teacher, which provides all other components.
         network: The student's network.
         resolution: The pipeline's default resolution; None is the teacher's.
-        scheduler: The diffusers class that samples a latent student.
-        objective: The objective's settings, which decide the sampled time steps.
+        objective: The run's objective, which decides the scheduler and the sampled time steps; None is LCM's.
     """
     from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 
+    objective = objective if objective is not None else cast(Objective, LatentConsistency())
     # A transformer uses sample_size for its position embeddings, so it must not change there.
     if resolution is not None and teacher.network_name == "unet":
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     pipeline_class, source = type(teacher.pipeline), teacher.pipeline
-    if pipeline_class is StableDiffusionPipeline and has_omega_input(network) and scheduler == "LCMScheduler":
+    if pipeline_class is StableDiffusionPipeline and has_omega_input(network) and not objective.info.sampling_options:
         pipeline_class = LatentConsistencyModelPipeline
     if teacher.in_pixels:
         pipeline_class = ConsistencyModelPipeline
     # The config holds options that are not components, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, teacher.network_name: network}
-    options |= {"scheduler": student_scheduler(teacher, scheduler, objective or {})}
+    options |= {"scheduler": student_scheduler(teacher, objective)}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     accepted = signature(pipeline_class.__init__).parameters
     pipeline = pipeline_class(**{name: options[name] for name in accepted if name in options})

@@ -165,3 +165,8 @@ def skip_last_layers(pipeline: Any, count: int) -> None:
             for last in (layer.self_attn.out_proj, layer.mlp.fc2):
                 last.weight.zero_()
                 last.bias.zero_()
+
+
+def a1111_clip_skip(count: int, *, is_xl: bool) -> int:
+    """Return A1111's number for diffusers' clip_skip: it counts from the layer that is read, for SDXL the last but one."""
+    return count + (2 if is_xl else 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.config.methods import ETA
+from lcmdistill.objectives import method_sampled_by
 from lcmdistill.teachers.prompts import prompt_kwargs
 
 
@@ -38,7 +38,8 @@ def extra_call_kwargs(
     shown: image and mask, white where it is to be painted, for a pipeline that inpaints; without them everything is masked
     and the prompt alone decides.
     """
-    told: dict[str, Any] = {"eta": ETA} if type(pipeline.scheduler).__name__ == "TCDScheduler" else {}
+    method = method_sampled_by(type(pipeline.scheduler).__name__)
+    told: dict[str, Any] = dict(method.sampling_options) if method else {}
     if type(pipeline).__name__.startswith("PixArt"):
         # Sizes are taken as they are, and prompts as they are encoded for training.
         return told | {"use_resolution_binning": False, "clean_caption": False}
@@ -64,7 +65,7 @@ def pipeline_latents(
 
     noise: (B, C, h, w), where each trajectory starts; guidance_scale: diffusers' convention, omega + 1; dtype: of autocast
     around it all, by default the network's own; generator: for what a sampler draws on the way, one or one an image; eta: gamma
-    of a TCDScheduler, by default ETA.
+    of a TCDScheduler, by default the method's own.
     """
     network = network_of(pipeline)
     dtype = dtype or network.dtype

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from lcmdistill.config.methods import omega_range
-from lcmdistill.config.recorded import resumable_config
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.config.toml import flatten, to_toml
+from lcmdistill.config.toml import to_toml
 from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
+from lcmdistill.objectives import OBJECTIVES, method_sampled_by
+from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.student import AutocastNetwork
 from lcmdistill.teachers.base import Teacher, has_omega_input, needs_caption, supports_omega_input
@@ -54,7 +55,7 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         _check_pixels(config, teacher)
     if config.student.kind == "lora":
         check_layers(teacher.network, config.student)
-    omegas = omega_range(flatten(config))
+    omegas = omega_range(config)
     has_input = supports_omega_input(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
     if not has_input and omegas and omegas.low != omegas.high:
         raise UsageError(
@@ -98,8 +99,11 @@ def _check_pixels(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(
             "LoRA is not supported for pixel-space teachers, because no program reads one; use lcmdistill distill"
         )
-    if config.objective_name in ("tcd", "lcm", "lcf"):
-        raise UsageError(f"--objective {config.objective_name} is for latent models; in pixel space use cd, ct or ict")
+    if "pixel" not in config.objective.info.spaces:
+        *others, last = [name for name, each in OBJECTIVES.items() if "pixel" in each.info.spaces]
+        raise UsageError(
+            f"--objective {config.objective_name} is for latent models; in pixel space use {', '.join(others)} or {last}"
+        )
     # Loaded here for its errors, before data are prepared.
     if weights := getattr(config.objective, "lpips_weights", None):
         perceptual_distance(weights, torch.device("cpu"))
@@ -108,13 +112,14 @@ def _check_pixels(config: RunConfig, teacher: Teacher) -> None:
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError unless the method can start from this model: a teacher, or an LCM for fine-tuning."""
     sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
-    is_lcm = sampled_by == "LCMScheduler" or (has_omega_input(teacher.network) and sampled_by != "TCDScheduler")
-    if config.objective_name == "lcf":
-        if not is_lcm:
+    info, method = config.objective.info, method_sampled_by(sampled_by)
+    is_student = method is not None or has_omega_input(teacher.network)
+    if info.start == "student":
+        if not is_student or (method is not None and method.scheduler != info.scheduler):
             why = (
-                "is a TCD student, whose map is another"
-                if sampled_by == "TCDScheduler"
-                else "is none: it has neither an omega input nor an LCMScheduler"
+                f"is a {method.title}, whose map is another"
+                if method is not None
+                else f"is none: it has neither an omega input nor an {info.scheduler}"
             )
             raise UsageError(
                 f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
@@ -127,7 +132,7 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             raise UsageError("student.start is scratch, but --objective lcf fine-tunes an LCM; remove student.start")
         if "teacher" in config.data.sources:
             raise UsageError("--objective lcf trains on your own images; pass them with --data")
-    elif is_lcm or sampled_by == "TCDScheduler":
+    elif is_student:
         raise UsageError(
             f"{model} is already a few-step model and has no ODE to distill; pass its original teacher"
             f"{'' if teacher.in_pixels else ', or fine-tune an LCM with --objective lcf'}"

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.methods import FREE_GUIDANCE, omega_range
-from lcmdistill.config.recorded import has_trained_student, load_run_config, resumable_config
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.resolve import has_key, with_values
-from lcmdistill.config.schema import SECTIONS, RunConfig
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, to_toml
 from lcmdistill.data.survey import usable_count
+from lcmdistill.objectives.recorded import has_trained_student, load_run_config, resumable_config
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
@@ -19,6 +19,9 @@ from lcmdistill.utils.errors import UsageError, disk_error
 from lcmdistill.utils.run_dir import check_writable, checkpoint_step, checkpoints, step_name
 
 _MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
+
+FREE_GUIDANCE_SCALE = 2.0
+"the guidance scale to generate with where CFG acts on the student; high ones burn the colors at so few steps"
 
 # Keys that change neither the result nor its place: a resumed run may say them differently.
 MUTABLE_ON_RESUME = {
@@ -76,26 +79,30 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     )
     config = dataclasses.replace(config, chosen=config.chosen | DECIDED_BY_TEACHER)
     before = resumable_config(folder := Path(config.run.output or ""))
-    now, same_memory = flatten(config), config.run.memory == before.get("run.memory")
-    kept = [k for k, v in _asked(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")]
-    config = with_values(config, {key: before[key] for key in kept if key in before})
+    if before is not None:
+        now, planned, same_memory = flatten(config), flatten(before), config.run.memory == before.run.memory
+        kept = [k for k, v in _asked(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")]
+        config = with_values(config, {key: planned[key] for key in kept})
     optim = config.optim
-    count = config.data.max_samples or before.get("data.max_samples")
-    if count is None:
+    max_samples = config.data.max_samples or (before.data.max_samples if before else None)
+    if max_samples is None:
         needed = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
-        count = usable_count(config.data, needed, one_a_prompt=not teacher.in_pixels)
+        max_samples = usable_count(config.data, needed, one_a_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale
     if guidance is None:
-        where, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(flatten(config))
-        guidance = {"baked": 1.0, "free": FREE_GUIDANCE, "input": min(7.5, omegas.middle) if omegas else 1.0}[where]
+        where, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(config)
+        guidance = {"baked": 1.0, "free": FREE_GUIDANCE_SCALE, "input": min(7.5, omegas.middle) if omegas else 1.0}[
+            where
+        ]
     objective = config.objective
     if getattr(objective, "curriculum_steps", 0) is None:
-        whole = before.get("objective.curriculum_steps", optim.max_train_steps)
+        whole = getattr(before.objective, "curriculum_steps", None) if before else None
+        whole = optim.max_train_steps if whole is None else whole
         objective = dataclasses.replace(objective, curriculum_steps=whole)
     return dataclasses.replace(
         config,
         objective=objective,
-        data=dataclasses.replace(config.data, max_samples=count),
+        data=dataclasses.replace(config.data, max_samples=max_samples),
         run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
     )
 
@@ -126,17 +133,16 @@ def check_run(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
     check_writable(folder)
-    if not load_run_config(folder) and folder.is_dir() and any(folder.iterdir()):
+    if load_run_config(folder) is None and folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
-    before = resumable_config(folder)
-    if not before:
+    recorded = resumable_config(folder)
+    if recorded is None:
         return
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    now, before = flatten(config), flatten(recorded)
     unsettled = DECIDED_BY_TEACHER - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
-    before = {**_usual(), **before}  # a run that is older than a setting had its default
     keys = sorted(k for k in {*now, *before} - MUTABLE_ON_RESUME - unsettled if now.get(k) != before.get(k))
     keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
-    if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != before["optim.max_train_steps"]:
+    if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:
         keys.append("optim.max_train_steps")
     if keys:
         first = keys[0]
@@ -145,14 +151,6 @@ def check_run(config: RunConfig) -> None:
             f"{folder} holds a run with {first} = {before.get(first)!r}, and this command says {now.get(first)!r}{more}; "
             "repeat the first command to resume it, or name another --output"
         )
-
-
-def _usual() -> dict[str, Any]:
-    """The defaults of the settings that every run has, as a file would say them."""
-    every = {
-        f"{name}.{field.name}": field.default for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)
-    }
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in every.items() if v is not None}
 
 
 def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> None:

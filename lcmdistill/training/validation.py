@@ -11,8 +11,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lcmdistill.config.methods import METHODS, omega_range
-from lcmdistill.config.recorded import objective_settings
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.latent_cache import cache_root
@@ -44,14 +43,14 @@ class Validator:
         shape = (teacher.vae.config.latent_channels, side, side)
         seeds = [derive_seed(config.run.seed, "validation", prompt) for prompt in self._prompts]
         self._noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        objective, num_steps = objective_settings(flatten(config)), teacher.schedule.num_steps
+        objective, num_steps = config.objective, teacher.schedule.num_steps
         self._trained_steps = max(STEPS) if teacher.in_pixels else trained_steps(num_steps, objective)
         self._steps = [n for n in STEPS if n <= self._trained_steps]
         if config.run.validate_every and config.run.best_metric.endswith(
             tuple(f"_{n}" for n in STEPS if n > self._trained_steps)
         ):
             logger.info(
-                f"run.best_metric is {config.run.best_metric}, and objective.skip = {objective['skip']} trains only "
+                f"run.best_metric is {config.run.best_metric}, and objective.skip = {objective.skip} trains only "
                 f"{self._trained_steps} time steps: no best checkpoint is kept; choose a metric of at most that many steps"
             )
         self._reference: Pixels | None = None
@@ -75,7 +74,7 @@ class Validator:
         config, teacher = self._config, self._teacher
         scale = config.run.validation_guidance_scale or 1.0
         if guidance_of(teacher, config.student, config.objective.omega) == "baked" and not teacher.in_pixels:
-            omegas = omega_range(flatten(config))
+            omegas = omega_range(config)
             scale = omegas.middle if omegas else 1.0
         drawing = [self._prompts, config.run.seed, config.data.resolution, scale, str(dtype)]
         self._about = [teacher.fingerprint(with_network=True), *drawing]
@@ -99,14 +98,8 @@ class Validator:
         What a student draws that has learnt nothing is kept, for every run that begins so.
         """
         teacher, device = self._teacher, network.device
-        scheduler = METHODS[self._config.objective_name].scheduler
-        pipeline = student_pipeline(
-            teacher,
-            network,
-            self._config.data.resolution,
-            scheduler=scheduler,
-            objective=objective_settings(flatten(self._config)),
-        )
+        config = self._config
+        pipeline = student_pipeline(teacher, network, config.data.resolution, objective=config.objective)
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         resting = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
         for part in resting:

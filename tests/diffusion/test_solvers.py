@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.parameterization import PREDICTION_TYPES, X0Eps
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.diffusion.solvers import SOLVERS, Denoiser, ddim, euler, heun, solve
+from lcmdistill.diffusion.solvers import Denoiser, ddim, euler, heun, solve
 from tests.support.oracle import Gaussian, slope, smooth_schedule
 from tests.support.solvers import ORDER, network_denoiser, noise
 

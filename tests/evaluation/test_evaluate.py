@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcmdistill.config.resolve import with_values
 from lcmdistill.evaluation import evaluate as program
 from lcmdistill.evaluation import sweep
 from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
@@ -322,14 +323,14 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
 
     def chosen(count: int, **config: Any) -> tuple[str, ...]:
         asked = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=count)
-        other = program.EvaluatedRun(each.run, {**each.config, **config}, each.found)
+        other = program.EvaluatedRun(each.run, with_values(each.config, config), each.found)
         return program.chosen_prompts([other], asked, teacher)
 
-    own = {"data.sources": ["teacher"], "data.prompts": str(tmp_path / "trained.txt")}
+    own: dict[str, Any] = {"data.sources": ("teacher",), "data.prompts": str(tmp_path / "trained.txt")}
     assert chosen(2) == ("a", "c")
     assert chosen(6) == ("a", "b", "c", "d", "a", "b")
     assert chosen(2, **own) == ("a", "d")
-    both = [program.EvaluatedRun(each.run, {**each.config, **more}, each.found) for more in ({}, own)]
+    both = [program.EvaluatedRun(each.run, with_values(each.config, more), each.found) for more in ({}, own)]
     asked = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=2)
     assert program.chosen_prompts(both, asked, teacher) == ("a", "d")  # held out of the one and the other
     (tmp_path / "trained.txt").write_text("a\nb\nc\nd\n")
@@ -358,7 +359,10 @@ def test_runs_are_held_against_the_same_real_images(small_run: Path, tmp_path: P
     each = program.evaluated_run(small_run)
 
     def source(*data: str, real: str | None = None) -> str | None:
-        some = [program.EvaluatedRun(each.run, {**each.config, "data.sources": [spec]}, each.found) for spec in data]
+        some = [
+            program.EvaluatedRun(each.run, with_values(each.config, {"data.sources": (spec,)}), each.found)
+            for spec in data
+        ]
         return program.real_source(some, EvaluationOptions(real=real))
 
     assert source("teacher", str(image_folder), "tiny") == str(image_folder)
@@ -379,7 +383,7 @@ def test_guidance_that_is_in_the_weights_cannot_be_asked_for(
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, small_run: Path):
-    with pytest.raises(UsageError, match="is no run of lcmdistill"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         evaluate([tmp_path], EvaluationOptions())
     (tmp_path / "config.toml").write_bytes((small_run / "config.toml").read_bytes())
     with pytest.raises(UsageError, match="has not finished"):

@@ -179,7 +179,7 @@ def test_the_time_steps_are_those_that_were_trained(small_run: Path) -> None:
 def test_sampled_time_steps_are_trained_for_every_skip(skip: int, times: str, name: str) -> None:
     from diffusers import DDIMScheduler
 
-    count = trained_steps(1000, {"skip": skip, "times": times})
+    count = trained_steps(1000, SimpleNamespace(skip=skip, times=times))
     trained = set(ddim_grid(1000, skip).tolist()) if times == "grid" else set(range(skip, 1000))
     scheduler = vp_scheduler(DDIMScheduler().config, name, count)
     if times == "grid":
@@ -200,8 +200,8 @@ def test_sampled_time_steps_are_trained_for_every_skip(skip: int, times: str, na
 
 
 def test_methods_without_a_skip_keep_the_default_time_steps() -> None:
-    assert trained_steps(1000, {"scales": 18}) == 50
-    assert trained_steps(1000, {"skip": 7, "times": "all"}) == 50
+    assert trained_steps(1000, SimpleNamespace(scales=18)) == 50
+    assert trained_steps(1000, SimpleNamespace(skip=7, times="all")) == 50
 
 
 def test_a_pipeline_is_whole_or_the_old_one(tmp_path: Path, small_teacher: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lcmdistill.cli import app
-from lcmdistill.config.toml import flatten, read_toml
+from lcmdistill.config.resolve import with_values
+from lcmdistill.config.toml import read_toml
 from lcmdistill.export import registry as exporting
 from lcmdistill.export.lora_formats import header
 from lcmdistill.export.trained_student import load_trained_student, write_trained_student
@@ -118,7 +119,7 @@ def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
         "run.output": "/home/me/runs/x",
     }
     config = resolve({}, {**own, "run.push_to_hub": "me/mine"})
-    told = header(product.lora, flatten(config), "it", product.base_pipeline())
+    told = header(product.lora, config, "it", product.base_pipeline())
     assert (told["ss_sd_model_name"], told["modelspec.author"]) == (stands_for, "me")
     assert told.get("modelspec.license") == licence
     card = model_card(config, Path("x"), product.teacher())
@@ -135,9 +136,9 @@ def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
         assert "secret" not in text
         assert str(small_teacher.parent) not in text
         assert "/opt" not in text
-    recorded = {**product.recorded, "teacher.model": alias}
+    recorded = with_values(product.config, {"teacher.model": alias})
     request = exporting.Request(tmp_path / "peft", torch.float32, 1.0, verify=False)
-    exporting.peft(replace(product, recorded=recorded), request)
+    exporting.peft(replace(product, config=recorded), request)
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == stands_for
 
@@ -155,7 +156,7 @@ def test_the_header_tells_the_bases_architecture(
 ):
     product = load_trained_student(lora_run)
     assert product.lora is not None
-    told = header(product.lora, product.recorded, "it", opened(BUILDERS[layout](tmp_path / "base")))
+    told = header(product.lora, product.config, "it", opened(BUILDERS[layout](tmp_path / "base")))
     assert told["modelspec.architecture"] == architecture
     assert (told["ss_base_model_version"], told["ss_v2"]) == (version, is_v2)
 
@@ -354,7 +355,7 @@ def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
     told = capsys.readouterr().out
     assert ("is for a TCDScheduler, and" in told) == said
     if own == "DDIMScheduler" and not said:
-        pipeline = load_student(load_trained_student(lora_run).recorded["teacher.model"], torch.device("cpu"), loras)
+        pipeline = load_student(load_trained_student(lora_run).config.teacher.model, torch.device("cpu"), loras)
         assert type(pipeline.scheduler).__name__ == chosen
 
 

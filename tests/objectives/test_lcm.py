@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.diffusion.types import Batch, Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives import OBJECTIVES, common
 from lcmdistill.objectives.common import sample_times

@@ -8,6 +8,7 @@ import pytest
 from lcmdistill.report.charts import Chart, Series, described, short, to_svg
 from lcmdistill.report.curves import loss_by_noise, training_charts
 from lcmdistill.report.uses import uses
+from tests.support.runs import resolve
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,8 @@ def test_the_loss_by_noise_is_told_by_thirds_of_the_training():
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_how_to_use_it_names_the_files_that_are_there(kind: str):
-    config = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 7.5}
-    config |= {"objective.name": "lcm", "objective.w_min": 5.0, "objective.w_max": 15.0}
+    flags = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 7.5}
+    config = resolve({}, flags)
     cards = {use["name"]: use for use in uses(Path("runs/x"), config, 2)}
     assert list(cards) == ["diffusers", "ComfyUI", "A1111", "Command line"]
     assert "num_inference_steps=2" in cards["diffusers"]["code"]

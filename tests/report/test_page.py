@@ -299,8 +299,8 @@ def test_a_run_that_is_named_by_a_dot_keeps_its_name(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "nowhere"], "nowhere is no run of lcmdistill"),
-        (["report", "nowhere"], "nowhere is no run of lcmdistill"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
         (["evaluate", "nowhere", "--steps", "a"], "--steps is 'a'; it must be numbers with commas, such as 1,2,4,8"),
         (["evaluate", "nowhere", "--steps", "0,1"], "--steps is '0,1'; each number must be from 1 to 1000"),
         (["evaluate", "nowhere", "--guidance-scale", ""], "--guidance-scale is ''; each number must be from 1 to 1000"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcmdistill.config.methods import OmegaRange
+from lcmdistill.config.guidance import OmegaRange
 from lcmdistill.sampling.generate import (
     ModelToSample,
     find_model,

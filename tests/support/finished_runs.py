@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lcmdistill.config.schema import StudentConfig
-from lcmdistill.config.toml import flatten, to_toml
+from lcmdistill.config.toml import to_toml
 from lcmdistill.export.diffusers_pipeline import save_pipeline
 from lcmdistill.export.lora_formats import from_checkpoint, header, write_kohya
 from lcmdistill.hub.model_card import write_run_card
@@ -41,7 +41,7 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     config = resolve({}, flags)
     if kind == "lora":
         lora = from_checkpoint(adapter, 3.0)
-        told = header(lora, flatten(config), run.name, teacher.pipeline)
+        told = header(lora, config, run.name, teacher.pipeline)
         write_kohya(lora, run / "lora" / f"{run.name}.safetensors", told)
     (run / "config.toml").write_text(to_toml(config))
     write_run_card(config, run, teacher)

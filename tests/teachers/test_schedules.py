@@ -13,9 +13,9 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.chunks import draw_spacing
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.schedules import ddim_grid, vp_schedule
-from lcmdistill.diffusion.solvers import SOLVERS
 from lcmdistill.sampling.student_pipeline import vp_scheduler
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import UsageError

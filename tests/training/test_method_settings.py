@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from lcmdistill.config.recorded import load_run_config
 from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.export.registry import export
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.sampling.generate import find_model, load_student
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pipelines import extra_call_kwargs
@@ -68,7 +68,7 @@ def test_negative_prompts_act_where_guidance_is_free(
     free = {} if objective == "cd" else {"objective__guidance": "free"}
     lora = {"student__kind": "lora", "student__rank": 4, "student__alpha": 4.0} if kind == "lora" else {}
     folder = method_run(objective, optim__max_train_steps=2, **free, **lora)
-    assert load_run_config(folder)["run.validation_guidance_scale"] == 2.0
+    assert require_run_config(folder).run.validation_guidance_scale == 2.0
     pictures = []
     for i, more in enumerate(([], ["--negative-prompt", "blue sky"], ["--guidance-scale", 4])):
         code, said, error = command("sample", folder, "--prompt", "red heart", "--output", f"out{i}", *more)
@@ -90,14 +90,14 @@ def test_lcf_leaves_guidance_free_where_the_lcm_s_is(
 ) -> None:
     start = method_run("lcm", "free", objective__guidance="free", optim__max_train_steps=1)
     folder = method_run("lcf", "tuned", teacher__model=str(start / "pipeline"), optim__max_train_steps=1)
-    told = load_run_config(folder)
-    assert (told["objective.guidance"], told["data.caption_drop"]) == ("free", 0.1)
-    assert told["run.validation_guidance_scale"] == 2.0
+    config = require_run_config(folder)
+    assert (config.objective.guidance, config.data.caption_drop) == ("free", 0.1)
+    assert config.run.validation_guidance_scale == 2.0
     code, said, _ = command("info", folder)
     assert (code, bool(re.search(r"guidance +left free", said))) == (0, True)
     (start / "pipeline").rename(tmp_path / "of-nobody")
     again = method_run("lcf", "baked", teacher__model=str(tmp_path / "of-nobody"), optim__max_train_steps=1)
-    assert load_run_config(again)["objective.guidance"] == "baked"
+    assert require_run_config(again).objective.guidance == "baked"
     assert re.search(r"guidance +as its start had it", command("info", again)[1])
     code, said, error = command(
         "sample", folder, "--prompt", "red heart", "--negative-prompt", "blue", "--output", "out"
@@ -117,7 +117,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
     export(lora, "fused", tmp_path / "fused", dtype="fp32", guidance_scale=None, verify=False)
     folder = method_run("lcf", "of-fused", teacher__model=str(tmp_path / "fused"), optim__max_train_steps=1)
     assert index(folder)["_class_name"] == "StableDiffusionPipeline"
-    assert load_run_config(folder)["run.validation_guidance_scale"] == 1.0
+    assert require_run_config(folder).run.validation_guidance_scale == 1.0
     card = (folder / "README.md").read_text().partition("## Configuration")[0]
     assert "- guidance as its start had it\n" in card  # it was told no omega
     assert "omega 5" not in card
@@ -173,9 +173,9 @@ def test_a_curriculum_is_as_long_as_the_run_and_keeps_its_length(
     method_run: MethodRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = method_run("ct")
-    assert load_run_config(folder)["objective.curriculum_steps"] == 4
+    assert require_run_config(folder).objective.curriculum_steps == 4
     method_run("ct", optim__max_train_steps=6)
-    assert load_run_config(folder)["objective.curriculum_steps"] == 4
+    assert require_run_config(folder).objective.curriculum_steps == 4
     with pytest.raises(UsageError, match=r"objective\.curriculum_steps = 4, and this command says 9"):
         method_run("ct", optim__max_train_steps=8, objective__curriculum_steps=9)
 

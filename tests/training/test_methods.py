@@ -10,7 +10,6 @@ import torch
 from diffusers.schedulers.scheduling_tcd import TCDScheduler
 from safetensors import safe_open
 
-from lcmdistill.config.methods import METHODS
 from lcmdistill.diffusion.parameterization import to_x0_eps
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.export.registry import export
@@ -19,6 +18,7 @@ from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.report.uses import uses
 from lcmdistill.sampling.generate import find_model, generate, load_student
 from tests.support.methods import MethodRunner, index
+from tests.support.runs import resolve
 from tests.support.teachers import Command
 from tests.support.training import assert_same, losses
 
@@ -147,11 +147,12 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     assert header["modelspec.description"].startswith("TCD student distilled from small")
 
 
-@pytest.mark.parametrize("objective", list(METHODS))
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_what_users_are_told_names_the_method_s_own_sampler(objective: str, kind: str) -> None:
-    config = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 2.0}
-    cards = {use["name"]: use for use in uses(Path("runs/x"), config | {"objective.name": objective}, 4)}
+    flags = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 2.0}
+    config = resolve({}, {**flags, "objective.name": objective})
+    cards = {use["name"]: use for use in uses(Path("runs/x"), config, 4)}
     if objective == "tcd":
         assert "sampler TCD with eta 0.3" in cards["A1111"]["lines"][1]
         assert "ComfyUI-TCD" in cards["ComfyUI"]["lines"][1]
@@ -159,4 +160,4 @@ def test_what_users_are_told_names_the_method_s_own_sampler(objective: str, kind
         assert "sampler LCM" in cards["A1111"]["lines"][1]
         assert "TCD" not in str(cards)
     if kind == "lora":
-        assert METHODS[objective].scheduler in cards["diffusers"]["code"]
+        assert OBJECTIVES[objective].info.scheduler in cards["diffusers"]["code"]

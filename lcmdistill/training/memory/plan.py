@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lcmdistill.config.recorded import resumable_config
 from lcmdistill.config.resolve import with_values
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.memory.estimate import SLACK, Breakdown, optimizer_bytes, step_memory, usable
 from lcmdistill.training.optimizer import has_bitsandbytes
@@ -170,7 +170,7 @@ def plan_memory(
     room = usable(float(memory) * GIB if whole_gpu else free, whole_gpu=whole_gpu)
     if whole_gpu:
         cap_memory(device, room * SLACK)
-    if before.get("run.memory") == memory:
+    if before is not None and before.run.memory == memory:
         return Plan(config, (), needed(config), room)
     plan = choose_plan(config, needed, room, allow_8bit=device.type == "cuda" and not before and has_bitsandbytes())
     if not plan.fits and whole_gpu:
