@@ -7,9 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from lcmdistill.utils.errors import disk_error
 
 PACKAGE = "lcmdistill"
 LOG_FILE = "log.txt"
@@ -48,13 +50,22 @@ def configure_console() -> None:
         root.propagate = False
 
 
+class _LogFileHandler(logging.FileHandler):
+    """A log file that loses records on a full disk, without a traceback: what needs the disk reports it in one sentence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if error is None or not disk_error(error):
+            super().handleError(record)
+
+
 @contextmanager
 def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
     """Append the package's messages, DEBUG included, and all Python warnings to `log.txt` in a run folder.
 
     Warnings go to the file instead of the console. For the main process; a resumed run appends to the same file.
     """
-    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s rank {rank}  %(message)s"))
     root, warnings = logging.getLogger(PACKAGE), logging.getLogger("py.warnings")
     level, propagate = root.level, warnings.propagate
@@ -72,7 +83,8 @@ def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
         warnings.removeHandler(handler)
         root.removeHandler(handler)
         root.setLevel(level)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 class Progress:

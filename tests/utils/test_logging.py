@@ -48,6 +48,15 @@ def test_an_application_s_own_handlers_get_no_more_than_before(tmp_path: Path, m
     assert root.handlers == [application]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_loses_the_log_and_shows_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with log_file(tmp_path):
+        logger.info("message")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("message\n", "")
+
+
 SCRIPT = """
 import logging
 from lcmdistill.utils.logging import configure_console, progress
