@@ -14,7 +14,7 @@ from lcmdistill.cli.info import info
 from lcmdistill.cli.sample import sample
 from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import explain
-from lcmdistill.utils.logging import configure_console
+from lcmdistill.utils.logging import configure_console, discard_output
 from lcmdistill.utils.runtime import configure_process
 
 # The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
@@ -48,7 +48,13 @@ def main() -> None:
     except BaseException as error:
         if "--debug" in sys.argv[1:]:
             raise
-        code = _show(error) if isinstance(error, PARSER_ERROR) else _tell(*explain(error))
+        if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
+            discard_output()
+            code = (
+                128 + 13
+            )  # as SIGPIPE ends a program, without a word: the reader, such as `head`, has closed the pipe
+        else:
+            code = _show(error) if isinstance(error, PARSER_ERROR) else _tell(*explain(error))
     sys.exit(code or 0)
 
 

@@ -36,7 +36,7 @@ class ConsoleHandler(logging.Handler):
 def discard_output() -> None:
     """Send standard output to the null device, so that neither this program nor Python's exit writes to a closed pipe."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, 1)
     os.close(null)
 
 

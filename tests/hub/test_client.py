@@ -310,7 +310,7 @@ def test_a_failed_upload_leaves_the_run_and_names_the_command_that_uploads_again
     assert program == "lcmdistill"
     assert command(monkeypatch, *again) == 0
     told = capsys.readouterr()
-    assert "nothing is left to do" in told.out
+    assert "nothing to do" in told.out
     assert (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     assert {"README.md", "model_index.json"} <= set(online.repos["me/mine"])
     assert TOKEN not in error + told.out + told.err

@@ -196,7 +196,7 @@ def test_a_finished_run_is_left_alone_and_says_so(train_run: Runner, capsys: pyt
     capsys.readouterr()
     for steps in (4, 3):
         train_run(run__validate_every=2, run__validation_prompts=("red heart",), optim__max_train_steps=steps)
-        assert "nothing is left to do" in capsys.readouterr().out
+        assert "nothing to do" in capsys.readouterr().out
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
     assert after == before
 
@@ -228,7 +228,7 @@ def test_dates_do_not_tell_whether_a_run_has_finished(train_run: Runner, capsys:
         os.utime(path, (2e9, 2e9))
     capsys.readouterr()
     train_run()
-    assert "nothing is left to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_first_attempt_that_failed_decides_nothing_for_the_next(
