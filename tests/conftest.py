@@ -31,12 +31,10 @@ def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve real emoji of the bundled shards as PNGs with captions beside them."""
-    from itertools import islice
-
-    from lcmdistill.data.sources.registry import open_source
+    from lcmdistill.data.sources.registry import make_source
 
     folder = tmp_path_factory.mktemp("images")
-    for i, member in enumerate(islice(open_source("tiny", None), 12)):
+    for i, member in enumerate(make_source("tiny").members(12)):
         assert isinstance(member.image, bytes)
         (folder / f"{i:02d}.webp").write_bytes(member.image)
         (folder / f"{i:02d}.txt").write_text(member.caption or "")

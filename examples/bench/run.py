@@ -37,7 +37,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.sampler import SampleOrder
-from lcmdistill.data.sources.registry import open_source
+from lcmdistill.data.sources.registry import make_source
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.objectives import OBJECTIVES
@@ -125,7 +125,7 @@ def product(name: str, device: torch.device, **more: Any) -> tuple[Trainer, Teac
     """A run of the product at its first step, its caches warm."""
     config, teacher = settings(name, **more), teacher_of(name, device)
     if name == "tiny":
-        folder = prepare("tiny", config.data, teacher, config.run.seed)
+        folder = prepare(make_source("tiny"), config.data, teacher, config.run.seed)
         dataset: Any = LatentDataset([folder], [config.data.max_samples])
     else:
         from memory import Latents
@@ -139,7 +139,7 @@ def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator
     seed, side, batch, schedule = config.run.seed, config.data.resolution, config.optim.batch_size, teacher.schedule
     size, members = 64, []
     if name == "tiny":
-        size, members = config.data.max_samples or 0, list(open_source("tiny", None, seed))
+        size, members = config.data.max_samples or 0, list(make_source("tiny", seed=seed).members())
     z = teacher.example(1, side, "cpu")[0].shape[1:]
     order = SampleOrder(size, seed, batch)
     # Once: a public script's workers read while it computes.

@@ -1,13 +1,16 @@
-"""One chunk of a cache: what some members of a source become, and how it lies in its file.
+"""One chunk of a cache: what some members of a source become, and how it is stored in its file.
 
-Named tensors of safetensors: mean, std and row (of its caption) a sample, PROMPT... a caption, and SAMPLE... what else a sample
-decides. With buckets the samples of a size have theirs for themselves, led by "HEIGHTxWIDTH/"; captions are shared.
+A safetensors file with named tensors: per sample mean, std, row (of its caption) and SAMPLE..., per caption PROMPT.... With
+buckets the samples of each size have tensors of their own, prefixed by "HEIGHTxWIDTH/"; captions are shared.
+
 Shapes: n samples of a chunk, u distinct captions of it, C h w latents.
 """
 
+import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,23 @@ from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import RunError
 
-_PIXELS_AT_ONCE = 4 * 512 * 512
+logger = logging.getLogger(__name__)
+
+CHUNK = 128
+"members of a source per file"
+
+PIXELS_PER_BATCH = 4 * 512 * 512
+"pixels that are encoded or generated at once"
 
 PROMPT, SAMPLE = "prompt.", "sample."
-"before the names of what is kept once a caption, and of what is kept once a sample"
+"prefixes of the names of tensors with a row per caption, and with a row per sample"
+
+_METADATA = "lcmdistill"
+"the one key of the safetensors metadata: with several, safetensors writes them in any order, and bytes would differ"
 
 
 def size_of(sample: Sample) -> str:
-    """HEIGHTxWIDTH of what was kept of an image, in pixels."""
+    """Return HEIGHTxWIDTH of the cropped image, in pixels."""
     return "{}x{}".format(*sample.frame[4:])
 
 
@@ -48,46 +60,99 @@ def write_chunk(
     *,
     bucketed: bool,
 ) -> None:
-    """Write samples, each with its place in its source, whole or not at all. dropped: members that could not be used, and why.
+    """Encode samples and write them to a file, whole or not at all.
 
-    dtype: of a teacher that draws. Raises RunError on latents that are not finite.
+    Args:
+        path: The chunk's file.
+        samples: (index in the source, sample).
+        dropped: Reasons of the members that could not be used, with their counts.
+        teacher: Encodes images and captions, or generates the images.
+        config: Resolution, and how the teacher generates.
+        seed: The run's seed.
+        dtype: Of the teacher's network where it generates.
+        on_progress: Called with the index of the next sample.
+        bucketed: Whether the samples have several sizes.
+
+    Raises:
+        RunError: If latents are not finite.
     """
     tensors: dict[str, Tensor] = {}
-    report: dict[str, Any] = {"kept": len(samples), "rejected": dropped}
+    report: dict[str, Any] = {"kept": len(samples), "rejected": dict(dropped)}
     if samples:
         captions = list(dict.fromkeys(sample.caption for _, sample in samples))
-        told = [
+        encoded = [
             teacher.encode_prompts(captions[i : i + 64]).to("cpu", torch.float16) for i in range(0, len(captions), 64)
         ]
-        tensors |= {f"{PROMPT}{name}": torch.cat([c[name] for c in told]) for name in told[0].values}
+        tensors |= {f"{PROMPT}{name}": torch.cat([c[name] for c in encoded]) for name in encoded[0].values}
         report |= {"cut": count_truncated(teacher.pipeline, [s.caption for _, s in samples])}
         report |= {"tokens": token_limit(teacher.pipeline)}
         counts = Counter(size_of(sample) for _, sample in samples)
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
-        for size in sorted(counts):  # several are kept beside each other, their names led by their sizes
+        for size in sorted(counts):
             some = [each for each in samples if size_of(each[1]) == size]
-            kept = _kept(some, captions, teacher, config, seed, dtype, on_progress)
-            tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in kept.items()}
-    # One key: safetensors writes several in any order, and the same members shall give the same bytes.
-    write_tensors(path, tensors, {"report": json.dumps(report)})
+            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress)
+            tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in encoded_samples.items()}
+    write_tensors(path, tensors, report)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a file of a cache is there, and no power cut has left it shorter than it says of itself."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a file of a cache, whole or not at all, even if another process writes the same one at the same time.
+
+    metadata: plain values, which `read_metadata` returns.
+    """
+    values = dict(metadata or {})
+    stored = {_METADATA: json.dumps({"digest": _digest(tensors.items(), values), **values})}
+    with atomic_file(path, shared=True) as aside:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, aside, metadata=stored)
+
+
+def read_metadata(file: Any) -> dict[str, Any]:
+    """Return the metadata of an open file of a cache."""
+    return json.loads((file.metadata() or {})[_METADATA])
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file was written by `write_tensors`, whole or damaged behind its header."""
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
+        with safe_open(path, framework="pt") as file:
+            return _METADATA in (file.metadata() or {})
+    except (OSError, SafetensorError):
         return False
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A file of a cache, whole or not there, whoever else writes the same one at the same time."""
-    with atomic_file(path, shared=True) as aside:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, aside, metadata=metadata)
+def is_complete(path: Path) -> bool:
+    """Return whether a file of a cache exists and holds what was written to it.
+
+    All of it is read, so ask once per file. A damaged file is logged, as it will be made again.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            values = read_metadata(file)
+            expected = values.pop("digest")
+            if _digest(((name, file.get_tensor(name)) for name in file.keys()), values) == expected:  # noqa: SIM118
+                return True
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+        pass  # shorter than its header says, or a header that is damaged
+    logger.warning(f"{path} is damaged; it will be made again")
+    return False
 
 
-def _kept(
+def _digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]) -> str:
+    """Return a hash of metadata, and of names, types, shapes and values of tensors in any order."""
+    whole = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
+    parts = {}
+    for name, tensor in tensors:
+        part = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        part.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        parts[name] = part.digest()
+    for name in sorted(parts):
+        whole.update(parts[name])
+    return whole.hexdigest()
+
+
+def _encode(
     samples: Sequence[tuple[int, Sample]],
     captions: Sequence[str],
     teacher: Teacher,
@@ -96,46 +161,47 @@ def _kept(
     dtype: torch.dtype,
     on_progress: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """What is kept of samples of one size. captions: the distinct ones of their chunk."""
+    """Return the tensors of samples of one size. captions: the distinct ones of their chunk."""
     height, width = samples[0][1].frame[4:]
-    at_once, parts = max(1, _PIXELS_AT_ONCE // (height * width)), []
-    for i in range(0, len(samples), at_once):
-        on_progress(samples[i][0])  # a chunk that the teacher draws takes minutes
-        parts.append(_latents(samples[i : i + at_once], teacher, config, seed, dtype))
-    means, stds, told = zip(*parts, strict=True)
+    batch_size, parts = max(1, PIXELS_PER_BATCH // (height * width)), []
+    for i in range(0, len(samples), batch_size):
+        on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
+        parts.append(_latents(samples[i : i + batch_size], teacher, config, seed, dtype))
+    means, stds, conditions = zip(*parts, strict=True)
     tensors = {"mean": torch.cat(means).half().cpu(), "std": torch.cat(stds).half().cpu()}
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
     if not tensors["mean"].isfinite().all():
         raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
-    return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in told]).cpu() for name in told[0].values}
+    names = conditions[0].values
+    return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]).cpu() for name in names}
 
 
 def _latents(
     samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """(mean, std) of the scaled latents, and what the samples decide of the conditioning, in fp32.
+    """Return mean and std of the scaled latents, and the conditioning that depends on the samples, in fp32.
 
-    What the teacher drew itself has no spread.
+    The std of latents that the teacher generated is zero.
     """
     pixels = [sample.pixels for _, sample in samples if sample.pixels is not None]
     if pixels:
         mean, std = teacher.encode_images(torch.stack(pixels))
     else:
-        mean = _drawn(samples, teacher, config, seed, dtype)
+        mean = _generate(samples, teacher, config, seed, dtype)
         std = torch.zeros_like(mean)
-    shown = SampleInfo(
+    info = SampleInfo(
         frames=torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32),
         pixels=lambda: torch.stack(pixels) if pixels else teacher.decode(mean) * 2 - 1,
         encode=lambda images: teacher.encode_images(images)[0],
         seeds=[derive_seed(seed, "condition", place) for place, _ in samples],
     )
-    return mean, std, teacher.condition(shown)
+    return mean, std, teacher.condition(info)
 
 
-def _drawn(
+def _generate(
     samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
 ) -> Tensor:
-    """Latents that the teacher draws for the samples' captions."""
+    """Return latents that the teacher generates for the samples' captions."""
     side = config.resolution // teacher.vae_factor
     shape = (teacher.vae.config.latent_channels, side, side)
     generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
@@ -151,8 +217,9 @@ def _drawn(
 
 
 def draw_spacing(teacher: Teacher) -> dict[str, str]:
-    """What the scheduler that draws is told otherwise than the teacher's own: to start where its noise does.
+    """Return the scheduler options with which the teacher generates, other than its own: to start at pure noise.
 
-    A zero-terminal-SNR teacher that is started earlier takes noise for what it never saw as such (Lin et al. 2023, sec. 3.3).
+    A zero-terminal-SNR teacher was trained on pure noise at its last time step. Started earlier, it would be given pure noise
+    at a time step where it has only seen noisy images (Lin et al. 2023, sec. 3.3).
     """
     return {"timestep_spacing": "trailing"} if not teacher.in_pixels and ends_in_noise(teacher.schedule) else {}

@@ -1,6 +1,5 @@
 """Prepared chunks as one random-access data set."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import PROMPT, SAMPLE
-from lcmdistill.data.latent_cache import _chunks_up_to
+from lcmdistill.data.chunks import PROMPT, SAMPLE, read_metadata
+from lcmdistill.data.latent_cache import chunk_paths
 from lcmdistill.data.sampler import Shape
 from lcmdistill.data.survey import SourceReport
 from lcmdistill.diffusion.types import Conditioning
@@ -21,7 +20,12 @@ class LatentDataset:
     """Prepared chunks as one random-access data set, memory-mapped."""
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int | None]) -> None:
-        """counts: the most members of each folder to take, None for all; chunks beyond it belong to other runs."""
+        """Open the chunks.
+
+        Args:
+            folders: A folder of chunks per source.
+            counts: The most members to use of each, None for all; further chunks belong to other runs.
+        """
         self.folders = tuple(folders)
         self._chunks: list[Any] = []
         self._places: list[tuple[int, str, int]] = []
@@ -29,26 +33,30 @@ class LatentDataset:
         "height and width of each sample's latents"
         self.reports: list[SourceReport] = []
         for folder, count in zip(folders, counts, strict=True):
-            kept, rejected, cut, tokens, buckets = 0, Counter(), 0, 0, Counter()
-            for path in _chunks_up_to(folder, count):
+            num_kept, rejected, cut, tokens, buckets = 0, Counter(), 0, 0, Counter()
+            for path in chunk_paths(folder, count):
                 chunk = safe_open(path, framework="pt")
-                report = json.loads(chunk.metadata()["report"])
+                report = read_metadata(chunk)
                 n, sizes = report["kept"], report.get("buckets", {})
                 for group, many in {f"{size}/": many for size, many in sizes.items()}.items() or [("", n)]:
                     self._places += [(len(self._chunks), group, i) for i in range(many)]
                     self.shapes += [tuple(chunk.get_slice(f"{group}mean").get_shape()[2:])] * many if many else []
                 self._chunks.append(chunk)
-                kept, rejected, buckets = kept + n, rejected + Counter(report["rejected"]), buckets + Counter(sizes)
+                num_kept, rejected, buckets = (
+                    num_kept + n,
+                    rejected + Counter(report["rejected"]),
+                    buckets + Counter(sizes),
+                )
                 cut, tokens = cut + report.get("cut", 0), report.get("tokens", tokens)
-            told = True, cut, tokens, tuple(sorted(buckets.items()))
-            self.reports.append(SourceReport(kept, tuple(rejected.most_common()), *told))
+            sizes = tuple(sorted(buckets.items()))
+            self.reports.append(SourceReport(num_kept, tuple(rejected.most_common()), True, cut, tokens, sizes))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
-        """(mean, std, conditioning) of samples of one shape: (B, C, h, w) twice, then what the network is told, in fp32."""
-        mean, std, told = [], [], []
+        """Return mean, std and conditioning of samples of one shape: (B, C, h, w) twice, then the network's inputs, in fp32."""
+        mean, std, conditions = [], [], []
         for index in indices:
             number, group, i = self._places[index]
             chunk = self._chunks[number]
@@ -56,6 +64,6 @@ class LatentDataset:
             std.append(chunk.get_slice(f"{group}std")[i])
             row, keys = int(chunk.get_slice(f"{group}row")[i]), chunk.keys()
             at = {key: row if key.startswith(PROMPT) else i for key in keys if key.startswith((PROMPT, group + SAMPLE))}
-            told.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})
-        cond = {name: torch.stack([c[name] for c in told]) for name in told[0]}
+            conditions.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})
+        cond = {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
         return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(cond).to("cpu", torch.float32)

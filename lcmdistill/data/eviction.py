@@ -1,65 +1,126 @@
-"""The cache's bound: what no run has used for longest makes room."""
+"""The cache's size limit: what no run has used for longest is removed first.
+
+Only what this program made is ever removed. It must have a name that the program gives, and it must carry the program's
+mark: a marker file in a folder, the program's own metadata in a tensor file.
+"""
 
 import contextlib
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lcmdistill.data.chunks import is_ours
 from lcmdistill.utils.errors import RunError
 
 logger = logging.getLogger(__name__)
 
+MARKER = ".made-by-lcmdistill"
+"an empty file in each folder of the cache that may be removed"
 
-KINDS = ("latents", "answers")
-"the folders of a cache whose sub-folders each serve some runs, and can be made again"
+_DIGEST = "[0-9a-f]{24}"
+
+_ENTRIES = {
+    "latents": _DIGEST,
+    "answers": _DIGEST,
+    "evaluation": rf"(?:validation-)?{_DIGEST}\.safetensors|beginning-{_DIGEST}",
+}
+"folders of a cache, and the names of their entries; each entry serves some runs and can be made again"
+
+_DOOMED = ".{}.old"
+"the name of an entry whose removal has begun"
+
+
+def claim_folder(folder: Path) -> Path:
+    """Make a folder of the cache, marked as one that may be removed, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    return folder
 
 
 def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
-    """Note that the needed folders are used, and remove others, the longest unused first, until all take `limit` bytes.
+    """Mark the needed entries as used, and remove others, the longest unused first, until all take `limit` bytes.
 
-    Returns how many bytes were removed. A run that still reads a removed one goes on: its files are mapped, and the system
-    keeps them until it ends. One that still fills it ends with `emptied`.
+    A run that still reads a removed entry continues: its files are mapped, and the system keeps them until it ends. A run
+    that still fills it ends with `cache_evicted_error`.
+
+    Args:
+        root: The cache.
+        limit: How many bytes the entries may take.
+        needed: Entries that are not removed.
+
+    Returns:
+        How many bytes were removed.
     """
-    kept = {path.resolve() for path in needed}
-    for path in kept:
-        os.utime(path)
-    folders = [path for kind in KINDS for path in (root / kind).glob("[0-9a-f]*") if path.is_dir()]
-    sizes = {path: _size(path) for path in folders}
+    protected = {path.resolve() for path in needed}
+    for path in protected:
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+    times = {path: time for path in _entries(root) if (time := _last_used(path)) is not None}
+    sizes = {path: _size(path) for path in times}
     total, removed = sum(sizes.values()), 0
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime):
+    for path in sorted(times, key=times.__getitem__):
         if total - removed <= limit:
             break
-        if path.resolve() in kept:
-            continue
-        # Renamed first: a removal that is cut off must not leave something that looks whole.
-        try:
-            doomed = path.rename(path.with_name(f".{path.name}.old"))
-        except FileNotFoundError:  # another run has just removed it
-            continue
-        shutil.rmtree(doomed, ignore_errors=True)
-        removed += sizes[path]
+        if path.resolve() not in protected and _remove(path):
+            removed += sizes[path]
     if removed:
-        logger.info(f"{root}: {removed / 1e9:.1f} GB that no run had used for longest were removed (data.cache_limit)")
+        logger.info(f"{root}: removed {removed / 1e9:.1f} GB, the least recently used (data.cache_limit)")
     return removed
 
 
 def cache_evicted_error(folder: Path) -> RunError:
-    """What a run says that finds a folder no longer whole that it has just filled."""
+    """Return the error for a folder that is no longer whole although this run has just filled it."""
     return RunError(
-        f"{folder}: files of this cache were removed while this run filled it, by another run that made room or by hand; "
-        "raise data.cache_limit, and the same command makes what is missing"
+        f"{folder}: cache files were deleted while this run filled it, by another run's eviction or by hand; "
+        "raise data.cache_limit, and run the same command again"
     )
 
 
-def _size(folder: Path) -> int:
-    """The bytes of a folder's files, of which another run may just be renaming one, or removing all."""
-    total = 0
+def _entries(root: Path) -> Iterator[Path]:
+    """Yield what this program made in a cache."""
+    for kind, pattern in _ENTRIES.items():
+        name = re.compile(rf"(?:{pattern})|{re.escape(_DOOMED).replace(re.escape('{}'), f'(?:{pattern})')}")
+        for path in sorted((root / kind).glob("*")):
+            if not name.fullmatch(path.name) or path.is_symlink():
+                continue
+            if (path / MARKER).is_file() if path.is_dir() else is_ours(path):
+                yield path
+
+
+def _remove(path: Path) -> bool:
+    """Remove an entry, and return whether it was still there."""
     try:
-        for file in folder.iterdir():
+        if not path.is_dir():
+            path.unlink()
+            return True
+        # Renamed first: a removal that is cut off must not leave something that looks whole.
+        name = path.name if path.name.startswith(".") else _DOOMED.format(path.name)
+        doomed = path.rename(path.with_name(name))
+    except FileNotFoundError:  # another run has just removed it
+        return False
+    for file in doomed.iterdir():
+        if file.name != MARKER:  # the last to go: what is left of an interrupted removal can be removed later
+            with contextlib.suppress(OSError):
+                file.unlink()
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def _last_used(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of a folder's files; another run may be renaming one, or removing all."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in path.iterdir() if path.is_dir() else [path]:
             with contextlib.suppress(FileNotFoundError):
                 total += file.stat().st_size
-    except FileNotFoundError:
-        return 0
     return total

@@ -1,4 +1,4 @@
-"""Which sample stands at each place of each step: a function of (seed, step, place), so that there is nothing to save."""
+"""The order of the samples: a function of (seed, step, place), so that there is nothing to save."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -13,20 +13,30 @@ Shape = tuple[int, int]
 
 
 def epoch_order(size: int, seed: int, epoch: int, *of: str) -> Tensor:
-    """The order in which an epoch visits `size` samples: each exactly once, (size,) int64. of: which samples, if not all."""
+    """Return the order in which an epoch visits `size` samples, each exactly once: (size,) int64.
+
+    of: names of the subset that is ordered, if it is not all samples.
+    """
     return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch, *of)))
 
 
 class SampleOrder:
-    """The order of a run. All samples of a step have one shape, however it is cut into micro-batches and processes.
+    """The order of a run. All samples of a step have one shape, however the step is split into micro-batches and processes.
 
-    The samples of a shape have epochs of their own, which follow each other without a gap and visit each of them once. The
-    steps are given out in rounds: with global batch G, round r has floor((r + 1) n / G) - floor(r n / G) of them for a shape
-    of n samples, in an order drawn from the seed. So each shape has its share, and what is less than a step is carried on.
+    The samples of a shape have epochs of their own, which follow each other without a gap and visit each sample once. Steps
+    are assigned to shapes in rounds: with global batch G, round r has floor((r + 1) n / G) - floor(r n / G) steps for a shape
+    of n samples, in an order drawn from the seed. Each shape so gets its share, and a remainder is carried to the next round.
     """
 
     def __init__(self, size: int, seed: int, global_batch: int, shapes: Sequence[Shape] | None = None) -> None:
-        """shapes: one a sample; None if all have the same."""
+        """Set up the order.
+
+        Args:
+            size: Number of samples.
+            seed: The run's seed.
+            global_batch: Samples per step, over all micro-batches and processes.
+            shapes: The shape of each sample; None if all have the same.
+        """
         self._seed, self._global_batch, self._size = seed, global_batch, size
         members: dict[Shape, list[int]] = {}
         for index, shape in enumerate(shapes or [(0, 0)] * size):
@@ -38,7 +48,7 @@ class SampleOrder:
         self._round, self._turns = -1, [(0, 0)]
 
     def indices(self, step: int, places: Sequence[int]) -> list[int]:
-        """The samples at `places` of the global batch of `step`."""
+        """Return the samples at `places` of the global batch of `step`."""
         group, before = self._turn(step) if len(self._members) > 1 else (0, step)
         return [self._index(group, before * self._global_batch + place) for place in places]
 
@@ -51,14 +61,14 @@ class SampleOrder:
         return members[int(self._orders[group, epoch][offset])]
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """The group of a step, and how many steps before it were that group's."""
+        """Return the group of a step, and how many earlier steps were that group's."""
         first = step * self._global_batch // self._size  # rounds have no more steps than their share
         this = next(r for r in count(first) if self._steps_before(r + 1) > step)
         if this != self._round:
             before, after = self._each_before(this), self._each_before(this + 1)
             turns = [(g, n) for g, (a, b) in enumerate(zip(before, after, strict=True)) for n in range(a, b)]
-            drawn = epoch_order(len(turns), self._seed, this, "turns").tolist()
-            groups, counts = [turns[i][0] for i in drawn], list(before)
+            order = epoch_order(len(turns), self._seed, this, "turns").tolist()
+            groups, counts = [turns[i][0] for i in order], list(before)
             self._turns = []
             for group in groups:
                 self._turns.append((group, counts[group]))
@@ -67,7 +77,7 @@ class SampleOrder:
         return self._turns[step - self._steps_before(this)]
 
     def _each_before(self, r: int) -> list[int]:
-        """The steps of each group before round r."""
+        """Return the number of steps of each group before round r."""
         return [r * len(members) // self._global_batch for members in self._members]
 
     def _steps_before(self, r: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcmdistill.data.chunks import is_complete, write_tensors
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.eviction import cache_evicted_error
+from lcmdistill.data.eviction import cache_evicted_error, claim_folder
 from lcmdistill.data.loader import batch_of
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
@@ -127,8 +127,7 @@ def precompute(
     guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is evaluated, too
     key = {**cache_key, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
     digest = hashlib.blake2b(json.dumps([key, times.tolist()], sort_keys=True).encode(), digest_size=12).hexdigest()
-    folder = root / "answers" / digest
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim_folder(root / "answers" / digest)
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
         if number % world == rank and not is_complete(path):

@@ -1,12 +1,10 @@
-"""From a member to pixels and a caption, or to the reason why not. Pillow only.
+"""Turn a member into pixels and a caption, or into the reason why it cannot be used.
 
 Shapes: H = W = the resolution, or those of a bucket.
 """
 
-import io
 import math
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.buckets import Size, nearest
+from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.data.sources.base import Member
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
@@ -25,7 +24,13 @@ from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
 
 @dataclass(frozen=True)
 class Sample:
-    """A usable member. pixels: (3, H, W) fp32 in [-1, 1], or None where the teacher is to draw it; frame: how it was cut."""
+    """A usable member.
+
+    Attributes:
+        caption: The caption, its white space joined.
+        pixels: (3, H, W) fp32 in [-1, 1]; None where the teacher generates the image.
+        frame: Where in the original image the pixels lie.
+    """
 
     caption: str
     pixels: Tensor | None
@@ -47,15 +52,28 @@ def check_sample(
     rejects: Callable[[str], str | None] = needs_caption,
     sizes: Sequence[Size] = (),
 ) -> Sample | Rejected:
-    """The one predicate that decides what is kept, and the transform of what is.
+    """Decide whether a member is kept, and transform it. No other code makes this decision.
 
-    A filter that was not asked for drops nothing, and a metadata key that is absent passes. place: the member's place
-    in its source, which with the seed decides crop and flip; rejects: the teacher's; sizes: the buckets, of which each image
-    goes to the nearest, by default the square of the resolution.
+    A filter that is not set drops nothing, and a member without the metadata that a filter looks at passes it.
+
+    Args:
+        member: What a source yielded.
+        config: Filters, resolution, crop and flip.
+        seed: With the place it decides crop and flip.
+        place: The member's index in its source.
+        rejects: The teacher's check of a caption: a reason, or None.
+        sizes: The buckets, of which each image goes to the nearest; () for the square of the resolution.
+
+    Returns:
+        The sample, or the reason why there is none. No member raises an exception, whatever its bytes are.
     """
     if member.problem:
         return Rejected(member.problem)
-    caption = " ".join((member.caption or "").split())
+    try:
+        caption = " ".join((member.caption or "").split())
+        caption.encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which no tokenizer takes
+        return Rejected("caption is not valid Unicode")
     if reason := rejects(caption):
         return Rejected(reason)
     if config.max_watermark is not None and _number(member.meta.get("pwatermark")) > config.max_watermark:
@@ -63,13 +81,11 @@ def check_sample(
     if member.image is None:
         return Sample(caption, None, whole_frame(config.resolution, config.resolution))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a broken EXIF block is no reason to speak up
-            image = _on_white(Image.open(io.BytesIO(member.image) if isinstance(member.image, bytes) else member.image))
-    except Image.DecompressionBombError:
-        return Rejected("image too large")
-    except Exception:  # a decoder that is fed rubbish raises whatever its own code stumbles over
-        return Rejected("corrupt image")
+        image = open_image(member.image)
+    except ImageError as error:
+        return Rejected(str(error))
+    except OSError as error:
+        return Rejected(f"unreadable file ({type(error).__name__})")
     if min(image.size) < config.min_size:
         return Rejected(f"smaller than {config.min_size} px")
     draw = random.Random(derive_seed(seed, "transform", place))
@@ -78,37 +94,35 @@ def check_sample(
 
 
 def _number(value: Any) -> float:
-    """A number from metadata, which a table holds as text; what is absent or no number is below every limit."""
+    """Return a number from metadata, where a table holds text; anything that is not a number is below every limit."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return -math.inf
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, upright by its EXIF orientation, transparency composed on white."""
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
 def transform(image: Image.Image, size: Size, crop: str, flip: bool, draw: random.Random) -> tuple[Tensor, Frame]:
-    """A part of the size's shape, as large as fits, resized, mirrored perhaps: (3, H, W) fp32 in [-1, 1], and its frame."""
+    """Crop the largest part of an image that has a size's shape, and resize it.
+
+    Args:
+        image: In mode "RGB".
+        size: Height and width of the result.
+        crop: "center" or "random".
+        flip: Whether half of the images are mirrored.
+        draw: Source of the random numbers.
+
+    Returns:
+        The pixels, (3, H, W) fp32 in [-1, 1], and their frame.
+    """
     (width, height), (high, wide) = image.size, size
-    kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
-    spare = [length - part for length, part in zip(image.size, kept, strict=True)]
+    part = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+    spare = [length - side for length, side in zip(image.size, part, strict=True)]
     left, top = (draw.randint(0, s) for s in spare) if crop == "random" else (s // 2 for s in spare)
-    # In one go: resized as a whole, an image of one pixel's height would fill the memory.
-    box = (left, top, left + kept[0], top + kept[1])
+    # In one step: resized as a whole, an image that is one pixel high would fill the memory.
+    box = (left, top, left + part[0], top + part[1])
     image = image.resize((wide, high), Image.Resampling.LANCZOS, box=box)
     if flip and draw.random() < 0.5:
         image, left = ImageOps.mirror(image), spare[0] - left  # where the crop lies in the mirrored image
-    top, left = round(top * high / kept[1]), round(left * wide / kept[0])
+    top, left = round(top * high / part[1]), round(left * wide / part[0])
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
     return pixels, (height, width, top, left, high, wide)

@@ -16,8 +16,7 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.config.schema import DataConfig, RunConfig
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.data.sources.registry import kind_of, open_source
-from lcmdistill.data.sources.remote import REMOTE
+from lcmdistill.data.sources.registry import is_generated, make_source
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.evaluation.latents import start_noise, student_latents
@@ -169,7 +168,7 @@ def chosen_prompts(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions, te
     own = Path(resolve_alias(subjects[0].config.teacher.model)) / "prompts-heldout.txt"
     bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"
     path = wish.prompts or str(own if own.is_file() else bundled)
-    drew = [each.config.data.prompts for each in subjects if "teacher" in each.config.data.sources]
+    drew = [each.config.data.prompts for each in subjects if any(map(is_generated, each.config.data.sources))]
     known = {prompt for file in drew for prompt in read_prompts(file)}
     asked = read_prompts(path)
     prompts = [prompt for prompt in asked if prompt not in known]
@@ -333,7 +332,8 @@ def real_source(subjects: Sequence[EvaluatedRun], wish: EvaluationOptions) -> st
 def _holds_images(spec: str) -> bool:
     """Whether a run's data are images that are still there; nothing is downloaded, and no command run again, for them."""
     try:
-        return not spec.startswith(REMOTE) and kind_of(spec) != "teacher"
+        source = make_source(spec)
+        return not (source.is_remote or source.is_generated)
     except UsageError:
         return False
 
@@ -342,9 +342,9 @@ def real_images(source: str, resolution: int, count: int) -> Tensor:
     """Real images spread evenly over a data source, or over its beginning, in [0, 1], (at most count, 3, H, W)."""
     data = DataConfig(resolution=resolution)
     try:
-        members = list(islice(open_source(source, None), 32 * count))
+        members = list(make_source(source).members(32 * count))
     except UsageError as error:
-        told = str(error).replace("--data", "--real").replace("tiny, or teacher for no data", "or tiny")
+        told = str(error).replace("--data", "--real").replace("tiny, or teacher to train without a data set", "or tiny")
         raise UsageError(told) from error
     every = max(1, len(members) // count)
     outcomes = (check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::every]))

@@ -7,6 +7,7 @@ Shapes: N images, C h w latents, H W pixels.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import write_tensors
+from lcmdistill.data.chunks import read_metadata, write_tensors
 from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
 from lcmdistill.evaluation.metrics.measures import ImagePair, Measure
 from lcmdistill.teachers.base import Teacher
@@ -163,9 +164,11 @@ def cached_latents(path: Path, draw: Callable[[], Tensor], how: str = "") -> Gen
     """Latents from a file, or drawn and written there, whole or not at all. A file that cannot be read is drawn again."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata()
-            return GeneratedLatents(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
-    except (FileNotFoundError, SafetensorError):
+            told = read_metadata(file)
+            found = GeneratedLatents(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
+        os.utime(path)  # what was used last is removed last
+        return found
+    except (FileNotFoundError, SafetensorError, LookupError, ValueError):
         pass
     began = time.perf_counter()
     latents = draw().contiguous()

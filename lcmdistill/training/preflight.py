@@ -14,6 +14,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import to_toml
 from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.latent_cache import cache_folder, check_cache
+from lcmdistill.data.sources.registry import is_generated, make_sources
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
@@ -81,7 +82,7 @@ def _check_buckets(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(
             "data.buckets is for latent models, and a pixel-space teacher has one size; remove data.buckets"
         )
-    if set(config.data.sources) == {"teacher"}:
+    if all(map(is_generated, config.data.sources)):
         raise UsageError(
             "data.buckets is for your own images, and --data teacher generates squares; remove data.buckets"
         )
@@ -130,7 +131,7 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             )
         if config.student.start == "scratch":
             raise UsageError("student.start is scratch, but --objective lcf fine-tunes an LCM; remove student.start")
-        if "teacher" in config.data.sources:
+        if any(map(is_generated, config.data.sources)):
             raise UsageError("--objective lcf trains on your own images; pass them with --data")
     elif is_student:
         raise UsageError(
@@ -160,7 +161,8 @@ def check_early(config: RunConfig) -> None:
     check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
-    survey(config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)
+    seed = config.run.seed
+    survey(make_sources(config.data, seed=seed), config.data, seed, seconds=60.0, first_only=True, rejects=rejects)
 
 
 def _takes_prompts(model: str) -> bool:
@@ -189,20 +191,14 @@ def dry_run(config: RunConfig) -> None:
     config = plan.config if plan else config
     logger.info(to_toml(config))
     logger.info(f"output: {folder} ({state})")
-    reports = survey(
-        config.data,
-        config.run.seed,
-        seconds=SURVEY_SECONDS,
-        rejects=teacher.rejects,
-        own_prompts=teacher.own_prompts,
-        teacher=teacher,
-    )
-    for spec, report in zip(config.data.sources, reports, strict=True):
-        ready = len(list(cache_folder(spec, config.data, teacher, config.run.seed).glob("*.safetensors")))
+    seed = config.run.seed
+    sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=seed)
+    reports = survey(sources, config.data, seed, seconds=SURVEY_SECONDS, rejects=teacher.rejects, teacher=teacher)
+    for source, report in zip(sources, reports, strict=True):
+        ready = len(list(cache_folder(source, config.data, teacher, seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
-        logger.info(
-            f"data {spec}: {report}{unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)}{cached}"
-        )
+        unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
+        logger.info(f"data {source.word}: {report}{unused}{cached}")
     needed = plan.needed if plan else step_memory(config, teacher, dtype)
     kind = "U-Net" if teacher.network_name == "unet" else "transformer"
     logger.info(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
+from lcmdistill.data.sources.base import Source
 from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
 from lcmdistill.diffusion.types import TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
@@ -150,15 +151,17 @@ def _cached_outputs(
     return TeacherOutputCache(folder, len(dataset), teacher.prediction_type)
 
 
-def prepare_data(config: RunConfig, teacher: Teacher, accelerator: Accelerator, stop: Stop) -> list[Path]:
+def prepare_data(
+    config: RunConfig, sources: Sequence[Source], teacher: Teacher, accelerator: Accelerator, stop: Stop
+) -> list[Path]:
     """Return the folder of each source's prepared samples, once all processes have done their share."""
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
-    for spec in config.data.sources:
-        with progress(f"preparing {spec}", config.data.max_samples, enabled=rank == 0) as bar:
-            report, seed = progress_callback(f"preparing {spec}", bar, stop, loud=rank == 0), config.run.seed
+    for source in sources:
+        with progress(f"preparing {source.word}", config.data.max_samples, enabled=rank == 0) as bar:
+            report, seed = progress_callback(f"preparing {source.word}", bar, stop, loud=rank == 0), config.run.seed
             folders.append(
-                prepare(spec, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)
+                prepare(source, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)
             )
     accelerator.wait_for_everyone()
     if rank == 0:

@@ -20,6 +20,7 @@ from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_folder, cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
 from lcmdistill.data.sampler import SampleOrder
+from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
 from lcmdistill.data.teacher_cache import cached_noise_index
 from lcmdistill.diffusion.random import Rng
@@ -114,18 +115,19 @@ def _distill(requested: RunConfig, documents: RunDocuments, accelerator: Acceler
             log_plan(plan)
     stop.check("stopped before training started; re-run the same command")
     accelerator.wait_for_everyone()
+    sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=config.run.seed)
     if is_main:
         data, seed = config.data, config.run.seed
-        open_run(config, {spec: cache_folder(spec, data, teacher, seed).name for spec in data.sources}, requested)
+        open_run(config, {each.word: cache_folder(each, data, teacher, seed).name for each in sources}, requested)
 
     # Set up: data, reference images, networks.
     teacher.to(accelerator.device)
-    folders = prepare_data(config, teacher, accelerator, stop)
+    folders = prepare_data(config, sources, teacher, accelerator, stop)
     dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
     if is_main:
-        for spec, report in zip(config.data.sources, dataset.reports, strict=True):
-            unused = unused_samples(spec, config.data, report, takes_prompts=not teacher.in_pixels)
-            logger.info(f"data {spec}: {report}{unused}")
+        for source, report in zip(sources, dataset.reports, strict=True):
+            unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
+            logger.info(f"data {source.word}: {report}{unused}")
     if not len(dataset):
         raise UsageError("no usable training samples; run with --dry-run to see why")
     validator = Validator(config, teacher, folder) if is_main else None

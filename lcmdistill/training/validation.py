@@ -14,6 +14,7 @@ from torch import Tensor
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
+from lcmdistill.data.eviction import claim_folder
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
@@ -158,7 +159,8 @@ class Validator:
         config = self._config
         told = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
         how = [config.run.validation_guidance_scale, str(network.dtype), network.device.type, self._trained_steps]
-        return self._cache / f"beginning-{digest([FORMAT, MEASURED, sorted(FREE), self._about, told, how])}"
+        name = f"beginning-{digest([FORMAT, MEASURED, sorted(FREE), self._about, told, how])}"
+        return claim_folder(self._cache / name)
 
     def _numbers(self, pixels: Pixels, kept: Path | None) -> dict[str, float]:
         """What takes no weights, of one number of steps; nothing if the teacher was not seen."""

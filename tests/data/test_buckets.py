@@ -13,17 +13,15 @@ from PIL import Image, ImageOps
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.buckets import bucket_sizes, equal_areas, largest, nearest
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import cache_folder, prepare
 from lcmdistill.data.sampler import SampleOrder, Shape
-from lcmdistill.data.sources.registry import open_source
-from lcmdistill.data.survey import survey
+from lcmdistill.data.sources.registry import make_source
 from lcmdistill.data.transforms import Sample, check_sample, transform
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.compile import REPAID_AFTER, should_compile
 from lcmdistill.training.memory.estimate import step_memory
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.utils.errors import UsageError
-from tests.support.data import encoded, picture, write_tar
+from tests.support.data import cache_of, encoded, picture, prepared, surveyed, write_tar
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.runs import distill, resolve
 from tests.support.teachers import SMALL, Command
@@ -124,18 +122,18 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
         data = write_tar(tmp_path / "data.tar", members)
     config = config_for(data, tmp_path / "cache")
     sizes = bucket_sizes(config, teacher.multiple)
-    folder = prepare(str(data), config, teacher, 0)
+    folder = prepared(str(data), config, teacher, 0)
     dataset = LatentDataset([folder], [None])
     assert len(dataset) == len(dataset.shapes) == 20
     expected = []
-    for place, member in enumerate(open_source(str(data), None, 0)):
+    for place, member in enumerate(make_source(str(data), seed=0).members()):
         outcome = check_sample(member, config, 0, place, sizes=sizes)
         assert isinstance(outcome, Sample)
         expected.append(outcome)
     counts = Counter("{}x{}".format(*each.frame[4:]) for each in expected)
     assert dict(dataset.reports[0].buckets) == counts
     assert len(counts) == 5
-    (report,) = survey(config, 0, seconds=60, teacher=teacher)
+    (report,) = surveyed(config, seconds=60, teacher=teacher)
     assert (report.buckets, str(report)) == (dataset.reports[0].buckets, str(dataset.reports[0]))
     assert "20 kept, 0 dropped; 4 at 24x40" in str(report)
     # Chunk by chunk, and in a chunk by size.
@@ -153,17 +151,19 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
         told = teacher.encode_prompts([sample.caption])
         torch.testing.assert_close(cond["prompt_embeds"], told["prompt_embeds"], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(cond["pooled"], told["pooled"], rtol=2e-3, atol=2e-3)
-    shares = [prepare(str(data), config_for(data, tmp_path / "two"), teacher, 0, rank=rank, world=2) for rank in (0, 1)]
+    shares = [
+        prepared(str(data), config_for(data, tmp_path / "two"), teacher, 0, rank=rank, world=2) for rank in (0, 1)
+    ]
     assert {p.name: p.read_bytes() for p in shares[1].iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
     others = [config_for(data, tmp_path / "cache", buckets=which) for which in (None, ("32x32", "24x40"))]
-    assert len({cache_folder(str(data), each, teacher, 0) for each in (config, *others)}) == 3
+    assert len({cache_of(str(data), each, teacher, 0) for each in (config, *others)}) == 3
 
 
 def test_a_batch_of_a_bucket_is_told_its_sizes(folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
     """SDXL: original size as (height, width), crop as (top, left), and the bucket's size."""
     teacher = load_teacher(str(folders["sdxl"]))
     config = config_for(shapes_folder, tmp_path / "cache", buckets=("32x32", "40x24", "24x40"))
-    dataset = LatentDataset([prepare(str(shapes_folder), config, teacher, 0)], [None])
+    dataset = LatentDataset([prepared(str(shapes_folder), config, teacher, 0)], [None])
     order = SampleOrder(len(dataset), 0, 4, dataset.shapes)
     for step in range(10):
         indices = order.indices(step, range(4))
@@ -185,7 +185,7 @@ def test_what_a_teacher_draws_stands_among_the_squares(
     config = config_for(
         shapes_folder, tmp_path / "cache", sources=sources, prompts=str(tmp_path / "prompts.txt"), teacher_steps=1
     )
-    dataset = LatentDataset([prepare(spec, config, teacher, 0) for spec in sources], [None, None])
+    dataset = LatentDataset([prepared(spec, config, teacher, 0) for spec in sources], [None, None])
     assert dataset.shapes[-2:] == [(16, 16)] * 2
     assert Counter(dataset.shapes)[16, 16] == 6
     assert dataset.reports[1].buckets == ()
@@ -294,7 +294,7 @@ def test_the_memory_is_that_of_the_largest(folders: dict[str, Path], shapes_fold
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data.buckets": ("auto", "64x32")}, "data.buckets is auto, 64x32; auto stands alone"),
+        ({"data.buckets": ("auto", "64x32")}, "data.buckets is auto, 64x32; use either auto or sizes"),
         ({"data.buckets": ("square",)}, "data.buckets is 'square'; it must be auto, or sizes as HEIGHTxWIDTH"),
         ({"data.buckets": ("32x33",)}, "its sides must be multiples of 8: try 32x32"),
         ({"data.buckets": ("0x32",)}, "its sides must be multiples of 8: try 8x32"),
@@ -327,11 +327,11 @@ def test_captions_that_are_cut_are_counted(family: str, tokens: int, folders: di
     captions = [(f"{i}.txt", ("a" * n).encode()) for i, n in enumerate(lengths)]
     data = write_tar(tmp_path / "data.tar", sorted(pictures + captions))
     config = config_for(data, tmp_path / "cache", buckets=None)
-    (looked,) = survey(config, 0, seconds=60, rejects=teacher.rejects, teacher=teacher)
+    (looked,) = surveyed(config, seconds=60, rejects=teacher.rejects, teacher=teacher)
     for _ in range(2):  # a later run reads it from the chunk
-        (report,) = LatentDataset([prepare(str(data), config, teacher, 0)], [None]).reports
+        (report,) = LatentDataset([prepared(str(data), config, teacher, 0)], [None]).reports
         assert (report.cut, report.tokens) == (looked.cut, looked.tokens) == (3, tokens)
-        assert f"3 captions are cut at {tokens} tokens" in str(report)
+        assert f"3 captions are truncated to {tokens} tokens" in str(report)
 
 
 def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Path, command: Command) -> None:

@@ -1,39 +1,91 @@
-"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+"""The cache's size limit: what is removed, in which order, and that nothing else ever is."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from lcmdistill.data.eviction import evict_lru
+from lcmdistill.data.chunks import write_tensors
+from lcmdistill.data.eviction import MARKER, claim_folder, evict_lru
 from tests.support.runs import distill, resolve
 from tests.support.speed import Settings
 
 
-def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
-    made = []
-    for age, kind in enumerate(("latents", "answers", "latents", "latents")):
-        folder = tmp_path / kind / f"{age:024x}"
-        folder.mkdir(parents=True)
-        (folder / "0.safetensors").write_bytes(bytes(1000))
-        os.utime(folder, (1000 - age, 1000 - age))
-        made.append(folder)
-    evaluation = tmp_path / "evaluation" / "abc"
-    evaluation.mkdir(parents=True)
-    oldest = made[3]
+def entry(root: Path, kind: str, number: int, age: int = 0) -> Path:
+    """A cache folder of 1000 bytes, as a run makes it."""
+    folder = claim_folder(root / kind / f"{number:024x}")
+    (folder / "0.safetensors").write_bytes(bytes(1000))
+    os.utime(folder, (1000 - age, 1000 - age))
+    return folder
+
+
+def test_the_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
+    kinds = ("latents", "answers", "latents", "latents")
+    folders = [entry(tmp_path, kind, age, age) for age, kind in enumerate(kinds)]
+    oldest = folders[3]
     assert evict_lru(tmp_path, 2500, [oldest]) == 2000  # the oldest is needed, and the two after it go
-    assert [folder.is_dir() for folder in made] == [True, False, False, True]
+    assert [folder.is_dir() for folder in folders] == [True, False, False, True]
     assert evict_lru(tmp_path, 2500, []) == 0
     assert evict_lru(tmp_path, 0, [oldest]) == 1000
     assert oldest.is_dir()
-    assert evaluation.is_dir()
+    assert not list(tmp_path.rglob("*.old"))
 
 
-def test_room_that_another_run_makes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "latents" / ("0" * 24)
+def test_what_evaluations_generated_counts_and_is_removed(tmp_path: Path) -> None:
+    home, digest = tmp_path / "evaluation", "a" * 24
+    files = [home / f"{digest}.safetensors", home / f"validation-{digest}.safetensors"]
+    for path in files:
+        write_tensors(path, {"latents": torch.zeros(500)})
+    beginning = claim_folder(home / f"beginning-{digest}")
+    (beginning / "1.safetensors").write_bytes(bytes(2000))
+    for age, path in enumerate((*files, beginning)):
+        os.utime(path, (1000 - age, 1000 - age))
+    sizes = [path.stat().st_size for path in files]
+    assert evict_lru(tmp_path, sum(sizes) + 2000, []) == 0
+    assert evict_lru(tmp_path, sum(sizes) + 1999, []) == 2000
+    assert evict_lru(tmp_path, sum(sizes) - 1, [files[1]]) == sizes[0]
+    assert sorted(home.iterdir()) == [files[1]]
+    assert evict_lru(tmp_path, 0, []) == sizes[1]
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+@pytest.mark.parametrize("name", ["cats", "exam 2024", "abc", "0" * 23, "0" * 25, "A" * 24, ".backup.old"])
+def test_folders_of_the_user_are_never_removed(tmp_path: Path, name: str, is_marked: bool) -> None:
+    for kind in ("latents", "answers", "evaluation"):
+        folder = tmp_path / kind / name
+        folder.mkdir(parents=True)
+        (folder / "mine.bin").write_bytes(bytes(1000))
+        if is_marked:
+            (folder / MARKER).touch()
+    assert evict_lru(tmp_path, 0, []) == 0
+    assert len(list(tmp_path.rglob("mine.bin"))) == 3
+
+
+def test_a_name_without_the_mark_is_not_enough(tmp_path: Path) -> None:
+    folder, file = tmp_path / "latents" / ("0" * 24), tmp_path / "evaluation" / f"{'0' * 24}.safetensors"
     folder.mkdir(parents=True)
-    (folder / "0.safetensors").write_bytes(bytes(10))
+    file.parent.mkdir()
+    (folder / "mine.bin").write_bytes(bytes(1000))
+    file.write_bytes(bytes(1000))
+    elsewhere = entry(tmp_path / "elsewhere", "latents", 1)
+    (tmp_path / "latents" / ("1" * 24)).symlink_to(elsewhere)
+    assert evict_lru(tmp_path, 0, []) == 0
+    assert (folder.is_dir(), file.is_file(), (elsewhere / "0.safetensors").is_file()) == (True, True, True)
+
+
+def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
+    left = claim_folder(tmp_path / "latents" / f".{'0' * 24}.old")
+    (left / "0.safetensors").write_bytes(bytes(10))
+    assert evict_lru(tmp_path, 0, []) == 10
+    assert not left.exists()
+
+
+def test_a_folder_that_another_run_removes_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = entry(tmp_path, "latents", 0)
     rename = Path.rename
 
     def too_late(path: Path, target: Path) -> Path:
@@ -45,15 +97,13 @@ def test_room_that_another_run_makes_meanwhile_is_no_failure(tmp_path: Path, mon
     assert not folder.exists()
 
 
-def test_a_run_makes_room_for_itself_and_keeps_what_it_needs(speed_settings: Settings, tmp_path: Path) -> None:
+def test_a_run_evicts_others_and_keeps_what_it_needs(speed_settings: Settings, tmp_path: Path) -> None:
     cache = Path(speed_settings["data.cache_dir"])
-    other = cache / "latents" / ("0" * 24)
-    other.mkdir(parents=True)
-    (other / "0.safetensors").write_bytes(bytes(10))
-    told = {**speed_settings, "data.teacher_cache_samples": 1, "data.cache_limit": 1e-9}
-    distill(resolve({}, told))
+    other = entry(cache, "latents", 0)
+    settings = {**speed_settings, "data.teacher_cache_samples": 1, "data.cache_limit": 1e-9}
+    distill(resolve({}, settings))
     assert not other.exists()
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert {path.parent.parent.name for path in files} == {"latents", "answers"}
-    distill(resolve({}, {**told, "run.output": str(tmp_path / "again")}))
+    distill(resolve({}, {**settings, "run.output": str(tmp_path / "again")}))
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == files

@@ -15,15 +15,15 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data import chunks
 from lcmdistill.data import latent_cache as cache
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import cache_folder, mark_complete, prepare
+from lcmdistill.data.latent_cache import mark_complete
 from lcmdistill.data.sampler import SampleOrder, epoch_order
-from lcmdistill.data.sources.registry import SOURCES, kind_of, open_source
+from lcmdistill.data.sources.registry import make_source, make_sources
 from lcmdistill.data.sources.teacher import read_prompts
-from lcmdistill.data.survey import survey, unused_samples, usable_count
+from lcmdistill.data.survey import unused_samples, usable_count
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import RunError, UsageError
-from tests.support.data import config_for, contents, good, picture, pixels, write_tar
+from tests.support.data import cache_of, config_for, contents, good, picture, pixels, prepared, surveyed, write_tar
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_source_is_encoded_once(
     tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting, config = Counting(teacher, monkeypatch), config_for(spec, tmp_path / "cache")
-    folder = prepare(spec, config, teacher, 0)
+    folder = prepared(spec, config, teacher, 0)
     assert counting.images == 10
     assert list(contents(folder)) == [
         "00000000-00000004.safetensors",
@@ -56,7 +56,7 @@ def test_a_source_is_encoded_once(
         "00000008-00000011.safetensors",
     ]
     before = contents(folder)
-    assert prepare(spec, config, teacher, 0) == folder
+    assert prepared(spec, config, teacher, 0) == folder
     assert (counting.images, contents(folder)) == (10, before)
     dataset = LatentDataset([folder], [None])
     assert (len(dataset), dataset.reports[0].kept, dataset.reports[0].rejected) == (10, 10, (("no image", 1),))
@@ -65,9 +65,9 @@ def test_a_source_is_encoded_once(
 def test_progress_is_told_within_a_chunk(
     tmp_path: Path, teacher: Teacher, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", 4 * 16**2)
+    monkeypatch.setattr(chunks, "PIXELS_PER_BATCH", 4 * 16**2)
     done: list[int] = []
-    prepare(spec, config_for(spec, tmp_path / "cache"), teacher, 0, on_progress=done.append)
+    prepared(spec, config_for(spec, tmp_path / "cache"), teacher, 0, on_progress=done.append)
     assert (len(done), done[0], done[-1]) == (4, 0, 11)  # ten samples four at a time, and the chunk's end
     assert done == sorted(done)
 
@@ -75,7 +75,7 @@ def test_progress_is_told_within_a_chunk(
 def test_an_interrupted_preparation_goes_on_where_it_stopped(
     tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = contents(prepare(spec, config_for(spec, tmp_path / "whole"), teacher, 0))
+    whole = contents(prepared(spec, config_for(spec, tmp_path / "whole"), teacher, 0))
     counting, config = Counting(teacher, monkeypatch), config_for(spec, tmp_path / "cache")
 
     def stop(done: int) -> None:
@@ -83,9 +83,9 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(spec, config, teacher, 0, on_progress=stop)
+        prepared(spec, config, teacher, 0, on_progress=stop)
     assert counting.images == 7
-    folder = prepare(spec, config, teacher, 0)
+    folder = prepared(spec, config, teacher, 0)
     assert counting.images == 10
     assert contents(folder) == whole
 
@@ -100,8 +100,8 @@ def test_a_chunk_that_fails_to_be_written_leaves_nothing(
     monkeypatch.setattr(chunks, "save_file", fail)
     config = config_for(spec, tmp_path / "cache")
     with pytest.raises(OSError, match="No space left"):
-        prepare(spec, config, teacher, 0)
-    assert contents(cache_folder(spec, config, teacher, 0)) == {}
+        prepared(spec, config, teacher, 0)
+    assert contents(cache_of(spec, config, teacher, 0)) == {}
 
 
 @pytest.mark.parametrize("source", ["shard", "teacher"])
@@ -111,13 +111,13 @@ def test_two_ranks_prepare_what_one_does(
     options: dict[str, Any] = {}
     if source == "teacher":
         (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
-        spec, options = "teacher", {"prompts": str(tmp_path / "prompts.txt"), "count": 10, "teacher_steps": 2}
-    one = prepare(spec, config_for(spec, tmp_path / "one", **options), teacher, 0)
+        spec, options = "teacher", {"prompts": str(tmp_path / "prompts.txt"), "max_samples": 10, "teacher_steps": 2}
+    one = prepared(spec, config_for(spec, tmp_path / "one", **options), teacher, 0)
     config = config_for(spec, tmp_path / "two", **options)
     shares = []
     for rank in (0, 1):
-        before = set(contents(cache_folder(spec, config, teacher, 0))) if rank else set()
-        folder = prepare(spec, config, teacher, 0, rank=rank, world=2)
+        before = set(contents(cache_of(spec, config, teacher, 0))) if rank else set()
+        folder = prepared(spec, config, teacher, 0, rank=rank, world=2)
         shares.append(set(contents(folder)) - before)
     assert [len(share) for share in shares] == [2, 1]
     assert contents(folder) == contents(one)
@@ -127,7 +127,7 @@ def test_what_shapes_the_latents_is_in_the_key(tmp_path: Path, teacher: Teacher,
     config = config_for(spec, tmp_path / "cache")
 
     def key(config: DataConfig = config, seed: int = 0, teacher: Teacher = teacher, spec: str = spec) -> Path:
-        return cache_folder(spec, config, teacher, seed)
+        return cache_of(spec, config, teacher, seed)
 
     assert key(seed=1) == key()  # nothing is drawn
     assert (
@@ -157,7 +157,7 @@ def test_what_shapes_the_latents_is_in_the_key(tmp_path: Path, teacher: Teacher,
 
 def test_the_teacher_is_in_the_key(tmp_path: Path, teacher: Teacher, small_teacher: Path, spec: str) -> None:
     config = config_for(spec, tmp_path / "cache")
-    keys = {name: cache_folder(name, config, teacher, 0) for name in (spec, "teacher")}
+    keys = {name: cache_of(name, config, teacher, 0) for name in (spec, "teacher")}
 
     def changed(file: str, **values: Any) -> dict[str, bool]:
         """Whether a teacher with another config has other keys, for images and for its own draws."""
@@ -167,7 +167,7 @@ def test_the_teacher_is_in_the_key(tmp_path: Path, teacher: Teacher, small_teach
         path = folder / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
         other = load_teacher(str(folder))
-        return {name: cache_folder(name, config, other, 0) != keys[name] for name in keys}
+        return {name: cache_of(name, config, other, 0) != keys[name] for name in keys}
 
     assert changed("vae/config.json") == {spec: False, "teacher": False}  # the same elsewhere is the same
     assert changed("vae/config.json", scaling_factor=0.25) == {spec: True, "teacher": True}
@@ -179,9 +179,9 @@ def test_the_teacher_is_in_the_key(tmp_path: Path, teacher: Teacher, small_teach
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
 def test_the_weights_are_in_the_key(tmp_path: Path, small_teacher: Path, spec: str, part: str) -> None:
     config, teacher = config_for(spec, tmp_path / "cache"), load_teacher(str(small_teacher))
-    before = [cache_folder(name, config, teacher, 0) for name in (spec, "teacher")]
+    before = [cache_of(name, config, teacher, 0) for name in (spec, "teacher")]
     next(getattr(teacher.pipeline, part).parameters()).data.view(-1)[0] += 1
-    after = [cache_folder(name, config, teacher, 0) for name in (spec, "teacher")]
+    after = [cache_of(name, config, teacher, 0) for name in (spec, "teacher")]
     # the network has no part in latents of images
     assert [a != b for a, b in zip(before, after, strict=True)] == [part != "unet", True]
 
@@ -190,7 +190,7 @@ def test_the_values_are_the_vae_s_posterior_and_the_text_encoder_s(
     tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None
 ) -> None:
     config = config_for(spec, tmp_path / "cache")
-    dataset = LatentDataset([prepare(spec, config, teacher, 0)], [None])
+    dataset = LatentDataset([prepared(spec, config, teacher, 0)], [None])
     mean, std, cond = dataset.read([7, 0])
     images = torch.stack([pixels(picture(i)) for i in (7, 0)])
     with torch.no_grad():
@@ -210,11 +210,11 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
     found = []
     for at_once in (1, 3):
-        monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", at_once * 16 * 16)
+        monkeypatch.setattr(chunks, "PIXELS_PER_BATCH", at_once * 16 * 16)
         config = config_for(
             "teacher", tmp_path / str(at_once), prompts=str(tmp_path / "prompts.txt"), max_samples=7, teacher_steps=3
         )
-        dataset = LatentDataset([prepare("teacher", config, teacher, 0)], [7])
+        dataset = LatentDataset([prepared("teacher", config, teacher, 0)], [7])
         assert len(dataset) == 7  # the prompts go round
         found.append(dataset.read(range(7)))
     (mean, std, cond), (other_mean, _, other_cond) = found
@@ -233,7 +233,7 @@ def test_a_larger_count_adds_to_a_smaller_one(tmp_path: Path, teacher: Teacher, 
     config = config_for(spec, tmp_path / "cache")
     lengths = {}
     for count in (3, 11, 6):
-        folder = prepare(spec, replace(config, max_samples=count), teacher, 0)
+        folder = prepared(spec, replace(config, max_samples=count), teacher, 0)
         lengths[count] = len(LatentDataset([folder], [count]))
     assert lengths == {3: 3, 11: 10, 6: 5}  # the sixth member is a bad one
     assert len(LatentDataset([folder], [3])) == 3
@@ -246,13 +246,13 @@ def test_members_that_were_removed_from_a_cache_are_missed(
 ) -> None:
     """By a run that made room, or by hand: fewer samples than were asked for must not go unnoticed."""
     config = replace(config_for(spec, tmp_path / "cache"), max_samples=11)
-    folder = prepare(spec, config, teacher, 0)
+    folder = prepared(spec, config, teacher, 0)
     mark_complete(folder, 11)
     for lost in (0, 1):
         sorted(folder.glob("*.safetensors"))[lost].unlink()
-        with pytest.raises(RunError, match=r"were removed while this run filled it.*raise data\.cache_limit"):
+        with pytest.raises(RunError, match=r"were deleted while this run filled it.*raise data\.cache_limit"):
             mark_complete(folder, 11)
-        assert len(LatentDataset([prepare(spec, config, teacher, 0)], [11])) == 10
+        assert len(LatentDataset([prepared(spec, config, teacher, 0)], [11])) == 10
         mark_complete(folder, 11)
 
 
@@ -271,7 +271,7 @@ def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
         (data / "metadata.jsonl").write_text("\n".join(rows))
 
     def order(seed: int | None) -> list[str]:
-        return [str(member.caption) for member in open_source(str(data), None, seed)]
+        return [str(member.caption) for member in make_source(str(data), seed=seed).members()]
 
     assert order(None) == names
     assert sorted(order(0)) == names
@@ -280,11 +280,11 @@ def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
     tens = Counter(name[1] for name in order(0)[:50])
     assert len(tens) == 10  # from every part of the listing
     config = config_for(str(data), tmp_path / "cache")
-    assert cache_folder(str(data), config, teacher, 0) != cache_folder(str(data), config, teacher, 1)
+    assert cache_of(str(data), config, teacher, 0) != cache_of(str(data), config, teacher, 1)
     counting = Counting(teacher, monkeypatch)
-    few = contents(prepare(str(data), replace(config, max_samples=8), teacher, 0))
+    few = contents(prepared(str(data), replace(config, max_samples=8), teacher, 0))
     assert counting.images == 8
-    many = contents(prepare(str(data), replace(config, max_samples=20), teacher, 0))
+    many = contents(prepared(str(data), replace(config, max_samples=20), teacher, 0))
     assert counting.images == 20
     assert many.items() > few.items()
 
@@ -298,16 +298,18 @@ def test_what_a_count_leaves_out_is_said(tmp_path: Path, spec: str) -> None:
 
     def said(spec: Path | str, count: int | None) -> str:
         config = DataConfig(sources=(str(spec),), resolution=16, max_samples=count)
-        return unused_samples(str(spec), config, survey(config, 0, seconds=60)[0])
+        return unused_samples(make_source(str(spec)), config, surveyed(config, seconds=60)[0])
 
-    why = "taken (data.max_samples, by default as many as the run can use; a larger one takes more)"
+    why = "used (data.max_samples, by default as many as the run can use; raise it to use more)"
     assert said(data, 2) == f"; 2 of 3 {why}"
     assert said(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
     assert said("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
     assert {said(data, 3), said(data, None), said(spec, 100), said("teacher", 3000)} == {""}
     config = DataConfig(sources=("teacher",), resolution=16, max_samples=5)
-    report = survey(config, 0, seconds=60)[0]
-    assert unused_samples("teacher", config, report, takes_prompts=False) == "", "there is nothing to take from"
+    report = surveyed(config, seconds=60)[0]
+    assert unused_samples(make_source("teacher"), config, report, takes_prompts=False) == "", (
+        "there is nothing to take from"
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +325,7 @@ def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monke
 
 def test_two_sources_make_one_data_set(tmp_path: Path, teacher: Teacher, spec: str) -> None:
     other = str(write_tar(tmp_path / "other.tar", good([50])))
-    folders = [prepare(each, config_for(each, tmp_path / "cache"), teacher, 0) for each in (spec, other)]
+    folders = [prepared(each, config_for(each, tmp_path / "cache"), teacher, 0) for each in (spec, other)]
     dataset = LatentDataset(folders, [None, None])
     assert len(dataset) == 11
     assert torch.equal(dataset.read([10])[0], LatentDataset(folders[1:], [None]).read([0])[0])
@@ -335,14 +337,14 @@ def test_a_source_without_anything_usable_is_given_up(
     monkeypatch.setattr(cache, "GIVE_UP_AFTER", 8)
     spec = str(write_tar(tmp_path / "bad.tar", [(f"{i}.txt", b"a") for i in range(100)]))
     with pytest.raises(UsageError, match=r"none of 8 samples can be used \(8 x no image\)"):
-        prepare(spec, config_for(spec, tmp_path / "cache"), teacher, 0)
+        prepared(spec, config_for(spec, tmp_path / "cache"), teacher, 0)
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path, small_teacher: Path, spec: str) -> None:
     teacher = load_teacher(str(small_teacher))
     next(teacher.vae.parameters()).data.fill_(torch.nan)
     with pytest.raises(RunError, match="not finite"):
-        prepare(spec, config_for(spec, tmp_path / "cache"), teacher, 0)
+        prepared(spec, config_for(spec, tmp_path / "cache"), teacher, 0)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +353,9 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path, small_teacher: 
 )
 def test_no_more_is_prepared_than_a_run_can_use(sources: tuple[str, ...], needed: int, count: int | None) -> None:
     expected = len(read_prompts(None)) if count is None else -(-count // 128) * 128
-    assert usable_count(DataConfig(sources=sources), needed) == expected
-    assert usable_count(DataConfig(sources=sources, max_samples=7), needed) == 7
+    made = make_sources(DataConfig(sources=sources))
+    assert usable_count(DataConfig(), made, needed) == expected
+    assert usable_count(DataConfig(max_samples=7), made, needed) == 7
 
 
 def test_an_epoch_visits_each_sample_once_and_the_next_one_in_another_order() -> None:
@@ -373,12 +376,3 @@ def test_the_order_is_a_function_of_the_place_so_that_nothing_is_lost_on_the_way
     halves = [[SampleOrder(10, 0, 6).indices(step, places) for places in (range(3), range(3, 6))] for step in range(9)]
     assert [a + b for a, b in halves] == before
     assert Counter(SampleOrder(3, 0, 7).indices(0, range(6))) == {0: 2, 1: 2, 2: 2}
-
-
-def test_every_source_is_told_from_its_spelling() -> None:
-    assert {kind_of("teacher"), kind_of("tiny"), kind_of("hf://a/b.tar"), kind_of("pipe:cat x")} == {
-        "teacher",
-        "tiny",
-        "shards",
-    }
-    assert set(SOURCES) == {"teacher", "tiny", "shards", "folder"}

@@ -10,10 +10,9 @@ from PIL import Image
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Member
-from lcmdistill.data.survey import survey
 from lcmdistill.data.transforms import Rejected, Sample, check_sample
 from lcmdistill.utils.errors import UsageError
-from tests.support.data import captions, encoded, good, picture, reasons, write_tar
+from tests.support.data import captions, encoded, good, picture, reasons, surveyed, write_tar
 
 
 def test_bad_members_of_a_shard_are_counted_with_their_reasons(tmp_path: Path) -> None:
@@ -29,7 +28,7 @@ def test_bad_members_of_a_shard_are_counted_with_their_reasons(tmp_path: Path) -
         *[("noimage.txt", b"a")],
     ]
     path = write_tar(tmp_path / "a.tar", good(range(3)) + bad + good(range(3, 5)))
-    assert reasons(path) == {"kept": 5, "corrupt image": 4, "no caption": 3, "no image": 1}
+    assert reasons(path) == {"kept": 5, "corrupt image": 4, "no caption": 2, "unreadable JSON": 1, "no image": 1}
 
 
 def test_bad_files_of_a_folder_are_counted_with_their_reasons(tmp_path: Path) -> None:
@@ -87,11 +86,11 @@ def test_a_source_without_anything_usable_fails_within_seconds(tmp_path: Path, k
         write_tar(tmp_path / "a.tar", [(f"{i}.png", b"rubbish") for i in range(2000)])
     began = time.monotonic()
     with pytest.raises(UsageError, match=r"none of \d+ samples can be used \(.*no caption.*\)"):
-        survey(config, 0, seconds=60)
+        surveyed(config, seconds=60)
     assert time.monotonic() - began < 10
 
 
 def test_an_empty_source_says_so(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [])
     with pytest.raises(UsageError, match="is empty; it needs images with captions"):
-        survey(DataConfig(sources=(str(tmp_path),)), 0, seconds=60)
+        surveyed(DataConfig(sources=(str(tmp_path),)), seconds=60)

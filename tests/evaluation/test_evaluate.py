@@ -346,7 +346,7 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
         ({"clip": "no/such-clip"}, "--clip no/such-clip is neither a folder nor in the local hub cache"),
         ({"scorer": "ImageReward.pt"}, "--scorer ImageReward.pt is a bare checkpoint"),
         ({"lpips": Path("x.pth")}, "--lpips x.pth is not there; give torchvision's file"),
-        ({"real": "/nowhere"}, "--real /nowhere does not exist; give a folder of images, .tar shards, or tiny"),
+        ({"real": "/nowhere"}, "--real /nowhere does not exist; pass a folder of images, .tar shards, or tiny"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(evaluated: Evaluated, wish: Any, message: str):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcmdistill.data.sources.registry import open_source
+from lcmdistill.data.sources.registry import make_source
 from lcmdistill.teachers.loading import load_teacher
 from tests.support.runs import distill, resolve
 
@@ -50,7 +50,7 @@ def test_images_are_padded_split_and_written_as_shards(example: Any, package: Pa
     held, held_labels = example.data.load(tmp_path / "work", held_out=True)
     assert held[held_labels == 3].max((1, 2)).tolist() == [63, 64]
     folder = example.data.write_shards(images, labels, tmp_path / "shards", size=20)
-    members = list(open_source(str(folder), None))
+    members = list(make_source(str(folder)).members())
     assert len(list(folder.iterdir())) == 2
     assert len(members) == 30
     assert len({member.caption for member in members[:20]}) > 5

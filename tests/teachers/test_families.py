@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from lcmdistill.config.schema import DataConfig, StudentConfig
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.transforms import transform
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Conditioning, TeacherNetwork, x0_eps_network
@@ -26,6 +25,7 @@ from lcmdistill.teachers.inpaint import draw_mask
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.errors import UsageError
+from tests.support.data import prepared
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.oracle import Networks
 from tests.support.teachers import SMALL, Command, edited
@@ -228,7 +228,7 @@ def test_each_sample_has_a_mask_of_its_own(
     config = DataConfig(
         sources=(spec,), resolution=16, max_samples=4, teacher_steps=2, cache_dir=str(tmp_path / "cache")
     )
-    folder = prepare(spec, config, teacher, 0)
+    folder = prepared(spec, config, teacher, 0)
     mean, _, cond = LatentDataset([folder], [4]).read([0, 1, 2, 3])
     assert cond["mask"].shape == (4, 1, 8, 8)
     assert len({tuple(mask.flatten().tolist()) for mask in cond["mask"]}) > 1
@@ -240,7 +240,7 @@ def test_each_sample_has_a_mask_of_its_own(
             torch.testing.assert_close(cond["masked"][i], blank[0], atol=1e-2, rtol=1e-2)
         else:
             assert (cond["masked"][i] - mean[i]).abs()[hidden[i]].max() > 0
-    other = prepare(spec, config, teacher, 1)
+    other = prepared(spec, config, teacher, 1)
     assert other != folder
     assert not torch.equal(LatentDataset([other], [4]).read([0, 1, 2, 3])[2]["mask"], cond["mask"])
 
@@ -270,7 +270,7 @@ def test_each_sample_keeps_its_own_sizes(folders: dict[str, Path], tmp_path: Pat
         (images / f"{i}.txt").write_text("a cat")
     teacher = load_teacher(str(folders["sdxl"]))
     config = DataConfig(sources=(str(images),), resolution=32, cache_dir=str(tmp_path / "cache"))
-    dataset = LatentDataset([prepare(str(images), config, teacher, 0)], [None])
+    dataset = LatentDataset([prepared(str(images), config, teacher, 0)], [None])
     sizes = {tuple(dataset.read([i])[2]["time_ids"][0].tolist()) for i in (0, 1)}
     assert sizes == {(40, 64, 0, 10, 32, 32), (5000, 4000, 4, 0, 32, 32)}
     cond = dataset.read([0, 1])[2]
@@ -287,7 +287,7 @@ def test_what_the_teacher_draws_is_whole(folders: dict[str, Path], tmp_path: Pat
     prompts.write_text("a cat\na dog\n")
     teacher = load_teacher(str(folders["sdxl"]))
     own = {"prompts": str(prompts), "resolution": 32, "teacher_steps": 2, "cache_dir": str(tmp_path / "cache")}
-    dataset = LatentDataset([prepare("teacher", DataConfig(**own), teacher, 0)], [None])
+    dataset = LatentDataset([prepared("teacher", DataConfig(**own), teacher, 0)], [None])
     assert dataset.read([0, 1])[2]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
 

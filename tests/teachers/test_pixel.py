@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import prepare
-from lcmdistill.data.survey import survey
 from lcmdistill.diffusion.parameterization import EDM
 from lcmdistill.diffusion.schedules import KarrasSchedule, VPSchedule
 from lcmdistill.teachers.loading import load_teacher
@@ -20,6 +18,7 @@ from lcmdistill.teachers.pixel import class_names
 from lcmdistill.training.preflight import check_early, validate_for_teacher
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils.errors import UsageError
+from tests.support.data import prepared, surveyed
 from tests.support.pixel import images, noise
 from tests.support.pixel_models import LABELS, build_pixel
 from tests.support.runs import resolve
@@ -151,9 +150,9 @@ def test_captions_are_classes_and_others_are_counted(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t")))
     folder = images(tmp_path / "images", ["Bag", "a cat", " ankle  boot", None, "bag", ""])
     config = DataConfig(sources=(str(folder),), resolution=8, cache_dir=str(tmp_path / "cache"))
-    (report,) = survey(config, 0, seconds=9.0, rejects=teacher.rejects)
+    (report,) = surveyed(config, seconds=9.0, rejects=teacher.rejects)
     assert str(report) == "3 kept, 3 dropped: 3 x caption names no class of the teacher"
-    dataset = LatentDataset([prepare(str(folder), config, teacher, 0)], [None])
+    dataset = LatentDataset([prepared(str(folder), config, teacher, 0)], [None])
     assert str(dataset.reports[0]) == str(report)
     mean, std, cond = dataset.read(range(3))
     assert {(round(float(m.mean() + 1) * 127.5), int(c)) for m, c in zip(mean, cond["class_labels"], strict=True)} == {
@@ -173,19 +172,19 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
     teacher = load_teacher(str(model))
     config = resolve_run_defaults(config, 1, teacher)
     assert (config.data.resolution, config.data.guidance_scale) == (8, 1.0)
-    dataset = LatentDataset([prepare(str(folder), config.data, teacher, 0)], [None])
+    dataset = LatentDataset([prepared(str(folder), config.data, teacher, 0)], [None])
     mean, _, cond = dataset.read([0, 2])
     assert (len(dataset), mean.shape, cond.values) == (3, (2, 1, 8, 8), {})
     with pytest.raises(UsageError, match=r"2 x no caption|3 x no caption"):
-        survey(DataConfig(sources=(str(images(tmp_path / "more", [None, None])),)), 0, seconds=9.0)
+        surveyed(DataConfig(sources=(str(images(tmp_path / "more", [None, None])),)), seconds=9.0)
 
 
 @pytest.mark.parametrize("labels", [LABELS, ()], ids=["classes", "unconditional"])
 def test_a_teacher_without_data_draws_its_own_classes(tmp_path: Path, labels: tuple[str, ...]) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", labels)))
-    own: dict[str, Any] = {"resolution": 8, "teacher_steps": 3, "guidance_scale": 1.0, "count": 7}
+    own: dict[str, Any] = {"resolution": 8, "teacher_steps": 3, "guidance_scale": 1.0, "max_samples": 7}
     config = DataConfig(sources=("teacher",), cache_dir=str(tmp_path / "cache"), **own)
-    dataset = LatentDataset([prepare("teacher", config, teacher, 0)], [7])
+    dataset = LatentDataset([prepared("teacher", config, teacher, 0)], [7])
     mean, _, cond = dataset.read(range(7))
     assert len(mean.flatten(1).unique(dim=0)) == 7
     if labels:

@@ -12,13 +12,13 @@ import torch
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.chunks import draw_spacing
 from lcmdistill.data.dataset import LatentDataset
-from lcmdistill.data.latent_cache import prepare
 from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.schedules import ddim_grid, vp_schedule
 from lcmdistill.sampling.student_pipeline import vp_scheduler
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import UsageError
+from tests.support.data import prepared
 from tests.support.schedules import CONFIGS
 from tests.support.solvers import network_denoiser, noise
 from tests.support.teachers import edited
@@ -103,7 +103,7 @@ def test_a_teacher_is_drawn_from_where_its_noise_starts(
     config = DataConfig(
         prompts=str(tmp_path / "prompts.txt"), resolution=16, teacher_steps=4, cache_dir=str(tmp_path / "c")
     )
-    mean, _, _ = LatentDataset([prepare("teacher", config, teacher, 0)], [None]).read([0])
+    mean, _, _ = LatentDataset([prepared("teacher", config, teacher, 0)], [None]).read([0])
     assert mean.isfinite().all()
     assert (times[0] == 999) is zero_snr
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["timestep_spacing"] == "leading"

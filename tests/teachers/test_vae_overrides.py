@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lcmdistill.config.schema import DataConfig
-from lcmdistill.data.latent_cache import cache_folder, prepare
 from lcmdistill.export.sd_keys import original_vae
 from lcmdistill.sampling.generate import generate, load_student
 from lcmdistill.teachers import overrides as pieces
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import RunError, UsageError
+from tests.support.data import cache_of, prepared
 from tests.support.models import opened, small_vae
 from tests.support.overrides import images, noise, same_weights
 from tests.support.teachers import SMALL, Command, build_teacher, edited
@@ -182,10 +182,10 @@ def test_a_vae_that_overflows_in_fp16_is_fine_unless_told(
     save_file(tensors, file, metadata={"format": "pt"})
     config = DataConfig(sources=(str(image_folder),), resolution=16, cache_dir=str(tmp_path / "cache"))
     teacher = load_teacher(str(folder))
-    prepare(str(image_folder), config, teacher, 0)
+    prepared(str(image_folder), config, teacher, 0)
     assert teacher.decode(noise()).isfinite().all()
     with pytest.raises(RunError, match="not finite; its weights may be broken or need fp32"):
-        prepare(str(image_folder), config, load_teacher(str(folder), vae_dtype="fp16"), 0)
+        prepared(str(image_folder), config, load_teacher(str(folder), vae_dtype="fp16"), 0)
 
 
 def test_images_are_decoded_in_fp32_around_half_a_network(small_run: Path) -> None:
@@ -256,4 +256,4 @@ def test_prompts_are_what_diffusers_makes_of_them_without_clip_s_last_layers(
     plain = load_teacher(str(folders[family]))
     assert plain.fingerprint(with_network=False) != teacher.fingerprint(with_network=False)
     config = DataConfig(sources=("teacher",))
-    assert len({cache_folder("teacher", config, each, 0) for each in (plain, teacher)}) == 2
+    assert len({cache_of("teacher", config, each, 0) for each in (plain, teacher)}) == 2

@@ -1,21 +1,114 @@
-"""What every source yields."""
+"""What a source is, and what it yields."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from lcmdistill.utils.errors import RunError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".text")
+"files that hold the caption of the image of the same name; the first that exists is used"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One raw sample. image: the encoded file, a path to it, or None where the teacher is to draw the caption."""
+    """One raw sample, as its source stores it; nothing is decoded or judged yet.
+
+    Attributes:
+        key: The name of the sample within its source.
+        image: The encoded image, the path of its file, or None where the teacher generates it from the caption.
+        caption: The caption, None if there is none.
+        meta: Other metadata of the sample, such as `pwatermark`.
+        problem: Why the sample cannot be read, where its source already knows.
+    """
 
     key: str
     image: bytes | Path | None
     caption: str | None
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
-    "why the sample cannot be read, where its container already knows"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Everything besides the --data word that decides what a source holds.
+
+    Attributes:
+        prompts: File of prompts for the source `teacher`; None for the default ones.
+        own_prompts: The teacher's own default prompts; () for the bundled list.
+        seed: Decides the order of an image folder; None keeps the order of the names.
+    """
+
+    prompts: str | None = None
+    own_prompts: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """A stream of members in an order that never changes, made once from a --data word.
+
+    Attributes:
+        word: What the user wrote, for messages.
+        kind: Its key in SOURCES.
+        is_generated: Whether the teacher generates the images.
+        is_remote: Whether reading it takes a network connection or runs a command.
+    """
+
+    word: str
+
+    kind: ClassVar[str]
+    is_generated: ClassVar[bool] = False
+    is_remote: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, word: str, options: SourceOptions) -> Self | None:
+        """Return the source that a --data word names, None if the word is not of this kind.
+
+        Raises:
+            UsageError: If the word is of this kind, but what it names does not exist.
+        """
+
+    @abstractmethod
+    def count(self) -> int | None:
+        """Return the number of members, None where only reading all of them would tell."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Return plain values that change when the content or the order of the members changes.
+
+        The same content gives the same values however the word is spelled.
+        """
+
+    @abstractmethod
+    def read(self) -> Iterator[Member]:
+        """Yield the members; transport errors may be raised as OSError or EOFError."""
+
+    def members(self, limit: int | None = None) -> Iterator[Member]:
+        """Yield the members, at most `limit` of them.
+
+        Raises:
+            RunError: If the source cannot be read to its end.
+        """
+        try:
+            yield from islice(self.read(), limit)
+        except (OSError, EOFError) as error:
+            raise RunError(f"--data {self.word} cannot be read: {error}") from error
+
+    def check_reachable(self) -> None:  # noqa: B027 (what is on disk was checked when it was made)
+        """Raise UsageError or RunError where the source is missing or cannot be reached."""
+
+
+def file_stamp(path: Path, *, with_time: bool = True) -> tuple[int, int]:
+    """Return the size and the modification time of a file: what a fingerprint notes of it, (-1, 0) if it is missing."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns if with_time else 0

@@ -1,12 +1,27 @@
 """The bundled emoji as a source."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from lcmdistill.data.sources.base import Member
-from lcmdistill.data.sources.webdataset import shards
+from lcmdistill.data.sources.base import SourceOptions, file_stamp
+from lcmdistill.data.sources.webdataset import Shards, shards_in
 
 
-def bundled(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
+@dataclass(frozen=True)
+class BundledShards(Shards):
     """The emoji that the tiny teacher was trained on, as shards inside the package."""
-    return shards(str(files("lcmdistill") / "assets" / "tiny-data"), prompts, seed)
+
+    kind: ClassVar[str] = "tiny"
+
+    @classmethod
+    def parse(cls, word: str, options: SourceOptions) -> Self | None:
+        """See `Source.parse`."""
+        if word != cls.kind:
+            return None
+        return cls(word, shards_in(Path(str(files("lcmdistill") / "assets" / "tiny-data"))))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return names and sizes only: the files' times are those of the installation."""
+        return {"files": [(Path(url).name, *file_stamp(Path(url), with_time=False)) for url in self.urls]}

@@ -1,79 +1,64 @@
-"""Sources: each turns what the user named into a stream of members, in an order that never changes.
+"""Which sources there are, and how a --data word becomes one of them."""
 
-A member may be broken; nothing is decoded or judged here. What a shard's reader itself trips over is yielded as a member
-with a `problem`, so that it can be counted.
-"""
-
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-from lcmdistill.data.sources.base import IMAGE_SUFFIXES, TAR_SUFFIXES, Member
-from lcmdistill.data.sources.bundled import bundled
-from lcmdistill.data.sources.image_folder import _folder_entries, folder
-from lcmdistill.data.sources.remote import REMOTE
-from lcmdistill.data.sources.teacher import read_prompts, teacher
-from lcmdistill.data.sources.webdataset import shards
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.sources.base import Source, SourceOptions
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.registry import LazyRegistry
 
-# How --data is read: kind -> (spec, prompts file, seed of the order) -> members.
-SOURCES: dict[str, Callable[[str, str | None, int | None], Iterator[Member]]] = {
-    "teacher": teacher,
-    "tiny": bundled,
-    "shards": shards,
-    "folder": folder,
-}
+SOURCES = LazyRegistry(
+    {
+        "teacher": "lcmdistill.data.sources.teacher:TeacherSource",
+        "tiny": "lcmdistill.data.sources.bundled:BundledShards",
+        "remote": "lcmdistill.data.sources.remote:RemoteShards",
+        "shards": "lcmdistill.data.sources.webdataset:Shards",
+        "folder": "lcmdistill.data.sources.image_folder:ImageFolder",
+    }
+)
+"the sources, in the order in which they are asked whether a word is theirs"
 
 
-def kind_of(spec: str) -> str:
-    """Which of SOURCES reads a --data argument. Raises UsageError if none can."""
-    if spec in ("teacher", "tiny"):
-        return spec
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        names = [p.name for p in path.iterdir()]
-        if any(name.endswith(TAR_SUFFIXES) for name in names):
-            return "shards"
-        if any(name.startswith("metadata.") for name in names) or any(
-            p.suffix.lower() in IMAGE_SUFFIXES for p in path.rglob("*")
-        ):
-            return "folder"
-        raise UsageError(f"--data {spec} holds neither images nor .tar shards")
-    if spec.startswith(REMOTE):
-        return "shards"
-    if re.match(r"[a-z][a-z0-9+.-]*://", spec):
-        raise UsageError(
-            f"--data {spec}: unknown scheme; shards come from files, http(s)://, gs://, hf://, or from a command's output, "
-            "such as 'pipe:aws s3 cp s3://BUCKET/KEY.tar -'"
-        )
-    if "*" in spec and not path.exists():
-        raise UsageError(
-            f"--data {spec}: wildcards are not expanded; name the folder, or use braces, such as shards/{{00..99}}.tar"
-        )
-    if spec.endswith(TAR_SUFFIXES):
-        return "shards"
+def make_source(
+    word: str, *, prompts: str | None = None, own_prompts: Sequence[str] = (), seed: int | None = None
+) -> Source:
+    """Return the source that a --data word names. This is the only place where the word is parsed.
+
+    Args:
+        word: What the user wrote.
+        prompts: File of prompts for the source `teacher`.
+        own_prompts: The teacher's own default prompts.
+        seed: Decides the order of an image folder; None keeps the order of the names.
+
+    Raises:
+        UsageError: If the word names no source, or one that does not exist.
+    """
+    options = SourceOptions(prompts, tuple(own_prompts), seed)
+    for kind in SOURCES:
+        source = SOURCES[kind].parse(word, options)
+        if source is not None:
+            return source
+    path = Path(word).expanduser()
     if path.exists():
-        raise UsageError(f"--data {spec} is neither a folder nor a .tar shard")
+        raise UsageError(f"--data {word} is neither a folder nor a .tar shard")
+    if "*" in word:
+        raise UsageError(
+            f"--data {word}: wildcards are not expanded; name the folder, or use braces, such as shards/{{00..99}}.tar"
+        )
     raise UsageError(
-        f"--data {spec} does not exist; give a folder of images, .tar shards, tiny, or teacher for no data"
+        f"--data {word} does not exist; pass a folder of images, .tar shards, tiny, or teacher to train without a data set"
     )
 
 
-def open_source(spec: str, prompts: str | None, seed: int | None = None) -> Iterator[Member]:
-    """The members of one --data argument. Errors of the transport become RunError.
-
-    seed: decides the order of an image folder's members, which is that of their names without one. Shards are read, and
-    prompts drawn, in the order they have.
-    """
-    try:
-        yield from SOURCES[kind_of(spec)](spec, prompts, seed)
-    except (OSError, EOFError) as error:
-        raise RunError(f"--data {spec} cannot be read: {error}") from error
+def make_sources(config: DataConfig, *, own_prompts: Sequence[str] = (), seed: int | None = None) -> tuple[Source, ...]:
+    """Return the sources of `data.sources`, in their order; the arguments are those of `make_source`."""
+    return tuple(
+        make_source(word, prompts=config.prompts, own_prompts=own_prompts, seed=seed) for word in config.sources
+    )
 
 
-def listed(spec: str, prompts: str | None) -> int | None:
-    """How many members a source has, where its listing tells; None for shards, which would have to be read."""
-    kind = kind_of(spec)
-    if kind == "teacher":
-        return len(read_prompts(prompts))
-    return len(_folder_entries(Path(spec).expanduser())) if kind == "folder" else None
+def is_generated(word: str) -> bool:
+    """Return whether a --data word has the teacher generate the images. Nothing is opened for it."""
+    kind = SOURCES["teacher"]
+    return kind.parse(word, SourceOptions()) is not None

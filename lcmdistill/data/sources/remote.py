@@ -1,12 +1,12 @@
 """Shards that are not files: the output of the command that fetches them, read to its end or given up with a reason.
 
-A broken connection must never pass for the end of the data: the samples that are missing would be missing from the cache for
-good.
+A broken connection must never pass for the end of the data: the missing samples would be missing from the cache for good.
 """
 
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,28 +14,116 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, ClassVar, Self
 
+from lcmdistill.data.sources.base import Member, SourceOptions, file_stamp
+from lcmdistill.data.sources.webdataset import Shards, check_file, expand, read_shard_file, read_shard_stream
 from lcmdistill.utils.errors import RunError, UsageError
 
-REMOTE = ("http://", "https://", "gs://", "hf://", "pipe:")
+_SCHEMES = ("http://", "https://", "gs://", "hf://")
+
+_COMMAND = "pipe:"
 
 SILENCE = 45.0
-"seconds without a byte after which a shard is given up"
+"seconds without a byte after which reading a shard fails"
 
 _CURL = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30"]
 
 _CURL += ["--retry", "3", "--retry-delay", "2", "--retry-max-time", "30"]
 
 
-def open_remote(url: str) -> io.BufferedReader:
-    """A shard as a stream of bytes; reading it raises RunError if the transport fails or falls silent."""
-    command, given = _command(url)
+@dataclass(frozen=True)
+class RemoteShards(Shards):
+    """Shards behind URLs (http, https, gs, hf), or the output of a shell command (pipe:)."""
+
+    kind: ClassVar[str] = "remote"
+    is_remote: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, word: str, options: SourceOptions) -> Self | None:
+        """See `Source.parse`."""
+        if word.startswith(_COMMAND):
+            return cls(word, (word,))
+        if "://" not in word or Path(word).expanduser().is_dir():
+            return None
+        if re.match(r"[a-z][a-z0-9+.-]*://", word) and not word.startswith(_SCHEMES):
+            raise UsageError(
+                f"--data {word}: unknown scheme; shards come from files, http(s)://, gs://, hf://, or from a command's "
+                "output, such as 'pipe:aws s3 cp s3://BUCKET/KEY.tar -'"
+            )
+        urls = expand(word)
+        for url in urls:
+            if not url.startswith(_SCHEMES):
+                check_file(word, url)
+        return cls(word, urls)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the URLs: what they hold cannot be known before it is read."""
+        remote = [url for url in self.urls if _is_fetched(url)]
+        return {
+            "urls": remote,
+            "files": [(Path(url).name, *file_stamp(Path(url))) for url in self.urls if url not in remote],
+        }
+
+    def read(self) -> Iterator[Member]:
+        """See `Source.read`."""
+        for url in self.urls:
+            yield from _fetched_members(url) if _is_fetched(url) else read_shard_file(Path(url))
+
+    def check_reachable(self) -> None:
+        """Raise unless a server responds for each http(s) URL: the last shard of many may be misspelled as well.
+
+        Raises:
+            UsageError: If a shard does not exist.
+            RunError: If a server does not respond.
+        """
+        pool = ThreadPoolExecutor(16)
+        try:
+            for _ in pool.map(_reach, [url for url in self.urls if url.startswith(("http://", "https://"))]):
+                pass
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_fetched(url: str) -> bool:
+    return url.startswith((*_SCHEMES, _COMMAND))
+
+
+def _fetched_members(url: str) -> Iterator[Member]:
+    """Yield the members of one remote shard.
+
+    Raises:
+        RunError: If the transport fails, or what arrives is not a complete tar archive.
+    """
+    with _open_remote(url) as stream:
+        try:
+            yield from read_shard_stream(stream)
+        except RunError:
+            raise
+        except Exception as error:
+            _exhaust(stream)  # where the transport itself failed, its own error says more
+            raise RunError(
+                f"--data {url} cannot be read: what it sends is not a complete tar archive ({type(error).__name__})"
+            ) from error
+        _exhaust(stream)
+
+
+def _exhaust(stream: io.BufferedReader) -> None:
+    """Read to the end, where a transport reports whether all went well."""
+    while stream.read(1 << 20):
+        pass
+
+
+def _open_remote(url: str) -> io.BufferedReader:
+    """Return a shard as a stream of bytes; reading it raises RunError if the transport fails or stalls."""
+    command, standard_input = _command(url)
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the stream)
     with tempfile.TemporaryFile() as stdin:
-        stdin.write(given)
+        stdin.write(standard_input)
         stdin.seek(0)
         process = subprocess.Popen(
             command,
@@ -50,12 +138,12 @@ def open_remote(url: str) -> io.BufferedReader:
 
 
 def _command(url: str) -> tuple[list[str] | str, bytes]:
-    """The command that writes a shard to its standard output, and what it is to read on its standard input."""
-    if url.startswith("pipe:"):
-        return url.removeprefix("pipe:"), b""
+    """Return the command that writes a shard to its standard output, and the bytes for its standard input."""
+    if url.startswith(_COMMAND):
+        return url.removeprefix(_COMMAND), b""
     program, package = ("gsutil", "the Google Cloud CLI") if url.startswith("gs://") else ("curl", "curl")
     if shutil.which(program) is None:
-        raise RunError(f"--data {url} is read through {program}, which is not here; install {package}")
+        raise RunError(f"--data {url} needs {program} to be read, which is not installed; install {package}")
     if program == "gsutil":
         return ["gsutil", "cat", url], b""
     if not url.startswith("hf://"):
@@ -64,7 +152,7 @@ def _command(url: str) -> tuple[list[str] | str, bytes]:
 
     try:
         address, token = HfFileSystem().url(url), get_token()
-    except Exception as error:  # the hub's client lets its transport's own errors through
+    except Exception as error:  # the Hub's client passes on the errors of its transport
         raise RunError(f"--data {url} cannot be reached: {str(error).strip().splitlines()[0]}") from error
     if token:  # not as an argument, which every user of the computer can see
         return [*_CURL, "--header", "@-", address], f"Authorization: Bearer {token}".encode()
@@ -72,17 +160,17 @@ def _command(url: str) -> tuple[list[str] | str, bytes]:
 
 
 class _Output(io.RawIOBase):
-    """What a process writes; an end that is not a success is an error."""
+    """The standard output of a process; an end without success is an error."""
 
     def __init__(self, url: str, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
-        self._url, self._process, self._errors, self._silent = url, process, errors, False
+        self._url, self._process, self._errors, self._has_stalled = url, process, errors, False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         output: Any = self._process.stdout
-        watchdog = threading.Timer(SILENCE, self._fall_silent)
+        watchdog = threading.Timer(SILENCE, self._on_stall)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -90,10 +178,10 @@ class _Output(io.RawIOBase):
             status = 0 if count else self._process.wait()
         finally:
             watchdog.cancel()
-        if self._silent:
-            raise RunError(f"--data {self._url} is given up: it has sent nothing for {SILENCE:g} seconds")
+        if self._has_stalled:
+            raise RunError(f"timed out reading --data {self._url} (no data for {SILENCE:g} s)")
         if status:
-            raise RunError(f"--data {self._url} cannot be read: {self._complaint() or f'exit code {status}'}")
+            raise RunError(f"--data {self._url} cannot be read: {self._last_error_line() or f'exit code {status}'}")
         return count
 
     def close(self) -> None:
@@ -105,8 +193,8 @@ class _Output(io.RawIOBase):
                     file.close()
         super().close()
 
-    def _fall_silent(self) -> None:
-        self._silent = True
+    def _on_stall(self) -> None:
+        self._has_stalled = True
         self._kill()
 
     def _kill(self) -> None:
@@ -117,32 +205,19 @@ class _Output(io.RawIOBase):
                 else:
                     self._process.kill()
 
-    def _complaint(self) -> str:
-        """The last line of what the process had to say."""
+    def _last_error_line(self) -> str:
+        """Return the last line of the process's error output."""
         self._errors.seek(0)
         lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
-
-
-def check_reachable(urls: Sequence[str]) -> None:
-    """Raise unless a server answers for each http(s) URL: the last shard of many may be misspelt as well as the first.
-
-    Raises UsageError for what is not there, RunError for a server that does not answer.
-    """
-    pool = ThreadPoolExecutor(16)
-    try:
-        for _ in pool.map(_reach, [url for url in urls if url.startswith(("http://", "https://"))]):
-            pass
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _reach(url: str) -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError as error:
-        if error.code in (404, 410):  # other codes may be meant for HEAD alone
-            raise UsageError(f"there is no shard {url}: the server answers {error.code} {error.reason}") from error
+        if error.code in (404, 410):  # other codes may be for HEAD requests only
+            raise UsageError(f"there is no shard {url}: the server responds {error.code} {error.reason}") from error
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise RunError(f"--data {url} cannot be reached: {reason}") from error

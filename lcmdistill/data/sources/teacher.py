@@ -1,30 +1,72 @@
-"""Prompts as a source: the teacher generates the latents."""
+"""Prompts as a source: the teacher generates the images."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from lcmdistill.data.sources.base import Member
+from lcmdistill.data.sources.base import Member, Source, SourceOptions
+from lcmdistill.data.text import TextEncodingError, decode_text, split_lines
 from lcmdistill.utils.errors import UsageError
 
 
-def teacher(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
-    """No data set: prompts only, one member each; the teacher draws the latents."""
-    for i, prompt in enumerate(read_prompts(prompts)):
-        yield Member(str(i), None, prompt)
+@dataclass(frozen=True)
+class TeacherSource(Source):
+    """No data set: one member per prompt, and the teacher generates the latents."""
+
+    options: SourceOptions
+    kind: ClassVar[str] = "teacher"
+    is_generated: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, word: str, options: SourceOptions) -> Self | None:
+        """See `Source.parse`."""
+        return cls(word, options) if word == cls.kind else None
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts: those of the file, the teacher's own, or the bundled list."""
+        own = self.options.own_prompts if self.options.prompts is None else ()
+        return tuple(own or read_prompts(self.options.prompts))
+
+    def count(self) -> int:
+        """See `Source.count`."""
+        return len(self.prompts)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest()}
+
+    def read(self) -> Iterator[Member]:
+        """See `Source.read`."""
+        for i, prompt in enumerate(self.prompts):
+            yield Member(str(i), None, prompt)
+
+    def members(self, limit: int | None = None) -> Iterator[Member]:
+        """Yield the members; they repeat if `limit` asks for more of them than there are prompts."""
+        members = super().members()
+        return members if limit is None else itertools.islice(itertools.cycle(members), limit)
 
 
 def read_prompts(path: str | None) -> list[str]:
-    """The prompts of a file, one a line, blank lines skipped; None reads the bundled list.
+    """Return the prompts of a file, one per line without blank lines; None reads the bundled list.
 
-    Raises UsageError if the file is absent or empty.
+    Raises:
+        UsageError: If the file is missing, empty or not text.
     """
     source = Path(path).expanduser() if path else Path(str(files("lcmdistill") / "assets" / "prompts.txt"))
     try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read ({error}); give a text file, one prompt a line") from error
-    found = [line for line in lines if line]
-    if not found:
-        raise UsageError(f"--prompts {path} holds no prompt; give one a line")
-    return found
+        lines = [line.strip() for line in split_lines(decode_text(source.read_bytes()))]
+    except (OSError, TextEncodingError) as error:
+        where = f", line {error.line}" if isinstance(error, TextEncodingError) else ""
+        raise UsageError(
+            f"--prompts {path}{where} cannot be read ({error}); pass a UTF-8 text file with one prompt per line"
+        ) from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UsageError(f"--prompts {path} has no prompts; pass a text file with one prompt per line")
+    return prompts

@@ -1,61 +1,215 @@
-"""Webdataset shards as a source."""
+"""Webdataset shards as a source: tar archives in which the files of a sample share their name up to the first dot."""
 
+import io
 import json
-from collections.abc import Iterator
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from lcmdistill.data.sources.base import IMAGE_SUFFIXES, TAR_SUFFIXES, Member
-from lcmdistill.data.sources.remote import REMOTE, open_remote
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
+from lcmdistill.data.sources.base import CAPTION_SUFFIXES, TAR_SUFFIXES, Member, Source, SourceOptions, file_stamp
+from lcmdistill.data.text import TextEncodingError, decode_text
+from lcmdistill.utils.errors import UsageError
+
+_META = re.compile(r"__[^/]*__($|/)")
+"names of files about the shard itself, which webdataset reserves"
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+"first bytes of the compressed archives that tarfile reads"
+
+_KNOWN = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json")
+
+Files = dict[str, Callable[[], bytes]]
+"the files of a sample: {suffix: function that reads it}"
 
 
-def shards(spec: str, prompts: str | None, seed: int | None) -> Iterator[Member]:
-    """Webdataset shards: a folder of tars, a file, a URL (http, https, gs, hf, pipe:), each with brace expansion."""
-    for url in shard_urls(spec):
-        yield from _shard(url)
+@dataclass(frozen=True)
+class Shards(Source):
+    """Tar archives on disk: a folder of them, a file, or brace patterns, several joined by "::"."""
+
+    urls: tuple[str, ...]
+    kind: ClassVar[str] = "shards"
+
+    @classmethod
+    def parse(cls, word: str, options: SourceOptions) -> Self | None:
+        """See `Source.parse`."""
+        folder = Path(word).expanduser()
+        if folder.is_dir():
+            urls = shards_in(folder)
+            return cls(word, urls) if urls else None
+        if not word.endswith(TAR_SUFFIXES) or ("*" in word and not folder.exists()):
+            return None
+        urls = expand(word)
+        for url in urls:
+            check_file(word, url)
+        return cls(word, urls)
+
+    def count(self) -> int | None:
+        """See `Source.count`."""
+        return None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`."""
+        return {"files": [(Path(url).name, *file_stamp(Path(url))) for url in self.urls]}
+
+    def read(self) -> Iterator[Member]:
+        """See `Source.read`."""
+        for url in self.urls:
+            yield from read_shard_file(Path(url))
 
 
-def shard_urls(spec: str) -> list[str]:
-    """The shards that a --data argument names, in order. Raises UsageError for one that cannot be."""
+def shards_in(folder: Path) -> tuple[str, ...]:
+    """Return the shards of a folder in the order of their names."""
+    return tuple(sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES)))
+
+
+def expand(word: str) -> tuple[str, ...]:
+    """Return the shards that a brace pattern names, in order."""
     from webdataset.shardlists import expand_urls
 
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
-    if spec.startswith("pipe:"):
-        return [spec]
-    urls = [url if url.startswith(REMOTE) else str(Path(url).expanduser()) for url in expand_urls(spec)]
-    for url in urls:
-        # A command is run only where it can be seen to be one.
-        if url.startswith("pipe:") or (not url.startswith(REMOTE) and not Path(url).is_file()):
-            raise UsageError(f"--data {spec}: there is no shard {url}")
-    return urls
+    return tuple(url if "://" in url else str(Path(url).expanduser()) for url in expand_urls(word))
 
 
-def _shard(url: str) -> Iterator[Member]:
-    """One shard's members. What cannot be read of a file is told as a member; of anything else it is a RunError."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+def check_file(word: str, url: str) -> None:
+    """Raise UsageError unless a shard is a file. A command is run only where it is the whole word, and can be seen."""
+    if not Path(url).is_file():
+        raise UsageError(f"--data {word}: there is no shard {url}")
 
-    remote, problems = url.startswith(REMOTE), []
 
-    def count_and_go_on(error: Exception) -> bool:
-        problems.append(f"unreadable part of a shard ({type(error).__name__})")
-        return True
-
-    def give_up(error: Exception) -> bool:
-        if isinstance(error, RunError):
-            raise RunError(error.args[0])  # without what the reader has added to it
-        raise RunError(f"--data {url} cannot be read: what it sends is no whole tar ({type(error).__name__})")
-
-    with open_remote(url) if remote else Path(url).open("rb") as stream:
-        files = tar_file_expander([{"url": url, "stream": stream}], handler=give_up if remote else count_and_go_on)
-        for sample in group_by_keys(files, handler=count_and_go_on):
-            yield from _drain(problems)
-            yield _shard_member(sample)
+def read_shard_file(path: Path) -> Iterator[Member]:
+    """Yield the members of a shard on disk; whatever cannot be read of it is yielded as a member with a problem."""
+    with path.open("rb") as stream:
+        compressed = stream.read(6).startswith(_COMPRESSED)
+        stream.seek(0)
+        problems: list[str] = []
+        samples = _streamed(stream, problems) if compressed else _indexed(stream, problems)
+        try:
+            for sample in samples:
+                yield from _drain(problems)
+                yield from _sample_members(*sample)
+        except Exception as error:
+            problems.append(_unreadable(error))
         yield from _drain(problems)
-        while remote and stream.read(1 << 20):  # to its end, where a transport tells whether all went well
-            pass
+
+
+def read_shard_stream(stream: io.BufferedIOBase) -> Iterator[Member]:
+    """Yield the members of a shard that arrives as a stream.
+
+    Raises:
+        Exception: Whatever the transport or the archive's reader raises.
+        tarfile.ReadError: If the archive ends early.
+    """
+    problems: list[str] = []
+    for sample in _streamed(stream, problems, strict=True):
+        yield from _drain(problems)
+        yield from _sample_members(*sample)
+    yield from _drain(problems)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, which notes on its archive that the mark of the end was met.
+
+    tarfile itself takes a damaged header and the end of the file for the end of the archive.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except _EndOfArchive:
+            tarfile.has_ended = True
+            raise
+
+
+_EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue]
+
+ENDS_EARLY = "shard ends early (no end-of-archive mark): the rest is missing"
+
+NOT_ADJACENT = "files of a sample are not side by side in a compressed or remote shard; sort it with tar --sort=name"
+
+NAMED_TWICE = "file named twice in a shard"
+
+
+def _samples_files(headers: Iterator[tarfile.TarInfo]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield (key, rest of the name, header) of the files that belong to samples."""
+    for header in headers:
+        match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", header.name, re.DOTALL)
+        if header.isreg() and match and not _META.match(header.name):
+            yield match[1], match[2].lower(), header
+
+
+def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (header := archive.next()) is not None:
+        yield header
+
+
+def _indexed(stream: Any, problems: list[str]) -> Iterator[tuple[str, Files]]:
+    """Yield the samples of an uncompressed shard, their files joined wherever they stand in it."""
+    samples: dict[str, Files] = {}
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
+        try:
+            for key, rest, header in _samples_files(_headers(archive)):
+                files = samples.setdefault(key, {})
+                if rest in files:
+                    problems.append(NAMED_TWICE)
+                else:
+                    files[rest] = lambda header=header: _content(archive, header)
+            if not getattr(archive, "has_ended", False):
+                problems.append(ENDS_EARLY)
+        except Exception as error:  # what stands before the damage is used
+            problems.append(_unreadable(error))
+        at_end, problems[:] = list(problems), []
+        yield from samples.items()
+        problems += at_end
+
+
+def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iterator[tuple[str, Files]]:
+    """Yield the samples of a shard that can be read only once.
+
+    strict: raise tarfile.ReadError for an archive that ends early, rather than note it as a problem.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+        done: set[str] = set()
+        current, files, is_damaged = "", {}, False
+        try:
+            for key, rest, header in _samples_files(_headers(archive)):
+                if key != current:
+                    if files:
+                        yield current, files
+                        done.add(current)
+                    current, files = key, {}
+                    if key in done:
+                        problems.append(NOT_ADJACENT)
+                if rest in files:
+                    problems.append(NAMED_TWICE)
+                elif key not in done:
+                    content = _content(archive, header)
+                    files[rest] = lambda content=content: content
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue] (tarfile keeps all headers otherwise)
+        except Exception as error:  # what stands before the damage is used
+            if strict:
+                raise
+            is_damaged = True
+            problems.append(_unreadable(error))
+        if files:
+            yield current, files
+        if not is_damaged and not getattr(archive, "has_ended", False):
+            if strict:
+                raise tarfile.ReadError(ENDS_EARLY)
+            problems.append(ENDS_EARLY)
+
+
+def _unreadable(error: Exception) -> str:
+    return f"unreadable part of a shard ({type(error).__name__})"
+
+
+def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(header)
+    assert file is not None
+    return file.read()
 
 
 def _drain(problems: list[str]) -> Iterator[Member]:
@@ -63,17 +217,60 @@ def _drain(problems: list[str]) -> Iterator[Member]:
         yield Member("", None, None, problem=problems.pop(0))
 
 
-def _shard_member(sample: dict[str, Any]) -> Member:
-    suffix = next((s for s in IMAGE_SUFFIXES if s[1:] in sample), None)
-    meta: dict[str, Any] = {}
-    if "json" in sample:
-        try:
-            loaded = json.loads(sample["json"])
-            meta = loaded if isinstance(loaded, dict) else {}
-        except ValueError:
-            meta = {}
-    text = sample["txt"].decode("utf-8", "replace") if "txt" in sample else meta.get("caption", meta.get("text"))
-    image = sample[suffix[1:]] if suffix else None
-    return Member(
-        sample["__key__"], image, text if isinstance(text, str) else None, meta, None if suffix else "no image"
-    )
+def _sample_members(key: str, files: Files) -> Iterator[Member]:
+    """Yield the samples among the files that share a name up to its first dot: one, unless names hold dots.
+
+    "0001.jpg", "0001.txt" and "0001.seg.png" are one sample with an image that is not used. "1.5 apples.png" and
+    "1.5 apples.txt" are one sample, whose name has a dot.
+    """
+    by_stem: dict[str, Files] = {}
+    for rest, read in files.items():
+        stem, _, suffix = rest.rpartition(".")
+        by_stem.setdefault(stem, {})[f".{suffix}"] = read
+    plain = by_stem.pop("", None)
+    if plain is not None and any(suffix in _KNOWN for suffix in plain):
+        yield _member(key, plain)
+        by_stem = {stem: each for stem, each in by_stem.items() if _image_suffix(each) and _caption_suffix(each)}
+    elif plain is not None and not by_stem:
+        yield _member(key, plain)
+    for stem, each in by_stem.items():
+        yield _member(f"{key}.{stem}", each)
+
+
+def _image_suffix(files: Mapping[str, Any]) -> str | None:
+    return next((suffix for suffix in IMAGE_SUFFIXES if suffix in files), None)
+
+
+def _caption_suffix(files: Mapping[str, Any]) -> str | None:
+    return next((suffix for suffix in CAPTION_SUFFIXES if suffix in files), None)
+
+
+def _member(key: str, files: Files) -> Member:
+    """Return the member of a sample's files; whatever goes wrong with them is the member's problem."""
+    try:
+        image_suffix, caption_suffix = _image_suffix(files), _caption_suffix(files)
+        if image_suffix is None:
+            return Member(key, None, None, problem="no image")
+        if reason := unsupported_reason(image_suffix):
+            return Member(key, None, None, problem=reason)
+        meta = _json(files[".json"]()) if ".json" in files else {}
+        if caption_suffix:
+            caption = decode_text(files[caption_suffix]())
+        elif meta is None:
+            return Member(key, None, None, problem="unreadable JSON")
+        else:
+            caption = meta.get("caption", meta.get("text"))
+        return Member(key, files[image_suffix](), caption if isinstance(caption, str) else None, meta or {})
+    except TextEncodingError as error:
+        return Member(key, None, None, problem=f"caption: {error}")
+    except Exception as error:
+        return Member(key, None, None, problem=_unreadable(error))
+
+
+def _json(raw: bytes) -> dict[str, Any] | None:
+    """Return a sample's metadata, None if they cannot be parsed, {} if they are not an object."""
+    try:
+        loaded = json.loads(decode_text(raw))
+    except (ValueError, RecursionError):
+        return None
+    return loaded if isinstance(loaded, dict) else {}

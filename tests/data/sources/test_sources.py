@@ -8,18 +8,31 @@ from pathlib import Path
 import pytest
 
 from lcmdistill.config.schema import DataConfig
-from lcmdistill.data.sources.registry import kind_of, open_source
+from lcmdistill.data.sources.registry import SOURCES, is_generated, make_source
 from lcmdistill.data.sources.teacher import read_prompts
-from lcmdistill.data.survey import survey
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.utils.errors import UsageError
-from tests.support.data import captions, encoded, good, picture, reasons, write_tar
+from tests.support.data import captions, encoded, good, picture, reasons, surveyed, write_tar
+
+
+def test_a_word_makes_the_source_of_its_kind(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    shard = write_tar(tmp_path / "shards" / "a.tar", [])
+    words = {"teacher": "teacher", "tiny": "tiny", "hf://a/b.tar": "remote", "pipe:cat x": "remote"}
+    words |= {str(tmp_path): "folder", str(shard): "shards", str(shard.parent): "shards"}
+    sources = {word: make_source(word) for word in words}
+    assert {word: source.kind for word, source in sources.items()} == words
+    assert set(words.values()) == set(SOURCES)
+    assert [word for word, source in sources.items() if source.is_generated] == ["teacher"]
+    assert [word for word in words if is_generated(word)] == ["teacher"]
+    assert {word for word, source in sources.items() if source.is_remote} == {"hf://a/b.tar", "pipe:cat x"}
+    assert (sources[str(tmp_path)].count(), sources["tiny"].count()) == (1, None)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
 def test_a_shard_is_read(tmp_path: Path, name: str) -> None:
     path = write_tar(tmp_path / name, good(range(3)))
-    assert kind_of(str(path)) == "shards"
+    assert make_source(str(path)).kind == "shards"
     assert captions(path) == ["picture 0", "picture 1", "picture 2"]
     assert reasons(path) == {"kept": 3}
 
@@ -41,7 +54,7 @@ def test_a_pipe_is_read(tmp_path: Path) -> None:
 
 def test_a_source_can_be_left_in_the_middle(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", good(range(200)))
-    members = open_source(f"pipe:cat {path}", None)
+    members = make_source(f"pipe:cat {path}").members()
     assert next(iter(members)).caption == "picture 0"
     began = time.monotonic()
     del members
@@ -60,7 +73,7 @@ def test_an_image_folder_with_texts(tmp_path: Path) -> None:
     for i, name in enumerate(["b.png", "a.PNG", "deep/c.jpg"]):
         picture(i).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}\n")
-    assert kind_of(str(tmp_path)) == "folder"
+    assert make_source(str(tmp_path)).kind == "folder"
     assert captions(tmp_path) == ["caption of a.PNG\n", "caption of b.png\n", "caption of deep/c.jpg\n"]
     assert reasons(tmp_path) == {"kept": 3}
 
@@ -93,22 +106,30 @@ def test_an_image_folder_with_csv(tmp_path: Path, encoding: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", b"{'a': 1}\n", "is not valid JSON lines"),
-        ("metadata.jsonl", b"[1, 2]\n", "must hold one object a line"),
-        ("metadata.jsonl", b"\xff\xfe\n", "is not valid JSON lines"),
-        ("metadata.csv", b"file_name,text\n\xff.png,x\n", "is not valid CSV"),
+        ("metadata.jsonl", b"{'a': 1}\n", r"metadata\.jsonl, line 1: not valid JSON"),
+        ("metadata.jsonl", b"[1, 2]\n", r"metadata\.jsonl, line 1: not a JSON object"),
+        ("metadata.jsonl", b"{}\n{\n", r"metadata\.jsonl, line 2: not valid JSON"),
+        ("metadata.jsonl", b"{}\n" + b"[" * 200000, r"metadata\.jsonl, line 2: not valid JSON"),
+        ("metadata.jsonl", b"\xff\xfe\n", r"metadata\.jsonl, line 1: text is not UTF-8"),
+        ("metadata.csv", b"file_name,text\n\xff.png,x\n", r"metadata\.csv, line 2: text is not UTF-8"),
+        ("metadata.csv", b"file_name,text\n" + b"a" * 200000 + b",b\n", r"metadata\.csv, line 2: not valid CSV"),
+        (
+            "metadata.csv",
+            b"file_name;text\na.png;b\n",
+            r"metadata\.csv, line 1: no column file_name, but file_name;text",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_read_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        list(open_source(str(tmp_path), None))
+        list(make_source(str(tmp_path)).members())
 
 
 def test_the_teacher_s_prompts_are_members_without_an_image(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
-    members = list(open_source("teacher", str(path)))
+    members = list(make_source("teacher", prompts=str(path)).members())
     assert [(m.caption, m.image) for m in members] == [("a cat", None), ("a dog", None)]
     judged = check_sample(members[0], DataConfig(resolution=16), 0, 0)
     assert judged == Sample("a cat", None, (16, 16, 0, 0, 16, 16))
@@ -120,7 +141,7 @@ def test_the_bundled_prompts_are_many_and_distinct() -> None:
 
 
 def test_the_bundled_images_are_all_usable() -> None:
-    report = survey(DataConfig(sources=("tiny",), resolution=64, max_samples=300), 0, seconds=60)[0]
+    report = surveyed(DataConfig(sources=("tiny",), resolution=64, max_samples=300), seconds=60)[0]
     assert (report.kept, report.rejected) == (300, ())
 
 
@@ -143,7 +164,7 @@ def test_the_bundled_images_are_all_usable() -> None:
 def test_what_is_no_source_is_refused(tmp_path: Path, spec: str, message: str) -> None:
     (tmp_path / "file.txt").write_text("hello")
     with pytest.raises(UsageError, match=message):
-        list(open_source(spec.format(tmp=tmp_path), None))
+        list(make_source(spec.format(tmp=tmp_path)).members())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n  \n", b"\xff\xfe"])
