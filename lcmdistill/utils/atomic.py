@@ -1,5 +1,6 @@
 """Write files and folders that are either complete or absent: write under a temporary name, then rename."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             if path.is_file():
                 _sync(path)
+            elif path.is_dir():
+                _sync_folder(path)
+        _sync_folder(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -41,6 +45,7 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
     if destination.exists():
         destination.rename(replaced)
     partial.rename(destination)
+    _sync_folder(destination.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -69,6 +74,7 @@ def atomic_file(destination: Path, *, shared: bool = False) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.replace(destination)
+        _sync_folder(destination.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -84,3 +90,17 @@ def _sync(path: Path) -> None:
     path.chmod(0o666 & ~_UMASK)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to the disk: until then a power cut can undo a rename in it."""
+    if os.name != "posix":  # Windows opens no folders, and writes names through
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
