@@ -22,9 +22,9 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.evaluation import latents as drawing
-from lcmdistill.evaluation.evaluate import real_images
 from lcmdistill.evaluation.metrics import features
-from lcmdistill.evaluation.metrics import measures as metrics
+from lcmdistill.evaluation.metrics.basic import latent_rmse
+from lcmdistill.evaluation.select import real_images
 from lcmdistill.evaluation.sweep import as_image
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.sampling.generate import find_model, load_student
@@ -127,8 +127,8 @@ def measure(
     reference = found[f"teacher {drawing.TEACHER_STEPS}"]
     rows = {
         name: {
-            "rmse": metrics.latent_rmse(latents, reference),
-            "kid": metrics.kid(features.features_of(network, decoded(teacher, latents)), real),
+            "rmse": latent_rmse(latents, reference),
+            "kid": features.kid(features.features_of(network, decoded(teacher, latents)), real),
         }
         for name, latents in found.items()
     }

@@ -77,7 +77,8 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, sma
     """A copy of the small run with an evaluation of few images."""
     import shutil
 
-    from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
+    from lcmdistill.evaluation.evaluate import evaluate
+    from lcmdistill.evaluation.options import EvaluationOptions
 
     folder = tmp_path_factory.mktemp("evaluated") / "small-lcm"
     shutil.copytree(small_run, folder)

@@ -20,17 +20,12 @@ import lcmdistill
 from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.evaluate import (
-    EvaluationOptions,
-    chosen_measures,
-    chosen_prompts,
-    evaluated_run,
-    fingerprint,
-    real_source,
-)
+from lcmdistill.evaluation.evaluate import chosen_prompts
 from lcmdistill.evaluation.latents import start_noise
-from lcmdistill.evaluation.metrics.features import MobileNetV2Features
-from lcmdistill.evaluation.metrics.measures import ImagePair, Measure, eight_bit, kid
+from lcmdistill.evaluation.metrics.base import ImagePair, Metric, eight_bit
+from lcmdistill.evaluation.metrics.features import MobileNetV2Features, kid
+from lcmdistill.evaluation.options import EvaluationOptions, evaluated_run
+from lcmdistill.evaluation.select import fingerprint, real_source, select_metrics
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.sampling.generate import load_student
@@ -88,7 +83,7 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return (MANY if name in BESIDE else STEPS), (5.0,)
 
 
-def kid_to_teacher() -> Measure:
+def kid_to_teacher() -> Metric:
     """KID between drawn images and the teacher's own, of the same captions."""
     network = MobileNetV2Features()
 
@@ -97,7 +92,7 @@ def kid_to_teacher() -> Measure:
 
     about = "How far the drawn images as a set lie from the teacher's, by features of their content."
     whole = "the teacher's full steps from the same noise"
-    return Measure(
+    return Metric(
         "KID to the teacher", "lower", about, "MobileNetV2", whole, features, lambda kept: kid(*kept.chunk(2, 1))
     )
 
@@ -112,22 +107,22 @@ def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) ->
     sweep = Sweep(
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )
-    measures, about = chosen_measures(each, wish, len(prompts))
+    measures, about = select_metrics(each, wish, len(prompts), torch.device("cpu"))
     if name in BESIDE:
         measures["kid_teacher"] = kid_to_teacher()
     who = SamplerPair(
         teacher=teacher,
-        pipeline=load_student(each.found.path, torch.device("cpu")),
+        pipeline=load_student(each.model.path, torch.device("cpu")),
         student_scale=None,
         noise=start_noise(teacher, resolution, len(prompts), wish.seed),
         teacher_fingerprint=teacher.fingerprint(with_network=True),
-        student_fingerprint=fingerprint(each.files()),
+        student_fingerprint=fingerprint(each.weight_files()),
         dtype=torch.float32,
         batch_size=16,
         eta=eta,
     )
     sweep_run(folder, cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
-    cells = {cell.name: folder / "cells" / cell.name / "numbers.json" for cell in sweep.cells()}
+    cells = {cell.name: folder / "cells" / cell.name / "numbers.json" for cell in sweep.points()}
     return {name: json.loads(path.read_text(encoding="utf-8"))["numbers"] for name, path in cells.items()}
 
 

@@ -22,8 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcmdistill.evaluation.latents import start_noise, student_latents, teacher_latents
-from lcmdistill.evaluation.metrics.features import MobileNetV2Features, features_of
-from lcmdistill.evaluation.metrics.measures import kid
+from lcmdistill.evaluation.metrics.features import MobileNetV2Features, features_of, kid
 from lcmdistill.sampling.generate import load_student
 from lcmdistill.sampling.png import grid
 from lcmdistill.teachers.base import Teacher

@@ -64,7 +64,8 @@ def evaluate(
         raise UsageError("a run is named twice; name each once")
     page = _page(runs, output)
 
-    from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
+    from lcmdistill.evaluation.evaluate import evaluate
+    from lcmdistill.evaluation.options import EvaluationOptions
     from lcmdistill.report.card import add_to_card
     from lcmdistill.report.comparison import write_comparison
     from lcmdistill.report.page import evaluation_summary, write_report

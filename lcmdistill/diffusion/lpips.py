@@ -11,20 +11,24 @@ from lcmdistill.utils.errors import UsageError
 
 
 class Lpips(nn.Module):
-    """LPIPS with AlexNet (Zhang et al. 2018), version 0.1: images in [0, 1] twice, (B, 3, H, W) -> (B,).
+    """LPIPS 0.1 with AlexNet (Zhang et al. 2018): two batches of images in [0, 1], (B, 3, H, W) -> (B,).
 
-    The backbone is torchvision's file, the heads those that torchmetrics brings. Raises UsageError if the file is another.
+    The backbone's weights are torchvision's file and the heads' are part of torchmetrics. torchmetrics' own class needs
+    torchvision and downloads the backbone.
+
+    Raises:
+        UsageError: The file does not hold AlexNet's weights.
     """
 
     def __init__(self, path: Path, option: str = "--lpips") -> None:
         super().__init__()
         widths, kernels, strides = (64, 192, 384, 256, 256), (11, 5, 3, 3, 3), (4, 1, 1, 1, 1)
         layers: list[nn.Module] = []
-        before = 3
+        channels = 3
         for i, (width, kernel, stride) in enumerate(zip(widths, kernels, strides, strict=True)):
             layers += [nn.MaxPool2d(3, 2)] if i in (1, 2) else []
-            layers += [nn.Conv2d(before, width, kernel, stride, 2 if i < 2 else 1), nn.ReLU()]
-            before = width
+            layers += [nn.Conv2d(channels, width, kernel, stride, 2 if i < 2 else 1), nn.ReLU()]
+            channels = width
         self.features = nn.Sequential(*layers)
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
@@ -33,30 +37,31 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        found = []
+        """Return the distance of each pair of images."""
+        distances = []
         x = torch.cat([a, b])
         x = (2 * x - 1 - self.get_buffer("shift")) / self.get_buffer("scale")
         head = iter(self.heads)
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
-                of_a, of_b = (x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()).chunk(2)
-                found.append(next(head)((of_a - of_b).square()).mean((1, 2, 3)))
-        return torch.stack(found).sum(0)
+                features_a, features_b = (x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt()).chunk(2)
+                distances.append(next(head)((features_a - features_b).square()).mean((1, 2, 3)))
+        return torch.stack(distances).sum(0)
 
 
 def _alexnet(path: Path, features: nn.Module, option: str) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UsageError(f"{option} {path} is not there; give torchvision's file alexnet-owt-7be5be79.pth")
+        raise UsageError(f"{option} {path} does not exist; pass torchvision's file alexnet-owt-7be5be79.pth")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        own = {key: value for key, value in state.items() if key.startswith("features.")}
-        features.load_state_dict({key.removeprefix("features."): value for key, value in own.items()})
-    except Exception as error:  # of what is no pickle at all, nearly any
+        backbone = {key: value for key, value in state.items() if key.startswith("features.")}
+        features.load_state_dict({key.removeprefix("features."): value for key, value in backbone.items()})
+    except Exception as error:  # a file that is not a pickle raises nearly anything
         raise UsageError(
-            f"{option} {path} does not hold AlexNet's weights; give torchvision's file alexnet-owt-7be5be79.pth"
+            f"{option} {path} does not hold AlexNet's weights; pass torchvision's file alexnet-owt-7be5be79.pth"
         ) from error
-    return own
+    return backbone
 
 
 def _heads() -> dict[str, Tensor]:

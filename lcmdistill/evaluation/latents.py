@@ -1,10 +1,11 @@
-"""The latents that are compared: the teacher's and a student's, from the same start noise.
+"""Latents of the teacher and of students, from the same start noise.
 
-Shapes: N images, C h w latents.
+A set of latents is one tensor if all images have the same size, and a list of tensors for a run with aspect-ratio buckets.
+Shapes: N images, B images per batch, C h w latents.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,84 +17,141 @@ from lcmdistill.teachers.pipelines import pipeline_latents
 from lcmdistill.teachers.pixel import class_labels
 
 TEACHER_STEPS = 50
-"the teacher's own quality, which everything else stands beside"
+"the teacher's steps for reference images"
 
 ProgressCallback = Callable[[int], None]
-"told how many images more are done"
+"called with the number of images that a batch added"
+
+LatentSet = Tensor | list[Tensor]
+"(N, C, h, w), or N tensors (C, h, w) of several sizes"
+
+_Latents = TypeVar("_Latents", bound=LatentSet)
 
 
 def start_noise(teacher: Teacher, resolution: int, count: int, seed: int) -> Tensor:
-    """The noise that trajectories start from, one generator an image: (N, C, h, w) fp32."""
-    side = resolution // teacher.vae_factor
-    shape = (teacher.vae.config.latent_channels, side, side)
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "evaluate", i)) for i in range(count)]
-    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+    """Return the noise that trajectories of square images start from, (N, C, h, w) fp32. Each image has its own generator."""
+    return torch.stack(bucketed_noise(teacher, [(resolution, resolution)] * count, seed))
+
+
+def bucketed_noise(teacher: Teacher, sizes: Sequence[tuple[int, int]], seed: int) -> list[Tensor]:
+    """Return start noise (C, h, w) for each image size (height, width) in pixels."""
+    channels, factor = teacher.vae.config.latent_channels, teacher.vae_factor
+    return [
+        torch.randn(
+            channels,
+            height // factor,
+            width // factor,
+            generator=torch.Generator().manual_seed(derive_seed(seed, "evaluate", i)),
+        )
+        for i, (height, width) in enumerate(sizes)
+    ]
+
+
+def batches(latents: LatentSet, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (indices, latents (B, C, h, w)) in batches of one size each."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, each in enumerate(latents):
+        groups.setdefault(each.shape, []).append(i)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            indices = group[start : start + batch_size]
+            if isinstance(latents, Tensor):
+                yield indices, latents[indices[0] : indices[-1] + 1]
+            else:
+                yield indices, torch.stack([latents[i] for i in indices])
+
+
+def _generate_batches(
+    noise: _Latents,
+    batch_size: int,
+    generate: Callable[[list[int], Tensor], Tensor],
+    on_progress: ProgressCallback,
+) -> _Latents:
+    """Call generate(indices, noise) for each batch and return all results, in order, on the CPU."""
+    results: dict[int, Tensor] = {}
+    for indices, z in batches(noise, batch_size):
+        results |= dict(zip(indices, generate(indices, z).float().cpu(), strict=True))
+        on_progress(len(indices))
+    in_order = [results[i] for i in range(len(noise))]
+    return cast(_Latents, torch.stack(in_order) if isinstance(noise, Tensor) else in_order)
 
 
 def teacher_latents(
     teacher: Teacher,
     prompts: Sequence[str],
-    noise: Tensor,
+    noise: _Latents,
     *,
     steps: int,
     guidance_scale: float,
     spacing: str | None = None,
     batch_size: int = 16,
     dtype: torch.dtype = torch.float32,
-    tell: ProgressCallback = lambda images: None,
-) -> Tensor:
-    """The teacher's DDIM latents, (N, C, h, w) fp32 on the CPU. spacing: of the time steps; None keeps the teacher's own."""
+    on_progress: ProgressCallback = lambda images: None,
+) -> _Latents:
+    """Return the teacher's DDIM latents in fp32 on the CPU.
+
+    Args:
+        teacher: The teacher.
+        prompts: N prompts.
+        noise: The start noise of N images.
+        steps: The number of sampling steps.
+        guidance_scale: The guidance scale in diffusers' convention (omega + 1).
+        spacing: The timestep spacing of the scheduler; None is the teacher's own.
+        batch_size: How many images to generate at once.
+        dtype: The dtype of autocast around the network.
+        on_progress: Called after each batch.
+    """
     options: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
-    parts = []
-    for i in range(0, len(prompts), batch_size):
-        some = prompts[i : i + batch_size]
-        drawn = teacher.generate_latents(
-            some,
-            noise[i : i + batch_size],
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scheduler="DDIMScheduler",
-            dtype=dtype,
-            **options,
-        )
-        parts.append(drawn.cpu())
-        tell(len(some))
-    return torch.cat(parts)
+    options |= {"steps": steps, "guidance_scale": guidance_scale, "scheduler": "DDIMScheduler", "dtype": dtype}
+
+    def generate(indices: list[int], z: Tensor) -> Tensor:
+        return teacher.generate_latents([prompts[i] for i in indices], z, **options)
+
+    return _generate_batches(noise, batch_size, generate, on_progress)
 
 
 @torch.no_grad()
 def student_latents(
     pipeline: Any,
     prompts: Sequence[str],
-    noise: Tensor,
+    noise: _Latents,
     *,
     steps: int,
     guidance_scale: float,
     seed: int,
     batch_size: int = 16,
     eta: float | None = None,
-    tell: ProgressCallback = lambda images: None,
-) -> Tensor:
-    """A student pipeline's latents from the same start noise, (N, C, h, w) fp32 on the CPU.
+    on_progress: ProgressCallback = lambda images: None,
+) -> _Latents:
+    """Return a student pipeline's latents in fp32 on the CPU.
 
-    The fresh noise between steps comes from seed, a generator an image. eta: gamma of a TCDScheduler, None for its usual.
+    Args:
+        pipeline: The student's pipeline.
+        prompts: N prompts.
+        noise: The start noise of N images.
+        steps: The number of sampling steps.
+        guidance_scale: The guidance scale in diffusers' convention (omega + 1).
+        seed: The seed of the fresh noise between steps; each image has its own generator.
+        batch_size: How many images to generate at once.
+        eta: gamma of a TCDScheduler; None is the method's default.
+        on_progress: Called after each batch.
     """
-    parts = []
-    for i in range(0, len(prompts), batch_size):
-        some, z = prompts[i : i + batch_size], noise[i : i + batch_size]
-        generators = [torch.Generator().manual_seed(derive_seed(seed, "fresh", i + j)) for j in range(len(z))]
+
+    def generate(indices: list[int], z: Tensor) -> Tensor:
+        batch_prompts = [prompts[i] for i in indices]
+        generators = [torch.Generator().manual_seed(derive_seed(seed, "fresh", i)) for i in indices]
         if is_pixel_pipeline(pipeline):
-            drawn = _pixels(pipeline, some, z, steps, generators)
-        else:
-            options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators, "eta": eta}
-            drawn = pipeline_latents(pipeline, some, z, **options)
-        parts.append(drawn.float().cpu())
-        tell(len(z))
-    return torch.cat(parts)
+            return _pixel_latents(pipeline, batch_prompts, z, steps, generators)
+        options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators, "eta": eta}
+        return pipeline_latents(pipeline, batch_prompts, z, **options)
+
+    return _generate_batches(noise, batch_size, generate, on_progress)
 
 
-def _pixels(pipeline: Any, prompts: Sequence[str], z: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:
-    """What a ConsistencyModelPipeline does, which takes no noise of one channel and gives its pixels clamped."""
+def _pixel_latents(
+    pipeline: Any, prompts: Sequence[str], z: Tensor, steps: int, generators: list[torch.Generator]
+) -> Tensor:
+    """Sample like a ConsistencyModelPipeline, which accepts no one-channel noise and clamps its pixels."""
     scheduler, unet = pipeline.scheduler, pipeline.unet
     scheduler.set_timesteps(steps)
     labels = class_labels(unet, prompts)

@@ -1,4 +1,4 @@
-"""What an evaluation left in a run's folder, written and read again without any network."""
+"""The results of an evaluation in a run folder, written and read without any network."""
 
 import json
 import math
@@ -9,91 +9,113 @@ from typing import Any
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.evaluation.latents import TEACHER_STEPS
-from lcmdistill.evaluation.metrics.measures import Measure
-from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, picture_places
+from lcmdistill.evaluation.metrics.base import Metric
+from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, preview_indices
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 
-TOLD = ("label", "better", "about", "features", "against", "published", "decimals")
-"what is written down of each measure, so that every number says what it is"
+RECORDED = ("label", "better", "description", "measured_on", "compared_with", "published", "decimals")
+"the fields of a metric that sweep.json records"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep that is done. about: sweep.json; cells: numbers.json of each cell, by its name."""
+    """A finished sweep.
+
+    Attributes:
+        folder: RUN/evaluation.
+        info: The content of sweep.json.
+        cells: The content of each point's numbers.json, by the point's name.
+        consistency: (noise level, student's error, teacher's error).
+    """
 
     folder: Path
-    about: Mapping[str, Any]
+    info: Mapping[str, Any]
     cells: Mapping[str, Mapping[str, Any]]
     consistency: tuple[tuple[float, float, float], ...] = ()
-    "noisiness, the student's error, the teacher's"
 
-    def is_of(self, config: RunConfig) -> bool:
-        """Whether the run was trained as long then as it is now by its config."""
-        now = config.optim.max_train_steps
-        return self.about.get("trained_steps", now) == now
+    def is_current(self, config: RunConfig) -> bool:
+        """Return whether the run still has the number of training steps that was evaluated."""
+        steps = config.optim.max_train_steps
+        return self.info.get("trained_steps", steps) == steps
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        """The metrics' descriptions by name."""
+        return self.info["metrics"]
 
     @property
     def steps(self) -> list[int]:
-        """The student's steps, rising."""
-        return sorted(self.about["steps"])
+        """The student's step counts in ascending order."""
+        return sorted(self.info["steps"])
 
     @property
     def guidance_scale(self) -> float:
-        """The one that the teacher's few steps are drawn at."""
-        return float(self.about["guidance_scales"][0])
+        """The first guidance scale, which the verdict uses."""
+        return float(self.info["guidance_scales"][0])
 
     def cell(self, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> Mapping[str, Any] | None:
-        """A cell, at the first guidance scale unless another is named; None if it was not drawn."""
+        """Return a point's results, by default at the first guidance scale; None if the sweep does not have it."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.cells.get(SweepPoint(sampler, steps, scale).name)
 
-    def number(self, measure: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
-        """One number of a cell; None if there is none, or a student that draws no numbers has none to show."""
+    def number(self, metric: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
+        """Return one number; None if it does not exist or is not finite."""
         cell = self.cell(sampler, steps, guidance_scale)
-        value = None if cell is None else cell["numbers"].get(measure)
+        value = None if cell is None else cell["numbers"].get(metric)
         return value if value is not None and math.isfinite(value) else None
 
-    def full(self, measure: str) -> float | None:
-        """The teacher's number at its full steps."""
-        return self.number(measure, "teacher", TEACHER_STEPS)
+    def full(self, metric: str) -> float | None:
+        """Return the teacher's number at its full steps."""
+        return self.number(metric, "teacher", TEACHER_STEPS)
 
     def seconds(self, sampler: Sampler, steps: int) -> float | None:
-        """How long an image took."""
+        """Return the time per image."""
         cell = self.cell(sampler, steps)
-        return None if cell is None else cell["seconds_an_image"]
+        return None if cell is None else cell["seconds_per_image"]
 
-    def how(self, sampler: Sampler, steps: int) -> str:
-        """What that time was taken with: "batches of 16 on cpu, 2 threads"."""
-        told = (self.cell(sampler, steps) or {}).get("how")
-        # An earlier version told it of a sweep as a whole.
-        return told or f"batches of {self.about.get('batch_size')} on {self.about.get('device')}"
+    def conditions(self, sampler: Sampler, steps: int) -> str:
+        """Return the conditions of that time, such as "batches of 16 on cpu, 2 threads"."""
+        recorded = (self.cell(sampler, steps) or {}).get("conditions")
+        # Earlier versions recorded it once per sweep.
+        return recorded or f"batches of {self.info.get('batch_size')} on {self.info.get('device')}"
 
-    def pictures(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
-        """The pictures that were kept of a cell."""
+    def previews(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
+        """Return a point's preview images."""
         return sorted((self.folder / "cells" / SweepPoint(sampler, steps, guidance_scale).name).glob("*.webp"))
 
 
-def write_sweep(folder: Path, sweep: Sweep, measures: Mapping[str, Measure], more: Mapping[str, Any]) -> None:
-    """Write sweep.json once all its cells are there. more: plain values to be kept beside it."""
-    prompts = [sweep.prompts[place] for place in picture_places(len(sweep.prompts))]
-    about = {
-        "cells": [cell.name for cell in sweep.cells()],
+def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more: Mapping[str, Any]) -> None:
+    """Write sweep.json after all points are finished.
+
+    Args:
+        folder: RUN/evaluation.
+        sweep: What was generated.
+        metrics: The metrics that were computed.
+        more: Further plain values to record.
+    """
+    info = {
+        "cells": [point.name for point in sweep.points()],
         "steps": sweep.steps,
         "guidance_scales": sweep.guidance_scales,
         "images": len(sweep.prompts),
         "distinct_prompts": len(set(sweep.prompts)),
         "resolution": sweep.resolution,
+        "sizes": [f"{height}x{width}" for height, width in dict.fromkeys(sweep.sizes)],
         "seed": sweep.seed,
-        "pictured_prompts": prompts,
-        "measures": {name: {key: getattr(measure, key) for key in TOLD} for name, measure in measures.items()},
+        "preview_prompts": [sweep.prompts[i] for i in preview_indices(len(sweep.prompts))],
+        "metrics": {name: {key: getattr(metric, key) for key in RECORDED} for name, metric in metrics.items()},
         **more,
     }
-    write_text(folder / "sweep.json", json.dumps(about, indent=1) + "\n")
+    write_text(folder / "sweep.json", json.dumps(info, indent=1) + "\n")
 
 
 def read_results(run: Path) -> Results | None:
-    """What an evaluation found of a run; None if there was none. Raises UsageError if its files cannot be read."""
+    """Read a run's evaluation. Return None if there is none.
+
+    Raises:
+        UsageError: The files cannot be read.
+    """
     folder = run / "evaluation"
     if not (folder / "sweep.json").is_file():
         return None
@@ -101,19 +123,31 @@ def read_results(run: Path) -> Results | None:
         return _read(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"what an evaluation left in {folder} cannot be read ({error}); make it anew: lcmdistill evaluate {run}"
+            f"the evaluation in {folder} cannot be read ({error}); evaluate again: lcmdistill evaluate {run}"
         ) from error
 
 
 def _read(folder: Path) -> Results:
-    about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    # What earlier versions did not write down: theirs were all of prompts, and a LoRA alone had its guidance in its weights.
-    about = {"is_baked": about.get("is_lora", False), "held_out": True, **about}
+    info = _upgrade_info(json.loads((folder / "sweep.json").read_text(encoding="utf-8")))
     cells = {}
-    for name in about["cells"]:
+    for name in info["cells"]:
         path = folder / "cells" / name / "numbers.json"
         if path.is_file():
-            cells[name] = json.loads(path.read_text(encoding="utf-8"))
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            cells[name] = _renamed(cell, {"seconds_an_image": "seconds_per_image", "how": "conditions"})
     path = folder / "consistency.json"
     points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
-    return Results(folder, about, cells, tuple(map(tuple, points)))
+    return Results(folder, info, cells, tuple(map(tuple, points)))
+
+
+def _upgrade_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the sweep.json of an earlier version to the current form."""
+    info = _renamed(info, {"measures": "metrics", "pictured_prompts": "preview_prompts"})
+    names = {"about": "description", "features": "measured_on", "against": "compared_with"}
+    info["metrics"] = {name: _renamed(metric, names) for name, metric in info["metrics"].items()}
+    # Earlier versions only evaluated prompts, and only a LoRA had its guidance in its weights.
+    return {"is_baked": info.get("is_lora", False), "held_out": True, **info}
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in values.items()}

@@ -1,7 +1,7 @@
-"""A sweep of steps x guidance: each cell is drawn, measured and written whole, so that what is there is not done again.
+"""A sweep over steps and guidance scales. Each point is generated, measured and written as a whole, so a sweep can resume.
 
-A run's results lie in RUN/evaluation: sweep.json says what was swept and what its measures mean, cells/NAME holds a cell's
-numbers.json and its pictures. What a teacher drew lies beside the latents' cache, for every run of that teacher.
+RUN/evaluation holds the results: sweep.json describes the sweep and its metrics, cells/NAME holds one point's numbers.json and
+preview images. The teacher's latents are stored next to the latent cache and serve every run of that teacher.
 Shapes: N images, C h w latents, H W pixels.
 """
 
@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,33 +20,44 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lcmdistill.data.chunks import read_metadata, write_tensors
-from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
-from lcmdistill.evaluation.metrics.measures import ImagePair, Measure
+from lcmdistill.evaluation.latents import (
+    TEACHER_STEPS,
+    LatentSet,
+    ProgressCallback,
+    batches,
+    student_latents,
+    teacher_latents,
+)
+from lcmdistill.evaluation.metrics.base import ImagePair, Metric
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
 
 FORMAT = 1
-"of what is drawn; a cell of another is drawn again"
+"version of the generated latents; points of another version are generated again"
 
-MEASURED = 2
-"of what the measures give of it; a cell of another is measured again"
+METRICS_VERSION = 3
+"version of the metrics; points of another version are measured again"
 
-PICTURES = 6
-"images of a cell that are kept to be looked at"
+PREVIEWS = 6
+"images per point that are saved for the report"
 
-_PICTURE_SIDE = 256
+_PREVIEW_SIDE = 256
 
-_KEEP_BYTES = 1 << 30
+_DECODED_LIMIT = 1 << 30
+"bytes of decoded images that are kept in memory"
 
 Sampler = Literal["student", "teacher", "trailing"]
+"trailing: the teacher with timesteps that start at T - 1 like the student's, instead of its scheduler's own"
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One way to draw. guidance_scale: the teacher's, in diffusers' convention; a LoRA has it in its weights.
+    """One combination of sampler, steps and guidance scale.
 
-    trailing: the teacher with its few time steps started at T - 1, as the student's are, instead of where its own
-    scheduler starts them.
+    Attributes:
+        sampler: What generates the images.
+        steps: The number of sampling steps.
+        guidance_scale: The teacher's guidance scale in diffusers' convention. A LoRA has it in its weights.
     """
 
     sampler: Sampler
@@ -55,18 +66,28 @@ class SweepPoint:
 
     @property
     def name(self) -> str:
-        """The folder of the cell."""
+        """The name of the point's folder."""
         return f"{self.sampler}-{self.steps:02d}-g{self.guidance_scale:g}"
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations an image: the teacher's guidance takes two a step."""
+        """Network evaluations per image. The teacher's guidance takes two per step."""
         return self.steps * (1 if self.sampler == "student" else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is drawn. prompts: one an image; guidance_scales: the first is the one that the teacher's few steps are drawn at."""
+    """What is generated.
+
+    Attributes:
+        prompts: One prompt per image.
+        steps: The student's step counts.
+        guidance_scales: The guidance scales; the teacher's few-step images use the first.
+        resolution: The side of square images in pixels.
+        seed: The seed of the noise.
+        samplers: How the teacher generates few-step images.
+        sizes: (height, width) per image of a run with aspect-ratio buckets; otherwise empty.
+    """
 
     prompts: tuple[str, ...]
     steps: tuple[int, ...]
@@ -74,37 +95,45 @@ class Sweep:
     resolution: int
     seed: int
     samplers: tuple[Sampler, ...] = ("teacher", "trailing")
-    "how the teacher itself draws as few steps"
+    sizes: tuple[tuple[int, int], ...] = ()
 
-    def cells(self) -> list[SweepPoint]:
-        """All cells, those first that others are measured by."""
-        first, found = self.guidance_scales[0], []
+    def points(self) -> list[SweepPoint]:
+        """Return all points. References come before the points that are compared with them."""
+        first, points = self.guidance_scales[0], []
         for scale in self.guidance_scales:
-            found.append(SweepPoint("teacher", TEACHER_STEPS, scale))
-            found += [SweepPoint("student", n, scale) for n in self.steps]
+            points.append(SweepPoint("teacher", TEACHER_STEPS, scale))
+            points += [SweepPoint("student", n, scale) for n in self.steps]
             if scale == first:
-                found += [SweepPoint(sampler, n, scale) for sampler in self.samplers for n in self.steps]
-        return found
+                points += [SweepPoint(sampler, n, scale) for sampler in self.samplers for n in self.steps]
+        return points
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of the whole sweep, if nothing of it is there."""
-        return len(self.prompts) * sum(cell.evaluations for cell in self.cells())
+        """Network evaluations of the whole sweep, if nothing is cached."""
+        return len(self.prompts) * sum(point.evaluations for point in self.points())
 
 
 @dataclass(frozen=True)
 class SamplerPair:
-    """Who draws: the teacher, and a student's pipeline.
+    """The teacher and a student's pipeline, with what decides their images.
 
-    student_scale: the guidance scale that the student's pipeline is told, None for the cell's own; student, teacher:
-    fingerprints of their weights; noise: (N, C, h, w); dtype: of autocast around the teacher's network; device: in words;
-    eta: gamma of the student's TCDScheduler, None for its usual.
+    Attributes:
+        teacher: The teacher.
+        pipeline: The student's pipeline.
+        student_scale: The guidance scale of the student's pipeline calls; None is the point's own.
+        noise: The start noise of N images.
+        teacher_fingerprint: A hash of the teacher's weights.
+        student_fingerprint: A hash of the student's weights.
+        dtype: The precision of the student, and of autocast around the teacher's network.
+        batch_size: How many images to generate at once.
+        device: The device, in words.
+        eta: gamma of the student's TCDScheduler; None is the method's default.
     """
 
     teacher: Teacher
     pipeline: Any
     student_scale: float | None
-    noise: Tensor
+    noise: LatentSet
     teacher_fingerprint: str
     student_fingerprint: str
     dtype: torch.dtype
@@ -113,29 +142,30 @@ class SamplerPair:
     eta: float | None = None
 
     @property
-    def how(self) -> str:
-        """What an image's time depends on."""
+    def conditions(self) -> str:
+        """What the time per image depends on, in words."""
         return f"batches of {min(self.batch_size, len(self.noise))} on {self.device}"
 
-    def draw(self, cell: SweepPoint, sweep: Sweep, tell: ProgressCallback) -> Tensor:
-        """A cell's latents, (N, C, h, w)."""
-        options: Any = {"steps": cell.steps, "batch_size": self.batch_size, "tell": tell}
-        if cell.sampler == "student":
-            scale = cell.guidance_scale if self.student_scale is None else self.student_scale
+    def generate(self, point: SweepPoint, sweep: Sweep, on_progress: ProgressCallback) -> LatentSet:
+        """Return a point's latents."""
+        options: Any = {"steps": point.steps, "batch_size": self.batch_size, "on_progress": on_progress}
+        if point.sampler == "student":
+            scale = point.guidance_scale if self.student_scale is None else self.student_scale
             options |= {"guidance_scale": scale, "seed": sweep.seed, "eta": self.eta}
             return student_latents(self.pipeline, sweep.prompts, self.noise, **options)
-        options |= {"guidance_scale": cell.guidance_scale, "dtype": self.dtype}
-        spacing = "trailing" if cell.sampler == "trailing" else None
+        options |= {"guidance_scale": point.guidance_scale, "dtype": self.dtype}
+        spacing = "trailing" if point.sampler == "trailing" else None
         return teacher_latents(self.teacher, sweep.prompts, self.noise, spacing=spacing, **options)
 
-    def about(self, cell: SweepPoint, sweep: Sweep) -> dict[str, Any]:
-        """Everything that decides what a cell's latents are."""
-        is_student = cell.sampler == "student"
+    def cache_key(self, point: SweepPoint, sweep: Sweep) -> dict[str, Any]:
+        """Return everything that decides a point's latents."""
+        is_student = point.sampler == "student"
         scheduler = getattr(self.pipeline, "scheduler", None)
         trained_steps = scheduler.config.get("original_inference_steps", 50) if scheduler is not None else 50
+        shape = self.noise.shape if isinstance(self.noise, Tensor) else [list(each.shape) for each in self.noise]
         return {
             "format": FORMAT,
-            "cell": cell.name,
+            "cell": point.name,
             "weights": self.student_fingerprint if is_student else self.teacher_fingerprint,
             "told": self.student_scale if is_student else None,
             **({"eta": self.eta} if is_student and self.eta is not None else {}),
@@ -143,82 +173,91 @@ class SamplerPair:
             "prompts": sweep.prompts,
             "seed": sweep.seed,
             "resolution": sweep.resolution,
-            "where": f"{self.noise.shape} {self.dtype} {self.pipeline.device.type}",
+            "where": f"{shape} {self.dtype} {self.pipeline.device.type}",
         }
 
 
-def digest(about: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
+def digest(value: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 class GeneratedLatents(NamedTuple):
-    """Latents, the seconds that drawing them took, and how that was: "batches of 16 on cpu, 2 threads"."""
+    """Latents, the seconds that generating them took, and the conditions of that time."""
 
-    latents: Tensor
+    latents: LatentSet
     seconds: float
-    how: str
+    conditions: str
 
 
-def cached_latents(path: Path, draw: Callable[[], Tensor], how: str = "") -> GeneratedLatents:
-    """Latents from a file, or drawn and written there, whole or not at all. A file that cannot be read is drawn again."""
+def cached_latents(path: Path, generate: Callable[[], LatentSet], conditions: str = "") -> GeneratedLatents:
+    """Read latents from a file, or generate and write them atomically. An unreadable file is generated again."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = read_metadata(file)
-            found = GeneratedLatents(file.get_tensor("latents"), float(told["seconds"]), told.get("how", ""))
-        os.utime(path)  # what was used last is removed last
-        return found
+            metadata, names = read_metadata(file), sorted(file.keys())
+            tensors = [file.get_tensor(name) for name in names]
+            latents = tensors[0] if names == ["latents"] else tensors
+            cached = GeneratedLatents(latents, float(metadata["seconds"]), metadata.get("how", ""))
+        os.utime(path)  # eviction removes the least recently used files first
+        return cached
     except (FileNotFoundError, SafetensorError, LookupError, ValueError):
         pass
-    began = time.perf_counter()
-    latents = draw().contiguous()
-    seconds = time.perf_counter() - began
-    write_tensors(path, {"latents": latents}, {"seconds": f"{seconds:.4f}", "how": how})
-    return GeneratedLatents(latents, seconds, how)
+    start = time.perf_counter()
+    latents = generate()
+    seconds = time.perf_counter() - start
+    several = {} if isinstance(latents, Tensor) else {f"latents.{i:06d}": each for i, each in enumerate(latents)}
+    tensors = {"latents": latents.contiguous()} if isinstance(latents, Tensor) else several
+    write_tensors(path, tensors, {"seconds": f"{seconds:.4f}", "how": conditions})
+    return GeneratedLatents(latents, seconds, conditions)
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """Latents and what they show; decoded once where they are few, again and again where they would fill the memory."""
+class DecodedImages:
+    """Latents and their pixels. The pixels of small sets are decoded once; those of large sets each time they are read."""
 
     teacher: Teacher
-    latents: Tensor
+    latents: LatentSet
     batch_size: int
-    kept: list[Tensor]
+    _decoded: list[Tensor] = field(default_factory=list)
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(latents, pixels in [0, 1] as an image file has them), batch by batch, on the CPU."""
-        for i, latents in enumerate(self.latents.split(self.batch_size)):
-            if i < len(self.kept):
-                yield latents, self.kept[i].float() / 255
+    def batches(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield (indices, latents, pixels in [0, 1] rounded to 8 bits) on the CPU."""
+        for i, (indices, latents) in enumerate(batches(self.latents, self.batch_size)):
+            if i < len(self._decoded):
+                yield indices, latents, self._decoded[i].float() / 255
                 continue
             pixels = (self.teacher.decode(latents) * 255).round().to(torch.uint8).cpu()
-            if i == len(self.kept) and pixels[0].numel() * len(self.latents) < _KEEP_BYTES:
-                self.kept.append(pixels)
-            yield latents, pixels.float() / 255
+            if i == len(self._decoded) and pixels[0].numel() * len(self.latents) < _DECODED_LIMIT:
+                self._decoded.append(pixels)
+            yield indices, latents, pixels.float() / 255
+
+    def images(self, indices: Sequence[int]) -> dict[int, Image.Image]:
+        """Return some of the images by their indices."""
+        wanted, images = set(indices), {}
+        for batch, _, pixels in self.batches():
+            images |= {i: as_image(each) for i, each in zip(batch, pixels, strict=True) if i in wanted}
+        return images
 
 
-def as_written(value: float, decimals: int) -> float:
-    """A number to three digits, and to `decimals` at most: what does not depend on the order in which a sum was taken."""
+def round_result(value: float, decimals: int) -> float:
+    """Round to three digits and at most `decimals` decimals, which do not depend on the order of a sum."""
     return round(float(f"{value:.3g}"), decimals)
 
 
 @torch.no_grad()
-def numbers_of(
-    pixels: Pixels, reference: Pixels, prompts: Sequence[str], measures: Mapping[str, Measure]
+def compute_metrics(
+    images: DecodedImages, reference: DecodedImages, prompts: Sequence[str], metrics: Mapping[str, Metric]
 ) -> dict[str, float]:
-    """{measure: number} of a set of images, each as it is written."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in measures}
-    done = 0
-    for (latents, shown), (its_latents, its_pixels) in zip(pixels.parts(), reference.parts(), strict=True):
-        some = ImagePair(latents, shown, its_latents, its_pixels, tuple(prompts[done : done + len(latents)]))
-        done += len(latents)
-        for name, measure in measures.items():
-            kept[name].append(measure.kept(some).double().cpu())
+    """Return {metric: number} of a set of images, rounded as it is recorded."""
+    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    for (indices, latents, pixels), (_, z, target) in zip(images.batches(), reference.batches(), strict=True):
+        pair = ImagePair(latents, pixels, z, target, tuple(prompts[i] for i in indices))
+        for name, metric in metrics.items():
+            values[name].append(metric.per_image(pair).cpu().double())
     return {
-        name: as_written(measure.value(torch.cat(kept[name])), measure.decimals)
-        for name, measure in measures.items()
-        if done >= measure.least
+        name: round_result(metric.reduce(torch.cat(values[name])), metric.decimals)
+        for name, metric in metrics.items()
+        if len(images.latents) >= metric.min_images
     }
 
 
@@ -226,81 +265,86 @@ def sweep_run(
     folder: Path,
     cache: Path,
     sweep: Sweep,
-    who: SamplerPair,
-    measures: Mapping[str, Measure],
-    about_measures: Any,
-    tell: Callable[[SweepPoint, int], None],
+    pair: SamplerPair,
+    metrics: Mapping[str, Metric],
+    metrics_key: Any,
+    on_progress: Callable[[SweepPoint, int], None],
 ) -> None:
-    """Do every cell that is not there yet. folder: RUN/evaluation; cache: where what the teacher drew is kept.
+    """Generate and measure every point that has no results yet.
 
-    about_measures: everything besides the code that decides what the measures give; tell: told of images done.
+    Args:
+        folder: RUN/evaluation.
+        cache: The folder of the teacher's latents.
+        sweep: What to generate.
+        pair: The teacher and the student.
+        metrics: The metrics to compute.
+        metrics_key: Everything that decides the metrics' numbers, except their code.
+        on_progress: Called with the point and the number of images that a batch added.
     """
-    references: dict[float, Pixels] = {}
+    references: dict[float, DecodedImages] = {}
 
-    def noise_level_fraction(cell: SweepPoint) -> Path:
-        return (
-            folder / "latents" if cell.sampler == "student" else cache
-        ) / f"{digest(who.about(cell, sweep))}.safetensors"
+    def latents_file(point: SweepPoint) -> Path:
+        parent = folder / "latents" if point.sampler == "student" else cache
+        return parent / f"{digest(pair.cache_key(point, sweep))}.safetensors"
 
-    def pixels_of(cell: SweepPoint) -> tuple[Pixels, GeneratedLatents]:
-        found = cached_latents(
-            noise_level_fraction(cell), lambda: who.draw(cell, sweep, lambda images: tell(cell, images)), who.how
+    def images_of(point: SweepPoint) -> tuple[DecodedImages, GeneratedLatents]:
+        generated = cached_latents(
+            latents_file(point),
+            lambda: pair.generate(point, sweep, lambda images: on_progress(point, images)),
+            pair.conditions,
         )
-        return Pixels(who.teacher, found.latents, who.batch_size, []), found
+        return DecodedImages(pair.teacher, generated.latents, pair.batch_size), generated
 
-    for cell in sweep.cells():
-        key = digest([who.about(cell, sweep), about_measures, sorted(measures), MEASURED])
-        home, scale = folder / "cells" / cell.name, cell.guidance_scale
-        if key_of(home / "numbers.json") == key:
+    for point in sweep.points():
+        key = digest([pair.cache_key(point, sweep), metrics_key, sorted(metrics), METRICS_VERSION])
+        results_folder, scale = folder / "cells" / point.name, point.guidance_scale
+        if recorded_key(results_folder / "numbers.json") == key:
             continue
-        pixels, taken = pixels_of(cell)
-        is_full = cell.sampler == "teacher" and cell.steps == TEACHER_STEPS
+        images, generated = images_of(point)
+        is_reference = point.sampler == "teacher" and point.steps == TEACHER_STEPS
         if scale not in references:
-            references[scale] = pixels if is_full else pixels_of(SweepPoint("teacher", TEACHER_STEPS, scale))[0]
-        with atomic_dir(home) as aside:
-            found = {
+            full = SweepPoint("teacher", TEACHER_STEPS, scale)
+            references[scale] = images if is_reference else images_of(full)[0]
+        with atomic_dir(results_folder) as temporary:
+            results = {
                 "key": key,
-                "sampler": cell.sampler,
-                "steps": cell.steps,
+                "sampler": point.sampler,
+                "steps": point.steps,
                 "guidance_scale": scale,
                 "images": len(sweep.prompts),
-                "numbers": numbers_of(pixels, references[scale], sweep.prompts, measures),
-                "seconds_an_image": round(taken.seconds / len(sweep.prompts), 5),
-                "how": taken.how,
+                "numbers": compute_metrics(images, references[scale], sweep.prompts, metrics),
+                "seconds_per_image": round(generated.seconds / len(sweep.prompts), 5),
+                "conditions": generated.conditions,
             }
-            (aside / "numbers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            write_pictures(pixels, aside)
-    of_use = {noise_level_fraction(cell) for cell in sweep.cells()}
+            (temporary / "numbers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_previews(images, temporary)
+    current = {latents_file(point) for point in sweep.points()}
     for path in (folder / "latents").glob("*.safetensors"):
-        if path not in of_use:  # of other weights or other prompts
+        if path not in current:  # of other weights or other prompts
             path.unlink()
 
 
-def key_of(path: Path) -> str | None:
-    """What decided the numbers of a file; None if it is not there, or cannot be read and is to be made again."""
+def recorded_key(path: Path) -> str | None:
+    """Return the key of a results file; None if it does not exist or cannot be read, so that it is made again."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["key"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def picture_places(count: int) -> list[int]:
-    """Which images of a set are kept to be looked at, spread over it."""
-    return [i * count // PICTURES for i in range(PICTURES)] if count > PICTURES else list(range(count))
+def preview_indices(count: int) -> list[int]:
+    """Return the indices of the images to save for the report, spread over the set."""
+    return [i * count // PREVIEWS for i in range(PREVIEWS)] if count > PREVIEWS else list(range(count))
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """One image's pixels, (3, H, W) in [0, 1], as a picture."""
+    """Convert one image's pixels, (3, H, W) in [0, 1]."""
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def write_pictures(pixels: Pixels, folder: Path) -> None:
-    """Some of the images as 00.webp, 01.webp, ..., small enough for a page."""
-    wanted = picture_places(len(pixels.latents))
-    done = 0
-    for latents, shown in pixels.parts():
-        for place in [p for p in wanted if done <= p < done + len(latents)]:
-            picture = as_image(shown[place - done])
-            picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
-            picture.save(folder / f"{wanted.index(place):02d}.webp", quality=90, method=6)
-        done += len(latents)
+def write_previews(images: DecodedImages, folder: Path) -> None:
+    """Write some of the images as 00.webp, 01.webp, ..., small enough for a page."""
+    indices = preview_indices(len(images.latents))
+    for i, preview in images.images(indices).items():
+        preview.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.LANCZOS)
+        preview.save(folder / f"{indices.index(i):02d}.webp", quality=90, method=6)

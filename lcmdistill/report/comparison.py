@@ -1,4 +1,4 @@
-"""The page of several runs side by side, all drawn from the same prompts and noise."""
+"""The page that compares several runs, evaluated on the same prompts and noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,99 +8,105 @@ from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
 from lcmdistill.evaluation.verdict import seconds, verdict
 from lcmdistill.objectives.recorded import require_run_config
-from lcmdistill.report.charts import Chart, Series
-from lcmdistill.report.curves import good
-from lcmdistill.report.page import evaluation_rows, picture_of, render_page, run_description, table
+from lcmdistill.report.charts import Chart
+from lcmdistill.report.curves import against_steps, full_steps_level, good
+from lcmdistill.report.page import chart_cards, metric_rows, preview, render_page, run_description, steps_text, table
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 
-LOOKS = (0, 3, 4, 5, 2)
-"of the runs' lines, in their order"
+STYLES = (0, 3, 4, 5, 2)
+"the line styles of the runs, in their order"
+
+SHARED = {
+    "preview_prompts": "prompts",
+    "seed": "seed",
+    "images": "num_images",
+    "resolution": "resolution",
+    "sizes": "buckets",
+}
+"what compared evaluations must have in common, and its name for messages"
 
 
 def comparison(runs: Sequence[Path]) -> dict[str, Any]:
-    """All that the page shows. Raises UsageError for runs that were not evaluated on the same prompts and noise."""
-    found: dict[str, Results] = {}
+    """Return the template's variables.
+
+    Raises:
+        UsageError: A run was not evaluated, or on other prompts or noise.
+    """
+    evaluated: dict[str, Results] = {}
     for run in runs:
         results = read_results(run)
         if results is None:
             raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
-        found[run.name if run.name not in found else str(run)] = results
-    first = next(iter(found.values()))
-    for key in ("pictured_prompts", "seed", "images", "resolution"):
-        if any(results.about[key] != first.about[key] for results in found.values()):
+        evaluated[run.name if run.name not in evaluated else str(run)] = results
+    first = next(iter(evaluated.values()))
+    for key, name in SHARED.items():
+        if any((results.info.get(key) or None) != (first.info.get(key) or None) for results in evaluated.values()):
             raise UsageError(
-                f"the runs were evaluated with other {key}; evaluate them together: lcmdistill evaluate RUN1 RUN2"
+                f"the runs were evaluated with different {name}; evaluate them together: lcmdistill evaluate RUN1 RUN2"
             )
     rows = []
-    for run, (name, results) in zip(runs, found.items(), strict=True):
+    for run, (name, results) in zip(runs, evaluated.items(), strict=True):
         judged = verdict(results)
         chosen = judged.enough or results.steps[-1]
-        taken = results.seconds("student", chosen)
+        time = results.seconds("student", chosen)
         rows.append(
             {
                 "name": name,
-                "what": run_description(require_run_config(run)),
+                "description": run_description(require_run_config(run)),
                 "headline": judged.headline,
                 "guidance": f"{results.guidance_scale:g}",
-                "time": "" if taken is None else f"{seconds(taken)} at {chosen} step{'s' * (chosen > 1)}",
+                "time": "" if time is None else f"{seconds(time)} at {steps_text(chosen)}",
             }
         )
+    held_out = "held-out " if first.info["held_out"] else ""
     return {
-        "title": " and ".join(found) if len(found) == 2 else f"{len(found)} runs",
+        "title": " and ".join(evaluated) if len(evaluated) == 2 else f"{len(evaluated)} runs",
         "about": (
-            f"{first.about['images']} images in each cell, from the same {'held-out ' * first.about['held_out']}prompts and "
-            f"the same start noise (seed {first.about['seed']})."
+            f"{first.info['images']} images per row, from the same {held_out}prompts and the same start noise "
+            f"(seed {first.info['seed']})."
         ),
         "rows": rows,
-        "groups": [_group(found, place) for place in range(len(first.about["pictured_prompts"]))],
-        "steps": first.steps,
-        "heads": [f"{n} step{'s' * (n > 1)}" for n in first.steps] + [f"teacher, {TEACHER_STEPS} steps"],
-        "charts": evaluation_rows(_charts(found)),
+        "groups": [_group(evaluated, i) for i in range(len(first.info["preview_prompts"]))],
+        "heads": [*map(steps_text, first.steps), f"teacher, {TEACHER_STEPS} steps"],
+        "charts": chart_cards(_charts(evaluated)),
         "tables": [
-            {**table(results), "caption": f"{name}: {table(results)['caption']}"} for name, results in found.items()
+            {**table(results), "caption": f"{name}: {table(results)['caption']}"} for name, results in evaluated.items()
         ],
-        "meanings": [{**about, "good": good(about["better"])} for about in first.about["measures"].values()],
+        "metrics": metric_rows(first),
     }
 
 
-def _group(found: dict[str, Results], place: int) -> dict[str, Any]:
-    """One prompt: a row a run."""
-    first = next(iter(found.values()))
+def _group(evaluated: dict[str, Results], index: int) -> dict[str, Any]:
+    """Return the images of one prompt, one row per run."""
+    first = next(iter(evaluated.values()))
     rows = []
-    for name, results in found.items():
+    for name, results in evaluated.items():
         scale = results.guidance_scale
-        pictures = [picture_of(results, "student", n, scale, place, name) for n in first.steps]
-        pictures.append(picture_of(results, "teacher", TEACHER_STEPS, scale, place, f"teacher of {name}"))
+        pictures = [preview(results, "student", n, scale, index, name) for n in first.steps]
+        pictures.append(preview(results, "teacher", TEACHER_STEPS, scale, index, f"teacher of {name}"))
         rows.append({"name": f"{name}, guidance {scale:g}", "pictures": pictures})
-    return {"prompt": first.about["pictured_prompts"][place], "rows": rows}
+    return {"prompt": first.info["preview_prompts"][index], "rows": rows}
 
 
-def _charts(found: dict[str, Results]) -> list[Chart]:
-    """A chart of each measure that all runs have: a line a run, and the teacher of the first."""
-    first, charts = next(iter(found.values())), []
-    for measure, about in first.about["measures"].items():
-        if not all(measure in results.about["measures"] for results in found.values()):
+def _charts(evaluated: dict[str, Results]) -> list[Chart]:
+    """Return a chart of each metric that all runs have: one line per run, and the first run's teacher."""
+    first, charts = next(iter(evaluated.values())), []
+    for name, metric in first.metrics.items():
+        if not all(name in results.metrics for results in evaluated.values()):
             continue
         series = [
-            _line(results, measure, "student", name, LOOKS[i % len(LOOKS)])
-            for i, (name, results) in enumerate(found.items())
+            against_steps(results, name, "student", run, STYLES[i % len(STYLES)])
+            for i, (run, results) in enumerate(evaluated.items())
         ]
-        series.append(_line(first, measure, "teacher", "teacher, as few steps", 1))
-        full = first.full(measure)
-        has_level = full is not None and measure not in ("rmse", "ssim")
-        levels = ((f"teacher, {TEACHER_STEPS} steps", full),) if full is not None and has_level else ()
-        said = f"{about['about']} {good(about['better'])}"
-        charts.append(Chart(about["label"], "steps", about["label"], tuple(series), levels, said, doubling=True))
+        series.append(against_steps(first, name, "teacher", "teacher, same steps", 1))
+        about = f"{metric['description']} {good(metric['better'])}"
+        levels = full_steps_level(first, name)
+        charts.append(Chart(metric["label"], "steps", metric["label"], tuple(series), levels, about, log2_x=True))
     return [chart for chart in charts if not chart.is_empty]
 
 
-def _line(results: Results, measure: str, sampler: Any, name: str, look: int) -> Series:
-    values = [(float(n), results.number(measure, sampler, n)) for n in results.steps]
-    return Series(name, tuple((n, v) for n, v in values if v is not None), look)
-
-
 def write_comparison(runs: Sequence[Path], output: Path) -> Path:
-    """Write a page that shows evaluated runs side by side; returns its path."""
+    """Write a page that compares evaluated runs, and return its path."""
     write_text(output, render_page("comparison.html", comparison(runs)))
     return output

@@ -1,82 +1,91 @@
-"""The charts of a run: what was measured step by step, and how the training went."""
+"""The charts of a run: metrics against sampling steps, and the course of the training."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
-from lcmdistill.evaluation.metrics.measures import FREE
+from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
 from lcmdistill.evaluation.results import Results
-from lcmdistill.report.charts import Chart, Series
-
-RAW = 9
-"the look of a line of single values behind its average"
+from lcmdistill.evaluation.sweep import Sampler
+from lcmdistill.report.charts import RAW, Chart, Series
 
 _RATIOS = ("sharpness", "saturation", "diversity")
 
-_GOOD = {"lower": "Lower is better.", "higher": "Higher is better.", "one": "1 is the teacher's own."}
+_GOOD = {"lower": "Lower is better.", "higher": "Higher is better.", "one": "1 is the teacher's value."}
 
 
 def good(better: str) -> str:
-    """What is good of a number, in words."""
+    """Return which values of a metric are good, in words."""
     return _GOOD[better]
 
 
 def quality_charts(results: Results) -> list[Chart]:
-    """A chart of each measure against steps: the student, the teacher at as few, and its line at full steps."""
-    found = []
-    for name, about in results.about["measures"].items():
+    """Return one chart per metric against steps: the student, the teacher at the same steps and at its full steps."""
+    charts = []
+    for name, metric in results.metrics.items():
         series = [
-            _against_steps(results, name, "student", "student", 0),
-            _against_steps(results, name, "teacher", "teacher, as few steps", 1),
-            _against_steps(results, name, "trailing", "teacher, from full noise", 2),
+            against_steps(results, name, "student", "student", 0),
+            against_steps(results, name, "teacher", "teacher, same steps", 1),
+            against_steps(results, name, "trailing", "teacher, trailing timesteps", 2),
         ]
-        full = results.full(name)
-        levels = (
-            ((f"teacher, {TEACHER_STEPS} steps", full),) if full is not None and name not in ("rmse", "ssim") else ()
-        )
         chart = Chart(
-            about["label"],
+            metric["label"],
             "steps",
-            about["label"],
+            metric["label"],
             tuple(s for s in series if s.points),
-            levels,
-            f"{about['about']} {good(about['better'])}",
-            doubling=True,
+            full_steps_level(results, name),
+            f"{metric['description']} {good(metric['better'])}",
+            log2_x=True,
             from_zero=name not in _RATIOS,
         )
         if not chart.is_empty:
-            found.append(chart)
-    return found
+            charts.append(chart)
+    return charts
+
+
+def full_steps_level(results: Results, metric: str) -> tuple[tuple[str, float], ...]:
+    """Return the teacher's number at full steps as a level of a chart; none where it is 0 or 1 by definition."""
+    full = results.full(metric)
+    return ((f"teacher, {TEACHER_STEPS} steps", full),) if full is not None and metric not in ("rmse", "ssim") else ()
 
 
 def consistency_charts(results: Results) -> list[Chart]:
-    """How far the student's clean images lie from each other between neighbouring times of a trajectory; none or one."""
+    """Return the chart of the consistency error along trajectories; none or one."""
     student = Series("student", _finite([(x, y) for x, y, _ in results.consistency]))
     teacher = Series("teacher's x0", _finite([(x, y) for x, _, y in results.consistency]), 1)
     chart = Chart(
         "Consistency error",
-        "from clean (0) to all noise (1)",
+        "noise level (0 = clean, 1 = pure noise)",
         "RMS |f(z_t, t) - f(z_s, s)|",
         (student, teacher),
-        about="Between neighbouring times of the teacher's own trajectories; a perfect consistency model is at 0.",
+        about="Between neighboring times on the teacher's trajectories. A perfect consistency model is at 0.",
         from_zero=True,
         markers=False,
     )
     return [] if chart.is_empty else [chart]
 
 
-def _against_steps(results: Results, measure: str, sampler: Any, name: str, look: int) -> Series:
-    values = [(float(n), results.number(measure, sampler, n)) for n in results.steps]
-    return Series(name, tuple((n, v) for n, v in values if v is not None), look)
+def against_steps(results: Results, metric: str, sampler: Sampler, name: str, style: int) -> Series:
+    """Return a sampler's numbers of a metric against steps.
+
+    Args:
+        results: The results of a run.
+        metric: The metric.
+        sampler: What generated the images.
+        name: The line's name in the legend.
+        style: The line's style.
+    """
+    values = [(float(n), results.number(metric, sampler, n)) for n in results.steps]
+    return Series(name, tuple((n, v) for n, v in values if v is not None), style)
 
 
 def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Loss, learning rate, gradient norm and speed; the loss by noise; and what validation measured."""
+    """Return the charts of loss, gradient norm, learning rate, speed, loss by noise level, and validation."""
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return []
-    found = [
+    charts = [
         _over_time(trained, "loss", "Loss", ""),
         _over_time(trained, "grad_norm", "Gradient norm", "Before clipping."),
         Chart(
@@ -87,10 +96,10 @@ def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
             from_zero=True,
             markers=False,
         ),
-        _over_time(trained, "samples_per_s", "Speed, samples a second", "Of all processes together."),
+        _over_time(trained, "samples_per_s", "Speed, samples per second", "Sum over all processes."),
     ]
-    found += [loss_by_noise(trained), *validation_charts(lines)]
-    return [chart for chart in found if not chart.is_empty]
+    charts += [loss_by_noise(trained), *validation_charts(lines)]
+    return [chart for chart in charts if not chart.is_empty]
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
@@ -98,67 +107,69 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 
 def _finite(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Points without those that no chart can show: under fp16 an infinite gradient norm is nothing out of the ordinary."""
+    """Drop points that no chart can show: with fp16, infinite gradient norms are normal."""
     return tuple((float(x), float(y)) for x, y in points if math.isfinite(y))
 
 
 def _over_time(lines: Sequence[Mapping[str, Any]], key: str, title: str, about: str) -> Chart:
     raw = _series(lines, key).points
-    reach = max(1, len(raw) // 12)
-    if reach == 1:  # too few to be averaged
+    window = max(1, len(raw) // 12)
+    if window == 1:  # too few for an average
         return Chart(
             title, "training step", title.lower(), (Series(key, raw),), about=about, from_zero=True, markers=False
         )
-    about = f"{about} Behind the average of the last lines, the lines themselves.".strip()
+    about = f"{about} Bold: moving average; thin: raw values.".strip()
     means = []
     for i, (x, _) in enumerate(raw):
-        window = [y for _, y in raw[max(0, i - reach + 1) : i + 1]]
-        means.append((x, sum(window) / len(window)))
-    series = (Series("average", tuple(means)), Series("each line", raw, RAW))
+        values = [y for _, y in raw[max(0, i - window + 1) : i + 1]]
+        means.append((x, sum(values) / len(values)))
+    series = (Series("moving average", tuple(means)), Series("raw values", raw, RAW))
     return Chart(title, "training step", title.lower(), series, about=about, from_zero=True, markers=False)
 
 
 def loss_by_noise(lines: Sequence[Mapping[str, Any]]) -> Chart:
-    """The loss against how noisy its samples were, early, midway and late in the training."""
-    told = [line["loss_by_noise"] for line in lines if line.get("loss_by_noise")]
+    """Return the loss against the noise level, for the first, middle and last third of the training."""
+    logged = [line["loss_by_noise"] for line in lines if line.get("loss_by_noise")]
     thirds = (
-        [told[i * len(told) // 3 : (i + 1) * len(told) // 3] for i in range(3)] if len(told) >= 3 else [[], [], told]
+        [logged[i * len(logged) // 3 : (i + 1) * len(logged) // 3] for i in range(3)]
+        if len(logged) >= 3
+        else [[], [], logged]
     )
     series = []
-    for name, look, part in zip(("first third", "second third", "last third"), (2, 1, 0), thirds, strict=True):
+    for name, style, part in zip(("first third", "middle third", "last third"), (2, 1, 0), thirds, strict=True):
         points = []
         for i in range(len(part[0]) if part else 0):
             values = [line[i] for line in part if line[i] is not None and math.isfinite(line[i])]
             if values:
                 points.append(((i + 0.5) / len(part[0]), sum(values) / len(values)))
-        series.append(Series(name, tuple(points), look))
+        series.append(Series(name, tuple(points), style))
     return Chart(
-        "Loss by noise",
-        "from clean (0) to all noise (1)",
+        "Loss by noise level",
+        "noise level (0 = clean, 1 = pure noise)",
         "loss",
         tuple(s for s in reversed(series) if s.points),
-        about="Where along the way the student still disagrees with itself, by thirds of the training.",
+        about="Consistency loss by noise level, for the first, middle and last third of training.",
         from_zero=True,
     )
 
 
 def validation_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """StopSignal with the teacher on the validation prompts as the training went on, a line for each number of steps."""
-    found = []
+    """Return the similarity to the teacher on the validation prompts over the training, one line per step count."""
+    charts = []
     for name in ("rmse", "ssim"):
         keys = sorted({key for line in lines for key in line if key.startswith(f"val/{name}_")}, key=_steps_of)
         series = [
             Series(
                 f"{_steps_of(key)} step{'s' * (_steps_of(key) > 1)}",
                 _series(lines, key).points,
-                look,
+                style,
             )
-            for key, look in zip(keys, (3, 4, 0, 5, 1, 2), strict=False)
+            for key, style in zip(keys, (3, 4, 0, 5, 1, 2), strict=False)
         ]
-        title = f"{FREE[name].label} in validation"
-        about = f"To the teacher's full steps, on the validation prompts. {good(FREE[name].better)}"
-        found.append(Chart(title, "training step", FREE[name].label, tuple(series), about=about))
-    return found
+        title = f"{BASIC_METRICS[name].label} in validation"
+        about = f"Compared with the teacher's full steps on the validation prompts. {good(BASIC_METRICS[name].better)}"
+        charts.append(Chart(title, "training step", BASIC_METRICS[name].label, tuple(series), about=about))
+    return charts
 
 
 def _steps_of(key: str) -> int:

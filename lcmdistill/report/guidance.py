@@ -1,4 +1,4 @@
-"""Whether guidance does anything to a student's pictures, by the pictures that a sweep has kept."""
+"""Whether guidance changes a student's images, measured on the preview images of a sweep."""
 
 from pathlib import Path
 
@@ -8,36 +8,38 @@ from PIL import Image
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results
 
-BARELY = 0.25
-"as a part of what it does to the teacher's pictures"
+WEAK = 0.25
+"change of the student's images relative to the teacher's, below which guidance counts as weak"
 
-UNSEEN = 0.01
-"mean difference of pixels, of 1, that nobody sees"
+INVISIBLE = 0.01
+"mean difference of pixels in [0, 1] that is not visible"
 
 
 def guidance_note(results: Results, steps: int) -> str | None:
-    """A sentence if pictures hardly change between the lowest and the highest guidance scale; None if they do, or there is one.
+    """Return a sentence if images hardly change between the lowest and the highest guidance scale; otherwise None.
 
-    steps: the student's, at which it is looked at.
+    Args:
+        results: The results of a run.
+        steps: The student's number of steps to look at.
     """
-    low, high = min(results.about["guidance_scales"]), max(results.about["guidance_scales"])
-    own = _change(results.pictures("student", steps, low), results.pictures("student", steps, high))
-    its = _change(results.pictures("teacher", TEACHER_STEPS, low), results.pictures("teacher", TEACHER_STEPS, high))
-    if own is None or its is None or low == high:
+    low, high = min(results.info["guidance_scales"]), max(results.info["guidance_scales"])
+    student = _change(results.previews("student", steps, low), results.previews("student", steps, high))
+    teacher = _change(results.previews("teacher", TEACHER_STEPS, low), results.previews("teacher", TEACHER_STEPS, high))
+    if student is None or teacher is None or low == high:
         return None
     between = f"Between guidance {low:g} and {high:g}"
-    if its < UNSEEN:
-        return f"{between} the teacher's own pictures hardly differ, by {its:.1%} of a pixel's range: guidance barely matters."
-    if own < BARELY * its:
+    if teacher < INVISIBLE:
+        return f"{between}, the teacher's images differ by only {teacher:.1%} of the pixel range: guidance has little effect."
+    if student < WEAK * teacher:
         return (
-            f"{between} the student's pictures change by {own:.1%} of a pixel's range where the teacher's change by {its:.1%}: "
-            "guidance barely acts on this student, and any scale will do. A longer training may teach it."
+            f"{between}, the student's images change by {student:.1%} of the pixel range and the teacher's by {teacher:.1%}: "
+            "guidance has little effect on this student. Longer training may improve this."
         )
     return None
 
 
 def _change(some: list[Path], others: list[Path]) -> float | None:
-    """The mean absolute difference of pictures of the same prompts, in [0, 1]; None without pictures."""
+    """Return the mean absolute difference of images of the same prompts, in [0, 1]; None without images."""
     if not some or len(some) != len(others):
         return None
     return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in zip(some, others, strict=True)]))

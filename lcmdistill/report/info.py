@@ -1,4 +1,4 @@
-"""`lcmdistill info`: what a teacher, a run or a LoRA is, told by its files alone. No weights are loaded."""
+"""`lcmdistill info`: describe a teacher, a run or a LoRA from its files. No weights are loaded."""
 
 import json
 import re
@@ -20,7 +20,7 @@ NETWORKS = {
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
     "StableDiffusionXLInpaintPipeline": "Stable Diffusion XL inpainting",
     "PixArtAlphaPipeline": "PixArt-alpha, a diffusion transformer",
-    "LatentConsistencyModelPipeline": "Stable Diffusion that takes omega: a student",
+    "LatentConsistencyModelPipeline": "Stable Diffusion with a guidance input (a student)",
     "DDPMPipeline": "pixel space",
     "DDIMPipeline": "pixel space",
     "ConsistencyModelPipeline": "pixel space",
@@ -30,9 +30,14 @@ _FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors"
 
 
 def describe(model: str) -> list[Row]:
-    """What a model is, as (label, text). model: a run, a pipeline or LoRA folder, a file, an alias, or a cached hub id.
+    """Return a description of a model as (label, text).
 
-    Raises UsageError for what is none of these, RunError for a hub id that is not on this machine.
+    Args:
+        model: A run, a pipeline or LoRA folder, a file, an alias, or a cached hub id.
+
+    Raises:
+        UsageError: It is none of these.
+        RunError: The hub id is not in the local cache.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -45,7 +50,7 @@ def describe(model: str) -> list[Row]:
     if len(files) == 1:
         return _file(files[0])
     if path.exists():
-        raise UsageError(f"{model} is no run, no diffusers folder and no LoRA; nothing is known of it")
+        raise UsageError(f"{model} is not a run, a diffusers folder or a LoRA")
     return _on_the_hub(model)
 
 
@@ -56,14 +61,14 @@ def _on_the_hub(model: str) -> list[Row]:
         return _pipeline(Path(name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(
-            f"there is no model {model!r}; give a folder, a file, a hub id, or one of {', '.join(ALIASES)}"
+            f"there is no model {model!r}; specify a folder, a file, a hub id, or one of {', '.join(ALIASES)}"
         )
     from huggingface_hub import try_to_load_from_cache
 
     index = try_to_load_from_cache(name, "model_index.json")
     if not isinstance(index, str):
         raise RunError(
-            f"{name} is not in the local cache, and info reads files alone; download it first, or give a folder"
+            f"{name} is not in the local cache, and info only reads local files; download it first, or specify a folder"
         )
     return [("hub id", name), *_pipeline(Path(index).parent)]
 
@@ -71,14 +76,14 @@ def _on_the_hub(model: str) -> list[Row]:
 def _file(path: Path) -> list[Row]:
     if path.suffix != ".safetensors":
         raise UsageError(
-            f"{path} is no .safetensors file; a pickle can run any code when it is opened, and is not read"
+            f"{path} is not a .safetensors file; pickles are not read because opening one can run any code"
         )
     header = read_header(path)
     rows = _lora(path, header) if is_lora(header) else _checkpoint(path, header)
-    said = [
+    metadata = [
         (key, value if len(value) <= 120 else f"{value[:117]}...") for key, value in sorted(header.metadata.items())
     ]
-    return [("file", str(path)), *rows, *((f"header {key}", value) for key, value in said)]
+    return [("file", str(path)), *rows, *((f"header {key}", value) for key, value in metadata)]
 
 
 def _checkpoint(path: Path, header: Header) -> list[Row]:
@@ -87,38 +92,38 @@ def _checkpoint(path: Path, header: Header) -> list[Row]:
         "VAE": ("first_stage_model.",),
         "text encoders": ("cond_stage_model.", "conditioner."),
     }
-    rows = [("what", "a single-file checkpoint"), ("recognised as", inspect_checkpoint(path, header).why)]
+    rows = [("type", "single-file checkpoint"), ("detected as", inspect_checkpoint(path, header).why)]
     for name, starts in parts.items():
         rows.append((name, _size({k: v for k, v in header.tensors.items() if k.startswith(starts)})))
-    return [*rows, ("licence", header.metadata.get("modelspec.license", "its header does not say"))]
+    return [*rows, ("license", header.metadata.get("modelspec.license", "not specified"))]
 
 
 def _lora(path: Path, header: Header) -> list[Row]:
     downs = {k: v[1] for k, v in header.tensors.items() if k.endswith(LORA_DOWNS)}
     adapter = path.with_name("adapter_config.json")
-    told = header.metadata
+    metadata = header.metadata
     if adapter.is_file():
         kind, config = "peft", json.loads(adapter.read_text(encoding="utf-8"))
         alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
-    elif "lora_adapter_metadata" in told:
-        kind, config = "diffusers", json.loads(told["lora_adapter_metadata"])
-        alpha, base = config.get("unet.lora_alpha"), told.get("ss_sd_model_name")
+    elif "lora_adapter_metadata" in metadata:
+        kind, config = "diffusers", json.loads(metadata["lora_adapter_metadata"])
+        alpha, base = config.unet.lora_alpha, metadata.get("ss_sd_model_name")
     else:
         kind = "kohya" if any(key.endswith(".lora_down.weight") for key in downs) else "diffusers"
-        alpha, base = told.get("ss_network_alpha"), told.get("ss_sd_model_name")
+        alpha, base = metadata.get("ss_network_alpha"), metadata.get("ss_sd_model_name")
     in_file = "in its tensors" if f"{_stem(downs)}.alpha" in header.tensors else "none"
     ranks = sorted({shape[0] for shape in downs.values()})
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
     fits = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-    guess = next((fits[width] for width in widths if width in fits), "not told by its layers")
+    guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
     return [
-        ("what", f"a LoRA, {kind} keys, on {len(downs)} layers"),
+        ("type", f"LoRA, {kind} keys, on {len(downs)} layers"),
         ("rank", ", ".join(map(str, ranks))),
         ("alpha", in_file if alpha is None else str(alpha)),
-        ("base", str(base or "its file does not say")),
-        ("fits", told.get("modelspec.architecture", guess)),
+        ("base", str(base or "not specified")),
+        ("fits", metadata.get("modelspec.architecture", guess)),
         ("weights", _size(header.tensors)),
-        ("licence", told.get("modelspec.license", "its header does not say")),
+        ("license", metadata.get("modelspec.license", "not specified")),
     ]
 
 
@@ -127,7 +132,7 @@ def _stem(downs: Mapping[str, Any]) -> str:
 
 
 def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Parameters and dtypes of some tensors."""
+    """Return the parameter count and dtypes of some tensors."""
     count, dtypes = 0, set()
     for dtype, shape in tensors.values():
         if dtype.startswith(("F", "BF")):
@@ -144,21 +149,21 @@ def _pipeline(folder: Path) -> list[Row]:
     kind = str(index.get("_class_name"))
     network = "transformer" if (folder / "transformer").is_dir() else "unet"
     config = _json(folder / network / "config.json")
-    rows = [("folder", str(folder)), ("what", f"a {kind}: {_family(kind, config)}")]
+    rows = [("folder", str(folder)), ("type", f"{kind}: {_family(kind, config)}")]
     rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
     side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
     if isinstance(side, int):
         rows.append(("resolution", f"{side * 2 ** (len(vae.get('block_out_channels', [0])) - 1)} px"))
     if "time_cond_proj_dim" in config:
         has = config["time_cond_proj_dim"] is not None
-        rows.append(("omega", "an input of the network: guidance costs nothing" if has else "no input"))
+        rows.append(("guidance input", "yes: guidance adds no cost" if has else "no"))
     for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
-        rows += [(part, told) for told in [_weights(folder / part)] if told]
-    return [*rows, ("licence", _licence(folder))]
+        rows += [(part, text) for text in [_weights(folder / part)] if text]
+    return [*rows, ("license", _license(folder))]
 
 
 def _family(kind: str, config: Mapping[str, Any]) -> str:
-    name = NETWORKS.get(kind, "a family that is not supported")
+    name = NETWORKS.get(kind, "not supported")
     if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
         name = name.replace("Diffusion", "Diffusion 2" if config.get("use_linear_projection") else "Diffusion 1")
     return name
@@ -172,11 +177,11 @@ def _denoiser(config: Mapping[str, Any]) -> list[Row]:
     zero = ", zero-terminal SNR" if config.get("rescale_betas_zero_snr") else ""
     spacing = f", {config['timestep_spacing']} spacing" if "timestep_spacing" in config else ""
     schedule = f"{betas}, T = {config.get('num_train_timesteps', 1000)}{zero}{spacing} ({config.get('_class_name')})"
-    return [("predicts", str(config.get("prediction_type", "epsilon"))), ("schedule", schedule)]
+    return [("prediction type", str(config.get("prediction_type", "epsilon"))), ("schedule", schedule)]
 
 
 def _weights(folder: Path) -> str:
-    """What the weight files of a part hold: of several variants the plain one."""
+    """Describe a component's weight files; if there are several variants, the one without a suffix."""
     if not folder.is_dir():
         return ""
     named = {path: _FILE.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
@@ -185,19 +190,18 @@ def _weights(folder: Path) -> str:
         variants.setdefault((match["variant"] or "") if match else "", []).append(path)
     if not variants:
         pickles = [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".ckpt")]
-        return "pickled weights, which are not opened" if pickles else ""
+        return "pickled weights (not opened)" if pickles else ""
     chosen = "" if "" in variants else next(iter(variants))
     tensors = {key: value for path in variants[chosen] for key, value in read_header(path).tensors.items()}
     others = [name or "plain" for name in variants if name != chosen]
     return _size(tensors) + (f"; also {', '.join(others)}" if others else "")
 
 
-def _licence(folder: Path) -> str:
-
-    if told := license_name(license_of(str(folder))):
-        return told
+def _license(folder: Path) -> str:
+    if name := license_name(license_of(str(folder))):
+        return name
     files = [path.name for path in sorted(folder.iterdir()) if path.name.lower().startswith("licen")]
-    return f"see {', '.join(files)}" if files else "its files do not say"
+    return f"see {', '.join(files)}" if files else "not specified"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -218,32 +222,30 @@ def _run(folder: Path) -> list[Row]:
 
     config = load_run_config(folder)
     if config is None:
-        raise UsageError(f"{folder} is no run of lcmdistill: its config.toml is another program's")
-    method, is_lora = config.objective.info, config.student.kind == "lora"
-    title = method.lora_title if is_lora else method.title
+        raise UsageError(f"{folder} is not a run folder: its config.toml belongs to another program")
+    method, is_lora_run = config.objective.info, config.student.kind == "lora"
+    title = method.lora_title if is_lora_run else method.title
     saved = checkpoints(folder / "checkpoints")
-    done, asked = (checkpoint_step(saved[-1]) if saved else 0), config.optim.max_train_steps
+    done, total = (checkpoint_step(saved[-1]) if saved else 0), config.optim.max_train_steps
     omegas = omega_range(config)
-    guidance = (
-        f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "left free: CFG and negative prompts act"
-    )
+    guidance = f"{omegas.omega} (guidance_scale {omegas.scale})" if omegas else "free: CFG and negative prompts work"
     has_pipeline = (folder / "pipeline").is_dir()
     if method.start == "student" and omegas and has_pipeline and not run_takes_omega(folder):
-        guidance = "as its start had it"
+        guidance = "as in the starting model"
     rows = [
         ("run", str(folder)),
         (
-            "what",
-            f"a run: {title} ({method.paper}), {method.relation} {config.teacher.model}",
+            "type",
+            f"run: {title} ({method.paper}), {method.relation} {config.teacher.model}",
         ),
         (
             "steps",
-            f"{done} of {asked}, "
+            f"{done} of {total}, "
             f"{config.optim.batch_size} x {config.optim.gradient_accumulation_steps} samples per process",
         ),
         ("objective", method.describe(config.objective)),
         ("guidance", guidance),
-        *([("clip skip", f"{skip}, as diffusers counts")] if (skip := config.teacher.clip_skip) else []),
+        *([("clip skip", f"{skip} (diffusers counting)")] if (skip := config.teacher.clip_skip) else []),
         ("data", f"{', '.join(config.data.sources)}, {config.data.resolution} px"),
         (
             "settings",
@@ -251,7 +253,7 @@ def _run(folder: Path) -> list[Row]:
         ),
     ]
     if not has_trained_student(folder):
-        return [*rows, ("product", "none yet: run its command again to finish it")]
-    if is_lora:
+        return [*rows, ("result", "none yet; run its distill command again to finish it")]
+    if is_lora_run:
         return [*rows, *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path))]
     return [*rows, *_pipeline(folder / "pipeline")]

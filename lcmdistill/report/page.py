@@ -1,6 +1,6 @@
-"""`lcmdistill report`: what a run was, learnt and draws, on one page that needs nothing from outside.
+"""`lcmdistill report`: one self-contained page with a run's configuration, training, samples and evaluation.
 
-The page is RUN/report.html, made of what lies in the run's folder: its settings, metrics.jsonl, samples/, and evaluation/ where
+The page is RUN/report.html. It shows the content of the run folder: config.toml, metrics.jsonl, samples/, and evaluation/ if
 the run was evaluated.
 """
 
@@ -29,14 +29,29 @@ from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import read_metrics
 
-HERO_ROWS = 3
-"prompts beside the verdict"
+SUMMARY_ROWS = 3
+"prompts in the summary"
 
-SAMPLERS = {"student": "student", "teacher": "teacher", "trailing": "teacher, from full noise"}
+SAMPLERS = {"student": "student", "teacher": "teacher", "trailing": "teacher, trailing timesteps"}
+
+SECTIONS = {
+    "matrix": "Steps and guidance",
+    "quality": "Quality by steps",
+    "times": "Time per image",
+    "training": "Training",
+    "validation": "Validation during training",
+    "use": "Usage",
+    "configuration": "Configuration",
+}
+"the sections of the page: their ids and their titles, in the navigation and as headings"
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html; returns its path. Raises UsageError if the folder is no run."""
+    """Write RUN/report.html and return its path.
+
+    Raises:
+        UsageError: The folder is not a run.
+    """
     config = require_run_config(run)
     path = run / "report.html"
     write_text(path, render_page("report.html", context(run, config)))
@@ -44,7 +59,12 @@ def write_report(run: Path) -> Path:
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
-    """A page of one file, from one of the templates in assets/report."""
+    """Return a self-contained page.
+
+    Args:
+        template: The name of a template in assets/report.
+        values: The template's variables.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -52,12 +72,16 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    look = {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
-    return environment.get_template(template).render(**look, **values) + "\n"
+    assets = {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    return environment.get_template(template).render(**assets, **values) + "\n"
 
 
 def evaluation_summary(run: Path) -> str:
-    """What an evaluation found, in a few plain lines. Raises UsageError if there was none."""
+    """Return the verdict of a run's evaluation in a few lines.
+
+    Raises:
+        UsageError: The run was not evaluated.
+    """
     results = read_results(run)
     if results is None:
         raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
@@ -66,77 +90,73 @@ def evaluation_summary(run: Path) -> str:
 
 
 def context(run: Path, config: RunConfig) -> dict[str, Any]:
-    """All that the page of a run shows."""
+    """Return the template's variables for a run's page."""
     results, lines = read_results(run), read_metrics(run)
     judged = verdict(results) if results else None
-    charts = training_charts(lines)
-    quality = {} if results is None else _quality(results)
-    cards = evaluation_rows(quality.get("charts", []), charts)
+    quality = [*quality_charts(results), *consistency_charts(results)] if results else []
+    training = training_charts(lines)
+    cards = chart_cards([*quality, *training])
     values: dict[str, Any] = {
         "name": run.name,
         "folder": quote(str(run)),
-        "what": run_description(config),
+        "description": run_description(config),
         "verdict": judged,
         "warnings": _warnings(run, config, results),
-        "hero": _hero(results, judged) if results and judged else None,
+        "summary": _summary_images(results, judged) if results and judged else None,
         "matrix": matrix(results, judged, omega_range(config) is None) if results and judged else None,
-        "quality": {**quality, "charts": cards[: len(quality["charts"])]} if results else None,
+        "quality": _quality(results, cards[: len(quality)]) if results else None,
         "times": _times(results) if results else None,
-        "training": {"about": _training_about(config, lines), "charts": cards[len(quality.get("charts", [])) :]}
-        if charts
-        else None,
-        "grids": validation_grids(run / "samples"),
-        "uses": uses(run, config, judged.enough if judged and judged.enough else 4),
-        "made": configuration_rows(config),
+        "training": {"about": _training_about(config, lines), "charts": cards[len(quality) :]} if training else None,
+        "validation": validation_grids(run / "samples"),
+        "use": uses(run, config, judged.enough if judged and judged.enough else 4),
+        "configuration": configuration_rows(config),
         "settings": settings_to_toml(redact_paths(flatten(config))).strip(),
+        "titles": SECTIONS,
     }
-    titles = {"matrix": ("steps", "Steps and guidance"), "quality": ("quality", "How good"), "times": ("time", "Time")}
-    titles |= {"training": ("training", "Training"), "grids": ("validation", "Validation")}
-    values["sections"] = [title for key, title in titles.items() if values[key]]
-    values["sections"] += [("use", "Use it"), ("made", "What it is made of")]
+    values["sections"] = [(name, title) for name, title in SECTIONS.items() if values[name]]
     return values
 
 
 def _warnings(run: Path, config: RunConfig, results: Results | None) -> list[str]:
-    """What a run's validations give reason to say, and an evaluation that is older than the run."""
+    """Return warnings about the validations, and about an evaluation that is older than the run."""
     metric = config.run.best_metric
     values = history(run, metric)
-    said = [quality_warning(metric, values) if values else None, best_checkpoint_advice(run, metric)]
-    if results and not results.is_of(config):
-        said.append(
-            f"what this page measures was drawn after {results.about['trained_steps']} training steps, and the run was taken "
-            f"to {config.optim.max_train_steps} since; measure it anew: lcmdistill evaluate {quote(str(run))}"
+    warnings = [quality_warning(metric, values) if values else None, best_checkpoint_advice(run, metric)]
+    if results and not results.is_current(config):
+        warnings.append(
+            f"this evaluation is of training step {results.info['trained_steps']}, and the run has continued to step "
+            f"{config.optim.max_train_steps}; evaluate it again: lcmdistill evaluate {quote(str(run))}"
         )
-    return [f"{text[0].upper()}{text[1:]}." for text in said if text]
+    return [f"{text[0].upper()}{text[1:]}." for text in warnings if text]
 
 
-def evaluation_rows(*groups: list[Chart]) -> list[dict[str, Any]]:
-    """Charts with their SVGs, numbered through the page."""
+def chart_cards(charts: list[Chart]) -> list[dict[str, Any]]:
+    """Return charts with their SVGs, numbered for unique ids on the page."""
     from markupsafe import Markup
 
-    charts = [chart for group in groups for chart in group]
     return [{"chart": chart, "svg": Markup(to_svg(chart, i))} for i, chart in enumerate(charts)]
 
 
 def run_description(config: RunConfig) -> str:
-    """One sentence: what was distilled from what."""
-    kind, method = "A LoRA" if config.student.kind == "lora" else "A full student", config.objective.info
+    """Return one sentence: what was trained, by which method, from which teacher."""
+    kind = "A LoRA" if config.student.kind == "lora" else "A full student"
     size = config.optim.batch_size * config.optim.gradient_accumulation_steps
     return (
-        f"{kind}, {method.relation} the teacher {public_name(config.teacher.model)} by {config.objective_name.upper()} in "
-        f"{config.optim.max_train_steps} steps of {size} samples at {config.data.resolution} px."
+        f"{kind}, {config.objective.info.relation} the teacher {public_name(config.teacher.model)} with "
+        f"{config.objective_name.upper()} in {config.optim.max_train_steps} steps of {size} samples at "
+        f"{config.data.resolution} px."
     )
 
 
 def configuration_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """The settings that a reader asks for first."""
+    """Return the most important settings as (label, value)."""
     omegas = omega_range(config)
-    found = [
+    rows = [
         ("Teacher", public_name(config.teacher.model)),
         ("Student", _student(config)),
         ("Objective", f"{config.objective_name}, {config.objective.info.describe(config.objective)}"),
         ("Data", ", ".join(config.data.sources)),
-        ("Optimiser", f"AdamW, learning rate {short(config.optim.learning_rate)}, {config.optim.lr_scheduler}"),
+        ("Optimizer", f"AdamW, learning rate {short(config.optim.learning_rate)}, {config.optim.lr_scheduler}"),
         (
             "Length",
             f"{config.optim.max_train_steps} steps of {config.optim.batch_size} x "
@@ -145,8 +165,8 @@ def configuration_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("Seed", str(config.run.seed)),
     ]
     if omegas is not None:
-        found.insert(3, ("Guidance", f"guidance scale {omegas.scale} in diffusers' convention (omega is one less)"))
-    return found
+        rows.insert(3, ("Guidance", f"guidance scale {omegas.scale} in diffusers' convention (omega + 1)"))
+    return rows
 
 
 def _student(config: RunConfig) -> str:
@@ -158,126 +178,146 @@ def _student(config: RunConfig) -> str:
 def _training_about(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     trained = [line for line in lines if "loss" in line]
     size = config.optim.batch_size * config.optim.gradient_accumulation_steps
-    return (
-        f"{trained[-1]['step']} steps of {size} samples a process, logged every {config.run.log_every}."
-        if trained
-        else ""
-    )
+    if not trained:
+        return ""
+    return f"{trained[-1]['step']} steps of {size} samples per process, logged every {config.run.log_every} steps."
 
 
-def picture_of(results: Results, sampler: Any, steps: int, scale: float, place: int, who: str) -> Picture | None:
-    paths = results.pictures(sampler, steps, scale)
-    if place >= len(paths):
+def steps_text(n: int) -> str:
+    """Return "1 step" or "4 steps"."""
+    return f"{n} step{'s' * (n > 1)}"
+
+
+def preview(results: Results, sampler: Sampler, steps: int, scale: float, index: int, name: str) -> Picture | None:
+    """Return a preview image of a sweep point; None if there is none.
+
+    Args:
+        results: The results of a run.
+        sampler: What generated the image.
+        steps: The number of sampling steps.
+        scale: The guidance scale.
+        index: The index of the prompt among the previewed ones.
+        name: The sampler's name in the image's description.
+    """
+    paths = results.previews(sampler, steps, scale)
+    if index >= len(paths):
         return None
-    prompt = results.about["pictured_prompts"][place]
-    return embedded(paths[place], f"{prompt}: {who}, {steps} step{'s' * (steps > 1)}, guidance {scale:g}")
+    prompt = results.info["preview_prompts"][index]
+    return embedded(paths[index], f"{prompt}: {name}, {steps_text(steps)}, guidance {scale:g}")
 
 
-def _hero(results: Results, judged: Verdict) -> dict[str, Any]:
-    """The student at each number of steps with its grade, and the teacher's full steps beside it."""
-    scale = results.guidance_scale
+def _row(results: Results, scale: float, index: int) -> list[Picture | None]:
+    """Return the student's images at each number of steps, and the teacher's at full steps."""
+    pictures = [preview(results, "student", n, scale, index, "student") for n in results.steps]
+    return [*pictures, preview(results, "teacher", TEACHER_STEPS, scale, index, "teacher")]
+
+
+def _summary_images(results: Results, judged: Verdict) -> dict[str, Any]:
+    """Return the student's images at each number of steps with their grade, next to the teacher's."""
     heads: list[dict[str, Any]] = [
-        {"text": f"{n} step{'s' * (n > 1)}", "grade": judged.enough and judged.grades[n]} for n in results.steps
+        {"text": steps_text(n), "grade": judged.enough and judged.grades[n]} for n in results.steps
     ]
     heads.append({"text": f"teacher, {TEACHER_STEPS}", "grade": None})
-    rows = []
-    for place, prompt in list(enumerate(results.about["pictured_prompts"]))[:HERO_ROWS]:
-        pictures = [picture_of(results, "student", n, scale, place, "student") for n in results.steps]
-        pictures.append(picture_of(results, "teacher", TEACHER_STEPS, scale, place, "teacher"))
-        rows.append({"prompt": prompt, "pictures": pictures})
+    prompts = results.info["preview_prompts"][:SUMMARY_ROWS]
+    rows = [
+        {"prompt": prompt, "pictures": _row(results, results.guidance_scale, i)} for i, prompt in enumerate(prompts)
+    ]
     return {"heads": heads, "rows": rows}
 
 
 def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
-    """For each pictured prompt: rows of guidance scales, columns of steps, the teacher's rows. is_free: whether CFG acts."""
-    heads = [f"{n} step{'s' * (n > 1)}" for n in results.steps] + [f"teacher, {TEACHER_STEPS} steps"]
-    groups = []
-    for place, prompt in enumerate(results.about["pictured_prompts"]):
-        rows = []
-        for scale in sorted(results.about["guidance_scales"]):
-            pictures = [picture_of(results, "student", n, scale, place, "student") for n in results.steps]
-            pictures.append(picture_of(results, "teacher", TEACHER_STEPS, scale, place, "teacher"))
-            rows.append({"name": f"guidance {scale:g}", "pictures": pictures})
-        scale = results.guidance_scale
+    """Return the images of every guidance scale (rows) and number of steps (columns), for each previewed prompt.
+
+    Args:
+        results: The results of a run.
+        judged: Its verdict.
+        is_free: Whether CFG acts on the student.
+    """
+    scale, groups = results.guidance_scale, []
+    for i, prompt in enumerate(results.info["preview_prompts"]):
+        rows = [
+            {"name": f"guidance {each:g}", "pictures": _row(results, each, i)}
+            for each in sorted(results.info["guidance_scales"])
+        ]
         for sampler in ("teacher", "trailing"):
-            pictures = [picture_of(results, sampler, n, scale, place, SAMPLERS[sampler]) for n in results.steps]
+            pictures = [preview(results, sampler, n, scale, i, SAMPLERS[sampler]) for n in results.steps]
             if any(pictures):
                 rows.append({"name": f"{SAMPLERS[sampler]}, guidance {scale:g}", "pictures": [*pictures, None]})
         groups.append({"prompt": prompt, "rows": rows})
-    where = "Guidance is an input of the student and costs nothing."
-    where = "Guidance acts when it draws, at twice the cost." if is_free else where
-    if results.about["is_baked"]:
-        where = "Its guidance is in its weights, so there is one row of it." if results.about["held_out"] else ""
-    trails = any(cell["sampler"] == "trailing" for cell in results.cells.values())
-    placed = ": as its own scheduler places them, and from full noise, where the student starts" if trails else ""
+    if results.info["is_baked"]:
+        cost = " The student's guidance is in its weights, so there is one row." if results.info["held_out"] else ""
+    elif is_free:
+        cost = " CFG acts on the student and doubles its cost."
+    else:
+        cost = " Guidance is an input of the student and adds no cost."
+    has_trailing = any(cell["sampler"] == "trailing" for cell in results.cells.values())
+    schedulers = ", with its own scheduler and with trailing timesteps" if has_trailing else ""
     about = (
-        f"Columns are steps, rows guidance scales; in the last column the teacher at its full {TEACHER_STEPS} steps with the "
-        f"same guidance. {where} Below them the teacher itself with as few steps{placed}."
+        f"Columns are step counts, rows are guidance scales. The last column is the teacher at its full {TEACHER_STEPS} steps "
+        f"with the same guidance.{cost} Below: the teacher with the same few steps{schedulers}."
     )
     return {
-        "heads": heads,
+        "heads": [*map(steps_text, results.steps), f"teacher, {TEACHER_STEPS} steps"],
         "groups": groups,
         "about": about,
         "note": guidance_note(results, judged.enough or results.steps[-1]),
     }
 
 
-def _quality(results: Results) -> dict[str, Any]:
-    measures = results.about["measures"]
-    count, whence = results.about["distinct_prompts"], ""
-    if results.about["held_out"]:
-        whence = f" of {count} prompts that were held out of training,"
-    elif results.about.get("has_classes"):
-        whence = f" of {count} classes,"
+def _quality(results: Results, cards: list[dict[str, Any]]) -> dict[str, Any]:
+    info = results.info
+    source = ""
+    if info["held_out"]:
+        source = f" of {info['distinct_prompts']} prompts that were held out of training"
+    elif info.get("has_classes"):
+        source = f" of {info['distinct_prompts']} classes"
+    sizes = f" Image sizes (height x width): {', '.join(info['sizes'])}." if info.get("sizes") else ""
     about = (
-        f"{results.about['images']} images in each cell,{whence} all from the same start noise (seed {results.about['seed']}), "
-        f"guidance scale {results.guidance_scale:g}. None of these numbers compares with a published one unless its row "
-        "says so."
+        f"{info['images']} images per row{source}, from the same start noise (seed {info['seed']}), at guidance scale "
+        f"{results.guidance_scale:g}.{sizes} These numbers are not comparable with published results unless stated."
     )
-    charts = [*quality_charts(results), *consistency_charts(results)]
-    meanings = [{**about, "good": good(about["better"])} for about in measures.values()]
-    return {"about": about, "charts": charts, "table": table(results), "meanings": meanings}
+    return {"about": about, "charts": cards, "table": table(results), "metrics": metric_rows(results)}
+
+
+def metric_rows(results: Results) -> list[dict[str, Any]]:
+    """Return the metrics' descriptions for the table of metrics."""
+    return [{**metric, "good": good(metric["better"])} for metric in results.metrics.values()]
 
 
 def table(results: Results) -> dict[str, Any]:
-    """Every number of a sweep: a row a cell, a column a measure."""
-    measures = results.about["measures"]
+    """Return every number of a sweep: one row per point, one column per metric."""
     rows = []
     for cell in results.cells.values():
-        evaluation_rows = f"{SAMPLERS[cell['sampler']]}, {cell['steps']} step{'s' * (cell['steps'] > 1)}"
-        name = f"{evaluation_rows}, guidance {cell['guidance_scale']:g}"
-        cells = [{"text": _number(cell["numbers"].get(key)), "best": False} for key in measures]
-        rows.append({"name": name, "cells": cells})
-    caption = f"All numbers, of {results.about['images']} images a row"
-    return {"caption": caption, "heads": ["drawn by", *[about["label"] for about in measures.values()]], "rows": rows}
+        name = f"{SAMPLERS[cell['sampler']]}, {steps_text(cell['steps'])}, guidance {cell['guidance_scale']:g}"
+        values = [cell["numbers"].get(key) for key in results.metrics]
+        rows.append({"name": name, "cells": ["" if value is None else f"{value:g}" for value in values]})
+    return {
+        "caption": f"All numbers ({results.info['images']} images per row)",
+        "heads": ["Sampler", *[metric["label"] for metric in results.metrics.values()]],
+        "rows": rows,
+    }
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
-
-
-def _times(results: Results) -> dict[str, Any] | None:
+def _times(results: Results) -> dict[str, Any]:
     full = results.seconds("teacher", TEACHER_STEPS)
-    rows = []
-    drawers: list[tuple[Sampler, int]] = [
+    points: list[tuple[Sampler, int]] = [
         *(("student", n) for n in results.steps),
         *(("teacher", n) for n in (*results.steps, TEACHER_STEPS)),
     ]
-    drawers = [drawer for drawer in drawers if results.seconds(*drawer) is not None]
-    hows = sorted({results.how(*drawer) for drawer in drawers})
-    for sampler, n in drawers:
+    points = [point for point in points if results.seconds(*point) is not None]
+    conditions, rows = sorted({results.conditions(*point) for point in points}), []
+    for sampler, n in points:
         value = results.seconds(sampler, n) or 0.0
-        ratio = f"{full / value:.{0 if full >= 10 * value else 1}f} times" if full and value else ""
-        cells = [{"text": seconds(value), "best": False}, {"text": ratio, "best": False}]
-        name = f"{sampler}, {n} step{'s' * (n > 1)}"
-        rows.append({"name": name if len(hows) == 1 else f"{name}, in {results.how(sampler, n)}", "cells": cells})
-    how = f"in {hows[0]}" if len(hows) == 1 else "not all in the same way"
-    caption = (
-        f"Network and scheduler alone, without decoding, {how}, taken while the images of the sweep were drawn: whatever else "
-        "the machine did is in it"
-    )
+        ratio = f"{full / value:.{0 if full >= 10 * value else 1}f}x" if full and value else ""
+        name = f"{sampler}, {steps_text(n)}"
+        name = name if len(conditions) == 1 else f"{name}, in {results.conditions(sampler, n)}"
+        rows.append({"name": name, "cells": [seconds(value), ratio]})
+    measured = f"in {conditions[0]}" if len(conditions) == 1 else "under different conditions"
     return {
-        "caption": caption,
-        "heads": ["drawn by", "an image", f"faster than the teacher's {TEACHER_STEPS}"],
+        "caption": (
+            f"Network and scheduler only, without decoding, {measured}. Measured during the evaluation, so other load on the "
+            "machine is included."
+        ),
+        "heads": ["Sampler", "Time per image", f"Speedup over the teacher's {TEACHER_STEPS} steps"],
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""Pictures as data: URIs, so that a page needs no file beside it."""
+"""Images as data: URIs, so that a page is a single file."""
 
 import base64
 import io
@@ -7,14 +7,23 @@ from pathlib import Path
 
 from PIL import Image
 
-MOST_GRIDS = 12
+MAX_GRIDS = 12
+"validation grids on a page"
 
 _GRID_WIDTH = 900
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in a page. src: a data: URI; alt: what it shows, for those who do not see it."""
+    """An image on a page.
+
+    Attributes:
+        src: A data: URI.
+        alt: A description for readers who cannot see it.
+        width: The width in pixels.
+        height: The height in pixels.
+        name: The label of a control that selects it.
+    """
 
     src: str
     alt: str
@@ -22,14 +31,9 @@ class Picture:
     height: int
     name: str = ""
 
-    @property
-    def side(self) -> int:
-        """The width of one that is square."""
-        return self.width
-
 
 def embedded(path: Path, alt: str) -> Picture:
-    """A WebP or PNG file as it is."""
+    """Embed a WebP or PNG file unchanged."""
     with Image.open(path) as image:
         width, height = image.size
     kind = path.suffix.removeprefix(".")
@@ -38,24 +42,22 @@ def embedded(path: Path, alt: str) -> Picture:
 
 
 def validation_grids(folder: Path) -> list[Picture]:
-    """The validation grids of a run, oldest first, made smaller; where there are many, some spread over the run."""
+    """Embed the validation grids of a run, oldest first and reduced; at most MAX_GRIDS, spread over the run."""
     paths = sorted(path for path in folder.glob("step-*.png") if path.stem.removeprefix("step-").isdecimal())
-    if len(paths) > MOST_GRIDS:
-        paths = [paths[i * (len(paths) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
-    found = []
+    if len(paths) > MAX_GRIDS:
+        paths = [paths[i * (len(paths) - 1) // (MAX_GRIDS - 1)] for i in range(MAX_GRIDS)]
+    pictures = []
     for path in paths:
         step = int(path.stem.removeprefix("step-"))
         try:
             with Image.open(path) as image:
                 small = image.convert("RGB")
         except OSError:
-            continue  # a run that was cut off may have left half a picture
+            continue  # an interrupted run may leave half a file
         small.thumbnail((_GRID_WIDTH, 10 * _GRID_WIDTH), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "WEBP", quality=82, method=6)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        alt = (
-            f"Validation pictures after {step} training steps: a row a prompt, columns of 1, 2, 4 and 8 sampling steps"
-        )
-        found.append(Picture(f"data:image/webp;base64,{data}", alt, *small.size, name=f"{step}"))
-    return found
+        alt = f"Validation images after {step} training steps: one row per prompt, one column per number of sampling steps"
+        pictures.append(Picture(f"data:image/webp;base64,{data}", alt, *small.size, name=f"{step}"))
+    return pictures

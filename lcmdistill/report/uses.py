@@ -1,4 +1,4 @@
-"""How a run's files are used in diffusers, ComfyUI, A1111 and on the command line."""
+"""How to use a run's files in diffusers, ComfyUI, A1111 and on the command line."""
 
 from pathlib import Path
 from shlex import quote
@@ -11,7 +11,7 @@ from lcmdistill.teachers.single_file.inspect import read_header
 
 
 def _class_of(lora: Path) -> str:
-    """The class of the pipeline that a LoRA's file is for, by its header."""
+    """Return the pipeline class that a LoRA file is for, from its header."""
     if not lora.is_file():
         return "StableDiffusionPipeline"
     is_xl = read_header(lora).metadata.get("ss_base_model_version", "").startswith("sdxl")
@@ -19,7 +19,13 @@ def _class_of(lora: Path) -> str:
 
 
 def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
-    """A card each: name, lines of text, and code where there is some. steps: how many are recommended."""
+    """Return one card per program: name, lines of text, and code or None.
+
+    Args:
+        run: The run folder.
+        config: The recorded configuration.
+        steps: The recommended number of sampling steps.
+    """
     method, free = config.objective.info, omega_range(config) is None
     guidance = config.run.validation_guidance_scale or 1.0
     settings = f"{steps} steps, CFG {guidance if free else 1:g}"
@@ -28,13 +34,13 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
         f"ModelSamplingDiscrete set to lcm; KSampler: sampler LCM, {settings}",
     )
     eta = method.sampling_options.get("eta")
-    if eta is not None:  # which with eta 1 is the LCM sampler
-        sampler = f"sampler TCD with eta {eta:g}, or LCM where there is no TCD, {settings}"
+    if eta is not None:  # with eta 1 it equals the LCM sampler
+        sampler = f"sampler TCD with eta {eta:g}, or LCM if TCD is not available, {settings}"
         comfy += f". For TCD's own sampler with eta {eta:g} add the custom nodes ComfyUI-TCD"
-    acts = "Guidance and negative prompts act when it draws, at twice the cost."
+    free_note = "CFG and negative prompts work, at twice the cost."
     command = {
         "name": "Command line",
-        "lines": ["PNGs with their settings inside, and a grid."],
+        "lines": ["PNGs with embedded settings, and a grid."],
         "code": f'lcmdistill sample {quote(str(run))} --steps {steps} --prompt "a prompt"',
     }
     if config.student.kind == "lora":
@@ -43,8 +49,8 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
             {
                 "name": "diffusers",
                 "lines": [
-                    "Put the LoRA on the checkpoint that it was trained on"
-                    + (f". {acts}" if free else "; its guidance is in its weights.")
+                    "Load the LoRA on the checkpoint that it was trained on"
+                    + (f". {free_note}" if free else "; its guidance is baked into its weights.")
                 ],
                 "code": _DIFFUSERS_LORA.format(
                     loaded=loading_code(config.teacher.model, _class_of(run / "lora" / file), method.scheduler),
@@ -65,7 +71,7 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
                 "name": "A1111",
                 "lines": [
                     f"Copy lora/{file} to models/Lora.",
-                    f"Write <lora:{run.name}:1> into the prompt; {sampler}.",
+                    f"Add <lora:{run.name}:1> to the prompt; {sampler}.",
                 ],
                 "code": None,
             },
@@ -76,23 +82,23 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
         {
             "name": "diffusers",
             "lines": [
-                acts
+                free_note
                 if free
-                else "Guidance is an input of the network and costs nothing; negative prompts have no effect."
+                else "Guidance is an input of the network and adds no cost; negative prompts have no effect."
             ],
             "code": _DIFFUSERS_FULL.format(run=run, call=method.pipeline_call(steps, guidance)),
         },
         {
             "name": "ComfyUI",
             "lines": [
-                "Write a single file, with the guidance baked in, and copy it to models/checkpoints:",
+                "Export a single file with baked-in guidance, and copy it to models/checkpoints:",
                 f"Load checkpoint, then {comfy}.",
             ],
             "code": export,
         },
         {
             "name": "A1111",
-            "lines": ["The same single file, in models/Stable-diffusion.", f"Settings: {sampler}."],
+            "lines": ["Copy the same single file to models/Stable-diffusion.", f"Settings: {sampler}."],
             "code": export,
         },
         command,

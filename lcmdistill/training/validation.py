@@ -1,4 +1,4 @@
-"""The validation grid: fixed prompts, fixed noise, drawn every so many steps with the EMA student."""
+"""The validation grid: fixed prompts and fixed noise, sampled every few steps with the EMA student."""
 
 import contextlib
 import json
@@ -9,17 +9,23 @@ from typing import Any
 
 import torch
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
+from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.eviction import claim_folder
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.evaluation.latents import TEACHER_STEPS, ProgressCallback, student_latents, teacher_latents
-from lcmdistill.evaluation.metrics.measures import FREE
-from lcmdistill.evaluation.sweep import FORMAT, MEASURED, Pixels, as_image, cached_latents, digest, numbers_of
+from lcmdistill.evaluation.latents import (
+    TEACHER_STEPS,
+    LatentSet,
+    ProgressCallback,
+    student_latents,
+    teacher_latents,
+)
+from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
+from lcmdistill.evaluation.sweep import FORMAT, METRICS_VERSION, DecodedImages, cached_latents, compute_metrics, digest
 from lcmdistill.sampling.png import grid
 from lcmdistill.sampling.prompts import PREVIEW_STEPS, STEPS, default_prompts
 from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
@@ -32,18 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 class Validator:
-    """Draws samples/step-N.png, a row a prompt and a column for each of STEPS, and measures it against the teacher.
+    """Write samples/step-N.png, one row per prompt and one column per step count, and measure it against the teacher.
 
-    The newest pictures of PREVIEW_STEPS steps lie beside it one by one, sample-0.png and on, their prompts inside.
+    The newest images of PREVIEW_STEPS steps are also written one by one as sample-0.png and so on, with their prompts inside.
+    With aspect-ratio buckets the prompts take the buckets' sizes in turn.
     """
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
         self._prompts = tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.network))
-        side = config.data.resolution // teacher.vae_factor
-        shape = (teacher.vae.config.latent_channels, side, side)
-        seeds = [derive_seed(config.run.seed, "validation", prompt) for prompt in self._prompts]
-        self._noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        self._sizes = bucket_sizes(config.data, teacher.multiple)
+        self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps
         self._trained_steps = max(STEPS) if teacher.in_pixels else trained_steps(num_steps, objective)
         self._steps = [n for n in STEPS if n <= self._trained_steps]
@@ -54,13 +59,23 @@ class Validator:
                 f"run.best_metric is {config.run.best_metric}, and objective.skip = {objective.skip} trains only "
                 f"{self._trained_steps} time steps: no best checkpoint is kept; choose a metric of at most that many steps"
             )
-        self._reference: Pixels | None = None
-        self._about: list[Any] = []
-        "what decides how the teacher's pictures look"
+        self._reference: DecodedImages | None = None
+        self._reference_key: list[Any] = []
+        "what decides the teacher's images"
+
+    def _start_noise(self) -> LatentSet:
+        config, factor = self._config, self._teacher.vae_factor
+        channels, square = self._teacher.vae.config.latent_channels, (config.data.resolution, config.data.resolution)
+        noise = []
+        for i, prompt in enumerate(self._prompts):
+            height, width = self._sizes[i % len(self._sizes)] if self._sizes else square
+            generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "validation", prompt))
+            noise.append(torch.randn(channels, height // factor, width // factor, generator=generator))
+        return noise if self._sizes else torch.stack(noise)
 
     @property
     def _batch_size(self) -> int:
-        """As many at once as training takes, which the memory is known to hold."""
+        """The training batch size, which is known to fit in memory."""
         return self._config.optim.batch_size
 
     @property
@@ -68,61 +83,68 @@ class Validator:
         return cache_root(self._config.data) / "evaluation"
 
     def generate_references(self, dtype: torch.dtype, tell: ProgressCallback) -> None:
-        """Draw what the student is to come to: the teacher's full steps, once; a resumed run finds it in the cache.
+        """Generate the reference images, the teacher's at its full steps. A resumed run reads them from the cache.
 
-        To be called while the teacher's network is its own: a LoRA's adapters come later. dtype: of its arithmetic.
+        Call it before a LoRA's adapters are added to the teacher's network.
+
+        Args:
+            dtype: The dtype of autocast around the network.
+            tell: Called after each batch.
         """
         config, teacher = self._config, self._teacher
         scale = config.run.validation_guidance_scale or 1.0
         if guidance_of(teacher, config.student, config.objective.omega) == "baked" and not teacher.in_pixels:
             omegas = omega_range(config)
             scale = omegas.middle if omegas else 1.0
-        drawing = [self._prompts, config.run.seed, config.data.resolution, scale, str(dtype)]
-        self._about = [teacher.fingerprint(with_network=True), *drawing]
+        key = [self._prompts, config.run.seed, config.data.resolution, scale, str(dtype), *self._sizes]
+        self._reference_key = [teacher.fingerprint(with_network=True), *key]
         if config.objective_name == "lcf":
-            return  # what it starts from is a student itself
-        place = self._cache / f"validation-{digest(self._about)}.safetensors"
+            return  # its start is a student, which is no reference
 
-        def draw() -> Tensor:
+        def generate() -> LatentSet:
             count = len(self._prompts)
-            logger.info(
-                f"the teacher draws the {count} validation pictures in {TEACHER_STEPS} steps, once: they are kept"
-            )
+            logger.info(f"generating {count} teacher reference images ({TEACHER_STEPS} steps; cached)")
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
-            return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, tell=tell)
+            return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, on_progress=tell)
 
-        self._reference = Pixels(teacher, cached_latents(place, draw).latents, self._batch_size, [])
+        file = self._cache / f"validation-{digest(self._reference_key)}.safetensors"
+        self._reference = DecodedImages(teacher, cached_latents(file, generate).latents, self._batch_size)
 
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
-        """Draw the grid of a step, and log its numbers, "val/rmse_4" and the like. network: to draw with, on its device.
+        """Generate the grid of a training step, and log its numbers as "val/rmse_4" and the like.
 
-        What a student draws that has learnt nothing is kept, for every run that begins so.
+        The images of a student before training are cached for every run that starts alike.
+
+        Args:
+            step: The training step.
+            network: The student's network on its device.
+            metrics: The metrics log.
         """
         teacher, device = self._teacher, network.device
         config = self._config
         pipeline = student_pipeline(teacher, network, config.data.resolution, objective=config.objective)
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        resting = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
-        for part in resting:
+        moved = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
+        for part in moved:
             part.to(device)
-        steps = self._steps
-        kept = None if step else self._beginning(network)
+        cache = None if step else self._initial_cache(network)
         columns, numbers = [], {}
-        for n in steps:
-            draw = partial(self._latents, pipeline, n)
-            latents = cached_latents(kept / f"{n}.safetensors", draw).latents if kept else draw()
-            pixels = Pixels(teacher, latents, self._batch_size, [])
-            columns.append([image for _, some in pixels.parts() for image in map(as_image, some)])
-            found = self._numbers(pixels, kept / f"{n}.json" if kept else None)
-            numbers |= {f"val/{name}_{n}": value for name, value in found.items()}
-        for part in resting:
+        for n in self._steps:
+            generate = partial(self._latents, pipeline, n)
+            latents = cached_latents(cache / f"{n}.safetensors", generate).latents if cache else generate()
+            decoded = DecodedImages(teacher, latents, self._batch_size)
+            images = decoded.images(range(len(self._prompts)))
+            columns.append([images[i] for i in range(len(self._prompts))])
+            values = self._numbers(decoded, cache / f"{n}.json" if cache else None)
+            numbers |= {f"val/{name}_{n}": value for name, value in values.items()}
+        for part in moved:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
-        picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in steps], labels=self._prompts)
-        with atomic_file(self.picture(step)) as aside:
-            picture.save(aside)
-        shown = columns[steps.index(min(PREVIEW_STEPS, steps[-1]))]
-        for i, (prompt, image) in enumerate(zip(self._prompts, shown, strict=True)):
+        picture = grid(rows, columns=[f"{n} step{'s' * (n > 1)}" for n in self._steps], labels=self._prompts)
+        with atomic_file(self.picture(step)) as temporary:
+            picture.save(temporary)
+        previews = columns[self._steps.index(min(PREVIEW_STEPS, self._steps[-1]))]
+        for i, (prompt, image) in enumerate(zip(self._prompts, previews, strict=True)):
             info = PngInfo()
             info.add_itxt("prompt", prompt)
             image.save(self._folder / "samples" / f"sample-{i}.png", pnginfo=info)
@@ -133,17 +155,17 @@ class Validator:
         return numbers
 
     def is_missing(self, step: int) -> bool:
-        """Whether the validation of a step is still to be done: a run may have been stopped between saving and drawing."""
+        """Return whether a step's validation is missing, because a run may stop between saving and validating."""
         done = self._reference is None or any(
             line["step"] == step and "val/rmse_1" in line for line in read_metrics(self._folder)
         )
         return not (done and self.picture(step).is_file())
 
     def picture(self, step: int) -> Path:
-        """Where the grid of a step lies."""
+        """Return the path of a step's grid."""
         return self._folder / "samples" / f"step-{step:06d}.png"
 
-    def _latents(self, pipeline: Any, steps: int) -> Tensor:
+    def _latents(self, pipeline: Any, steps: int) -> LatentSet:
         return student_latents(
             pipeline,
             self._prompts,
@@ -154,22 +176,22 @@ class Validator:
             batch_size=self._batch_size,
         )
 
-    def _beginning(self, network: Any) -> Path:
-        """Where it is kept what a student draws before it has learnt anything, by all that decides it."""
+    def _initial_cache(self, network: Any) -> Path:
+        """Return the cache folder of the student's images before training, by everything that decides them."""
         config = self._config
-        told = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
-        how = [config.run.validation_guidance_scale, str(network.dtype), network.device.type, self._trained_steps]
-        name = f"beginning-{digest([FORMAT, MEASURED, sorted(FREE), self._about, told, how])}"
-        return claim_folder(self._cache / name)
+        settings = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
+        sampling = [config.run.validation_guidance_scale, str(network.dtype), network.device.type, self._trained_steps]
+        versions = [FORMAT, METRICS_VERSION, sorted(BASIC_METRICS)]
+        return claim_folder(self._cache / f"beginning-{digest([*versions, self._reference_key, settings, sampling])}")
 
-    def _numbers(self, pixels: Pixels, kept: Path | None) -> dict[str, float]:
-        """What takes no weights, of one number of steps; nothing if the teacher was not seen."""
+    def _numbers(self, images: DecodedImages, cache: Path | None) -> dict[str, float]:
+        """Return the basic metrics of one step count; empty without reference images."""
         if self._reference is None:
             return {}
-        if kept:
-            with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is made again, as latents are
-                return json.loads(kept.read_text(encoding="utf-8"))
-        numbers = numbers_of(pixels, self._reference, self._prompts, FREE)
-        if kept:
-            write_text(kept, json.dumps(numbers), shared=True)
+        if cache:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file is computed again
+                return json.loads(cache.read_text(encoding="utf-8"))
+        numbers = compute_metrics(images, self._reference, self._prompts, BASIC_METRICS)
+        if cache:
+            write_text(cache, json.dumps(numbers), shared=True)
         return numbers

@@ -1,4 +1,4 @@
-"""The report: one file that asks for nothing, says what the numbers mean, and can be read by everybody."""
+"""The verdict on a sweep, from numbers whose meaning is known."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import pytest
 
 from lcmdistill.evaluation.results import Results
 from lcmdistill.evaluation.verdict import seconds, verdict
-from lcmdistill.report.charts import ticks
 
 
 def sweep_of(
@@ -19,11 +18,11 @@ def sweep_of(
         for n, numbers in rows.items():
             cells[f"{sampler}-{n:02d}-g4"] = {
                 "numbers": numbers,
-                "seconds_an_image": (own if sampler == "student" else its) * n,
+                "seconds_per_image": (own if sampler == "student" else its) * n,
             }
     better = {"kid": "lower", "rmse": "lower", "ssim": "higher", "sharpness": "one"}
-    measures = {name: {"better": better[name], "label": name.upper()} for name in next(iter(student.values()))}
-    return Results(Path(), {"steps": list(student), "guidance_scales": [4.0], "measures": measures}, cells)
+    metrics = {name: {"better": better[name], "label": name.upper()} for name in next(iter(student.values()))}
+    return Results(Path(), {"steps": list(student), "guidance_scales": [4.0], "metrics": metrics}, cells)
 
 
 TEACHER = {1: 1.138, 2: 0.55, 4: 0.196, 8: 0.119, 50: 0.095}
@@ -33,8 +32,8 @@ def kids(values: dict[int, float]) -> dict[int, dict[str, float]]:
     return {n: {"kid": value} for n, value in values.items()}
 
 
-def test_the_demos_numbers_say_that_four_steps_are_enough_and_one_is_not():
-    """Four are as near to real images as the teacher's 50, though eight are nearer still."""
+def test_four_steps_of_the_demo_are_enough_and_one_is_not():
+    """Four steps are as close to real images as the teacher's 50, although eight are closer."""
     kid, ssim = {1: 0.355, 2: 0.128, 4: 0.11, 8: 0.069}, {1: 0.558, 2: 0.733, 4: 0.764, 8: 0.749}
     its = {1: (1.12, 0.088), 2: (0.578, 0.373), 4: (0.248, 0.763), 8: (0.149, 0.916), 50: (0.125, 1.0)}
     student = {n: {"kid": kid[n], "ssim": ssim[n]} for n in kid}
@@ -43,44 +42,46 @@ def test_the_demos_numbers_say_that_four_steps_are_enough_and_one_is_not():
     assert judged.headline == "4 steps are enough; 2 come close, 1 is not quite there."
     assert (judged.enough, judged.usable) == (4, True)
     assert judged.reasons[0].startswith(
-        "At 4 steps the student's pictures lie as near to real images as the teacher's at 50"
+        "At 4 steps the student's images are as close to real images as the teacher's at 50 steps (KID 0.11 and 0.125;"
     )
-    assert judged.reasons[1] == "An image takes 0.2 s at 4 steps, and 5 s at the teacher's 50: 25 times as long."
+    assert (
+        judged.reasons[1] == "One image takes 0.2 s at 4 steps, and 5 s with the teacher's 50 steps, 25 times as long."
+    )
 
 
-def test_other_numbers_say_something_else():
+def test_headlines_of_other_sweeps():
     rising = verdict(sweep_of(kids({1: 0.315, 2: 0.094}), kids(TEACHER)))
-    assert rising.headline == "2 steps are the best of those drawn, and more may be better; 1 is not quite there."
-    alone = verdict(sweep_of(kids({1: 0.315}), kids(TEACHER)))
-    assert alone.headline == "Nothing but 1 step was drawn, and nothing tells whether more would be better."
-    assert alone.enough is None
+    assert rising.headline == "2 steps is the best of those tested, and more may be better; 1 is not quite there."
+    single = verdict(sweep_of(kids({1: 0.315}), kids(TEACHER)))
+    assert single.headline == "Only 1 step was evaluated; more may be better."
+    assert single.enough is None
     one = verdict(sweep_of(kids({1: 0.064, 2: 0.064, 4: 0.065}), kids(TEACHER)))
     assert one.headline == "1 step is enough."
     broken = verdict(sweep_of(kids({1: 1.5, 2: 1.4, 4: 1.3}), kids(TEACHER)))
     assert not broken.usable
-    assert broken.headline == "This student does not draw well yet: at as few steps, its teacher does better."
+    assert broken.headline == "This student is not usable yet: the teacher is better at the same number of steps."
 
 
-def test_without_features_agreement_with_the_teacher_decides():
+def test_without_features_the_similarity_to_the_teacher_decides():
     student = {n: {"ssim": s, "sharpness": d} for n, s, d in ((1, 0.59, 0.6), (2, 0.75, 0.9), (4, 0.756, 1.0))}
     teacher = {n: {"ssim": s, "sharpness": 1.0} for n, s in ((1, 0.09), (2, 0.36), (4, 0.73), (50, 1.0))}
     judged = verdict(sweep_of(student, teacher))
     assert judged.headline == "2 steps are enough; 1 is not quite there."
     assert any(
-        reason.startswith("At 1 step pictures are blurred (sharpness 0.6 of the teacher's) and further")
+        reason.startswith("At 1 step, images are blurry (sharpness 0.6 of the teacher's) and further")
         for reason in judged.reasons
     )
 
 
-def test_a_teacher_that_is_more_like_itself_at_8_steps_does_not_make_a_student_useless():
-    """Fresh noise takes a student off its teacher's path; where both take many steps, the teacher stays on it."""
+def test_a_teacher_closer_to_itself_at_8_steps_does_not_make_a_student_unusable():
+    """Fresh noise takes a student off its teacher's trajectory; with many steps the teacher stays on it."""
     both = {1: (0.478, 0.485), 2: (0.309, 0.651), 4: (0.209, 0.698), 8: (0.095, 0.702)}
     its = {1: (1.09, 0.115), 2: (0.84, 0.331), 4: (0.349, 0.733), 8: (0.242, 0.915), 50: (0.209, 1.0)}
     student, teacher = ({n: {"kid": k, "ssim": s} for n, (k, s) in rows.items()} for rows in (both, its))
     judged = verdict(sweep_of(student, teacher))
     assert judged.usable
     assert judged.headline == "4 steps are enough; 1 and 2 are not quite there."
-    # What falls with more steps counts no more against them than it did before it fell.
+    # A decrease with more steps does not count against them.
     student = {
         n: {"kid": k, "ssim": s} for n, k, s in ((1, 0.3, 0.6), (2, 0.15, 0.75), (4, 0.12, 0.7), (8, 0.119, 0.6))
     }
@@ -92,18 +93,5 @@ def test_a_teacher_that_is_more_like_itself_at_8_steps_does_not_make_a_student_u
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0409, "41 ms"), (0.234, "0.23 s"), (12.3, "12 s"), (125.0, "2 min 5 s")]
 )
-def test_times_are_told_as_people_tell_them(value: float, text: str):
+def test_times_are_readable(value: float, text: str):
     assert seconds(value) == text
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 400, [0, 100, 200, 300, 400]),
-        (3, 3, [3]),
-        (0.07, 0.081, [0.07, 0.0725, 0.075, 0.0775, 0.08]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]):
-    assert ticks(low, high) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""`lcmdistill info`: teachers, runs and LoRAs by their files alone."""
+"""`lcmdistill info`: teachers, runs and LoRAs, described from their files."""
 
 import subprocess
 import sys
@@ -22,60 +22,60 @@ def test_every_family_has_a_name() -> None:
 
 
 @pytest.mark.parametrize("family", list(FAMILY_BUILDERS))
-def test_a_teacher_is_told_by_its_files(family: str, tmp_path: Path) -> None:
+def test_a_teacher_is_described(family: str, tmp_path: Path) -> None:
     folder = FAMILY_BUILDERS[family](tmp_path / "model")
     pipeline, rows = opened(folder), dict(describe(str(folder)))
-    assert type(pipeline).__name__ in rows["what"]
-    assert "not supported" not in rows["what"]
-    assert rows["predicts"] == pipeline.scheduler.config.prediction_type
+    assert type(pipeline).__name__ in rows["type"]
+    assert "not supported" not in rows["type"]
+    assert rows["prediction type"] == pipeline.scheduler.config.prediction_type
     assert ("zero-terminal SNR" in rows["schedule"]) == (family == "sd2")
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             assert rows[name] == f"{sum(p.numel() for p in part.parameters()):,} parameters, fp32 on disk"
-    assert rows["licence"] == "its files do not say"
+    assert rows["license"] == "not specified"
 
 
-def test_runs_and_what_is_made_of_them(tmp_path: Path, small_teacher: Path, command: Command) -> None:
+def test_runs_and_their_exports_are_described(tmp_path: Path, small_teacher: Path, command: Command) -> None:
     rows = describe(str(finished_run(small_teacher, "full", tmp_path / "full")))
-    assert rows[1] == ("what", f"a run: LCM (Luo et al. 2023, arXiv:2310.04378), distilled from {small_teacher}")
-    assert dict(rows)["what"].startswith("a LatentConsistencyModelPipeline")  # what it made comes after it
-    assert dict(rows)["omega"].startswith("an input")
+    assert rows[1] == ("type", f"run: LCM (Luo et al. 2023, arXiv:2310.04378), distilled from {small_teacher}")
+    assert dict(rows)["type"].startswith("LatentConsistencyModelPipeline")  # the result follows
+    assert dict(rows)["guidance input"].startswith("yes")
     assert dict(rows)["guidance"] == "omega 5 to 15 (guidance_scale 6 to 16)"
     run = finished_run(small_teacher, "lora", tmp_path / "lora")
     options = {"dtype": "fp16", "guidance_scale": None, "verify": False}
     for name, output in {"kohya": "a.safetensors", "diffusers-lora": "b", "peft": "c"}.items():
         export.export(run, name, tmp_path / output, **options)
         rows = dict(describe(str(tmp_path / output)))
-        assert rows["what"].startswith(f"a LoRA, {name.removesuffix('-lora')} keys, on ")
+        assert rows["type"].startswith(f"LoRA, {name.removesuffix('-lora')} keys, on ")
         assert (rows["rank"], float(rows["alpha"])) == ("4", 3.0)
         assert rows["base"] == small_teacher.name
-    code, told, error = command("info", "a.safetensors")
+    code, out, error = command("info", "a.safetensors")
     assert (code, error) == (0, "")
-    assert "header ss_network_dim" in told
+    assert "header ss_network_dim" in out
 
 
-def test_a_single_file_says_what_it_was_recognised_as(tmp_path: Path, small_teacher: Path) -> None:
+def test_a_single_file_is_described(tmp_path: Path, small_teacher: Path) -> None:
     pipeline = opened(small_teacher)
     write_single_file(pipeline, tmp_path / "a.safetensors", dtype=torch.float16)
     rows = dict(describe(str(tmp_path / "a.safetensors")))
-    assert rows["recognised as"].startswith("Stable Diffusion 1 (CLIP's text encoder")
+    assert rows["detected as"].startswith("Stable Diffusion 1 (CLIP's text encoder")
     assert rows["U-Net"] == f"{sum(p.numel() for p in pipeline.unet.parameters()):,} parameters, fp16 on disk"
 
 
-def test_the_bundled_teacher_has_its_licence_and_is_told_without_torch() -> None:
+def test_the_bundled_teacher_is_described_without_torch() -> None:
     from lcmdistill.teachers.naming import ALIASES
 
     code = "import sys; from lcmdistill.report.info import describe; "
     code += f"print(describe({ALIASES['tiny']!r}), 'torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "LICENSES.md" in told or "apache" in told.lower()
-    assert told.strip().endswith("False")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "LICENSES.md" in out or "apache" in out.lower()
+    assert out.strip().endswith("False")
 
 
 @pytest.mark.parametrize(
     ("model", "kind"), [("nothing", UsageError), ("a.ckpt", UsageError), (".", UsageError), ("owner/none", RunError)]
 )
-def test_what_is_nothing_is_refused(
+def test_other_paths_are_refused(
     model: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The report: one file that asks for nothing, says what the numbers mean, and can be read by everybody."""
+"""The report: a self-contained page that describes its numbers and is accessible."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ VOID = {"meta", "link", "img", "input", "br", "hr"}
 
 
 class Page(HTMLParser):
-    """A page's tags, checked to be closed in their order, and what they hold."""
+    """A page's tags and text. Tags must be closed in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def check_page(path: Path) -> Page:
-    """What holds of every page: nothing from outside, and nothing that a screen reader cannot tell."""
+    """Check that a page makes no requests and is accessible to screen readers."""
     page, source = Page(path), path.read_text(encoding="utf-8")
     addresses = [tag.get(key) for _, tag in page.tags for key in ("src", "href", "data", "action") if key in tag]
     assert addresses
@@ -83,32 +83,43 @@ def test_the_page_of_an_evaluated_run_shows_everything(evaluated_run: Path):
     page = check_page(write_report(evaluated_run))
     for heading in (
         "Steps and guidance",
-        "How good, step by step",
+        "Quality by steps",
         "Time per image",
         "Training",
-        "Validation over time",
+        "Validation during training",
+        "Usage",
+        "Configuration",
     ):
-        assert heading in page.text
-    for name in ("diffusers", "ComfyUI", "A1111", "Loss by noise", "Latent RMSE", "SSIM", "Sharpness", "KID (small)"):
+        assert page.text.count(heading) >= 2, "in the navigation and as a heading"
+    for name in (
+        "diffusers",
+        "ComfyUI",
+        "A1111",
+        "Loss by noise level",
+        "Latent RMSE",
+        "SSIM",
+        "Sharpness",
+        "KID (small)",
+    ):
         assert name in page.text
-    assert "no published figure" in page.text
+    assert "not comparable" in page.text
     assert "held out of training" in page.text
     assert evaluation_summary(evaluated_run).splitlines()[0].split(": ", 1)[1] in page.text
-    pictures = [image["alt"] or "" for image in page.all("img")]
-    assert sum("student, 2 steps, guidance 4" in alt for alt in pictures) >= 3
-    assert sum("teacher, 50 steps, guidance 2" in alt for alt in pictures) == 3
-    assert len([alt for alt in pictures if alt.startswith("Validation pictures after")]) == 2
+    alts = [image["alt"] or "" for image in page.all("img")]
+    assert sum("student, 2 steps, guidance 4" in alt for alt in alts) >= 3
+    assert sum("teacher, 50 steps, guidance 2" in alt for alt in alts) == 3
+    assert len([alt for alt in alts if alt.startswith("Validation images after")]) == 2
     (slider,) = page.all("input")
     assert (slider["type"], slider["max"]) == ("range", "1")
 
 
-def test_a_run_that_was_not_evaluated_has_a_page_too(small_run: Path, tmp_path: Path):
+def test_a_run_without_an_evaluation_has_a_page(small_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     page = check_page(write_report(run))
-    assert "Not measured yet." in page.text
+    assert "Not evaluated yet." in page.text
     assert f"lcmdistill evaluate {run}" in page.text
-    assert "Loss by noise" in page.text
+    assert "Loss by noise level" in page.text
     assert "Steps and guidance" not in page.text
     with pytest.raises(UsageError, match="has not been evaluated; run: lcmdistill evaluate"):
         evaluation_summary(run)
@@ -116,45 +127,55 @@ def test_a_run_that_was_not_evaluated_has_a_page_too(small_run: Path, tmp_path: 
 
 def changed_sweep(run: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
     path = run / "evaluation" / "sweep.json"
-    about = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
-    path.write_text(json.dumps({**about, **values}))
+    info = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    path.write_text(json.dumps({**info, **values}))
 
 
 def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
-    changed_sweep(run, drop=("held_out", "has_classes", "is_baked"), is_lora=True)
+    old = json.loads((run / "evaluation" / "sweep.json").read_text())
+    names = {"description": "about", "measured_on": "features", "compared_with": "against"}
+    measures = {
+        name: {names.get(key, key): value for key, value in metric.items()} for name, metric in old["metrics"].items()
+    }
+    drop = ("held_out", "has_classes", "is_baked", "metrics", "preview_prompts", "sizes")
+    changed_sweep(run, drop=drop, is_lora=True, measures=measures, pictured_prompts=old["preview_prompts"])
+    for path in (run / "evaluation" / "cells").glob("*/numbers.json"):
+        cell = json.loads(path.read_text())
+        cell |= {"seconds_an_image": cell.pop("seconds_per_image"), "how": cell.pop("conditions")}
+        path.write_text(json.dumps(cell))
     page = check_page(write_report(run))
     assert "prompts that were held out of training" in page.text
-    assert "Its guidance is in its weights" in page.text
+    assert "guidance is in its weights" in page.text
     assert evaluation_summary(run) == evaluation_summary(evaluated_run).replace("small-lcm", "run")
     assert add_to_card(run)
     check_page(write_comparison([run, evaluated_run], tmp_path / "comparison.html"))
 
 
 @pytest.mark.parametrize(
-    ("has_classes", "said"),
-    [(True, "3 images in each cell, of 3 classes, all"), (False, "3 images in each cell, all from")],
+    ("has_classes", "text"),
+    [(True, "3 images per row of 3 classes, from"), (False, "3 images per row, from")],
 )
-def test_pictures_of_no_prompts_are_not_called_held_out(
-    evaluated_run: Path, tmp_path: Path, has_classes: bool, said: str
+def test_images_without_prompts_are_not_called_held_out(
+    evaluated_run: Path, tmp_path: Path, has_classes: bool, text: str
 ):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     changed_sweep(run, held_out=False, has_classes=has_classes, is_baked=True)
     page = check_page(write_report(run))
-    assert said in page.text
+    assert text in page.text
     assert "held out" not in page.text
     assert "guidance is in" not in page.text
 
 
-def test_guidance_that_does_little_is_said(evaluated_run: Path, tmp_path: Path):
+def test_guidance_with_little_effect_is_reported(evaluated_run: Path, tmp_path: Path):
     from PIL import Image
 
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     shades = {"student-02-g2": 100, "student-02-g4": 104, "teacher-50-g2": 100, "teacher-50-g4": 140}
-    shades |= {"student-01-g2": 100, "student-01-g4": 104}  # one of which the page looks at
+    shades |= {"student-01-g2": 100, "student-01-g4": 104}  # the page looks at one of them
 
     def note(**others: int) -> str | None:
         for name, shade in {**shades, **others}.items():
@@ -164,36 +185,36 @@ def test_guidance_that_does_little_is_said(evaluated_run: Path, tmp_path: Path):
         assert results is not None
         return guidance_note(results, 2)
 
-    said = note()
-    assert said is not None
-    assert said.startswith(
-        "Between guidance 2 and 4 the student's pictures change by 1.6% of a pixel's range where the teacher's"
+    text = note()
+    assert text is not None
+    assert text.startswith(
+        "Between guidance 2 and 4, the student's images change by 1.6% of the pixel range and the teacher's by 15.7%"
     )
-    assert "by 15.7%" in said
-    assert said in check_page(write_report(run)).text.replace("\n", " ")
+    assert text in check_page(write_report(run)).text.replace("\n", " ")
     assert note(**{"student-02-g4": 120}) is None
     few = note(**{"teacher-50-g4": 101})
     assert few is not None
-    assert "the teacher's own pictures hardly differ, by 0.4%" in few
+    assert "the teacher's images differ by only 0.4%" in few
 
 
-def test_a_run_that_went_on_is_not_told_by_its_old_numbers_alone(evaluated_run: Path, tmp_path: Path):
+def test_an_outdated_evaluation_is_reported(evaluated_run: Path, tmp_path: Path):
     run = tmp_path / "my run"
     shutil.copytree(evaluated_run, run)
     assert add_to_card(run)
-    card, said = (run / "README.md").read_text(), "was drawn after 4 training steps, and the run was taken to 9 since"
-    assert said not in Page(write_report(run)).text
+    card = (run / "README.md").read_text()
+    warning = "This evaluation is of training step 4, and the run has continued to step 9"
+    assert warning not in Page(write_report(run)).text
     config = (run / "config.toml").read_text().replace("max_train_steps = 4", "max_train_steps = 9")
     (run / "config.toml").write_text(config)
     page = check_page(write_report(run))
-    assert said in page.text
+    assert warning in page.text
     assert f"lcmdistill evaluate '{run}'" in page.text
     assert not add_to_card(run)
     assert (run / "README.md").read_text() == card
 
 
-def test_a_page_is_made_of_what_can_be_read(evaluated_run: Path, tmp_path: Path):
-    """A run under fp16 logs infinite gradient norms; one that was cut off may leave half a line, and half a picture."""
+def test_unreadable_parts_are_skipped(evaluated_run: Path, tmp_path: Path):
+    """An fp16 run logs infinite gradient norms; an interrupted run may leave half a line and half an image."""
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     pictures = sorted((run / "samples").glob("step-*.png"))
@@ -209,40 +230,40 @@ def test_a_page_is_made_of_what_can_be_read(evaluated_run: Path, tmp_path: Path)
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert "Gradient norm" not in check_page(write_report(run)).text
     (run / "evaluation" / "sweep.json").write_text('{"ce')
-    with pytest.raises(UsageError, match=r"cannot be read .*; make it anew: lcmdistill evaluate"):
+    with pytest.raises(UsageError, match=r"cannot be read .*; evaluate again: lcmdistill evaluate"):
         write_report(run)
 
 
 def test_times_say_how_they_were_taken(evaluated_run: Path, tmp_path: Path):
-    """What was kept from an earlier sweep was drawn in its batches, not in those of this one."""
+    """Times of an earlier sweep are those of its batches, not of the current ones."""
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     assert "without decoding, in batches of 3 on cpu, " in Page(write_report(run)).text
     path = run / "evaluation" / "cells" / "student-01-g4" / "numbers.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "how": "batches of 1 on cuda"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "conditions": "batches of 1 on cuda"}))
     text = Page(write_report(run)).text
-    assert "without decoding, not all in the same way" in text
+    assert "without decoding, under different conditions" in text
     assert "student, 1 step, in batches of 1 on cuda" in text
 
 
-def test_a_page_is_the_same_when_it_is_made_again(evaluated_run: Path):
+def test_a_page_is_deterministic(evaluated_run: Path):
     first = write_report(evaluated_run).read_bytes()
     assert write_report(evaluated_run).read_bytes() == first
 
 
-def test_what_a_user_writes_is_text_on_the_page_and_nothing_else(evaluated_run: Path, tmp_path: Path):
+def test_user_text_is_escaped(evaluated_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     path = run / "evaluation" / "sweep.json"
     about = json.loads(path.read_text())
-    about["pictured_prompts"][0] = '"><script>alert(1)</script>'
+    about["preview_prompts"][0] = '"><script>alert(1)</script>'
     path.write_text(json.dumps(about))
     page = check_page(write_report(run))
     assert page.text.count("<script>alert(1)</script>") >= 2
     assert len(page.all("script")) == 1
 
 
-def test_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Path):
+def test_several_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Path):
     other = tmp_path / "other-lcm"
     shutil.copytree(evaluated_run, other)
     page = check_page(write_comparison([evaluated_run, other], tmp_path / "comparison.html"))
@@ -250,7 +271,7 @@ def test_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Path):
     assert sum("other-lcm, 2 steps" in (image["alt"] or "") for image in page.all("img")) == 3
     path = other / "evaluation" / "sweep.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1}))
-    with pytest.raises(UsageError, match="evaluated with other seed"):
+    with pytest.raises(UsageError, match="evaluated with different seed"):
         write_comparison([evaluated_run, other], tmp_path / "comparison.html")
 
 
@@ -271,7 +292,7 @@ def test_the_command_line_evaluates_and_reports(
     assert (tmp_path / "one" / "report.html").is_file()
 
 
-def test_where_a_comparison_goes_is_known_before_anything_is_drawn(command: Command, small_run: Path, tmp_path: Path):
+def test_the_output_of_a_comparison_is_checked_first(command: Command, small_run: Path, tmp_path: Path):
     for name in ("one", "two"):
         shutil.copytree(small_run, tmp_path / name)
     (tmp_path / "file").write_text("")
@@ -286,7 +307,7 @@ def test_where_a_comparison_goes_is_known_before_anything_is_drawn(command: Comm
         assert message in err
 
 
-def test_a_run_that_is_named_by_a_dot_keeps_its_name(
+def test_a_run_given_as_a_dot_keeps_its_name(
     command: Command, evaluated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "run"
@@ -314,7 +335,7 @@ def test_wrong_usage_ends_in_one_sentence(command: Command, arguments: list[str]
     assert err.count("\n") == 1
 
 
-def test_the_model_card_tells_what_was_measured_with_plots(evaluated_run: Path, small_run: Path, tmp_path: Path):
+def test_the_model_card_shows_the_results_with_plots(evaluated_run: Path, small_run: Path, tmp_path: Path):
     from PIL import Image
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The report in a real browser, headless Chromium, at two widths, light and dark. Skipped only where there is none."""
+"""The report in headless Chromium at two widths, light and dark. Skipped if Chromium is not installed."""
 
 import json
 import os
@@ -21,9 +21,9 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")]
 
-# Asks the page, in frames as wide as a phone and a desk, what only a browser knows, and writes it where --dump-dom shows it.
-PROBE = """<!doctype html><title>probe</title><body><pre id="told">waiting</pre><script>
-const widths = [390, 1280], told = {};
+# Loads the page in frames as wide as a phone and a desktop, and writes what the browser computed into the DOM for --dump-dom.
+PROBE = """<!doctype html><title>probe</title><body><pre id="result">waiting</pre><script>
+const widths = [390, 1280], results = {};
 const frames = widths.map((width) => {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width:${width}px;height:1500px;border:0`;
@@ -42,6 +42,10 @@ const look = (frame) => {
   found.broken = Array.from(page.images).filter(broken).length;
   found.images = page.images.length;
   found.background = view.getComputedStyle(page.body).backgroundColor;
+  const chart = page.querySelector("svg.chart[role=img]");
+  const line = chart.querySelector("path[style*='--l']");
+  found.chart = chart.getBoundingClientRect().width;
+  found.line = view.getComputedStyle(line).stroke;
   found.tables = page.querySelectorAll("[data-of=matrix]").length;
   if (slider) {
     found.before = seen("grids");
@@ -49,7 +53,7 @@ const look = (frame) => {
     slider.dispatchEvent(new view.Event("input"));
     found.after = seen("grids");
     found.spoken = slider.getAttribute("aria-valuetext");
-    found.output = page.querySelector("#when-told").textContent;
+    found.output = page.querySelector("#when-value").textContent;
   }
   const select = page.querySelector("#prompt");
   select.value = select.options.length - 1;
@@ -58,14 +62,14 @@ const look = (frame) => {
   return found;
 };
 Promise.all(frames.map((frame) => new Promise((done) => (frame.onload = done)))).then(() => {
-  frames.forEach((frame, i) => (told[widths[i]] = look(frame)));
-  document.getElementById("told").textContent = JSON.stringify(told);
+  frames.forEach((frame, i) => (results[widths[i]] = look(frame)));
+  document.getElementById("result").textContent = JSON.stringify(results);
 });
 </script>"""
 
 
-def asked(page: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
-    """What the browser says of a page at each width, and what it logged."""
+def inspect(page: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
+    """Return what the browser computed for a page at each width, and its console messages."""
     probe = folder / "probe.html"
     source = json.dumps(page.read_text(encoding="utf-8")).replace("</", "<\\/").replace("<!--", "<\\!--")
     probe.write_text(PROBE.replace("PAGE", source, 1), encoding="utf-8")
@@ -73,20 +77,20 @@ def asked(page: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
     profile = folder / f"profile-{len(flags)}"
     environment = {**os.environ, "HOME": str(folder)}
     command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom"]
-    ended = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=180, env=environment)
-    told = re.search(r'<pre id="told">(.*?)</pre>', ended.stdout, re.DOTALL)
-    assert told, ended.stderr[-2000:]
-    text = told[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    return json.loads(text), "\n".join(line for line in ended.stderr.splitlines() if "CONSOLE" in line)
+    process = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=180, env=environment)
+    match = re.search(r'<pre id="result">(.*?)</pre>', process.stdout, re.DOTALL)
+    assert match, process.stderr[-2000:]
+    text = match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return json.loads(text), "\n".join(line for line in process.stderr.splitlines() if "CONSOLE" in line)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_report_works_in_a_browser(evaluated_run: Path, tmp_path: Path, dark: bool):
     flags = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    told, console = asked(write_report(evaluated_run), tmp_path, *flags)
+    results, console = inspect(write_report(evaluated_run), tmp_path, *flags)
     assert console == ""
-    assert set(told) == {"390", "1280"}
-    for width, found in told.items():
+    assert set(results) == {"390", "1280"}
+    for width, found in results.items():
         assert found["inner"] == int(width)
         assert found["scroll"] <= int(width), "the page is wider than its window"
         assert found["loaded"] == []
@@ -96,6 +100,8 @@ def test_the_report_works_in_a_browser(evaluated_run: Path, tmp_path: Path, dark
         assert found["after"] == [True, False]
         assert (found["spoken"], found["output"]) == ("0", "0")
         assert found["tablesSeen"] == [False, False, True]
+        assert found["chart"] > 250
+        assert found["line"].startswith("rgb("), "a chart has no color of the page"
         dim = all(int(value) < 60 for value in re.findall(r"\d+", found["background"])[:3])
         assert dim == dark
 
@@ -103,9 +109,9 @@ def test_the_report_works_in_a_browser(evaluated_run: Path, tmp_path: Path, dark
 def test_the_comparison_works_in_a_browser(evaluated_run: Path, tmp_path: Path):
     other = tmp_path / "other-lcm"
     shutil.copytree(evaluated_run, other)
-    told, console = asked(write_comparison([evaluated_run, other], tmp_path / "c.html"), tmp_path)
+    results, console = inspect(write_comparison([evaluated_run, other], tmp_path / "c.html"), tmp_path)
     assert console == ""
-    for width, found in told.items():
+    for width, found in results.items():
         assert found["scroll"] <= int(width)
         assert found["loaded"] == []
         assert found["tablesSeen"] == [False, False, True]

@@ -1,4 +1,4 @@
-"""The best validation: which it is, when to worry, and what a run says at its end."""
+"""The best validation, the warnings, and the advice at the end of a run."""
 
 import json
 from pathlib import Path
@@ -16,43 +16,47 @@ def validated(*values: float) -> list[tuple[int, float]]:
 
 
 def written(run: Path, metric: str, *values: float) -> Path:
-    """A run's folder whose metrics.jsonl holds these validations between lines of training."""
+    """Write a run folder whose metrics.jsonl holds these validations between lines of training."""
     lines = [json.dumps({"step": step, f"val/{metric}": value}) for step, value in validated(*values)]
     run.mkdir(exist_ok=True)
     (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 5, "loss": 1.0})]) + "\n")
     return run
 
 
-def test_the_best_is_low_for_a_distance_and_high_for_a_likeness():
+def test_the_best_is_low_for_a_distance_and_high_for_a_similarity():
     assert best_of("rmse_4", validated(0.9, 0.5, 0.6)) == (100, 0.5)
     assert best_of("ssim_4", validated(0.2, 0.7, 0.6)) == (100, 0.7)
     assert best_of("rmse_4", validated(0.5, 0.5)) == (0, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "said"),
+    ("metric", "values", "warning"),
     [
         ("rmse_4", (0.9,), None),
         ("rmse_4", (0.9, 0.8, 0.7, 0.6), None),
-        ("rmse_4", (0.9, 0.5, 0.6), None),  # once may be chance
-        ("rmse_4", (0.9, 0.5, 0.6, 0.7), "quality falls: rmse_4 was best at step 100 (0.5) and is 0.7 at step 300"),
-        ("rmse_4", (0.9, 0.5, 0.501, 0.5, 0.502), "quality has stopped rising: rmse_4 was best at step 100 (0.5)"),
-        ("ssim_4", (0.2, 0.7, 0.6, 0.55), "quality falls: ssim_4 was best at step 100 (0.7) and is 0.55"),
+        ("rmse_4", (0.9, 0.5, 0.6), None),  # a single one may be chance
+        (
+            "rmse_4",
+            (0.9, 0.5, 0.6, 0.7),
+            "quality is dropping: rmse_4 was best at step 100 (0.5) and is 0.7 at step 300",
+        ),
+        ("rmse_4", (0.9, 0.5, 0.501, 0.5, 0.502), "quality has plateaued: rmse_4 was best at step 100 (0.5)"),
+        ("ssim_4", (0.2, 0.7, 0.6, 0.55), "quality is dropping: ssim_4 was best at step 100 (0.7) and is 0.55"),
         ("ssim_4", (0.2, 0.7, 0.69, 0.72, 0.75), None),
     ],
 )
-def test_a_fall_and_a_standstill_are_told(metric: str, values: tuple[float, ...], said: str | None):
+def test_a_drop_and_a_plateau_are_reported(metric: str, values: tuple[float, ...], warning: str | None):
     found = quality_warning(metric, validated(*values))
-    assert (found is None) if said is None else (found or "").startswith(said)
+    assert (found is None) if warning is None else (found or "").startswith(warning)
 
 
-def test_a_worry_is_told_once(tmp_path: Path):
+def test_a_warning_is_reported_once(tmp_path: Path):
     weights = {"w": torch.ones(2)}
-    told = []
+    warnings = []
     values = (0.9, 0.5, 0.6, 0.7, 0.8)
     for i in range(len(values)):
-        told.append(keep_best(written(tmp_path / "run", "rmse_4", *values[: i + 1]), "rmse_4", 100 * i, weights))
-    assert [text is not None for text in told] == [False, False, False, True, False]
+        warnings.append(keep_best(written(tmp_path / "run", "rmse_4", *values[: i + 1]), "rmse_4", 100 * i, weights))
+    assert [text is not None for text in warnings] == [False, False, False, True, False]
 
 
 def test_the_best_weights_outlive_pruning(tmp_path: Path):
@@ -68,14 +72,14 @@ def test_the_best_weights_outlive_pruning(tmp_path: Path):
     assert load_best(run) == (300, {"w": pytest.approx(torch.full((2,), 3.0))})
 
 
-def test_at_the_end_an_earlier_best_is_offered(tmp_path: Path):
+def test_the_end_of_a_run_names_an_earlier_best(tmp_path: Path):
     worse = written(tmp_path / "worse", "ssim_4", 0.2, 0.75, 0.7)
     assert best_checkpoint_advice(worse, "ssim_4") == (
         "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); its weights "
-        f"are kept in {worse}/checkpoints/best"
+        f"are in {worse}/checkpoints/best"
     )
     assert best_checkpoint_advice(written(tmp_path / "good", "ssim_4", 0.2, 0.7, 0.75), "ssim_4") is None
     assert (
         best_checkpoint_advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") is None
-    )  # nothing was learnt
+    )  # nothing was learned
     assert history(worse, "none") == []

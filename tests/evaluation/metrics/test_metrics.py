@@ -1,6 +1,7 @@
-"""The measures that need weights, on small random ones in the real files' formats, against libraries and closed forms."""
+"""Metrics with weights, on small random ones in the real files' formats, against libraries and closed forms."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.diffusion.lpips import perceptual_distance
-from lcmdistill.evaluation.metrics.features import ScriptedFeatures
-from lcmdistill.evaluation.metrics.measures import ImagePair
-from lcmdistill.evaluation.metrics.pretrained import clip_measure, fid_measure, lpips_measure
+from lcmdistill.evaluation.metrics.base import ImagePair, Metric, center_square
+from lcmdistill.evaluation.metrics.features import MobileNetV2Features, ScriptedFeatures, kid_metric
+from lcmdistill.evaluation.metrics.pretrained import clip_metric, fid_metric, lpips_metric
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import write_tokenizer
 
+CPU = torch.device("cpu")
 
-def shown(count: int = 3, side: int = 64) -> ImagePair:
+
+def image_pair(count: int = 3, side: int = 64) -> ImagePair:
     a, b = (torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     latents = torch.zeros(count, 4, 8, 8)
     return ImagePair(latents, a, latents, b, ("a red apple", "a blue car", "a green tree")[:count])
@@ -44,22 +47,22 @@ def test_lpips_is_torchmetrics_own(alexnet: nn.Sequential, tmp_path: Path, monke
     on_cpu = torch.load(heads, weights_only=True, map_location="cpu")
     torch.save(on_cpu, tmp_path / "heads.pth")
     theirs = lpips._LPIPS(net="alex", model_path=str(tmp_path / "heads.pth"))
-    images = shown()
+    images = image_pair()
     expected = theirs(images.pixels, images.reference_pixels, normalize=True).view(-1)
-    found = lpips_measure(path).kept(images).view(-1)
+    found = lpips_metric(path, CPU).per_image(images).view(-1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert float(lpips_measure(path).kept(images._replace(reference_pixels=images.pixels)).abs().max()) == 0
+    assert float(lpips_metric(path, CPU).per_image(images._replace(reference_pixels=images.pixels)).abs().max()) == 0
 
 
 @pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [1, 2]])
-def test_another_file_is_no_alexnet(tmp_path: Path, content: Any):
+def test_another_file_is_not_alexnet(tmp_path: Path, content: Any):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UsageError, match="does not hold AlexNet's weights"):
-        lpips_measure(tmp_path / "x.pth")
+        lpips_metric(tmp_path / "x.pth", CPU)
 
 
 class Inception(nn.Module):
-    """In the manner of the published TorchScript: classes, or features if asked for them."""
+    """Like the published TorchScript file: classes, or features on request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,32 +83,32 @@ def scripted(folder: Path) -> ScriptedFeatures:
 def test_fid_is_the_frechet_distance_of_the_scripted_features(tmp_path: Path):
     network, generator = scripted(tmp_path), torch.Generator().manual_seed(1)
     real = torch.randn(10_000, 6, generator=generator)
-    drawn = 0.5 * torch.randn(10_000, 6, generator=generator) + 2.0
-    found = fid_measure(network, "inception", real, "real").value(drawn.double())
+    generated = 0.5 * torch.randn(10_000, 6, generator=generator) + 2.0
+    found = fid_metric(network, "inception", real, "real").reduce(generated.double())
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.double().mean(0), torch.cov(x.double().T)
 
-    (mean_a, cov_a), (mean_b, cov_b) = moments(drawn), moments(real)
+    (mean_a, cov_a), (mean_b, cov_b) = moments(generated), moments(real)
     root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
     expected = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     assert found == pytest.approx(float(expected), rel=1e-6)
     assert found == pytest.approx(6 * 4 + 6 * 0.25, rel=0.05)
 
 
-def test_features_are_asked_for_where_a_network_gives_classes_too(tmp_path: Path):
+def test_features_are_requested_from_a_network_with_classes(tmp_path: Path):
     network, images = scripted(tmp_path), torch.randint(0, 255, (2, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(network(images), images.float().mean((2, 3)) @ Inception().weight.T)
 
 
-def test_fid_of_too_few_is_refused(tmp_path: Path):
-    with pytest.raises(UsageError, match="FID needs at least 10000 real images and pets has 9999"):
-        fid_measure(scripted(tmp_path), "inception", torch.zeros(9_999, 6), "pets")
+def test_fid_of_too_few_images_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="FID needs at least 10000 real images, and pets has 9999, too few"):
+        fid_metric(scripted(tmp_path), "inception", torch.zeros(9_999, 6), "pets")
 
 
-def test_a_state_dict_is_no_feature_network(tmp_path: Path):
+def test_a_state_dict_is_not_a_feature_network(tmp_path: Path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=r"--inception .*x\.pth is no TorchScript file"):
+    with pytest.raises(UsageError, match=r"--inception .*x\.pth is not a TorchScript file"):
         ScriptedFeatures(tmp_path / "x.pth", "--inception")
 
 
@@ -138,28 +141,33 @@ def clip_folder(tmp_path: Path) -> Path:
 def test_clip_score_is_a_hundred_cosines(clip_folder: Path):
     from transformers import CLIPModel, CLIPProcessor
 
-    images = shown(3, 32)
-    found = clip_measure(str(clip_folder)).kept(images).view(-1)
+    images = image_pair(3, 32)
+    found = clip_metric(str(clip_folder), CPU).per_image(images).view(-1)
     model, processor = CLIPModel.from_pretrained(clip_folder), cast(Any, CLIPProcessor).from_pretrained(clip_folder)
-    pictures = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images.pixels]
-    inputs = processor(text=list(images.prompts), images=pictures, return_tensors="pt", padding=True)
+    arrays = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images.pixels]
+    inputs = processor(text=list(images.prompts), images=arrays, return_tensors="pt", padding=True)
     with torch.no_grad():
         out = model(**inputs)
     expected = 100 * (out.image_embeds * out.text_embeds).sum(1)
     torch.testing.assert_close(found, expected)
     assert len({round(float(value), 3) for value in found}) == 3
-    scorer = clip_measure(str(clip_folder), scorer=True)
-    torch.testing.assert_close(scorer.kept(images).view(-1), out.logits_per_image.diagonal())
+    scorer = clip_metric(str(clip_folder), CPU, scorer=True)
+    torch.testing.assert_close(scorer.per_image(images).view(-1), out.logits_per_image.diagonal())
     assert scorer.label == "Score (clip)"
 
 
-def test_a_long_prompt_is_cut_to_what_clip_reads(clip_folder: Path):
-    assert clip_measure(str(clip_folder)).kept(shown(1, 32)._replace(prompts=("word " * 100,))).isfinite().all()
+def test_a_long_prompt_is_truncated_for_clip(clip_folder: Path):
+    assert (
+        clip_metric(str(clip_folder), CPU)
+        .per_image(image_pair(1, 32)._replace(prompts=("word " * 100,)))
+        .isfinite()
+        .all()
+    )
 
 
-def test_what_is_no_clip_is_refused(tmp_path: Path):
+def test_another_model_is_not_clip(tmp_path: Path):
     with pytest.raises(UsageError, match="holds no CLIP model"):
-        clip_measure(str(tmp_path))
+        clip_metric(str(tmp_path), CPU)
 
 
 def test_lpips_trains_on_pixels_of_one_channel(alexnet: nn.Sequential, tmp_path: Path):
@@ -174,5 +182,46 @@ def test_lpips_trains_on_pixels_of_one_channel(alexnet: nn.Sequential, tmp_path:
     assert a.grad.abs().max() > 0
     enlarged = [nn.functional.interpolate((x.detach() + 1) / 2, size=224, mode="bilinear") for x in (a, b)]
     pixels, reference = (x.expand(-1, 3, -1, -1) for x in enlarged)
-    expected = lpips_measure(path).kept(shown()._replace(pixels=pixels, reference_pixels=reference)).view(-1)
+    expected = (
+        lpips_metric(path, CPU).per_image(image_pair()._replace(pixels=pixels, reference_pixels=reference)).view(-1)
+    )
     torch.testing.assert_close(found.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["clip", "score", "lpips", "fid", "kid"])
+def test_networks_run_on_the_device_of_the_run(
+    name: str, clip_folder: Path, alexnet: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands in for a GPU: a result on it was computed by a network on it, from inputs moved to it."""
+    from transformers import CLIPModel
+
+    device = torch.device("meta")
+
+    def clip_forward(self: Any, **inputs: Tensor) -> Any:  # the original reads values, which meta tensors do not have
+        assert {value.device.type for value in inputs.values()} == {self.device.type} == {"meta"}
+        embeds = torch.zeros(len(inputs["pixel_values"]), 8, device=self.device)
+        return SimpleNamespace(image_embeds=embeds, text_embeds=embeds)
+
+    monkeypatch.setattr(CLIPModel, "forward", clip_forward)
+    torch.save({f"features.{key}": value for key, value in alexnet.state_dict().items()}, tmp_path / "alexnet.pth")
+
+    def metric() -> Metric:
+        if name in ("clip", "score"):
+            return clip_metric(str(clip_folder), device, scorer=name == "score")
+        if name == "lpips":
+            return lpips_metric(tmp_path / "alexnet.pth", device)
+        features = MobileNetV2Features().to(device)
+        if name == "fid":
+            return fid_metric(features, "x", torch.zeros(10_000, 1280), "real")
+        return kid_metric(features, "x", torch.zeros(4, 1280), "real")
+
+    values = metric().per_image(image_pair(3, 64))
+    assert values.device.type == "meta"
+    assert len(values) == 3
+
+
+def test_only_the_center_of_other_shapes_is_compared_with_square_images() -> None:
+    pixels = torch.rand(2, 3, 8, 12)
+    assert torch.equal(center_square(pixels), pixels[..., 2:10])
+    assert torch.equal(center_square(pixels.mT), pixels.mT[..., 2:10, :])
+    assert torch.equal(center_square(pixels[..., :8]), pixels[..., :8])
