@@ -160,7 +160,7 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_
             r"one teacher evaluation per step, and heun takes two; use --solver ddim or euler",
         ),
         ({"objective.name": "ct"}, "this objective has no teacher; use 0"),
-        ({"data.buckets": ("16x24", "16x16")}, "leave it at 0, or leave data.buckets out"),
+        ({"data.buckets": ("16x24", "16x16")}, "set it to 0, or remove data.buckets"),
         ({"data.teacher_cache_samples": -1}, "must be at least 0"),
     ],
 )
