@@ -22,10 +22,8 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.objectives import OBJECTIVES
-from lcmdistill.teachers.base import Teacher, no_condition
-from lcmdistill.teachers.pixart import PUBLISHED, call_pixart, sizes_kept
-from lcmdistill.teachers.sd import call_unet
-from lcmdistill.teachers.sdxl import call_unet_xl, time_ids
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.training.distributed import make_accelerator
 from lcmdistill.training.memory.estimate import usable
 from lcmdistill.training.memory.plan import Plan, choose_plan, estimator, plan_memory
@@ -43,15 +41,15 @@ CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 def full_size(name: str, device: str = "meta") -> Teacher:
     """A teacher of sd15, sd21, sdxl or pixart in its published size, without weights, or with random ones on a device."""
     folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "pixart": "sdxl"}[name]
+    family = FAMILIES[{"sd15": "sd", "sd21": "sd"}.get(name, name)]
     library: Any = diffusers
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    network_class = getattr(library, family.network_class)
     with torch.device(device):
         if name == "pixart":  # whose class has the published size, and SDXL's VAE has the same shapes as its own
-            network = library.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)
+            network = network_class(sample_size=128, caption_channels=4096)
         else:
-            network = library.UNet2DConditionModel.from_config(
-                json.loads((folder / "unet" / "config.json").read_text())
-            )
+            network = network_class.from_config(json.loads((folder / "unet" / "config.json").read_text()))
         vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
     network.eval().requires_grad_(False)
 
@@ -60,21 +58,19 @@ def full_size(name: str, device: str = "meta") -> Teacher:
         if name == "pixart":
             mask = torch.ones(n, 120, dtype=torch.int64)
             return Conditioning({"prompt_embeds": torch.zeros(n, 120, 4096), "attention_mask": mask})
-        told = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
-        return Conditioning(told | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
+        embeds = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
+        return Conditioning(embeds | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
 
-    call: Any = {"sdxl": call_unet_xl, "pixart": call_pixart}.get(name, call_unet)
-    condition: Any = {"sdxl": time_ids, "pixart": sizes_kept}.get(name, no_condition)
     return Teacher(
-        pipeline=SimpleNamespace(components={"vae": vae, "pixart" if name == "pixart" else "unet": network}),
+        family=family,
+        pipeline=SimpleNamespace(components={"vae": vae, family.network: network}),
         network=network,
         vae=vae,
         schedule=vp_schedule(scheduler),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
-        call=call,
+        call=family.call,
         encode_prompts=encode_prompts,
-        condition=condition,
-        published=PUBLISHED if name == "pixart" else {},
+        condition=family.condition,
     )
 
 

@@ -85,8 +85,8 @@ def sample(
     from lcmdistill.sampling import generate as sampling
     from lcmdistill.sampling.png import write_images
     from lcmdistill.sampling.prompts import default_prompts
-    from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
     from lcmdistill.teachers.prompts import count_truncated, token_limit
+    from lcmdistill.teachers.registry import family_of
     from lcmdistill.utils.device import pick_device
     from lcmdistill.utils.logging import progress
 
@@ -107,9 +107,9 @@ def sample(
     target = pick_device(device)
     dtype = sampling.sampling_dtype(precision, found.precision, target)
     pipeline = sampling.load_student(found.path, target, loras, scales, options, found.scheduler, dtype)
-    default_guidance = found.guidance_scale or (1.0 if loras or is_pixel_pipeline(pipeline) else 8.5)
+    default_guidance = found.guidance_scale or (1.0 if loras or family_of(pipeline).in_pixels else 8.5)
     guidance = guidance_scale if guidance_scale is not None else default_guidance
-    texts = texts or list(default_prompts(found.teacher, getattr(pipeline, "unet", None)))
+    texts = texts or list(default_prompts(found.teacher, pipeline))
     if warning := sampling.guidance_warning(found, guidance):
         logger.info(warning)
     if cut := count_truncated(pipeline, [*texts, *([negative_prompt] if negative_prompt else [])]):

@@ -23,8 +23,10 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.transforms import Sample
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import SampleInfo, Teacher, ends_in_noise
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.family import SampleInfo
 from lcmdistill.teachers.prompts import count_truncated, token_limit
+from lcmdistill.teachers.schedulers import ends_in_noise
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import RunError
 
@@ -210,7 +212,7 @@ def _generate(
         torch.stack([torch.randn(*shape, generator=g) for g in generators]),
         steps=config.teacher_steps,
         guidance_scale=config.guidance_scale,
-        scheduler="DPMSolverMultistepScheduler",
+        scheduler=teacher.family.data_scheduler,
         dtype=dtype,
         **draw_spacing(teacher),
     )

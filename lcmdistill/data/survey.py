@@ -10,7 +10,8 @@ from lcmdistill.data.buckets import buckets_for
 from lcmdistill.data.chunks import CHUNK, size_of
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.transforms import Sample, check_sample
-from lcmdistill.teachers.base import Teacher, needs_caption
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.family import needs_caption
 from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.utils.errors import UsageError
 

@@ -19,7 +19,7 @@ from lcmdistill.data.buckets import Size, nearest
 from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.data.sources.base import Member
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.teachers.base import Frame, needs_caption, whole_frame
+from lcmdistill.teachers.family import Frame, needs_caption, whole_frame
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def chosen_prompts(runs: Sequence[EvaluatedRun], options: EvaluationOptions, tea
     parameters = sum(p.numel() for p in teacher.network.parameters())
     count = options.num_images or (DEFAULT_IMAGES_SMALL if parameters < SMALL_NETWORK else DEFAULT_IMAGES)
     if teacher.in_pixels and options.prompts is None:
-        names = default_prompts(None, teacher.network)
+        names = default_prompts(None, teacher.pipeline)
         return tuple(names[i % len(names)] for i in range(count))
     of_teacher = Path(resolve_alias(runs[0].config.teacher.model)) / "prompts-heldout.txt"
     bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.sampling.student_pipeline import is_pixel_pipeline
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pipelines import pipeline_latents
-from lcmdistill.teachers.pixel import class_labels
+from lcmdistill.teachers.registry import family_of
 
 TEACHER_STEPS = 50
 "the teacher's steps for reference images"
@@ -102,7 +101,12 @@ def teacher_latents(
         on_progress: Called after each batch.
     """
     options: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
-    options |= {"steps": steps, "guidance_scale": guidance_scale, "scheduler": "DDIMScheduler", "dtype": dtype}
+    options |= {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": teacher.family.reference_scheduler,
+        "dtype": dtype,
+    }
 
     def generate(indices: list[int], z: Tensor) -> Tensor:
         return teacher.generate_latents([prompts[i] for i in indices], z, **options)
@@ -140,7 +144,7 @@ def student_latents(
     def generate(indices: list[int], z: Tensor) -> Tensor:
         batch_prompts = [prompts[i] for i in indices]
         generators = [torch.Generator().manual_seed(derive_seed(seed, "fresh", i)) for i in indices]
-        if is_pixel_pipeline(pipeline):
+        if family_of(pipeline).in_pixels:
             return _pixel_latents(pipeline, batch_prompts, z, steps, generators)
         options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators, "eta": eta}
         return pipeline_latents(pipeline, batch_prompts, z, **options)
@@ -154,7 +158,7 @@ def _pixel_latents(
     """Sample like a ConsistencyModelPipeline, which accepts no one-channel noise and clamps its pixels."""
     scheduler, unet = pipeline.scheduler, pipeline.unet
     scheduler.set_timesteps(steps)
-    labels = class_labels(unet, prompts)
+    labels = family_of(pipeline).prompt_kwargs(pipeline, prompts, None)["class_labels"]
     labels = None if labels is None else labels.to(unet.device)
     z = z.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

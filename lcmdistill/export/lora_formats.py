@@ -28,10 +28,7 @@ from lcmdistill.students.lora_files import (
     rank_of,
 )
 from lcmdistill.teachers.naming import public_name
-from lcmdistill.teachers.overrides import a1111_clip_skip
-
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"original layout -> sd-scripts' name of the base, by whose beginning A1111 and its kin know what a LoRA is for"
+from lcmdistill.teachers.registry import family_of
 
 
 def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
@@ -64,7 +61,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
     base, side = public_name(config.teacher.model), config.data.resolution
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
-    version = BASE_VERSIONS[layout] + ("_v" if layout != "sdxl" and prediction_type == "v_prediction" else "")
+    version = layout.base_versions.get(prediction_type, layout.base_versions["epsilon"])
     method, omegas = config.objective.info, omega_range(config)
     omega = (
         f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "its guidance left free"
@@ -88,14 +85,14 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
         "ss_base_model_version": version,
-        "ss_v2": str(layout == "sd2"),  # by which A1111 tells the two apart
+        "ss_v2": str(layout.is_v2),  # by which A1111 tells the two apart
         "ss_sd_model_name": base,
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": title,
         "ss_steps": str(config.optim.max_train_steps),
         "ss_learning_rate": str(config.optim.learning_rate),
         "ss_seed": str(config.run.seed),
-        **({"ss_clip_skip": str(a1111_clip_skip(skip, is_xl=layout == "sdxl"))} if skip else {}),
+        **({"ss_clip_skip": str(family_of(base_pipeline).a1111_clip_skip(skip))} if skip else {}),
         "ss_mixed_precision": str(config.run.precision),
         "ss_training_comment": f"{method.lora_title}, k = {k}, {omegas.omega if omegas else omega}",
     }

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from lcmdistill.export.diffusers_pipeline import add_vocabularies
 from lcmdistill.export.verify import check_close, network_inputs, smallest_side
+from lcmdistill.teachers.family import TeacherFamily
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 
 OPSET = 20
@@ -58,8 +60,9 @@ class Case(NamedTuple):
 class _UNet(nn.Module):
     """added_cond_kwargs, a dict to diffusers, as plain inputs. Their order is that of `network_inputs`."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, family: TeacherFamily, unet: Any) -> None:
         super().__init__()
+        self.family = family
         self.unet = unet
 
     def forward(
@@ -71,9 +74,10 @@ class _UNet(nn.Module):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        added = {} if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        options = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
-        return self.unet(sample, timestep, encoder_hidden_states, **options)[0]
+        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        optional = {"text_embeds": text_embeds, "time_ids": time_ids, "timestep_cond": timestep_cond}
+        inputs |= {name: value for name, value in optional.items() if value is not None}
+        return self.unet(**self.family.network_kwargs(self.family, self.unet, inputs), return_dict=False)[0]
 
 
 class _TextEncoder(nn.Module):
@@ -107,24 +111,24 @@ def need_onnx() -> None:
 
 def parts_of(pipeline: Any, guidance_scale: float) -> list[Part]:
     """U-Net, text encoders and VAE decoder of a diffusers pipeline, in fp32 on the CPU. guidance_scale: of the examples."""
-    is_xl = getattr(pipeline, "text_encoder_2", None) is not None
-    encoders = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
+    family = family_of(pipeline)
+    encoders = ((name, getattr(pipeline, name).float().eval()) for name in family.text_encoders)
     return [
-        _unet(pipeline.unet.float().eval(), guidance_scale),
-        *(_text_encoder(getattr(pipeline, name).float().eval(), name, all_layers=is_xl) for name in encoders),
+        _unet(family, pipeline.unet.float().eval(), guidance_scale),
+        *(_text_encoder(encoder, name, all_layers=family.text_layers_read) for name, encoder in encoders),
         _vae_decoder(pipeline.vae.float().eval()),
     ]
 
 
-def _unet(unet: Any, guidance_scale: float) -> Part:
+def _unet(family: TeacherFamily, unet: Any, guidance_scale: float) -> Part:
     def example(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        return network_inputs(unet, guidance_scale, batch=batch, size=size)
+        return network_inputs(family, unet, guidance_scale, batch=batch, size=size)
 
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in example(1, _sizes(unet)[0])}
     # The time is (1,) in ONNX pipelines and (B,) in ours: its axis is opened after the trace, see _open_timestep.
     axes |= {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": {}}
     axes["encoder_hidden_states"][1] = "sequence"
-    return Part("unet", _UNet(unet), unet.config, axes, ("out_sample",), example)
+    return Part("unet", _UNet(family, unet), unet.config, axes, ("out_sample",), example)
 
 
 def _text_encoder(encoder: Any, folder: str, *, all_layers: bool) -> Part:
@@ -174,9 +178,8 @@ def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
         config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
         text = json.dumps(config, indent=2, sort_keys=True, default=list)
         (folder / part.folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    for name in ("tokenizer", "tokenizer_2"):
-        if getattr(pipeline, name, None) is not None:
-            getattr(pipeline, name).save_pretrained(folder / name)
+    for name in _tokenizers(pipeline):
+        getattr(pipeline, name).save_pretrained(folder / name)
     add_vocabularies(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_index(pipeline), indent=2) + "\n", encoding="utf-8")
@@ -186,9 +189,9 @@ def _index(pipeline: Any) -> dict[str, Any]:
     """model_index.json: optimum's class for this model; the parts are named for diffusers' OnnxStableDiffusionPipeline."""
     import diffusers
 
-    graph, absent = ["diffusers", "OnnxRuntimeModel"], [None, None]
+    family, graph, absent = family_of(pipeline), ["diffusers", "OnnxRuntimeModel"], [None, None]
     index = {
-        "_class_name": onnx_class(pipeline),
+        "_class_name": family.onnx_classes[type(pipeline).__name__],
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": absent,
         "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
@@ -198,16 +201,14 @@ def _index(pipeline: Any) -> dict[str, Any]:
         "vae_decoder": graph,
         "vae_encoder": absent,
     }
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        return index | {"requires_safety_checker": False, "safety_checker": absent}
-    zeros = pipeline.config.force_zeros_for_empty_prompt
-    second = {"text_encoder_2": graph, "tokenizer_2": ["transformers", type(pipeline.tokenizer_2).__name__]}
-    return index | second | {"force_zeros_for_empty_prompt": zeros}
+    index |= dict.fromkeys(family.text_encoders, graph)
+    index |= {name: ["transformers", type(getattr(pipeline, name)).__name__] for name in _tokenizers(pipeline)}
+    return index | family.onnx_options(pipeline)
 
 
-def onnx_class(pipeline: Any) -> str:
-    """optimum's pipeline class for a diffusers pipeline, by which its card tells how it is loaded."""
-    return f"ORT{type(pipeline).__name__}"
+def _tokenizers(pipeline: Any) -> list[str]:
+    """The names of a pipeline's tokenizers, one for each text encoder."""
+    return [name.replace("text_encoder", "tokenizer") for name in family_of(pipeline).text_encoders]
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, n
 from lcmdistill.students.lora import merge_lora
 from lcmdistill.students.lora_files import DIFFUSERS_LORA, Lora
 from lcmdistill.teachers.base import has_omega_input
+from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.atomic import atomic_dir, atomic_file
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_dir import check_writable
@@ -75,7 +77,7 @@ def _pipeline_folder(product: TrainedStudent, request: Request) -> str:
         from diffusers import DiffusionPipeline
 
         del made  # so that one copy is in memory at a time
-        again = DiffusionPipeline.from_pretrained(aside, torch_dtype=request.dtype)
+        again = DiffusionPipeline.from_pretrained(aside, **dtype_option(request.dtype))
         got = pipeline_outputs(again, request.guidance_scale)
         return check_close(got, expected, BOUNDS[request.dtype], request.output)
 
@@ -109,25 +111,27 @@ def diffusers_lora(product: TrainedStudent, request: Request) -> str:
 def _trained(product: TrainedStudent, request: Request, lora: Lora) -> tuple[dict[str, str], Outputs]:
     """A LoRA's header, and what it gives; the pipeline that tells both is gone before another is loaded."""
     trained = product.pipeline()
-    if not hasattr(trained, "load_lora_weights"):
+    if family_of(trained).uses_peft_only:
         raise UsageError(
             f"a {type(trained).__name__} loads no such file; use --format peft, or fused for a full pipeline"
         )
     told = header(lora, product.config, product.run.name, trained)
-    return told, network_outputs(trained.unet, request.guidance_scale) if request.verify else {}
+    family, network = family_of(trained), network_of(trained)
+    return told, network_outputs(family, network, request.guidance_scale) if request.verify else {}
 
 
 def _verified_lora(product: TrainedStudent, request: Request, expected: Outputs, folder: Path, name: str | None) -> str:
     if not request.verify:
         return f"{request.output}: not verified"
     fresh = product.base_pipeline()
-    bare = network_outputs(fresh.unet, request.guidance_scale)
+    family = family_of(fresh)
+    bare = network_outputs(family, fresh.unet, request.guidance_scale)
     fresh.load_lora_weights(str(folder), weight_name=name or DIFFUSERS_LORA)
     # The base is in fp32 on both sides, and half precision rounds no more than what the LoRA adds, which may be little.
     bound = BOUNDS[torch.float32]
     if name and request.dtype != torch.float32:
         bound += BOUNDS[request.dtype] * difference(bare["network"], expected["network"])
-    return check_close(network_outputs(fresh.unet, request.guidance_scale), expected, bound, request.output)
+    return check_close(network_outputs(family, fresh.unet, request.guidance_scale), expected, bound, request.output)
 
 
 def peft(product: TrainedStudent, request: Request) -> str:
@@ -139,16 +143,17 @@ def peft(product: TrainedStudent, request: Request) -> str:
             return f"{request.output}: not verified"
         from peft import PeftModel
 
-        expected = network_outputs(network_of(product.pipeline()), request.guidance_scale)
+        family = product.family
+        expected = network_outputs(family, network_of(product.pipeline()), request.guidance_scale)
         fresh = PeftModel.from_pretrained(network_of(product.base_pipeline()), str(aside)).get_base_model()
-        got = network_outputs(fresh, request.guidance_scale)
+        got = network_outputs(family, fresh, request.guidance_scale)
         return check_close(got, expected, BOUNDS[torch.float32], request.output)
 
 
 def single_file(product: TrainedStudent, request: Request) -> str:
     """An A1111 / ComfyUI checkpoint: U-Net, VAE and text encoders in one file; LoRA fused, omega baked."""
     path, made = _file(request.output), product.pipeline()
-    _need_text_unet(made, "single-file")
+    _need_format(made, "single-file", bool(family_of(made).layouts))
     expected = pipeline_outputs(made, request.guidance_scale) if request.verify else {}
     _merge_adapter(product, made)
     bakes, free = has_omega_input(made.unet), omega_range(product.config) is None
@@ -180,7 +185,7 @@ def onnx(product: TrainedStudent, request: Request) -> str:
     """U-Net, text encoders and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first."""
     need_onnx()
     made = product.pipeline()
-    _need_text_unet(made, "onnx")
+    _need_format(made, "onnx", bool(family_of(made).onnx_classes))
     cases = cases_of(made, request.guidance_scale) if request.verify else []
     _merge_adapter(product, made)
     with atomic_dir(request.output) as aside:
@@ -192,9 +197,9 @@ def onnx(product: TrainedStudent, request: Request) -> str:
         return verify_onnx(aside, cases, request.quantize, request.output)
 
 
-def _need_text_unet(made: Any, name: str) -> None:
+def _need_format(made: Any, name: str, is_supported: bool) -> None:
     """Raise UsageError for a student whose format has no place for it."""
-    if type(network_of(made)).__name__ != "UNet2DConditionModel":
+    if not is_supported:
         raise UsageError(
             f"--format {name} is for U-Nets that take prompts, not for {type(made).__name__}; use pipeline"
         )

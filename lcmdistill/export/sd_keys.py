@@ -6,7 +6,7 @@ its innermost module's place and keeps the rest of its name. Works on the meta d
 The names are those of CompVis' latent-diffusion (U-Net, VAE), OpenAI's CLIP as transformers has it, and OpenCLIP.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def original_vae(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     }
 
 
-def original_clip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def original_clip(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
     """A CLIPTextModel's weights as SD1 and SDXL's first encoder have them; prefix: up to `transformer.` included.
 
     Written with the `text_model.` that some versions of transformers leave out of their own keys.
@@ -83,13 +83,13 @@ def original_openclip(state: Mapping[str, Tensor], config: Any, prefix: str) -> 
     return tensors
 
 
-def original_sd2_text(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+def original_sd2_text(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
     """SD2's text encoder, with the last layer and the projection that its original file has and nothing reads.
 
     Programs take the output of the layer before the last. diffusers drops the last one; in its place comes a layer of
     zeros, which with its residual connections hands its input on unchanged. Raises UsageError above 23 layers.
     """
-    prefix, layers = "cond_stage_model.model.", config.num_hidden_layers
+    layers = config.num_hidden_layers
     if layers > SD2_LAYERS_READ:
         raise UsageError(
             f"the text encoder has {layers} layers, and of an SD2 file only the first {SD2_LAYERS_READ} are read"
@@ -105,6 +105,14 @@ def original_sd2_text(state: Mapping[str, Tensor], config: Any) -> dict[str, Ten
     token = tensors[f"{prefix}token_embedding.weight"]
     tensors.setdefault(f"{prefix}text_projection", torch.eye(token.shape[1], dtype=token.dtype, device=token.device))
     return tensors
+
+
+TEXT_STYLES: dict[str, Callable[[Mapping[str, Tensor], Any, str], dict[str, Tensor]]] = {
+    "clip": original_clip,
+    "openclip": original_openclip,
+    "openclip-penultimate": original_sd2_text,
+}
+"""the key styles of SingleFileLayout.text_encoders: (weights, config, key prefix) -> tensors under their original keys"""
 
 
 def unet_places(config: Any) -> dict[str, str]:

@@ -14,37 +14,27 @@ from torch import Tensor, nn
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.bake_guidance import bake_omega
-from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
+from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.sampling.student_pipeline import STEPS
+from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
-from lcmdistill.teachers.pipelines import is_inpainting
+from lcmdistill.teachers.registry import family_of, family_of_folder
 from lcmdistill.utils.errors import RunError, UsageError
 
-ARCHITECTURES = {
-    ("sd1", "epsilon"): "stable-diffusion-v1",
-    ("sd1", "v_prediction"): "stable-diffusion-v1",
-    ("sd2", "epsilon"): "stable-diffusion-v2-512",
-    ("sd2", "v_prediction"): "stable-diffusion-v2-768-v",
-    ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base",
-    ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base",
-}
 
-INPAINTING = {"sd1": "stable-diffusion-v1-inpainting", "sd2": "stable-diffusion-v2-inpainting"}
-"ModelSpec has a name of its own for these alone"
+def layout_of(pipeline: Any) -> SingleFileLayout:
+    """The original layout of a diffusers pipeline.
 
-
-def layout_of(pipeline: Any) -> str:
-    """Which original layout a diffusers pipeline has, sd1, sd2 or sdxl; told apart as the programs do it.
-
-    Raises UsageError on a pipeline without a first text encoder (SDXL's refiner).
+    Raises UsageError on a pipeline without a first text encoder (SDXL's refiner), or of a family that has no layout.
     """
-    if getattr(pipeline, "text_encoder", None) is None:
+    family = family_of(pipeline)
+    if family.layout_of is None:
+        raise UsageError(f"there is no single-file layout for a {type(pipeline).__name__}; use --format pipeline")
+    if any(getattr(pipeline, name, None) is None for name in family.text_encoders):
         raise UsageError("a pipeline without its first text encoder cannot be written as a single file")
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        return "sdxl"
-    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
+    return family.layout_of(pipeline.unet.config)
 
 
 def original_tensors(pipeline: Any, unet: Any) -> dict[str, Tensor]:
@@ -52,17 +42,12 @@ def original_tensors(pipeline: Any, unet: Any) -> dict[str, Tensor]:
 
     Raises RunError on a weight that has no place in the layout.
     """
-    text = pipeline.text_encoder.state_dict()
-    layout = layout_of(pipeline)
     tensors = original_unet(unet.state_dict(), unet.config)
     tensors |= original_vae(pipeline.vae.state_dict(), pipeline.vae.config)
-    if layout == "sd1":
-        return tensors | original_clip(text, "cond_stage_model.transformer.")
-    if layout == "sd2":
-        return tensors | original_sd2_text(text, pipeline.text_encoder.config)
-    second = pipeline.text_encoder_2
-    tensors |= original_clip(text, "conditioner.embedders.0.transformer.")
-    return tensors | original_openclip(second.state_dict(), second.config, "conditioner.embedders.1.model.")
+    for name, (prefix, style) in layout_of(pipeline).text_encoders.items():
+        encoder = getattr(pipeline, name)
+        tensors |= TEXT_STYLES[style](encoder.state_dict(), encoder.config, prefix)
+    return tensors
 
 
 def write_single_file(
@@ -101,9 +86,7 @@ def unet_for_file(unet: Any, guidance_scale: float | None) -> Any:
 
 def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
     """ModelSpec's name of a pipeline's architecture, None for a prediction type that it has none for."""
-    layout = layout_of(pipeline)
-    known = ARCHITECTURES.get((layout, prediction_type))
-    return INPAINTING.get(layout, known) if known and is_inpainting(pipeline) else known
+    return layout_of(pipeline).architectures.get(prediction_type)
 
 
 def file_header(config: RunConfig, title: str) -> dict[str, str]:
@@ -196,11 +179,9 @@ def _save_config(part: Any, folder: Path) -> None:
 
 def read_back(path: Path, configs: Path) -> Any:
     """The pipeline in a single file, through diffusers' own loader and without a network. configs: from `configs_of`."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
 
-    is_xl = "text_encoder_2" in json.loads((configs / "model_index.json").read_text())
-    kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
-    if not is_xl:
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
-    return kind.from_single_file(str(path), config=str(configs), local_files_only=True, **absent)
+    family = family_of_folder(configs)
+    assert family is not None, "configs_of wrote it"
+    kind = getattr(diffusers, family.pipeline_classes[0])
+    return kind.from_single_file(str(path), config=str(configs), local_files_only=True, **family.single_file_options)

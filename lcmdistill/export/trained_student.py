@@ -16,12 +16,14 @@ from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.lora import ONLINE, put_lora
-from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora
+from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora, family_of_lora
 from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import FAMILIES, family_of_folder
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError
@@ -46,9 +48,11 @@ class TrainedStudent:
         return self.config.objective.info
 
     @property
-    def network_name(self) -> str:
-        """What the teacher's pipeline calls the network: "unet", or "transformer", whose adapters are peft's alone."""
-        return "transformer" if (self.run / "lora" / "adapter_config.json").is_file() else "unet"
+    def family(self) -> TeacherFamily:
+        """The teacher's family, as far as the run's own files tell."""
+        if self.lora is not None:
+            return family_of_lora(self.run / "lora")
+        return family_of_folder(self.run / "pipeline") or FAMILIES["sd"]
 
     def sampling_header(self) -> dict[str, str]:
         """Return the header strings of the run's LoRA that name its scheduler and time steps."""
@@ -61,14 +65,6 @@ class TrainedStudent:
         """What the run recommends to draw with, in diffusers' convention."""
         scale = self.config.run.validation_guidance_scale
         return 1.0 if scale is None else scale
-
-    @property
-    def is_xl(self) -> bool:
-        """Whether it is SDXL's, as far as the run's own files tell."""
-        if self.lora is None:
-            return (self.run / "pipeline" / "text_encoder_2").is_dir()
-        with safe_open(lora_file(self.run), framework="pt") as file:
-            return (file.metadata() or {}).get("ss_base_model_version", "").startswith("sdxl")
 
     def teacher(self) -> Teacher:
         """The teacher, loaded afresh."""
@@ -98,7 +94,7 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         name = f"{folder.name}.safetensors"
         # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
         with atomic_dir(folder / "lora") as aside:
-            if teacher.network_name == "unet":
+            if not teacher.family.uses_peft_only:
                 write_kohya(lora, aside / name, header(lora, config, folder.name, teacher.pipeline))
                 return folder / "lora" / name
             base = public_name(config.teacher.model)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lcmdistill.diffusion.consistency import omega_embedding
 from lcmdistill.teachers.base import has_omega_input
+from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import RunError
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -22,38 +24,34 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 Outputs = Mapping[str, Sequence[Tensor]]
 "part of a pipeline -> what it gives on fixed inputs"
 
-ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
-"the inputs that diffusers' networks take inside `added_cond_kwargs`"
-
 
 def network_inputs(
-    network: Any, guidance_scale: float, *, batch: int = 2, size: tuple[int, int] | None = None
+    family: TeacherFamily,
+    network: Any,
+    guidance_scale: float,
+    *,
+    batch: int = 2,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Fixed inputs of a denoising network under the names of its own arguments, those of ADDED among them.
+    """Return fixed inputs of a denoising network, under the names of its own arguments and of the family's added inputs.
 
-    The one place that knows what a network takes. sample: (B, C, h, w), timestep: (B,), encoder_hidden_states: (B, L, D);
-    timestep_cond: (B, W) if it takes omega; text_embeds: (B, P) and time_ids: (B, 6) of SDXL; resolution: (B, 2) and
-    aspect_ratio: (B, 1) of PixArt; class_labels: (B,). guidance_scale: diffusers' convention, omega + 1; size: of the latents,
-    by default the smallest square that it halves at each of its levels.
+    These are `sample` (B, C, h, w), `timestep` (B,), the family's conditioning inputs, and `timestep_cond` (B, W) if the
+    network has an omega input.
+
+    Args:
+        family: The network's family.
+        network: A teacher's or a student's network.
+        guidance_scale: In diffusers' convention, omega + 1.
+        batch: The batch size.
+        size: The latents' height and width; by default the smallest square that the network can halve at each level.
     """
     config, rng = network.config, torch.Generator().manual_seed(batch)
     height, width = size or (smallest_side(network),) * 2
     inputs = {
         "sample": torch.randn(batch, config.in_channels, height, width, generator=rng),
         "timestep": torch.tensor([999, 259, 19])[torch.arange(batch) % 3],
+        **family.example_inputs(network, rng, batch),
     }
-    embeds = config.get("caption_channels") or config.get("cross_attention_dim")
-    if embeds:  # in pixel space there is no prompt
-        inputs["encoder_hidden_states"] = torch.randn(batch, 77, embeds, generator=rng)
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["text_embeds"] = torch.randn(batch, pooled, generator=rng)
-        inputs["time_ids"] = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
-    if getattr(network, "use_additional_conditions", False):
-        inputs["resolution"] = torch.tensor([[1024.0, 1024.0]]).repeat(batch, 1)
-        inputs["aspect_ratio"] = torch.ones(batch, 1)
-    if config.get("num_class_embeds"):
-        inputs["class_labels"] = torch.arange(batch) % config.num_class_embeds
     if has_omega_input(network):
         w = torch.full((batch,), guidance_scale - 1.0)
         inputs["timestep_cond"] = omega_embedding(w, config.time_cond_proj_dim)
@@ -66,25 +64,19 @@ def smallest_side(network: Any) -> int:
 
 
 @torch.no_grad()
-def network_output(network: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a network gives on `network_inputs`, (B, C, h, w)."""
-    added: dict[str, Any] = {name: value for name, value in inputs.items() if name in ADDED}
-    plain = {name: value for name, value in inputs.items() if name not in ADDED}
-    if type(network).__name__.startswith("PixArt"):  # which asks for the dict's keys even where it uses none
-        added = {"resolution": None, "aspect_ratio": None, **added}
-        plain["hidden_states"] = plain.pop("sample")
-    told = {"added_cond_kwargs": added} if added else {}
-    return network.float().eval()(**plain, **told, return_dict=False)[0]
+def network_output(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return a network's output on `network_inputs`, (B, C, h, w)."""
+    return network.float().eval()(**family.network_kwargs(family, network, inputs), return_dict=False)[0]
 
 
-def network_outputs(network: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
-    """Outputs of the network alone: all that a LoRA changes."""
-    return {"network": [network_output(network, network_inputs(network, guidance_scale))]}
+def network_outputs(family: TeacherFamily, network: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
+    """Return the network's outputs only, which is all that a LoRA changes."""
+    return {"network": [network_output(family, network, network_inputs(family, network, guidance_scale))]}
 
 
 def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
-    """Outputs of a pipeline's network, its VAE both ways and its text encoders."""
-    outputs = network_outputs(network_of(pipeline), guidance_scale)
+    """Return outputs of a pipeline's network, of its VAE in both directions, and of its text encoders."""
+    outputs = network_outputs(family_of(pipeline), network_of(pipeline), guidance_scale)
     if "vae" in pipeline.components:
         outputs["VAE"] = _vae_both_ways(pipeline.vae)
     for name, part in pipeline.components.items():

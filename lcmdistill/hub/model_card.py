@@ -17,6 +17,7 @@ from lcmdistill.export.trained_student import TrainedStudent, load_trained_stude
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.naming import (
     is_local,
     license_name,
@@ -26,7 +27,6 @@ from lcmdistill.teachers.naming import (
     public_path,
     redact_paths,
 )
-from lcmdistill.teachers.overrides import a1111_clip_skip
 from lcmdistill.utils.atomic import write_text
 
 _FULL_USE = """```python
@@ -117,24 +117,23 @@ def card_for(
     method: MethodInfo,
     guidance: float,
     has_omega_input: bool,
-    is_xl: bool,
-    network: str = "unet",
+    family: TeacherFamily,
 ) -> str:
     """A run's card with its Use section rewritten for one export.
 
     name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
-    guidance: what to draw with; has_omega_input: whether the exported network has an input for it; is_xl: whether it is SDXL's;
-    network: what its pipeline calls it.
+    guidance: what to draw with; has_omega_input: whether the exported network has an input for it; family: the teacher's.
     """
     before, found, rest = card.partition("\n## Use\n")
     after = rest[rest.find("\n## Configuration\n") :]
     if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
         return card
-    base = "StableDiffusionXL" if is_xl else "StableDiffusion"
-    kind = "LatentConsistencyModel" if has_omega_input and not is_xl and not method.sampling_options else base
-    values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": network}
-    values |= {"scheduler": method.scheduler, "call": _image(method, guidance), "onnx_class": f"ORT{kind}Pipeline"}
-    values |= {"file_class": f"{base}Pipeline", "loaded": loading_code(model, f"{base}Pipeline", method.scheduler)}
+    base = family.pipeline_classes[0]
+    kind = family.student_pipeline_class(has_omega_input, bool(method.sampling_options)) or base
+    values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": family.network}
+    values |= {"scheduler": method.scheduler, "call": _image(method, guidance)}
+    values |= {"onnx_class": family.onnx_classes.get(kind, ""), "file_class": base}
+    values |= {"loaded": loading_code(model, base, method.scheduler)}
     code = _IN_PYTHON[name].format(**values)
     return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
 
@@ -159,21 +158,21 @@ def model_card(
         license_of(config.teacher.model),
     )
     is_hub_id = not is_local(name)
-    about = ["image-generation"] if teacher.in_pixels else ["text-to-image", "stable-diffusion"]
-    tags = [*about, *method.tags, "lcmdistill"]
+    family = teacher.family
+    tags = [*family.tags, *method.tags, "lcmdistill"]
     shown = [{"text": prompt, "output": {"url": file}} for file, prompt in (samples or {}).items()]
     more: dict[str, Any] = {**licence, **({"widget": shown} if shown else {})}
     data = ModelCardData(
-        library_name="diffusers" if teacher.network_name == "unet" or not is_lora else "peft",
-        pipeline_tag="unconditional-image-generation" if teacher.in_pixels else "text-to-image",
+        library_name="peft" if is_lora and family.uses_peft_only else "diffusers",
+        pipeline_tag=family.task,
         base_model=name if is_hub_id else None,
         base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
         tags=[*tags, "lora"] if is_lora else tags,
         **more,
     )
     guidance = config.run.validation_guidance_scale or 1.0
-    is_xl = "text_encoder_2" in teacher.pipeline.components  # whose files cannot say what to skip
-    adapter = _LORA_USE if teacher.network_name == "unet" else _PEFT_USE
+    skips = family.clip_skip == "recorded"  # its files cannot say what to skip
+    adapter = _PEFT_USE if family.uses_peft_only else _LORA_USE
     place = public_path(folder)
     use = (adapter if is_lora else _FULL_USE).format(
         folder=place,
@@ -181,7 +180,7 @@ def model_card(
         name=folder.name,
         guidance=guidance,
         sampler=method.sampler,
-        call=_image(method, guidance, (config.teacher.clip_skip or 0) if is_xl else 0),
+        call=_image(method, guidance, (config.teacher.clip_skip or 0) if skips else 0),
         loaded=loading_code(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
     )
     where = guidance_of(teacher, config.student, objective.omega)
@@ -216,7 +215,7 @@ def model_card(
 - {"guidance as its start had it" if as_started else of_omega}
 - {config.optim.max_train_steps} optimiser steps, {method.describe(objective)}, {config.data.resolution} px
 - weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
-{_pieces(config, is_xl=is_xl)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
+{_pieces(config, family)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
 ## Use
 
 {use}
@@ -229,13 +228,14 @@ def model_card(
 """
 
 
-def _pieces(config: RunConfig, *, is_xl: bool) -> str:
-    """What was changed of the teacher's parts, a line each. is_xl: whose files cannot do without CLIP's last layers."""
+def _pieces(config: RunConfig, family: TeacherFamily) -> str:
+    """What was changed of the teacher's parts, a line each."""
     skip, vae = config.teacher.clip_skip, config.teacher.vae
-    how = "draw with as many" if is_xl or config.student.kind == "lora" else "the text encoder's files are made so"
+    in_files = family.clip_skip == "baked" and config.student.kind == "full"
+    how = "the text encoder's files are made so" if in_files else "draw with as many"
     told = ""
     if skip:
-        theirs = a1111_clip_skip(skip, is_xl=is_xl)
+        theirs = family.a1111_clip_skip(skip)
         told = f"- {skip} of CLIP's last layers skipped (`clip_skip={skip}`, A1111's clip skip {theirs}): {how}\n"
     told += f"- the VAE is `{public_name(vae)}`, in place of the teacher's\n" if vae else ""
     return told + (
@@ -299,8 +299,8 @@ def _export_card(product: TrainedStudent, name: str, place: str, file: str = "")
     loaded_as = "pipeline" if name == "fused" else name
     model, method = product.config.teacher.model, product.method
     guidance = product.guidance_scale if has_omega or free else 1.0
-    about = {"method": method, "guidance": guidance, "has_omega_input": has_omega, "is_xl": product.is_xl}
-    return card_for(card, loaded_as, place, file, model, **about, network=product.network_name)
+    about = {"method": method, "guidance": guidance, "has_omega_input": has_omega, "family": product.family}
+    return card_for(card, loaded_as, place, file, model, **about)
 
 
 def put_export_card(product: TrainedStudent, name: str, output: Path, folder: Path) -> None:

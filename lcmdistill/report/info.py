@@ -7,24 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
+from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 
 Row = tuple[str, str]
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-
-NETWORKS = {
-    "StableDiffusionPipeline": "Stable Diffusion",
-    "StableDiffusionInpaintPipeline": "Stable Diffusion inpainting",
-    "StableDiffusionXLPipeline": "Stable Diffusion XL",
-    "StableDiffusionXLInpaintPipeline": "Stable Diffusion XL inpainting",
-    "PixArtAlphaPipeline": "PixArt-alpha, a diffusion transformer",
-    "LatentConsistencyModelPipeline": "Stable Diffusion with a guidance input (a student)",
-    "DDPMPipeline": "pixel space",
-    "DDIMPipeline": "pixel space",
-    "ConsistencyModelPipeline": "pixel space",
-}
 
 _FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
 
@@ -42,10 +31,10 @@ def describe(model: str) -> list[Row]:
     path = Path(model).expanduser()
     if path.is_file():
         return _file(path)
-    if (path / "config.toml").is_file():
-        return _run(path)
     if (path / "model_index.json").is_file():
         return _pipeline(path)
+    if (path / "config.toml").is_file():
+        return _run(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if len(files) == 1:
         return _file(files[0])
@@ -114,7 +103,7 @@ def _lora(path: Path, header: Header) -> list[Row]:
     in_file = "in its tensors" if f"{_stem(downs)}.alpha" in header.tensors else "none"
     ranks = sorted({shape[0] for shape in downs.values()})
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
-    fits = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+    fits = {layout.width: layout.title for _, layout in single_file_layouts()}
     guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
     return [
         ("type", f"LoRA, {kind} keys, on {len(downs)} layers"),
@@ -147,9 +136,10 @@ def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
 def _pipeline(folder: Path) -> list[Row]:
     index = _json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
-    network = "transformer" if (folder / "transformer").is_dir() else "unet"
-    config = _json(folder / network / "config.json")
-    rows = [("folder", str(folder)), ("type", f"{kind}: {_family(kind, config)}")]
+    family = family_of_class(kind)
+    config = _json(folder / (family.network if family else "unet") / "config.json")
+    title = family.describe(kind, config) if family else "not supported"
+    rows = [("folder", str(folder)), ("type", f"{kind}: {title}")]
     rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
     side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
     if isinstance(side, int):
@@ -160,13 +150,6 @@ def _pipeline(folder: Path) -> list[Row]:
     for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
         rows += [(part, text) for text in [_weights(folder / part)] if text]
     return [*rows, ("license", _license(folder))]
-
-
-def _family(kind: str, config: Mapping[str, Any]) -> str:
-    name = NETWORKS.get(kind, "not supported")
-    if kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
-        name = name.replace("Diffusion", "Diffusion 2" if config.get("use_linear_projection") else "Diffusion 1")
-    return name
 
 
 def _denoiser(config: Mapping[str, Any]) -> list[Row]:

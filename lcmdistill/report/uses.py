@@ -6,16 +6,8 @@ from typing import Any
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.students.lora_files import family_of_lora
 from lcmdistill.teachers.naming import loading_code
-from lcmdistill.teachers.single_file.inspect import read_header
-
-
-def _class_of(lora: Path) -> str:
-    """Return the pipeline class that a LoRA file is for, from its header."""
-    if not lora.is_file():
-        return "StableDiffusionPipeline"
-    is_xl = read_header(lora).metadata.get("ss_base_model_version", "").startswith("sdxl")
-    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
 
 
 def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
@@ -53,7 +45,9 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
                     + (f". {free_note}" if free else "; its guidance is baked into its weights.")
                 ],
                 "code": _DIFFUSERS_LORA.format(
-                    loaded=loading_code(config.teacher.model, _class_of(run / "lora" / file), method.scheduler),
+                    loaded=loading_code(
+                        config.teacher.model, family_of_lora(run / "lora").pipeline_classes[0], method.scheduler
+                    ),
                     run=run,
                     file=file,
                     call=method.pipeline_call(steps, guidance if free else 1),

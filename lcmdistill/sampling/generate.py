@@ -16,12 +16,14 @@ from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
-from lcmdistill.sampling.student_pipeline import Size, is_pixel_pipeline, pipeline_kwargs, vp_scheduler
+from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
 from lcmdistill.students.lora import choose_adapters
 from lcmdistill.students.lora_files import load_lora, original_steps_of, scheduler_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_pipeline
-from lcmdistill.teachers.pipelines import is_inpainting, network_of
+from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import family_of
+from lcmdistill.teachers.schedulers import vp_scheduler
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
@@ -151,11 +153,11 @@ def load_student(
     pipeline.to(device, dtype)
     if "vae" in pipeline.components:
         pipeline.vae.float()  # SDXL's VAE overflows in fp16; `vae_dtype` selects what it computes in
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and type(part).__name__.startswith("T5"):
-            for name, module in part.named_modules():
-                if name.endswith(".wo"):  # this layer of T5 overflows in half precision; T5's own loader does the same
-                    module.float()
+    family = family_of(pipeline)
+    for part in (pipeline.components.get(name) for name in family.text_encoders):
+        for name, module in part.named_modules() if part is not None else ():
+            if name.endswith(family.fp32_layers):
+                module.float()
     _check_finite(pipeline, model, loras)
     return pipeline
 
@@ -262,7 +264,7 @@ def generate(
     """
     _check_effects(pipeline, guidance_scale, eta, negative_prompt)
     check_steps(pipeline, steps)
-    if image_and_mask and not is_inpainting(pipeline):
+    if image_and_mask and not family_of(pipeline).takes_mask:
         raise UsageError("this is not an inpainting model; remove --image and --mask")
     if size is not None:
         _check_size(pipeline, size)
@@ -286,7 +288,7 @@ def generate(
 
 
 def _check_size(pipeline: Any, size: Size) -> None:
-    if is_pixel_pipeline(pipeline):
+    if family_of(pipeline).in_pixels:
         return  # `pipeline_kwargs` accepts the native size only
     multiple = math.lcm(pipeline.vae_scale_factor * network_of(pipeline).config.get("patch_size", 1), 8)
     sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
@@ -333,7 +335,7 @@ def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, nega
         raise UsageError(f"--eta is for a {', '.join(known)}, and this model has {scheduler}; remove this option")
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise UsageError(f"--eta is {eta}; it must be from 0 (no fresh noise) to 1")
-    if is_pixel_pipeline(pipeline) and (negative_prompt is not None or guidance_scale != 1.0):
+    if family_of(pipeline).in_pixels and (negative_prompt is not None or guidance_scale != 1.0):
         option = "--guidance-scale" if negative_prompt is None else "--negative-prompt"
         raise UsageError(
             f"{option} has no effect on a consistency model in pixel space, which has no guidance; remove this option"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.data.sources.teacher import read_prompts
-from lcmdistill.teachers.pixel import class_names
+from lcmdistill.teachers.registry import family_of
 
 STEPS = (1, 2, 4, 8)
 
@@ -18,20 +18,17 @@ PROMPTS = (
     "a bowl of ramen, top view, food photography",
 )
 
-UNCONDITIONAL_LABELS = ("image 1", "image 2", "image 3", "image 4")
-"row labels for a network that takes no prompt; each row has its own noise"
 
-
-def default_prompts(model: str | None, network: Any = None) -> tuple[str, ...]:
+def default_prompts(model: str | None, pipeline: Any = None) -> tuple[str, ...]:
     """Return the prompts to use when the user specified none.
 
     Args:
         model: The teacher's alias, path or hub id. The bundled teacher has its own validation prompts.
-        network: The network to sample. A class-conditional network gets its class names.
+        pipeline: The pipeline to sample. A class-conditional network gets its class names.
     """
     from lcmdistill.teachers.naming import resolve_alias
 
-    if type(network).__name__ == "UNet2DModel":
-        return class_names(network) or UNCONDITIONAL_LABELS
+    if pipeline is not None and (prompts := family_of(pipeline).default_prompts(pipeline)):
+        return prompts
     bundled = Path(resolve_alias(model or "")) / "prompts-validation.txt"
     return tuple(read_prompts(str(bundled))) if bundled.is_file() else PROMPTS

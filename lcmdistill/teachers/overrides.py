@@ -1,4 +1,4 @@
-"""What a user changes of a teacher's parts: its VAE and how that computes, its safety checker, CLIP's last layers."""
+"""Parts of a teacher that the user can change: its VAE and what that computes in, and how many CLIP layers are read."""
 
 import json
 import tempfile
@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.naming import is_local
+from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.errors import RunError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TILE = 512
-"the most pixels of a tile's side: a VAE's own tiles are as large as the images it was trained on, which saves nothing at those"
+"the longest side of a tile in pixels; by default a VAE's tiles have its training size, which saves no memory at that size"
 
-# What a VAE has in common with every other that a network could have been trained with.
+# What a replacement VAE must have in common with the one that the network was trained with.
 _MUST_EQUAL: dict[str, Callable[[Any], float]] = {
     "{:g} latent channels": lambda vae: vae.config.latent_channels,
     "a downscale factor of {:g}": lambda vae: 2 ** (len(vae.config.block_out_channels) - 1),
@@ -29,37 +31,44 @@ _MUST_EQUAL: dict[str, Callable[[Any], float]] = {
 
 
 def replace_vae(pipeline: Any, vae: str, *, allow_pickle: bool = False) -> None:
-    """Give a pipeline another VAE: a .safetensors file, or a diffusers folder or hub id, of a VAE or of a pipeline with one.
+    """Replace a pipeline's VAE.
 
-    Raises UsageError if there is none, or it is not one that the network can have been trained with.
+    Args:
+        pipeline: A pipeline with a VAE.
+        vae: A .safetensors file, a diffusers folder or a hub id, of a VAE or of a pipeline with one.
+        allow_pickle: Whether to open pickled weights.
+
+    Raises:
+        UsageError: There is no such VAE, or the network cannot have been trained with it.
+        RunError: The hub cannot be reached.
     """
-    own = pipeline.components.get("vae")
-    if own is None:
-        raise UsageError(f"--vae {vae}: the teacher, a {type(pipeline).__name__}, has no VAE to be replaced")
-    other = _load_vae(vae, own, allow_pickle).eval().requires_grad_(False)
-    if lost := [name for name, value in other.state_dict().items() if value.is_meta]:
-        raise UsageError(f"--vae {vae} lacks {len(lost)} weights, such as {lost[0]}; give a whole VAE")
-    for what, of in _MUST_EQUAL.items():
-        if abs(of(other) - of(own)) > 1e-3 * abs(of(own)):
+    current = pipeline.components.get("vae")
+    if current is None:
+        raise UsageError(f"--vae {vae}: the teacher, a {type(pipeline).__name__}, has no VAE to replace")
+    replacement = _load_vae(vae, current, allow_pickle).eval().requires_grad_(False)
+    if missing := [name for name, value in replacement.state_dict().items() if value.is_meta]:
+        raise UsageError(f"--vae {vae} lacks {len(missing)} weights, such as {missing[0]}; use a complete VAE")
+    for what, value_of in _MUST_EQUAL.items():
+        if abs(value_of(replacement) - value_of(current)) > 1e-3 * abs(value_of(current)):
             raise UsageError(
-                f"--vae {vae} has {what.format(of(other))} and the teacher's network was trained on {what.format(of(own))}; "
-                "give a VAE of its family"
+                f"--vae {vae} has {what.format(value_of(replacement))} and the teacher's network was trained on "
+                f"{what.format(value_of(current))}; use a VAE of its family"
             )
-    pipeline.register_modules(vae=other)
+    pipeline.register_modules(vae=replacement)
 
 
-def _load_vae(vae: str, own: Any, allow_pickle: bool) -> Any:
-    """An AutoencoderKL in fp32. own: the teacher's, whose config a single file is read with."""
+def _load_vae(vae: str, current: Any, allow_pickle: bool) -> Any:
+    """Return an AutoencoderKL in fp32; `current` is the teacher's, whose config a single file is read with."""
     from diffusers import AutoencoderKL
 
     path, kind = Path(vae).expanduser(), AutoencoderKL
     try:
         if path.is_file():
-            return _single_file(path, own)
+            return _single_file(path, current)
         is_folder = path.is_dir()
         if not is_folder and is_local(vae):
-            raise UsageError(f"--vae {vae}: there is none; give a diffusers folder, a .safetensors file or a hub id")
-        options: dict[str, Any] = {"use_safetensors": None if allow_pickle else True, "torch_dtype": torch.float32}
+            raise UsageError(f"--vae {vae} does not exist; use a diffusers folder, a .safetensors file or a hub id")
+        options: dict[str, Any] = {"use_safetensors": None if allow_pickle else True, **dtype_option(torch.float32)}
         name = str(path) if is_folder else vae
         if is_folder and not (path / "config.json").is_file():
             options["subfolder"] = "vae"
@@ -70,103 +79,104 @@ def _load_vae(vae: str, own: Any, allow_pickle: bool) -> Any:
                 raise
             options["subfolder"] = "vae"  # of a whole pipeline on the hub
             config = kind.load_config(name, subfolder="vae")
-        if (found := config.get("_class_name")) != kind.__name__:
-            raise UsageError(f"--vae {vae} is a {found}; the latents of a distillation need an AutoencoderKL")
+        if (class_name := config.get("_class_name")) != kind.__name__:
+            raise UsageError(f"--vae {vae} is a {class_name}; the latents of a distillation need an AutoencoderKL")
         return kind.from_pretrained(name, **options)
     except UsageError:
         raise
-    except Exception as error:  # a loader that is fed something else raises whatever it stumbles over
-        said = str(error).strip().split("\n")[0]
+    except Exception as error:  # a loader raises whatever it meets in files of another kind
+        reason = str(error).strip().split("\n")[0]
         if not path.exists() and _is_unreachable(error):
             raise RunError(f"--vae {vae} is not in the local cache and the hub cannot be reached") from error
-        if "meta tensor" in said:  # which is what a weight is that was found nowhere
-            said = "weights are missing, or have names that are not known"
-        raise UsageError(f"--vae {vae} cannot be read as a VAE: {said}") from error
+        if "meta tensor" in reason:  # a weight that no file holds
+            reason = "weights are missing, or their names are unknown"
+        raise UsageError(f"--vae {vae} cannot be read as a VAE: {reason}") from error
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error goes back to a file that is not here, and a hub that did not answer."""
+    """Return whether an error was caused by a file that is not cached and a hub that did not answer."""
     return error is not None and (
         type(error).__name__ == "LocalEntryNotFoundError" or _is_unreachable(error.__context__)
     )
 
 
-def _single_file(path: Path, own: Any) -> Any:
-    """A VAE of one file, or the one inside a checkpoint. Raises UsageError on a pickle or missing weights."""
+def _single_file(path: Path, current: Any) -> Any:
+    """Return the VAE of a single file, or the one inside a checkpoint. Raises UsageError on a pickle."""
     from diffusers import AutoencoderKL
 
     if path.suffix != ".safetensors":
-        raise UsageError(f"--vae {path} is no .safetensors file; a pickle can run any code when it is opened")
-    read_header(path)  # which says what a broken one is
-    with tempfile.TemporaryDirectory() as passing:
-        values = {key: value for key, value in own.config.items() if not key.startswith("_")}
-        (Path(passing) / "config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderKL"}))
+        raise UsageError(f"--vae {path} is not a .safetensors file; a pickle can run any code when opened")
+    read_header(path)  # raises a readable error on a broken file
+    with tempfile.TemporaryDirectory() as folder:
+        values = {key: value for key, value in current.config.items() if not key.startswith("_")}
+        (Path(folder) / "config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderKL"}))
         return AutoencoderKL.from_single_file(
-            str(path), config=passing, local_files_only=True, torch_dtype=torch.float32
+            str(path), config=folder, local_files_only=True, **dtype_option(torch.float32)
         )
 
 
-def settle_vae(pipeline: Any, dtype: str, *, tiling: bool) -> None:
-    """Let a pipeline's VAE compute in its own dtype, whatever stands around it. Its weights stay as they are.
+def configure_vae(pipeline: Any, dtype: str, *, tiling: bool) -> None:
+    """Make a pipeline's VAE compute in its own dtype whatever surrounds it. Its weights stay as they are.
 
-    dtype: a key of DTYPES, of autocast: bf16 or fp16 compute so, fp32 leaves any autocast outside. tiling: image by image, and
-    in overlapping tiles of at most TILE pixels a side.
+    Args:
+        pipeline: A pipeline of any kind; without a VAE nothing happens.
+        dtype: A key of DTYPES. bf16 and fp16 compute under autocast; fp32 keeps any outer autocast out.
+        tiling: Whether to work image by image, in overlapping tiles of at most TILE pixels a side.
     """
-    vae, asked = pipeline.components.get("vae"), DTYPES[dtype]
+    vae, compute_dtype = pipeline.components.get("vae"), DTYPES[dtype]
     if vae is None:
         return
 
-    def in_its_own(method: Callable[..., Any]) -> Callable[..., Any]:
+    def in_its_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(x: torch.Tensor, *args: Any, **options: Any) -> Any:
             device = vae.device.type
-            if asked == torch.float32 and not torch.is_autocast_enabled(device):
+            if compute_dtype == torch.float32 and not torch.is_autocast_enabled(device):
                 return method(x.to(vae.dtype), *args, **options)
-            with torch.autocast(device, dtype=asked, enabled=asked != torch.float32):
+            with torch.autocast(device, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
                 return method(x.to(vae.dtype), *args, **options)
 
         return call
 
-    vae.encode, vae.decode = in_its_own(vae.encode), in_its_own(vae.decode)
+    vae.encode, vae.decode = in_its_dtype(vae.encode), in_its_dtype(vae.decode)
     if tiling:
         vae.enable_slicing()
         vae.enable_tiling()
         vae.tile_sample_min_size = side = min(TILE, *np.atleast_1d(vae.config.sample_size).tolist())
         vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
-    if tiling or asked != torch.float32:
+    if tiling or compute_dtype != torch.float32:
         pipeline.register_to_config(_vae=f"{dtype}{', tiled' * tiling}")
 
 
 def skip_last_layers(pipeline: Any, count: int) -> None:
-    """Let CLIP's last `count` layers have no part in what a prompt says: diffusers' clip_skip.
+    """Skip CLIP's last `count` layers, as diffusers' `clip_skip` does.
 
-    Of Stable Diffusion 1 and 2 they are made to add nothing, which every program that reads the files then follows. SDXL's
-    second encoder needs its last layer for the pooled embedding: there the count is noted, and told to the pipeline whenever it
-    draws.
-    Raises UsageError for a pipeline without CLIP, or a count that leaves no layer.
+    Where the family allows, the layers are made to add nothing, so that every program that reads the saved files follows.
+    SDXL's second encoder needs its last layer for the pooled embedding: there the count is recorded in the pipeline's config.
+
+    Raises:
+        UsageError: The pipeline has no CLIP, or the count leaves no layer.
     """
-    parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part}
-    if not parts or not all(type(part).__name__.startswith("CLIPText") for part in parts.values()):
-        raise UsageError(
-            f"--clip-skip is for text encoders that are CLIP's, and a {type(pipeline).__name__} has none; leave it out"
-        )
-    # SDXL goes without the last one by itself, and counts from there.
-    most = min(part.config.num_hidden_layers for part in parts.values()) - len(parts)
+    name = type(pipeline).__name__
+    family = family_of_class(name)
+    encoders = [pipeline.components.get(part) for part in family.text_encoders] if family else []
+    layers = [_clip_layers(encoder) for encoder in encoders]
+    if family is None or family.clip_skip is None or not all(layers):
+        raise UsageError(f"--clip-skip needs CLIP text encoders, and a {name} has none; remove the option")
+    most = min(map(len, layers)) - family.clip_skip_offset
     if not 0 <= count <= most:
-        raise UsageError(
-            f"--clip-skip is {count}; this teacher's text encoder can do without 0 to {most} of its layers"
-        )
-    if len(parts) > 1:
+        raise UsageError(f"--clip-skip is {count}; this teacher's text encoder can skip 0 to {most} of its layers")
+    if family.clip_skip == "recorded":
         pipeline.register_to_config(_clip_skip=count)
         return
-    layers = next(part for name, part in parts["text_encoder"].named_modules() if name.endswith("encoder.layers"))
     with torch.no_grad():
-        for layer in list(layers)[len(layers) - count :]:
+        for layer in layers[0][len(layers[0]) - count :]:
             for last in (layer.self_attn.out_proj, layer.mlp.fc2):
                 last.weight.zero_()
                 last.bias.zero_()
 
 
-def a1111_clip_skip(count: int, *, is_xl: bool) -> int:
-    """Return A1111's number for diffusers' clip_skip: it counts from the layer that is read, for SDXL the last but one."""
-    return count + (2 if is_xl else 1)
+def _clip_layers(encoder: Any) -> list[Any]:
+    """Return the layers of a CLIP text encoder, first to last; [] if it is none."""
+    modules = [] if encoder is None else encoder.named_modules()
+    return next((list(part) for path, part in modules if path.endswith("encoder.layers")), [])

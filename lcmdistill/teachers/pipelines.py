@@ -1,4 +1,4 @@
-"""Asking a diffusers pipeline: one call for all families, whose classes differ in what else they want to be told.
+"""Call a diffusers pipeline of any family.
 
 Shapes: B batch, C latent channels, h w latent size, H W pixels.
 """
@@ -10,43 +10,37 @@ import torch
 from torch import Tensor
 
 from lcmdistill.objectives import method_sampled_by
-from lcmdistill.teachers.prompts import prompt_kwargs
+from lcmdistill.teachers.registry import family_of
 
 
 def network_of(pipeline: Any) -> Any:
-    """The denoising network of a pipeline: its U-Net or its transformer."""
-    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    """Return a pipeline's denoising network: its U-Net or its transformer."""
+    return getattr(pipeline, family_of(pipeline).network)
 
 
 def native_size(pipeline: Any) -> tuple[int, int]:
-    """(H, W) that a pipeline draws unless it is told otherwise."""
+    """Return the default image size (H, W) of a pipeline."""
     size = network_of(pipeline).config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
-def is_inpainting(pipeline: Any) -> bool:
-    """Whether a pipeline is to be shown an image and a mask."""
-    return type(pipeline).__name__.endswith("InpaintPipeline")
-
-
 def extra_call_kwargs(
-    pipeline: Any, count: int, height: int, width: int, shown: tuple[Any, Any] | None = None
+    pipeline: Any, count: int, height: int, width: int, image_and_mask: tuple[Any, Any] | None = None
 ) -> dict[str, Any]:
-    """What a pipeline's class or scheduler needs to be told besides prompts and sizes, for `count` images of H x W pixels.
+    """Return what a pipeline's class or scheduler needs besides prompts and sizes.
 
-    shown: image and mask, white where it is to be painted, for a pipeline that inpaints; without them everything is masked
-    and the prompt alone decides.
+    Args:
+        pipeline: A pipeline of any family.
+        count: The number of images.
+        height: In pixels.
+        width: In pixels.
+        image_and_mask: What an inpainting pipeline paints into, and where (white); by default everything is masked and the
+            prompt decides.
     """
     method = method_sampled_by(type(pipeline.scheduler).__name__)
-    told: dict[str, Any] = dict(method.sampling_options) if method else {}
-    if type(pipeline).__name__.startswith("PixArt"):
-        # Sizes are taken as they are, and prompts as they are encoded for training.
-        return told | {"use_resolution_binning": False, "clean_caption": False}
-    if not is_inpainting(pipeline):
-        return told
-    image, mask = shown or (torch.zeros(3, height, width), torch.ones(1, height, width))
-    return told | {"image": [image] * count, "mask_image": [mask] * count, "strength": 1.0}
+    kwargs: dict[str, Any] = dict(method.sampling_options) if method else {}
+    return kwargs | family_of(pipeline).extra_call_kwargs(count, height, width, image_and_mask)
 
 
 @torch.no_grad()
@@ -61,18 +55,24 @@ def pipeline_latents(
     generator: Any = None,
     eta: float | None = None,
 ) -> Tensor:
-    """The scaled latents that a pipeline draws, (B, C, h, w) fp32, on its device.
+    """Generate scaled latents with a pipeline, (B, C, h, w) fp32, on its device.
 
-    noise: (B, C, h, w), where each trajectory starts; guidance_scale: diffusers' convention, omega + 1; dtype: of autocast
-    around it all, by default the network's own; generator: for what a sampler draws on the way, one or one an image; eta: gamma
-    of a TCDScheduler, by default the method's own.
+    Args:
+        pipeline: A pipeline with a VAE.
+        prompts: One per sample.
+        noise: (B, C, h, w), the start of each trajectory.
+        steps: The number of sampling steps.
+        guidance_scale: In diffusers' convention, omega + 1.
+        dtype: The autocast dtype around the whole pipeline; by default the network's own.
+        generator: For the random numbers of a sampler: one, or one per image.
+        eta: gamma of a TCDScheduler; by default the method's own.
     """
     network = network_of(pipeline)
     dtype = dtype or network.dtype
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])
     with torch.autocast(network.device.type, dtype=dtype, enabled=dtype != torch.float32):
         out = pipeline(
-            **prompt_kwargs(pipeline, prompts),
+            **family_of(pipeline).prompt_kwargs(pipeline, prompts, None),
             height=height,
             width=width,
             num_inference_steps=steps,

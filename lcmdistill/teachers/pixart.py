@@ -1,36 +1,30 @@
-"""PixArt-alpha: a diffusion transformer (DiT) under a T5 text encoder (Chen et al. 2023, arXiv:2310.00426).
+"""PixArt-alpha: a diffusion transformer (DiT) with a T5 text encoder (Chen et al. 2023, arXiv:2310.00426).
 
-Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a token's embedding.
+Shapes: B batch, C latent channels, h w latent size, L tokens, D embedding width.
 """
 
-import dataclasses
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from lcmdistill.teachers.family import SampleInfo, TeacherFamily
 
-from lcmdistill.diffusion.types import Conditioning
-from lcmdistill.teachers.base import SampleInfo, Teacher, dtype_of, vp_teacher
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lcmdistill.diffusion.types import Conditioning
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
-PUBLISHED: dict[str, Any] = {
-    # Its own guidance, fixed: the student has no input for another, and is drawn as it is.
-    "data.guidance_scale": 4.5,
-    "objective.w_min": 3.5,
-    "objective.w_max": 3.5,
-    "run.validation_guidance_scale": 1.0,
-    # The public PixArt LoRA script's layers, without the two that are narrower than a usual rank.
-    "student.target_modules": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2"),
-}
-
 
 def call_pixart(network: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
-    """A PixArtTransformer2DModel's raw output, (B, C, h, w), in its own dtype; there is no input for omega.
+    """Return the transformer's raw output, (B, C, h, w), in its own dtype; it has no omega input.
 
-    The second half of its channels, a learned variance, is of no use to a deterministic sampler and left out.
+    The second half of its output channels is a learned variance, which deterministic samplers do not use.
     """
+    from lcmdistill.teachers.base import dtype_of
+
     sizes = {"resolution": c["resolution"], "aspect_ratio": c["aspect_ratio"]}
     dtype = dtype_of(network)
     output = network(
@@ -38,27 +32,91 @@ def call_pixart(network: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: 
         encoder_hidden_states=c["prompt_embeds"].to(dtype),
         encoder_attention_mask=c["attention_mask"],
         timestep=t,
-        # The 1024 px model is told sizes, the smaller ones are not.
+        # Only the 1024 px model has sizes among its inputs.
         added_cond_kwargs=sizes if network.use_additional_conditions else {"resolution": None, "aspect_ratio": None},
         return_dict=False,
     )[0]
     return output[:, : z.shape[1]]
 
 
-def pixart_alpha(pipeline: Any) -> Teacher:
-    """A PixArtAlphaPipeline as a Teacher. Raises as `vp_teacher`."""
+def _example_inputs(network: Any, generator: Generator, batch: int) -> dict[str, Tensor]:
+    """Return random embeddings (B, 77, D) and, for the 1024 px model, the sizes of a square image."""
+    import torch
 
-    @torch.no_grad()
-    def encode_prompts(prompts: Sequence[str]) -> Conditioning:
-        device = pipeline.text_encoder.device
+    width = network.config.caption_channels
+    inputs = {"encoder_hidden_states": torch.randn(batch, 77, width, generator=generator)}
+    if network.use_additional_conditions:
+        inputs["resolution"] = torch.tensor([[1024.0, 1024.0]]).repeat(batch, 1)
+        inputs["aspect_ratio"] = torch.ones(batch, 1)
+    return inputs
+
+
+def _network_kwargs(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the transformer's keyword arguments. It reads the keys of `added_cond_kwargs` even where it uses none."""
+    kwargs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in family.added_inputs}
+    kwargs["hidden_states"] = kwargs.pop("sample")
+    return {**kwargs, "added_cond_kwargs": {name: inputs.get(name) for name in family.added_inputs}}
+
+
+def _encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
+    """Return T5 embeddings (B, L, D) in fp32 and their attention mask (B, L)."""
+    import torch
+
+    from lcmdistill.diffusion.types import Conditioning
+
+    device = pipeline.text_encoder.device
+    with torch.no_grad():
         embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), False, device=device)
-        return Conditioning({"prompt_embeds": embeds.float(), "attention_mask": mask})
-
-    teacher = vp_teacher(pipeline, pipeline.transformer, call_pixart, encode_prompts, sizes_kept)
-    return dataclasses.replace(teacher, published=PUBLISHED)
+    return Conditioning({"prompt_embeds": embeds.float(), "attention_mask": mask})
 
 
-def sizes_kept(shown: SampleInfo) -> Conditioning:
-    """Height and width of what was kept, (B, 2), and height / width, (B, 1)."""
-    kept = shown.frames[:, 4:]
-    return Conditioning({"resolution": kept, "aspect_ratio": kept[:, :1] / kept[:, 1:]})
+def crop_sizes(samples: SampleInfo) -> Conditioning:
+    """Return the crop's height and width, (B, 2), and height / width, (B, 1)."""
+    from lcmdistill.diffusion.types import Conditioning
+
+    sizes = samples.frames[:, 4:]
+    return Conditioning({"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]})
+
+
+PIXART_ALPHA = TeacherFamily(
+    key="pixart",
+    title="PixArt-alpha, a diffusion transformer",
+    pipeline_classes=("PixArtAlphaPipeline",),
+    network="transformer",
+    network_class="PixArtTransformer2DModel",
+    network_label="transformer",
+    text_encoders=("text_encoder",),
+    task="text-to-image",
+    tags=("text-to-image", "stable-diffusion"),
+    sample_size_is_default=False,  # the position embeddings depend on it
+    call=call_pixart,
+    example_inputs=_example_inputs,
+    added_inputs=("resolution", "aspect_ratio"),
+    network_kwargs=_network_kwargs,
+    encode_prompts=_encode_prompts,
+    condition=crop_sizes,
+    # Sizes are used as they are, and prompts are encoded as for training.
+    extra_call_kwargs=lambda count, height, width, image_and_mask: {
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    check=lambda pipeline: None,
+    published={
+        # PixArt's own guidance, fixed: the student has no input for another one, and is sampled without CFG.
+        "data.guidance_scale": 4.5,
+        "objective.w_min": 3.5,
+        "objective.w_max": 3.5,
+        "run.validation_guidance_scale": 1.0,
+    },
+    # Those of the public PixArt LoRA script, without the two that are narrower than a usual rank.
+    lora_modules=(*_ATTENTION, "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2"),
+    lora_formats=("peft",),
+    lora_prefixes={"lora_unet_": "transformer"},  # peft files are checked under these keys
+    layouts=(),
+    layout_of=None,
+    onnx_classes={},
+    clip_skip=None,
+    fp32_layers=(".wo",),  # these overflow in half precision, as T5's own loader knows
+    aliases={},
+    describe=lambda pipeline_class, config: "PixArt-alpha, a diffusion transformer",
+)

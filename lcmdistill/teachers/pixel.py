@@ -1,51 +1,63 @@
-"""Pixel space: a UNet2DModel, unconditional or class-conditional, that denoises images themselves.
+"""Pixel space: an unconditional or class-conditional U-Net that denoises images themselves.
 
-What the network is, its folder's scheduler says:
+The scheduler in the teacher's folder decides what the network is:
 
-- An EDMEulerScheduler: the raw F of EDM's preconditioning (Karras et al. 2022), in the frame of Consistency Models. EDM's
-  own time input is ln(sigma) / 4, which is what diffusers gives; Consistency Models and their pipeline give 1000 times as
-  much, and a student starts from the teacher's weights. A teacher that was trained so says `"_timestep_scale": 1000` in its
+- EDMEulerScheduler: the raw F of EDM's preconditioning (Karras et al. 2022), on the noise levels of Consistency Models. EDM's
+  time input is ln(sigma) / 4, and that is what diffusers passes; Consistency Models and their pipeline pass 1000 times as
+  much, and a student starts from the teacher's weights. A teacher trained that way states `"_timestep_scale": 1000` in its
   scheduler's config; any other is refused.
-- A scheduler with betas (DDPM, DDIM, ...): a VP denoiser, in discrete time.
+- A scheduler with betas (DDPM, DDIM, ...): a VP denoiser in discrete time.
 
-A class-conditional network may name its classes: `"_labels": [...]` in the U-Net's config, a name a class; one class more
-than names is that of no class in particular. (diffusers keeps keys that begin with _, and says nothing of them.)
+A class-conditional network may name its classes with `"_labels": [...]` in the U-Net's config, one name per class; one class
+more than names is the null class. diffusers keeps config keys that begin with _, without a warning.
+
+Shapes: B batch, C channels, H W pixels.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from lcmdistill.diffusion.parameterization import EDM, X0Eps, guided
-from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule, NoiseSchedule
-from lcmdistill.diffusion.solvers import solve
-from lcmdistill.diffusion.types import Conditioning, x0_eps_network
-from lcmdistill.teachers.base import Teacher, dtype_of, vp_denoiser
+from lcmdistill.config.schema import LORA_MODULES
+from lcmdistill.teachers.family import TeacherFamily, no_condition, vp_denoiser, vp_student_scheduler
 from lcmdistill.utils.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lcmdistill.diffusion.schedules import NoiseSchedule
+    from lcmdistill.diffusion.types import Conditioning
+
 TIMESTEP_SCALE = 1000.0
-"how often a network's time input holds EDM's ln(sigma) / 4, in Consistency Models"
+"how many times EDM's ln(sigma) / 4 the network's time input is, in Consistency Models"
+
+UNCONDITIONAL_ROWS = ("image 1", "image 2", "image 3", "image 4")
+"rows of a validation grid for a network without prompts; each row has its own noise"
 
 
 def call_unet_2d(unet: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
-    """A UNet2DModel's raw output, (B, C, H, W), in its own dtype. c: class_labels (B,) int64, or nothing."""
+    """Return the raw output, (B, C, H, W), in the network's own dtype; `c` holds class_labels (B,) int64 or nothing."""
+    from lcmdistill.teachers.base import dtype_of
+
     return unet(z.to(dtype_of(unet)), t, c.get("class_labels"), return_dict=False)[0]
 
 
 def class_names(unet: Any) -> tuple[str, ...]:
-    """The names of a UNet2DModel's classes, or their numbers where it has no names; none if it is unconditional."""
-    classes, named = unet.config.get("num_class_embeds"), unet.config.get("_labels")
-    return tuple(named or map(str, range(classes or 0)))
+    """Return the names of a network's classes, or their numbers where they have no names; () if it is unconditional."""
+    count, labels = unet.config.get("num_class_embeds"), unet.config.get("_labels")
+    return tuple(labels or map(str, range(count or 0)))
 
 
 def class_labels(unet: Any, prompts: Sequence[str]) -> Tensor | None:
-    """The classes that prompts name, (B,) int64; "" is no class in particular. None if the network is unconditional.
+    """Return the classes that prompts name, (B,) int64; "" is the null class. None if the network is unconditional.
 
-    Raises UsageError for a name that is no class's.
+    Raises:
+        UsageError: A prompt is not a class name.
     """
+    import torch
+
     names = class_names(unet)
     if not names:
         return None
@@ -54,90 +66,126 @@ def class_labels(unet: Any, prompts: Sequence[str]) -> Tensor | None:
         numbers[""] = len(names)
     unknown = [prompt for prompt in prompts if prompt.lower() not in numbers]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no class of this model; choose from {', '.join(names)}")
+        raise UsageError(f"{unknown[0]!r} is not a class of this model; choose from {', '.join(names)}")
     return torch.tensor([numbers[prompt.lower()] for prompt in prompts])
 
 
-def knows_caption(unet: Any, caption: str) -> bool:
-    """Whether a caption names a class; any does, none at all included, where the network is unconditional."""
-    names = class_names(unet)
-    return not names or caption.lower() in {name.lower() for name in names}
+def _rejects(pipeline: Any, caption: str) -> str | None:
+    """Return why a caption cannot be used; an unconditional network accepts any caption, and none."""
+    names = class_names(pipeline.unet)
+    known = not names or caption.lower() in {name.lower() for name in names}
+    return None if known else "caption names no class of the teacher"
 
 
-class Pixels(nn.Module):
-    """What stands in the place of a VAE: the pixels themselves are the latents. channels: 1 (grey) or 3."""
+class IdentityVae:
+    """Passes pixels through where a VAE is expected: the latents are the pixels."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device = "cpu"
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        """Take the number of channels: 1 (gray) or 3."""
         self.config = SimpleNamespace(latent_channels=channels, block_out_channels=(channels,), scaling_factor=1.0)
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of pixels: fp32."""
+        import torch
+
+        return torch.float32
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return no weights."""
+        return {}
+
     def encode(self, pixels: Tensor) -> Any:
+        """Return pixels as a posterior without spread, averaged to one channel for a gray network."""
         mean = pixels if self.config.latent_channels == 3 else pixels.mean(1, keepdim=True)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.zeros_like(mean)))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean.new_zeros(mean.shape)))
 
     def decode(self, latents: Tensor) -> Any:
+        """Return pixels with three channels."""
         return SimpleNamespace(sample=latents.expand(-1, 3, -1, -1))
 
 
-def pixel_space(pipeline: Any) -> Teacher:
-    """A pipeline of a UNet2DModel and a scheduler as a Teacher; the latents are the pixels.
+def _encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
+    """Return the prompts' classes, (B,) int64.
 
-    Raises UsageError on a network with other channels than an image's, or a scheduler that is no denoiser's.
+    Without a null class the empty prompt changes nothing, and guidance has no effect.
     """
-    unet = pipeline.unet
-    channels, out = unet.config.in_channels, unet.config.out_channels
-    if channels not in (1, 3) or out != channels:
-        raise UsageError(
-            f"the teacher's U-Net takes {channels} channels and gives {out}; a teacher in pixel space takes and gives 1 or 3"
-        )
-    if unet.config.class_embed_type is not None:
-        raise UsageError(f"the teacher's class_embed_type is {unet.config.class_embed_type!r}; it must be none")
-    schedule, prediction_type = _denoiser(pipeline.scheduler.config)
+    from lcmdistill.diffusion.types import Conditioning
 
-    def encode_prompts(prompts: Sequence[str]) -> Conditioning:
-        if not any(prompts) and unet.config.num_class_embeds == len(class_names(unet)):
-            return Conditioning({})  # no class stands for none, and no prompt changes nothing: guidance has no effect
-        labels = class_labels(unet, prompts)
-        return Conditioning({} if labels is None else {"class_labels": labels.to(unet.device)})
+    unet = pipeline.unet
+    if not any(prompts) and unet.config.num_class_embeds == len(class_names(unet)):
+        return Conditioning({})
+    labels = class_labels(unet, prompts)
+    return Conditioning({} if labels is None else {"class_labels": labels.to(unet.device)})
+
+
+def _example_inputs(unet: Any, generator: Generator, batch: int) -> dict[str, Tensor]:
+    """Return classes (B,) for a class-conditional network."""
+    import torch
+
+    count = unet.config.get("num_class_embeds")
+    return {"class_labels": torch.arange(batch) % count} if count else {}
+
+
+def _check(pipeline: Any) -> None:
+    """Raise UsageError on a network whose channels are not an image's, or whose classes are not plain labels."""
+    config = pipeline.unet.config
+    if config.in_channels not in (1, 3) or config.out_channels != config.in_channels:
+        raise UsageError(
+            f"the teacher's U-Net takes {config.in_channels} channels and returns {config.out_channels}; a teacher in pixel "
+            "space takes and returns 1 or 3"
+        )
+    if config.class_embed_type is not None:
+        raise UsageError(f"the teacher's class_embed_type is {config.class_embed_type!r}; it must be none")
+
+
+def _sample(
+    pipeline: Any,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    prompts: Sequence[str],
+    noise: Tensor,
+    steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Generate images (B, C, H, W) with Heun's solver on the schedule's grid.
+
+    On Karras's grid this is EDM's deterministic sampler (Karras et al. 2022, Alg. 1).
+    """
+    import torch
+
+    from lcmdistill.diffusion.parameterization import X0Eps, guided
+    from lcmdistill.diffusion.solvers import solve
+    from lcmdistill.diffusion.types import x0_eps_network
 
     def raw(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
         return call_unet_2d(unet, z, t, c.values, w).float()
 
-    def draw(prompts: Sequence[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Heun's solver along the schedule's grid: on Karras's, EDM's deterministic sampler (Karras et al. 2022, Alg. 1)."""
-        here, c, noise = schedule.to(unet.device), encode_prompts(prompts), noise.to(unet.device)
-        network = x0_eps_network(raw, here, prediction_type)
-        w = torch.full((len(noise),), guidance_scale - 1.0, device=unet.device)
+    unet, c = pipeline.unet, _encode_prompts(pipeline, prompts)
+    on_device, noise = schedule.to(unet.device), noise.to(unet.device)
+    network = x0_eps_network(raw, on_device, prediction_type)
+    w = torch.full((len(noise),), guidance_scale - 1.0, device=unet.device)
 
-        def psi(z: Tensor, t: Tensor) -> X0Eps:
-            told = network(z, t, c, None)
-            if guidance_scale == 1.0 or not c.values:
-                return told
-            return guided(told, network(z, t, c.with_prompt(encode_prompts([""])), None), w)
+    def psi(z: Tensor, t: Tensor) -> X0Eps:
+        cond = network(z, t, c, None)
+        if guidance_scale == 1.0 or not c.values:
+            return cond
+        return guided(cond, network(z, t, c.with_prompt(_encode_prompts(pipeline, [""])), None), w)
 
-        return solve(psi, here, noise, steps)
-
-    pipeline.set_progress_bar_config(disable=True)
-    unet.eval().requires_grad_(False)
-    return Teacher(
-        pipeline=pipeline,
-        network=unet,
-        vae=Pixels(channels),
-        schedule=schedule,
-        prediction_type=prediction_type,
-        call=call_unet_2d,
-        encode_prompts=encode_prompts,
-        rejects=lambda caption: None if knows_caption(unet, caption) else "caption names no class of the teacher",
-        own_prompts=class_names(unet),
-        published={"data.guidance_scale": 1.0},  # EDM's and Consistency Models' teachers draw without guidance
-        draw=draw,
-    )
+    return solve(psi, on_device, noise, steps)
 
 
 def _denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """The schedule and the prediction type of the network that belongs to a scheduler. Raises UsageError."""
+    """Return the schedule and the prediction type that a scheduler's config describes.
+
+    Raises:
+        UsageError: The scheduler does not belong to a denoiser that a student can start from.
+    """
+    from lcmdistill.diffusion.parameterization import EDM
+    from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+
     kind = str(config.get("_class_name"))
     if kind == "CMStochasticIterativeScheduler":
         raise UsageError(
@@ -148,10 +196,73 @@ def _denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     if config.get("_timestep_scale") != TIMESTEP_SCALE or config.get("prediction_type") != "epsilon":
         raise UsageError(
             "the teacher's network takes EDM's time, ln(sigma) / 4, and a consistency model's takes 250 ln(sigma), so that no "
-            f'student could start from it; a teacher trained on that says "_timestep_scale": {TIMESTEP_SCALE:g} in its '
-            "scheduler's config, and epsilon as its prediction_type"
+            f'student could start from it; a teacher trained on the latter has "_timestep_scale": {TIMESTEP_SCALE:g} and '
+            "epsilon as its prediction_type in its scheduler's config"
         )
     if config["sigma_data"] != SIGMA_DATA:
         raise UsageError(f"the teacher's sigma_data is {config['sigma_data']}; it must be {SIGMA_DATA}")
     sigmas = {key: config[key] for key in ("sigma_min", "sigma_max", "rho")}
     return KarrasSchedule(**sigmas), EDM
+
+
+def _student_scheduler(schedule: NoiseSchedule, config: Mapping[str, Any], name: str, original_steps: int) -> Any:
+    """Return Consistency Models' scheduler for Karras's schedule, and the named one for a VP schedule."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+
+    if not isinstance(schedule, KarrasSchedule):
+        return vp_student_scheduler(schedule, config, name, original_steps)
+    return CMStochasticIterativeScheduler(
+        num_train_timesteps=schedule.num_steps,
+        sigma_min=schedule.sigma_min,
+        sigma_max=schedule.sigma_max,
+        sigma_data=SIGMA_DATA,
+        rho=schedule.rho,
+    )
+
+
+def _prompt_kwargs(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
+    """Return the batch size and the classes that prompts name; there are no negative prompts."""
+    return {"batch_size": len(prompts), "class_labels": class_labels(pipeline.unet, prompts)}
+
+
+PIXEL_SPACE = TeacherFamily(
+    key="pixel",
+    title="pixel space",
+    pipeline_classes=("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline"),
+    network="unet",
+    network_class="UNet2DModel",
+    network_label="U-Net",
+    text_encoders=(),
+    task="unconditional-image-generation",
+    tags=("image-generation",),
+    in_pixels=True,
+    input_channels=3,
+    call=call_unet_2d,
+    example_inputs=_example_inputs,
+    network_kwargs=lambda family, unet, inputs: dict(inputs),
+    encode_prompts=_encode_prompts,
+    condition=no_condition,
+    prompt_kwargs=_prompt_kwargs,
+    default_prompts=lambda pipeline: class_names(pipeline.unet) or UNCONDITIONAL_ROWS,
+    takes_captions=lambda config: config.get("num_class_embeds") is not None,
+    rejects=_rejects,
+    own_prompts=lambda pipeline: class_names(pipeline.unet),
+    check=_check,
+    vae=lambda pipeline: IdentityVae(pipeline.unet.config.in_channels),
+    denoiser=_denoiser,
+    sampler=_sample,
+    student_scheduler=_student_scheduler,
+    student_pipeline_class=lambda has_omega_input, has_options: "ConsistencyModelPipeline",
+    published={"data.guidance_scale": 1.0},  # EDM and Consistency Models sample their teachers without guidance
+    lora_modules=LORA_MODULES,
+    lora_formats=(),  # no program reads a LoRA for such a network
+    lora_prefixes={},
+    layouts=(),
+    layout_of=None,
+    onnx_classes={},
+    clip_skip=None,
+    aliases={},
+    describe=lambda pipeline_class, config: "pixel space",
+)

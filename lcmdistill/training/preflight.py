@@ -22,9 +22,11 @@ from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.student import AutocastNetwork
-from lcmdistill.teachers.base import Teacher, has_omega_input, needs_caption, supports_omega_input
+from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
+from lcmdistill.teachers.family import needs_caption
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.naming import ALIASES
+from lcmdistill.teachers.registry import family_of_folder
 from lcmdistill.training.memory.estimate import step_memory
 from lcmdistill.training.memory.plan import Plan, log_plan, plan_memory
 from lcmdistill.training.optimizer import check_optimizer
@@ -171,9 +173,12 @@ def _takes_prompts(model: str) -> bool:
         return True
     try:
         folder = Path(model).expanduser()
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        return unet["_class_name"] != "UNet2DModel" or unet.get("num_class_embeds") is not None
-    except (OSError, ValueError, LookupError, TypeError):
+        family = family_of_folder(folder)
+        if family is None:
+            return folder.exists()
+        config = json.loads((folder / family.network / "config.json").read_text(encoding="utf-8"))
+        return family.takes_captions(config)
+    except (OSError, ValueError, AttributeError):
         return Path(model).expanduser().exists()
 
 
@@ -200,10 +205,9 @@ def dry_run(config: RunConfig) -> None:
         unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
         logger.info(f"data {source.word}: {report}{unused}{cached}")
     needed = plan.needed if plan else step_memory(config, teacher, dtype)
-    kind = "U-Net" if teacher.network_name == "unet" else "transformer"
     logger.info(
-        f"teacher: {teacher.prediction_type}-predicting {kind} of {needed.base:,} parameters; the student, "
-        f"{'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
+        f"teacher: {teacher.prediction_type}-predicting {teacher.family.network_label} of {needed.base:,} parameters; "
+        f"the student, {'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
     log_plan(plan or Plan(config, (), needed))
     asked, forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)

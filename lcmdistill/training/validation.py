@@ -46,7 +46,7 @@ class Validator:
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
-        self._prompts = tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.network))
+        self._prompts = tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
         self._sizes = bucket_sizes(config.data, teacher.multiple)
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps

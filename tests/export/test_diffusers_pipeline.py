@@ -16,8 +16,9 @@ from lcmdistill.diffusion.consistency import OMEGA_DIM
 from lcmdistill.diffusion.schedules import ddim_grid
 from lcmdistill.export.diffusers_pipeline import add_vocabularies, save_pipeline
 from lcmdistill.sampling.generate import check_steps
-from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps, vp_scheduler
+from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.schedulers import vp_scheduler
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import distill, resolve

@@ -28,6 +28,7 @@ from lcmdistill.students.build import make_student
 from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, choose_adapter, lora_layers
 from lcmdistill.students.lora_files import SCHEDULER_KEY, load_lora
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.checkpoint import load_checkpoint
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
@@ -38,7 +39,7 @@ from tests.support.teachers import Command
 
 
 def unet_step(unet: Any) -> torch.Tensor:
-    return network_output(unet, network_inputs(unet, 1.0))
+    return network_output(FAMILIES["sd"], unet, network_inputs(FAMILIES["sd"], unet, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -143,9 +143,9 @@ def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
     folder, product = lora_export[0], load_trained_student(lora_run)
     example = onnx_files.parts_of(product.pipeline(), 1.0)[0].example(2, (8, 8))
     (got,) = session(folder, "unet").run(None, {name: value.numpy() for name, value in example.items()})
-    assert_close(got, network_output(product.pipeline().unet, example))
+    assert_close(got, network_output(product.family, product.pipeline().unet, example))
     with pytest.raises(AssertionError):  # without the LoRA it would be another
-        assert_close(got, network_output(product.base_pipeline().unet, example))
+        assert_close(got, network_output(product.family, product.base_pipeline().unet, example))
 
     drawn: Any = OnnxStableDiffusionPipeline.from_pretrained(folder, vae_encoder=None)
     drawn.set_progress_bar_config(disable=True)

@@ -136,11 +136,11 @@ def test_real_text_encoders_have_the_original_keys() -> None:
         clip_l = CLIPTextModel(real_text(768, 12))
         clip_h = CLIPTextModel(real_text(1024, 23, hidden_act="gelu"))
         clip_g = CLIPTextModelWithProjection(real_text(1280, 32, hidden_act="gelu", projection_dim=1280))
-    sd1 = original_clip(clip_l.state_dict(), "cond_stage_model.transformer.")
+    sd1 = original_clip(clip_l.state_dict(), clip_l.config, "cond_stage_model.transformer.")
     assert len(sd1) == 197
     assert sd1["cond_stage_model.transformer.text_model.embeddings.position_ids"].shape == (1, 77)
     # The original files of SD2 and SDXL have one key more: OpenCLIP's logit_scale, which belongs to no text encoder.
-    sd2 = original_sd2_text(clip_h.state_dict(), clip_h.config)
+    sd2 = original_sd2_text(clip_h.state_dict(), clip_h.config, "cond_stage_model.model.")
     assert len(sd2) == 24 * 12 + 5
     assert sd2["cond_stage_model.model.transformer.resblocks.23.attn.in_proj_weight"].shape == (3072, 1024)
     sdxl = original_openclip(clip_g.state_dict(), clip_g.config, "conditioner.embedders.1.model.")
@@ -196,7 +196,7 @@ def test_an_openclip_tower_of_these_keys_is_the_text_encoder() -> None:
 def test_sd2_s_unread_layer_hands_its_input_on() -> None:
     encoder = CLIPTextModel(text_config(layers=23, hidden_act="gelu")).eval()
     prefix = "cond_stage_model.model."
-    tensors = original_sd2_text(encoder.state_dict(), encoder.config)
+    tensors = original_sd2_text(encoder.state_dict(), encoder.config, "cond_stage_model.model.")
     tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     expected = encoder(fixed_ids()).last_hidden_state
     for layers in (23, 24):  # whether a program stops before the last layer or not

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
 from lcmdistill.students.lora_files import load_lora
+from lcmdistill.teachers.registry import FAMILIES, family_of
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import BUILDERS, opened
 
@@ -90,7 +91,8 @@ def styled(pipeline: Any, parts: list[str], write: Key, seed: int = 0) -> dict[s
 @torch.no_grad()
 def outputs(pipeline: Any) -> dict[str, list[Tensor]]:
     ids = torch.randint(188, (2, 77), generator=torch.Generator().manual_seed(3))
-    found = {"unet": [network_output(pipeline.unet, network_inputs(pipeline.unet, 1.0))]}
+    family, unet = family_of(pipeline), pipeline.unet
+    found = {"unet": [network_output(family, unet, network_inputs(family, unet, 1.0))]}
     for name in ENCODERS:
         if getattr(pipeline, name, None) is not None:
             found[name] = [getattr(pipeline, name)(ids).last_hidden_state]
@@ -118,11 +120,11 @@ def test_text_layers_of_another_base_are_refused_with_counts(tmp_path: Path) -> 
     xl, sd1 = (opened(BUILDERS[family](tmp_path / family)) for family in ("sdxl", "sd1"))
     file = styled(xl, ["text_encoder_2"], kohya)
     save_file(file, tmp_path / "style.safetensors")
-    with pytest.raises(UsageError, match=f"{2 * len(file) // 3} of its layers are not there"):
+    with pytest.raises(UsageError, match=f"{2 * len(file) // 3} of its layers are absent"):
         load_lora(sd1, str(tmp_path / "style.safetensors"), "style")
     wide = {key: torch.cat([value] * 2, -1) if "down" in key else value for key, value in file.items()}
     save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(UsageError, match=f"0 of its layers are not there and {len(file) // 3} have another width"):
+    with pytest.raises(UsageError, match=f"0 of its layers are absent and {len(file) // 3} have another width"):
         load_lora(xl, str(tmp_path / "wide.safetensors"), "style")
 
 
@@ -156,12 +158,13 @@ def peft_folder(folder: Path, base: Any, **settings: Any) -> Any:
     ids=["plain", "rslora", "ranks", "alphas", "all"],
 )
 def test_a_peft_adapter_acts_as_it_does_in_peft(settings: dict[str, Any], small_teacher: Path, tmp_path: Path) -> None:
-    inputs = network_inputs(opened(small_teacher).unet, 1.0)
+    family = FAMILIES["sd"]
+    inputs = network_inputs(family, opened(small_teacher).unet, 1.0)
     adapted = peft_folder(tmp_path / "adapter", opened(small_teacher), **settings)
-    expected, loaded = [network_output(adapted, inputs)], opened(small_teacher)
-    bare = [network_output(loaded.unet, inputs)]
+    expected, loaded = [network_output(family, adapted, inputs)], opened(small_teacher)
+    bare = [network_output(family, loaded.unet, inputs)]
     load_lora(loaded, str(tmp_path / "adapter"), "it")
-    got = [network_output(loaded.unet, inputs)]
+    got = [network_output(family, loaded.unet, inputs)]
     assert difference(got, expected) < 1e-5
     assert difference(got, bare) > 0.05
 
@@ -185,7 +188,7 @@ def test_what_would_be_lost_of_a_peft_adapter_is_refused(
 def test_a_peft_folder_without_a_sound_config_is_refused(text: str, small_teacher: Path, tmp_path: Path) -> None:
     peft_folder(tmp_path / "adapter", opened(small_teacher), r=4, lora_alpha=3)
     (tmp_path / "adapter" / "adapter_config.json").write_text(text)
-    with pytest.raises(UsageError, match=r"adapter_config\.json is no peft config with a lora_alpha"):
+    with pytest.raises(UsageError, match=r"adapter_config\.json is not a peft config with a lora_alpha"):
         load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")
 
 
@@ -195,7 +198,7 @@ def test_a_file_with_half_a_layer_is_refused(lost: str, small_teacher: Path, tmp
     del file[next(key for key in file if f"lora_{lost}" in key)]
     save_file(file, tmp_path / "half.safetensors")
     with pytest.raises(
-        UsageError, match="is damaged: of 1 of its layers one matrix of two is there, such as down_blocks_0"
+        UsageError, match="is damaged: 1 of its layers have one matrix instead of two, such as down_blocks_0"
     ):
         load_lora(opened(small_teacher), str(tmp_path / "half.safetensors"), "it")
 
@@ -205,7 +208,7 @@ def test_a_file_that_is_not_finite_is_refused(small_teacher: Path, tmp_path: Pat
     broken = sorted(file)[3]
     file[broken] = file[broken] * float("nan")
     save_file(file, tmp_path / "nan.safetensors")
-    with pytest.raises(UsageError, match=rf"not finite, such as {broken}, and would draw black"):
+    with pytest.raises(UsageError, match=rf"not finite, such as {broken}, and would give black images"):
         load_lora(opened(small_teacher), str(tmp_path / "nan.safetensors"), "it")
 
 
@@ -223,5 +226,5 @@ def test_another_kind_of_peft_adapter_is_refused(small_teacher: Path, tmp_path: 
     peft_folder(tmp_path / "adapter", opened(small_teacher), r=4, lora_alpha=3)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LOHA"}))
-    with pytest.raises(UsageError, match="LOHA and no LoRA"):
+    with pytest.raises(UsageError, match="LOHA, which is not LoRA"):
         load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")

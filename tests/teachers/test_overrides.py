@@ -86,9 +86,9 @@ def test_the_teacher_and_its_student_draw_with_as_many_layers(
 
 def test_a_clip_skip_that_cannot_be_is_refused(folders: dict[str, Path]) -> None:
     for family, skip, said in (
-        ("pixart", 1, "is for text encoders that are CLIP's, and a PixArtAlphaPipeline has none"),
-        ("sd1", 1, "this teacher's text encoder can do without 0 to 0 of its layers"),
-        ("sdxl", 2, "without 0 to 1 of its layers"),
+        ("pixart", 1, "needs CLIP text encoders, and a PixArtAlphaPipeline has none"),
+        ("sd1", 1, "this teacher's text encoder can skip 0 to 0 of its layers"),
+        ("sdxl", 2, "skip 0 to 1 of its layers"),
     ):
         with pytest.raises(UsageError, match=said):
             load_teacher(str(folders[family]), clip_skip=skip)

@@ -55,7 +55,7 @@ def test_the_latents_are_the_pixels(tmp_path: Path, channels: int) -> None:
 def test_prompts_are_the_names_of_classes(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t")))
     assert teacher.encode_prompts(["bag", "ankle boot", "", "COAT"])["class_labels"].tolist() == [2, 1, 3, 0]
-    with pytest.raises(UsageError, match="'a cat' is no class of this model; choose from coat, Ankle boot, bag"):
+    with pytest.raises(UsageError, match="'a cat' is not a class of this model; choose from coat, Ankle boot, bag"):
         teacher.encode_prompts(["bag", "a cat"])
     nameless = load_teacher(str(build_pixel(tmp_path / "n", (), num_class_embeds=4)))
     assert nameless.encode_prompts(["3", "0"])["class_labels"].tolist() == [3, 0]
@@ -88,7 +88,7 @@ def test_another_preconditioning_is_refused(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_network_of_other_channels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="takes 3 channels and gives 6"):
+    with pytest.raises(UsageError, match="takes 3 channels and returns 6"):
         load_teacher(str(build_pixel(tmp_path / "t", channels=3, out_channels=6)))
 
 

@@ -15,8 +15,8 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.schedules import ddim_grid, vp_schedule
-from lcmdistill.sampling.student_pipeline import vp_scheduler
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.schedulers import vp_scheduler
 from lcmdistill.utils.errors import UsageError
 from tests.support.data import prepared
 from tests.support.schedules import CONFIGS

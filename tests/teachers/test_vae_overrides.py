@@ -114,9 +114,9 @@ def test_what_is_no_vae_of_the_teacher_s_is_refused_in_one_sentence(
         "rubbish.safetensors": "cannot be read as a VAE",
         "cut.safetensors": "100 bytes are missing at its end",
         "half": r"half lacks \d+ weights, such as decoder",
-        "vae.pt": "is no .safetensors file; a pickle can run any code",
+        "vae.pt": "is not a .safetensors file; a pickle can run any code",
         "empty": "cannot be read as a VAE",
-        "absent": "there is none; give a diffusers folder",
+        "absent": "does not exist; use a diffusers folder",
     }.items():
         with pytest.raises(UsageError, match=said) as caught:
             load_teacher(str(small_teacher), vae=str(tmp_path / name))

@@ -113,7 +113,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
     lora = method_run(
         "lcm", "lora", student__kind="lora", student__rank=4, student__alpha=4.0, optim__max_train_steps=1
     )
-    with pytest.raises(UsageError, match=f"is a LoRA's run; write it with its base first: lcmdistill export {lora}"):
+    with pytest.raises(UsageError, match=f"is a LoRA run; merge it with its base first: lcmdistill export {lora}"):
         method_run("lcf", "of-lora", teacher__model=str(lora))
     export(lora, "fused", tmp_path / "fused", dtype="fp32", guidance_scale=None, verify=False)
     folder = method_run("lcf", "of-fused", teacher__model=str(tmp_path / "fused"), optim__max_train_steps=1)

@@ -188,7 +188,7 @@ def test_a_name_that_is_no_class_and_another_size_are_refused(tmp_path: Path, co
     code, _, error = command("sample", run, "--prompt", "a cat")
     assert (code, error.strip()) == (
         2,
-        "Error: 'a cat' is no class of this model; choose from coat, Ankle boot, bag",
+        "Error: 'a cat' is not a class of this model; choose from coat, Ankle boot, bag",
     )
     code, _, error = command("sample", run, "--prompt", "bag", "--resolution", 16)
     assert (code, error.strip()) == (2, "Error: --resolution is 16; this model draws at 8 and nothing else")

@@ -1,7 +1,7 @@
-"""Single-file checkpoints, as A1111, ComfyUI and Civitai share them, read without a network: the configs ship with the package.
+"""Load single-file checkpoints, as A1111, ComfyUI and Civitai share them, without a network: the configs are bundled.
 
-diffusers reads the weights; what the file itself does not hold is put beside it in a passing folder: the configs of its
-layout, CLIP's vocabulary, and what the keys say of prediction type, schedule and input channels.
+diffusers reads the weights. A temporary folder supplies what the file itself lacks: the configs of its layout, CLIP's
+vocabulary, and what the keys imply about prediction type, schedule and input channels.
 """
 
 import gzip
@@ -14,54 +14,59 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.teachers.single_file.inspect import LAYOUTS, CheckpointInfo, inspect_checkpoint, read_header
+from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.single_file.inspect import CheckpointInfo, inspect_checkpoint, read_header
 from lcmdistill.utils.errors import UsageError
 
 CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
 
 
 def load_single_file(path: Path, prediction_type: str | None = None, configs: Path | None = None) -> Any:
-    """The diffusers pipeline that a checkpoint holds, in fp32, with no safety checker.
+    """Load a checkpoint as a diffusers pipeline in fp32 without a safety checker.
 
-    prediction_type: in place of what the file says; configs: a diffusers folder in place of the layout's. Raises UsageError on
-    a file that is no Stable Diffusion checkpoint, or lacks weights.
+    Args:
+        path: A .safetensors file.
+        prediction_type: Replaces what the file specifies.
+        configs: A diffusers folder that replaces the layout's configs.
+
+    Raises:
+        UsageError: The file is not a Stable Diffusion checkpoint, or it lacks weights.
     """
     import diffusers
     import torch
 
     header = read_header(path)
-    found = inspect_checkpoint(path, header)
-    start = LAYOUTS["sd1"][0]
-    of_2022 = found.layout == "sd1" and not any(name.startswith(f"{start}text_model.") for name in header.tensors)
-    kind = "StableDiffusionXL" if found.layout == "sdxl" else "StableDiffusion"
-    pipeline_class: Any = getattr(diffusers, f"{kind}{'Inpaint' * found.inpaints}Pipeline")
-    given: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
-    if found.layout != "sdxl":
-        given |= {"safety_checker": None, "requires_safety_checker": False}
-    with _config_folder(found, prediction_type, configs or CONFIGS / found.layout) as folder:
+    info = inspect_checkpoint(path, header)
+    layout, marker = info.layout, info.layout.marker
+    has_flat_keys = layout.flat_text_keys and not any(n.startswith(f"{marker}text_model.") for n in header.tensors)
+    pipeline_class: Any = getattr(diffusers, info.family.pipeline_classes[0])
+    options = dict(info.family.single_file_options)
+    with _config_folder(info, prediction_type, configs or CONFIGS / layout.key) as folder:
         try:
-            if of_2022:
-                given["text_encoder"] = _text_encoder_of_2022(path, start, folder / "text_encoder")
+            if has_flat_keys:
+                options["text_encoder"] = _flat_text_encoder(path, marker, folder / "text_encoder")
             pipeline = pipeline_class.from_single_file(
-                str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32, **given
+                str(path), config=str(folder), local_files_only=True, **dtype_option(torch.float32), **options
             )
-        except Exception as error:  # a loader that is fed something else raises whatever it stumbles over
-            said = str(error).strip().split("\n")[0]
-            if "meta tensor" in said:  # which is what a weight is that was found nowhere
-                said = "weights are missing, or there are fewer blocks than in its base (SSD-1B: give its diffusers folder)"
-            raise UsageError(f"{path} looks like {found.why} and cannot be read as one: {said}") from error
+        except Exception as error:  # a loader raises whatever it meets in files of another kind
+            reason = str(error).strip().split("\n")[0]
+            if "meta tensor" in reason:  # a weight that the file lacks
+                reason = "weights are missing, or it has fewer blocks than its base (SSD-1B: use its diffusers folder)"
+            raise UsageError(f"{path} was detected as {info.why} but could not be loaded: {reason}") from error
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            lost = [name for name, value in part.named_parameters() if value.is_meta]
-            if lost:
-                raise UsageError(f"{path} lacks {len(lost)} weights of its {type(part).__name__}, such as {lost[0]}")
+            missing = [name for name, value in part.named_parameters() if value.is_meta]
+            if missing:
+                raise UsageError(
+                    f"{path} lacks {len(missing)} weights of its {type(part).__name__}, such as {missing[0]}"
+                )
     return pipeline
 
 
-def _text_encoder_of_2022(path: Path, start: str, config: Path) -> Any:
-    """CLIP from keys without the `text_model.` that diffusers looks for, in fp32; what the file lacks is left on meta.
+def _flat_text_encoder(path: Path, prefix: str, config: Path) -> Any:
+    """Return CLIP in fp32 from keys without the `text_model.` that diffusers expects; missing weights stay on meta.
 
-    Stable Diffusion's keys were so at first, and what was merged of that year's models is so still.
+    Stable Diffusion's first files had such keys, and so have models that were merged from them.
     """
     import torch
     from safetensors import safe_open
@@ -72,24 +77,25 @@ def _text_encoder_of_2022(path: Path, start: str, config: Path) -> Any:
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
         for name in state:
-            if (key := start + name.removeprefix("text_model.")) in stored:
+            if (key := prefix + name.removeprefix("text_model.")) in stored:
                 state[name] = file.get_tensor(key).float()
     encoder.load_state_dict(state, assign=True)
     return encoder
 
 
 @contextmanager
-def _config_folder(found: CheckpointInfo, prediction_type: str | None, configs: Path) -> Iterator[Path]:
-    """A passing diffusers folder without weights, as the file needs it."""
-    with tempfile.TemporaryDirectory() as passing:
-        folder = Path(passing) / "configs"
+def _config_folder(info: CheckpointInfo, prediction_type: str | None, configs: Path) -> Iterator[Path]:
+    """Yield a temporary diffusers folder without weights, with the configs that the file needs."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "configs"
         shutil.copytree(configs, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
-        prediction = prediction_type or found.prediction_type
-        scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": found.zero_snr}
+        prediction = prediction_type or info.prediction_type
+        scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": info.zero_snr}
         _change(folder / "scheduler" / "scheduler_config.json", **scheduler)
-        _change(folder / "unet" / "config.json", in_channels=9 if found.inpaints else 4, time_cond_proj_dim=None)
-        if configs == CONFIGS / "sd2" and prediction == "epsilon":
-            _change(folder / "unet" / "config.json", sample_size=64)  # the bases of 512 px
+        unet: dict[str, Any] = {"in_channels": info.family.input_channels, "time_cond_proj_dim": None}
+        if configs == CONFIGS / info.layout.key and prediction in info.layout.sample_sizes:
+            unet["sample_size"] = info.layout.sample_sizes[prediction]
+        _change(folder / "unet" / "config.json", **unet)
         for tokenizer in folder.glob("tokenizer*"):
             if not {"tokenizer.json", "vocab.json"} & {path.name for path in tokenizer.iterdir()}:
                 write_vocabulary(tokenizer)
@@ -101,7 +107,7 @@ def _change(path: Path, **values: Any) -> None:
 
 
 def write_vocabulary(folder: Path) -> None:
-    """CLIP's merges.txt, and the vocab.json that follows from it."""
+    """Write CLIP's merges.txt, and the vocab.json that follows from it."""
     text = gzip.decompress((CONFIGS / "merges.txt.gz").read_bytes()).decode("utf-8")
     (folder / "merges.txt").write_text(text, encoding="utf-8")
     vocabulary = clip_vocabulary(text.splitlines()[1:])
@@ -111,11 +117,11 @@ def write_vocabulary(folder: Path) -> None:
 
 
 def clip_vocabulary(merges: Sequence[str]) -> list[str]:
-    """CLIP's tokens in the order of their numbers: bytes, bytes that end a word, merges, and the two marks.
+    """Return CLIP's tokens in the order of their ids: bytes, bytes that end a word, merges, and the two markers.
 
-    A byte stands as a letter that can be seen; those that are none take the letters from 256 on (Radford et al. 2019).
+    A printable byte is its own letter; the others take the letters from 256 on (Radford et al. 2019).
     """
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in seen] + [chr(256 + i) for i in range(256 - len(seen))]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     joined = ["".join(merge.split(" ")) for merge in merges]
     return [*letters, *(f"{letter}</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]

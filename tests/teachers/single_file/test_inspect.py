@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
+from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.export.single_file import write_single_file
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
+from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file import load as single_file
-from lcmdistill.teachers.single_file.inspect import LAYOUTS, Header, inspect_checkpoint
+from lcmdistill.teachers.single_file.inspect import Header, inspect_checkpoint
 from lcmdistill.teachers.single_file.load import CONFIGS, load_single_file, write_vocabulary
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import (
@@ -29,6 +30,8 @@ from tests.support.models import (
     opened,
 )
 from tests.support.teachers import Command
+
+LAYOUTS = {layout.key: layout for key in ("sd", "sdxl") for layout in FAMILIES[key].layouts}
 
 each_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
 
@@ -80,14 +83,9 @@ def original_keys(layout: str, models: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a full-size checkpoint, on the meta device."""
     tensors = original_unet(models["unet"].state_dict(), models["unet"].config)
     tensors |= original_vae(models["vae"].state_dict(), models["vae"].config)
-    text = models["text_encoder"].state_dict()
-    if layout == "sd1":
-        return tensors | original_clip(text, "cond_stage_model.transformer.")
-    if layout == "sd2":
-        return tensors | original_sd2_text(text, models["text_encoder"].config)
-    second = models["text_encoder_2"]
-    tensors |= original_clip(text, "conditioner.embedders.0.transformer.")
-    return tensors | original_openclip(second.state_dict(), second.config, "conditioner.embedders.1.model.")
+    for name, (prefix, style) in LAYOUTS[layout].text_encoders.items():
+        tensors |= TEXT_STYLES[style](models[name].state_dict(), models[name].config, prefix)
+    return tensors
 
 
 def header_of(tensors: Mapping[str, Tensor], **metadata: str) -> Header:
@@ -99,10 +97,15 @@ def test_real_checkpoints_are_recognised_by_their_keys(layout: str, full_size: d
     tensors = original_keys(layout, full_size[layout])
     found = inspect_checkpoint(Path("x.safetensors"), header_of(tensors))
     guess = "v_prediction" if layout == "sd2" else "epsilon"
-    assert (found.layout, found.inpaints, found.prediction_type, found.zero_snr) == (layout, False, guess, False)
+    assert (found.layout.key, found.family.takes_mask, found.prediction_type, found.zero_snr) == (
+        layout,
+        False,
+        guess,
+        False,
+    )
     width = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[layout]
     assert f"cross-attention {width} wide, 4 channels" in found.why
-    assert ("guessed" in found.why) == (layout == "sd2")
+    assert ("assumed" in found.why) == (layout == "sd2")
 
 
 MARKS: list[tuple[str, dict[str, str], str, str]] = [
@@ -126,21 +129,21 @@ def test_what_a_file_says_of_itself_is_heard(
     if "9" in more:
         tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(320, 9, 3, 3, device="meta")
     found = inspect_checkpoint(Path("x.safetensors"), header_of(tensors, **metadata))
-    assert (found.layout, found.prediction_type) == (layout, prediction_type)
-    assert (found.inpaints, found.zero_snr) == ("9" in more, "ztsnr" in more)
+    assert (found.layout.key, found.prediction_type) == (layout, prediction_type)
+    assert (found.family.takes_mask, found.zero_snr) == ("9" in more, "ztsnr" in more)
     assert why in found.why
 
 
 U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
 
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
-    ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; give the checkpoint"),
+    ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; specify the checkpoint"),
     ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
-    ({U: (8, 4, 3, 3)}, "holds no text encoder"),
+    ({U: (8, 4, 3, 3)}, "holds no known text encoder"),
     ({U: (8, 4, 3, 3), "conditioner.embedders.0.model.x": (1,)}, "is SDXL's refiner"),
     ({U: (8, 4, 3, 3), C: (1,)}, "holds no VAE"),
     ({U: (8, 8, 3, 3), C: (1,), "first_stage_model.x": (1,)}, "takes 8 channels"),
-    ({U: (8, 4, 3, 3), C: (1,), "first_stage_model.x": (1,), "edm_mean": (1,)}, "EDM's frame"),
+    ({U: (8, 4, 3, 3), C: (1,), "first_stage_model.x": (1,), "edm_mean": (1,)}, "EDM's noise levels"),
 ]
 
 
@@ -157,7 +160,7 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_is(
 @pytest.mark.parametrize("content", [b"", b"rubbish that is longer than eight bytes", b"\x05\0\0\0\0\0\0\0[1,2]"])
 def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(UsageError, match="is no safetensors file"):
+    with pytest.raises(UsageError, match="is not a safetensors file"):
         load_teacher(str(tmp_path / "a.safetensors"))
 
 
@@ -197,8 +200,8 @@ def test_what_it_was_taken_for_is_said_before_anything_is_loaded(
     assert first.startswith(
         "my.safetensors is Stable Diffusion 1 (CLIP's text encoder, cross-attention 16 wide, 4 channels)"
     )
-    assert first.endswith("taken for v_prediction, as --prediction-type says")
-    assert "cannot be read as one" in error  # it is no file of the full size
+    assert first.endswith("used as v_prediction, set by --prediction-type")
+    assert "could not be loaded" in error  # it is no file of the full size
     assert error.count("\n") == 1
 
 
@@ -237,7 +240,7 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path: Path, small_teacher: Pat
         load_single_file(tmp_path / "b.safetensors", configs=small_teacher)
     lost = "model.diffusion_model.middle_block.1.norm.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "c.safetensors")
-    with pytest.raises(UsageError, match=r"c.safetensors .*: weights are missing, or there are fewer blocks"):
+    with pytest.raises(UsageError, match=r"c.safetensors .*: weights are missing, or it has fewer blocks"):
         load_single_file(tmp_path / "c.safetensors", configs=small_teacher)
 
 

@@ -1,0 +1,263 @@
+"""The contract of a teacher family: everything the package knows about one kind of diffusers pipeline.
+
+Neither this module nor a family's file imports torch, diffusers or transformers at the top: `lcmdistill info` and model names
+need a family's description only. The functions of a family import them when they run.
+
+Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lcmdistill.diffusion.schedules import NoiseSchedule
+    from lcmdistill.diffusion.types import Conditioning
+
+Call = Callable[[Any, "Tensor", "Tensor", Mapping[str, "Tensor"], "Tensor | None"], "Tensor"]
+"""(network, z, t, c, w) -> raw output: how a family's network is called. `c` is a Conditioning's values; a network without
+an omega input ignores `w`."""
+
+Frame = tuple[int, int, int, int, int, int]
+"""The original's height and width, the crop's top and left in the resized image, the crop's height and width; in pixels."""
+
+U_NET_LORA_PREFIXES = {"lora_unet_": "unet", "unet.": "unet"}
+"the prefixes of U-Net keys in kohya's and in diffusers' LoRA files"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model.
+
+    Attributes:
+        model: The hub id or the folder of the model.
+        license: The license on its hub card; None if the model's own files state it.
+    """
+
+    model: str
+    license: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFileLayout:
+    """One of the checkpoint layouts of A1111 and ComfyUI.
+
+    Attributes:
+        key: The layout's name, and the folder of its configs in the package's assets.
+        title: The model that has this layout, such as "Stable Diffusion 1".
+        text_title: What its text encoders are called in messages.
+        marker: A key prefix that only this layout has.
+        text_encoders: {component: (key prefix, key style)}; the styles are those of export/single_file.py.
+        width: The width of the cross-attention's context in published models.
+        architectures: {prediction type: ModelSpec architecture}; a type that is absent cannot be stored.
+        base_versions: {prediction type: sd-scripts' `ss_base_model_version`}, by which UIs match a LoRA to a base.
+        is_v2: sd-scripts' `ss_v2`.
+        default_prediction: The prediction type of a file that does not specify it.
+        prediction_marks: {part of a ModelSpec architecture: the prediction type that it implies}.
+        sample_sizes: {prediction type: latent size}, where it differs from the bundled config's.
+        flat_text_keys: Whether some files lack the `text_model.` in the keys of their text encoder.
+    """
+
+    key: str
+    title: str
+    text_title: str
+    marker: str
+    text_encoders: Mapping[str, tuple[str, str]]
+    width: int
+    architectures: Mapping[str, str]
+    base_versions: Mapping[str, str]
+    is_v2: bool = False
+    default_prediction: str = "epsilon"
+    prediction_marks: Mapping[str, str] = field(default_factory=dict)
+    sample_sizes: Mapping[str, int] = field(default_factory=dict)
+    flat_text_keys: bool = False
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What a network may need to know about samples besides their prompts.
+
+    Attributes:
+        frames: (B, 6) fp32, a Frame per sample.
+        pixels: () -> (B, 3, H, W) in [-1, 1], computed when called.
+        encode: Pixels -> scaled latents (B, C, h, w).
+        seeds: A seed per sample, for what is random.
+    """
+
+    frames: Tensor
+    pixels: Callable[[], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    seeds: Sequence[int]
+
+
+def whole_frame(height: int, width: int) -> Frame:
+    """Return the frame of an uncropped image, such as one that a teacher generates."""
+    return (height, width, 0, 0, height, width)
+
+
+def needs_caption(caption: str) -> str | None:
+    """Return why a text-to-image network cannot use a sample with this caption; None if it can."""
+    return None if caption else "no caption"
+
+
+def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    """Return the schedule and the prediction type of a variance-preserving scheduler's config. Raises UsageError."""
+    from lcmdistill.teachers import schedulers
+
+    return schedulers.vp_denoiser(config)
+
+
+def vp_student_scheduler(schedule: NoiseSchedule, config: Mapping[str, Any], name: str, original_steps: int) -> Any:
+    """Return the named student scheduler on the betas and the prediction type of the teacher's scheduler config."""
+    from lcmdistill.teachers.schedulers import vp_scheduler
+
+    return vp_scheduler(config, name, original_steps)
+
+
+def text_prompt_kwargs(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
+    """Return prompts as plain strings, with one negative prompt for all of them."""
+    kwargs: dict[str, Any] = {"prompt": list(prompts)}
+    return kwargs if negative is None else kwargs | {"negative_prompt": [negative] * len(prompts)}
+
+
+def no_condition(samples: SampleInfo) -> Conditioning:
+    """Return the conditioning of a network that sees prompts only: nothing."""
+    from lcmdistill.diffusion.types import Conditioning
+
+    return Conditioning({})
+
+
+def no_extra_kwargs(count: int, height: int, width: int, image_and_mask: tuple[Any, Any] | None) -> dict[str, Any]:
+    """Return no arguments: the pipeline needs prompts and sizes only."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFamily:
+    """What the package knows about one family of pipelines. There is one instance per family, in the family's file.
+
+    Attributes:
+        key: The key in FAMILIES.
+        title: The family's name in messages and on the report.
+        pipeline_classes: The diffusers pipeline classes in `model_index.json`; the first one opens single files and LoRAs.
+        network: The pipeline's component that is distilled: "unet" or "transformer".
+        network_class: The diffusers class of that component.
+        network_label: What that component is called in messages.
+        text_encoders: The pipeline's text encoders, in the order in which prompts pass through them.
+        task: The `pipeline_tag` of the model card.
+        tags: The tags of the model card, besides those of the method.
+        in_pixels: Whether the network denoises pixels and there is no VAE.
+        takes_mask: Whether the network also sees a mask and the image around it (inpainting).
+        input_channels: The channels of the network's input in published models with 4 latent channels.
+        sample_size_is_default: Whether the network's `sample_size` is only the pipeline's default size.
+        call: (network, z, t, c, w) -> raw output (B, C, h, w). `c` is a Conditioning's values; a network without an
+            omega input ignores `w`.
+        example_inputs: (network, generator, batch) -> fixed conditioning inputs for verification, under the names of the
+            network's own arguments and of `added_inputs`.
+        added_inputs: The inputs that the network takes inside its `added_cond_kwargs`.
+        network_kwargs: (family, network, inputs) -> keyword arguments of the network's forward.
+        encode_prompts: (pipeline, prompts) -> the part of the Conditioning that prompts decide. The empty prompt is the
+            pipeline's own unconditional input.
+        condition: (SampleInfo) -> the part of the Conditioning that samples decide.
+        condition_is_random: Whether `condition` draws random numbers.
+        prompt_kwargs: (pipeline, prompts, negative prompt) -> arguments of a pipeline call.
+        extra_call_kwargs: (count, height, width, (image, mask) or None) -> further arguments of a pipeline call.
+        default_prompts: (pipeline) -> the prompts to use where none are specified; () for the bundled ones.
+        takes_captions: (network config) -> whether training images need captions.
+        rejects: (pipeline, caption) -> why a sample with this caption cannot be used; None if it can.
+        own_prompts: (pipeline) -> the prompts to generate training data for where the bundled prompts do not apply.
+        check: Raise UsageError for a pipeline that has the right class and the wrong parts.
+        vae: (pipeline) -> its VAE; in pixel space, an object that passes pixels through.
+        denoiser: (scheduler config) -> the schedule and the prediction type that the network was trained with.
+        sampler: (pipeline, schedule, prediction type, prompts, noise, steps, guidance scale) -> latents, where no diffusers
+            pipeline samples such a network.
+        data_scheduler: The diffusers scheduler that generates training latents.
+        reference_scheduler: The diffusers scheduler that generates the images a student is compared with.
+        student_scheduler: (schedule, the teacher's scheduler config, name, original_inference_steps) -> the scheduler of a
+            student's pipeline.
+        student_pipeline_class: (has an omega input, has sampling options) -> the pipeline class of a full student;
+            None keeps the teacher's.
+        published: {"section.key": value} of settings published for the family, used where none are specified.
+        lora_modules: The layers that published LoRAs adapt, by name suffix.
+        lora_formats: The LoRA export formats; a run writes the first one. () if the family has no LoRA format.
+        lora_prefixes: {prefix of a key in a LoRA file: the component it belongs to}.
+        layouts: The single-file layouts; () if the family has none.
+        layout_of: (network config) -> the layout of a model of this family.
+        single_file_options: Pipeline arguments for the components that a single file lacks.
+        onnx_classes: {diffusers pipeline class: optimum's ONNX class}; {} if ONNX export is not supported.
+        onnx_options: (pipeline) -> entries of an ONNX folder's `model_index.json` besides the components.
+        text_layers_read: Whether pipelines read the hidden states of the text encoders' layers.
+        clip_skip: How CLIP's last layers are skipped: "baked" into the saved weights, "recorded" in `model_index.json`, or
+            None if there is no CLIP.
+        clip_skip_offset: A1111's clip skip minus diffusers' `clip_skip`.
+        fp32_layers: The text encoder layers, by name suffix, that overflow in half precision.
+        aliases: The short names of published models.
+        describe: (pipeline class, network config) -> the family's name, as exact as the files allow.
+    """
+
+    key: str
+    title: str
+    pipeline_classes: tuple[str, ...]
+    network: str
+    network_class: str
+    network_label: str
+    text_encoders: tuple[str, ...]
+    task: str
+    tags: tuple[str, ...]
+    in_pixels: bool = False
+    takes_mask: bool = False
+    input_channels: int = 4
+    sample_size_is_default: bool = True
+
+    call: Call
+    example_inputs: Callable[[Any, Generator, int], dict[str, Tensor]]
+    added_inputs: tuple[str, ...] = ()
+    network_kwargs: Callable[[TeacherFamily, Any, Mapping[str, Tensor]], dict[str, Any]]
+    encode_prompts: Callable[[Any, Sequence[str]], Conditioning]
+    condition: Callable[[SampleInfo], Conditioning]
+    condition_is_random: bool = False
+    prompt_kwargs: Callable[[Any, Sequence[str], str | None], dict[str, Any]] = text_prompt_kwargs
+    extra_call_kwargs: Callable[[int, int, int, tuple[Any, Any] | None], dict[str, Any]] = no_extra_kwargs
+    default_prompts: Callable[[Any], tuple[str, ...]] = lambda pipeline: ()
+    takes_captions: Callable[[Mapping[str, Any]], bool] = lambda config: True
+
+    rejects: Callable[[Any, str], str | None] = lambda pipeline, caption: needs_caption(caption)
+    own_prompts: Callable[[Any], tuple[str, ...]] = lambda pipeline: ()
+
+    check: Callable[[Any], None]
+    vae: Callable[[Any], Any] = lambda pipeline: pipeline.vae
+    denoiser: Callable[[Mapping[str, Any]], tuple[NoiseSchedule, str]] = vp_denoiser
+    sampler: Callable[[Any, NoiseSchedule, str, Sequence[str], Tensor, int, float], Tensor] | None = None
+    data_scheduler: str = "DPMSolverMultistepScheduler"
+    reference_scheduler: str = "DDIMScheduler"
+    student_scheduler: Callable[[NoiseSchedule, Mapping[str, Any], str, int], Any] = vp_student_scheduler
+    student_pipeline_class: Callable[[bool, bool], str | None] = lambda has_omega_input, has_options: None
+    published: Mapping[str, Any]
+
+    lora_modules: tuple[str, ...]
+    lora_formats: tuple[str, ...]
+    lora_prefixes: Mapping[str, str]
+    layouts: tuple[SingleFileLayout, ...]
+    layout_of: Callable[[Mapping[str, Any]], SingleFileLayout] | None
+    single_file_options: Mapping[str, Any] = field(default_factory=dict)
+    onnx_classes: Mapping[str, str]
+    onnx_options: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
+    text_layers_read: bool = False
+    clip_skip: Literal["baked", "recorded"] | None
+    clip_skip_offset: int = 1
+    fp32_layers: tuple[str, ...] = ()
+    aliases: Mapping[str, Alias]
+    describe: Callable[[str, Mapping[str, Any]], str]
+
+    def a1111_clip_skip(self, count: int) -> int:
+        """Return A1111's clip skip for diffusers' `clip_skip`. A1111 counts from the layer that is read."""
+        return count + self.clip_skip_offset
+
+    @property
+    def uses_peft_only(self) -> bool:
+        """Whether peft's is the only LoRA format that programs read for this family."""
+        return self.lora_formats == ("peft",)

@@ -1,0 +1,76 @@
+"""Schedulers of VP teachers: the schedule that a config describes, and a student's scheduler on the same betas."""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from lcmdistill.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from lcmdistill.diffusion.schedules import NoiseSchedule
+
+_COPIED = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | None = None) -> Any:
+    """Return a student's scheduler with the teacher's betas and prediction type.
+
+    Args:
+        config: The teacher's scheduler config.
+        name: The scheduler class: LCMScheduler or TCDScheduler.
+        original_steps: diffusers' `original_inference_steps`; None keeps its default.
+    """
+    import diffusers
+
+    values = {key: config[key] for key in _COPIED if key in config}
+    if original_steps is not None:
+        values["original_inference_steps"] = original_steps
+    return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+
+
+def ends_in_noise(schedule: "NoiseSchedule") -> bool:
+    """Return whether the last time step is pure noise (zero-terminal SNR)."""
+    import torch
+
+    return float(schedule.alpha(torch.tensor([schedule.num_steps - 1]))) == 0.0
+
+
+def vp_denoiser(config: Mapping[str, Any]) -> "tuple[NoiseSchedule, str]":
+    """Return the schedule and the prediction type that a diffusers scheduler config describes.
+
+    Raises:
+        UsageError: The schedule or the prediction type is not supported.
+    """
+    import diffusers
+
+    from lcmdistill.diffusion.parameterization import PREDICTION_TYPES
+    from lcmdistill.diffusion.schedules import vp_schedule
+
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UsageError(f"the teacher predicts {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}")
+    # A config file keeps the values of schedulers that it was loaded as before, so the class decides what is read.
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if "beta_schedule" not in (signature(kind.__init__).parameters if kind else config):
+        raise UsageError(
+            f"the teacher's scheduler is a {config.get('_class_name')}, which has no betas: the model was trained with EDM or "
+            "flow matching, which is not supported here; use a teacher with a variance-preserving schedule"
+        )
+    try:
+        schedule = vp_schedule(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if prediction_type == "epsilon" and ends_in_noise(schedule):
+        raise UsageError(
+            "the teacher's schedule ends at alpha = 0 (zero-terminal SNR), where students start sampling and an epsilon "
+            "prediction carries no information; if the teacher predicts v, pass --prediction-type v_prediction"
+        )
+    return schedule, prediction_type
