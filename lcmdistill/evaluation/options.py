@@ -9,6 +9,7 @@ from lcmdistill.data.buckets import Size, bucket_sizes
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.generate import ModelToSample, find_model
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.registry import family_of_folder
 from lcmdistill.utils.errors import UsageError
 
 SEED = 2026
@@ -62,10 +63,8 @@ class EvaluatedRun:
     @property
     def is_baked(self) -> bool:
         """Whether the guidance is in the weights: in a LoRA, and in a network without a guidance input."""
-        index = self.run / "pipeline" / "model_index.json"
-        if not self.model.loras and "ConsistencyModelPipeline" in index.read_text(encoding="utf-8").split('"'):
-            return True
-        return self.model.is_baked
+        family = None if self.model.loras else family_of_folder(self.run / "pipeline")
+        return self.model.is_baked or (family is not None and family.in_pixels)
 
     @property
     def guidance_scale(self) -> float:

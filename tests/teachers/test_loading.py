@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.teachers import base
+from lcmdistill.report.info import describe
+from lcmdistill.teachers import base, compat
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.teachers.registry import supported_classes
@@ -222,6 +223,34 @@ def test_weights_are_hashed_again_only_when_they_were_written_to(
     assert teacher.fingerprint(with_network=True) == before
     module.half()
     assert teacher.fingerprint(with_network=True) != before
+
+
+def test_the_config_of_another_program_is_ignored(tmp_path: Path, small_teacher: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(small_teacher, folder)
+    (folder / "lora").mkdir()
+    (folder / "config.toml").write_text('[model]\nname = "mine"\n')
+    loaded = load_teacher(str(folder)).fingerprint(with_network=True)
+    assert loaded == load_teacher(str(small_teacher)).fingerprint(with_network=True)
+    assert dict(describe(str(folder)))["type"].startswith("StableDiffusionPipeline")
+
+
+@pytest.mark.parametrize(
+    ("installed", "name"),
+    [("0.35.0", "torch_dtype"), ("0.39.2", "torch_dtype"), ("0.40.0", "dtype"), ("1.0.0", "dtype")],
+)
+def test_the_dtype_has_the_name_that_diffusers_expects(
+    installed: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "version", lambda package: installed)
+    assert compat.dtype_option(torch.float16) == {name: torch.float16}
+
+
+def test_a_teacher_is_loaded_without_a_deprecation_of_its_dtype(
+    small_teacher: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    load_teacher(str(small_teacher))
+    assert [str(each.message) for each in recwarn if "torch_dtype" in str(each.message)] == []
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
