@@ -96,7 +96,7 @@ def _lora(path: Path, header: Header) -> list[Row]:
         alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
     elif "lora_adapter_metadata" in metadata:
         kind, config = "diffusers", json.loads(metadata["lora_adapter_metadata"])
-        alpha, base = config.unet.lora_alpha, metadata.get("ss_sd_model_name")
+        alpha, base = config.get("unet.lora_alpha"), metadata.get("ss_sd_model_name")
     else:
         kind = "kohya" if any(key.endswith(".lora_down.weight") for key in downs) else "diffusers"
         alpha, base = metadata.get("ss_network_alpha"), metadata.get("ss_sd_model_name")

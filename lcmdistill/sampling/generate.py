@@ -13,6 +13,7 @@ from PIL import Image
 
 from lcmdistill.config.guidance import OmegaRange, omega_range
 from lcmdistill.config.recorded import run_takes_omega
+from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
@@ -196,7 +197,9 @@ def scheduler_for_loras(loras: Sequence[str], current: str) -> str:
 
 
 def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
-    """Read the files of --image and --mask. Return None if neither is given.
+    """Read the files of --image and --mask like training images: upright, 8 bits, on white. None if neither is given.
+
+    Transparent areas of the mask are not repainted.
 
     Raises:
         UsageError: Only one is given, or a file cannot be read.
@@ -206,8 +209,8 @@ def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Im
     if image is None or mask is None:
         raise UsageError("--image and --mask must be used together: the image to edit, and the area to repaint (white)")
     try:
-        return Image.open(image).convert("RGB"), Image.open(mask).convert("L")
-    except OSError as error:
+        return open_image(image), open_image(mask, background="black").convert("L")
+    except (OSError, ImageError) as error:
         raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
 
 

@@ -20,6 +20,7 @@ from lcmdistill.sampling.generate import (
     guidance_warning,
     image_size,
     load_student,
+    read_image_and_mask,
     sampling_dtype,
 )
 from lcmdistill.sampling.png import GeneratedImage
@@ -274,3 +275,28 @@ def test_the_command_reports_guidance_outside_the_training(command: Command, sma
         assert (
             "outside the range that this student was trained with; expect poor images, or use 2 to 6" in out
         ) == reported
+
+
+def test_the_image_to_edit_is_read_like_a_training_image(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (8, 16), "red")
+    upright.paste("blue", (0, 8, 8, 16))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    mask = tmp_path / "mask.png"
+    pairs = {name: read_image_and_mask(tmp_path / f"{name}.png", mask) for name in ("photo", "clear", "deep")}
+    images = {name: pair[0] for name, pair in pairs.items() if pair}
+    assert images["photo"].tobytes() == upright.tobytes()
+    assert images["clear"].getpixel((0, 0)) == (255, 255, 255)
+    assert images["deep"].getpixel((0, 0)) == (77, 77, 77)
+    assert pairs["photo"] is not None
+    assert (pairs["photo"][1].mode, pairs["photo"][1].getpixel((0, 0))) == ("L", 255)
+    unmasked = read_image_and_mask(tmp_path / "clear.png", tmp_path / "clear.png")
+    assert unmasked is not None
+    assert unmasked[1].getpixel((0, 0)) == 0
+    (tmp_path / "broken.png").write_bytes(b"rubbish")
+    with pytest.raises(UsageError, match=r"--image .*broken\.png or --mask .*mask\.png cannot be read: "):
+        read_image_and_mask(tmp_path / "broken.png", mask)
