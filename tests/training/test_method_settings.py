@@ -59,7 +59,7 @@ def test_what_would_have_no_effect_is_refused(
 
 def test_an_eta_out_of_range_is_refused(tcd_lora: Path, command: Command) -> None:
     code, _, error = command("sample", tcd_lora, "--eta", 1.5)
-    assert (code, "it must be from 0, no fresh noise, to 1" in error) == (2, True)
+    assert (code, "it must be from 0 (no fresh noise) to 1" in error) == (2, True)
 
 
 @pytest.mark.parametrize(("objective", "kind"), [("lcm", "full"), ("tcd", "full"), ("lcm", "lora"), ("cd", "full")])
@@ -217,7 +217,7 @@ def test_a_run_is_measured_at_the_guidance_that_acts(
     evaluate([folder], EvaluationOptions(steps=(1, 2), num_images=2, device="cpu"))
     found = read_results(folder)
     assert found is not None
-    assert tuple(found.about["guidance_scales"]) == scales
+    assert tuple(found.info["guidance_scales"]) == scales
     drawn = [found.number("rmse", "student", steps, scale) for steps in (1, 2) for scale in scales]
     assert len({value for value in drawn if value is not None}) == len(drawn)
 
