@@ -17,7 +17,8 @@ from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError, disk_error
-from lcmdistill.utils.run_dir import check_writable, checkpoint_step, checkpoints, step_name
+from lcmdistill.utils.logging import LOG_FILE
+from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoint_step, checkpoints, step_name
 
 _MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
 
@@ -134,7 +135,8 @@ def check_run(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
     check_writable(folder)
-    if load_run_config(folder) is None and folder.is_dir() and any(folder.iterdir()):
+    others = {path.name for path in folder.iterdir()} - {LOCK, LOG_FILE} if folder.is_dir() else set()
+    if others and load_run_config(folder) is None:
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
     recorded = resumable_config(folder)
     if recorded is None:

@@ -106,6 +106,8 @@ class ConsistencyStep:
     teacher: TeacherNetwork
     student_network: Network
     target_network: Network
+    phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext()
+    "times a phase of the step by its name"
     teacher_outputs: TeacherOutputCache | None = None
     "outputs that were computed before the run, if `data.teacher_cache_samples` asks for them"
 
@@ -123,15 +125,17 @@ class ConsistencyStep:
     def prepare(self, batch: Batch, rng: Rng) -> State:
         """Run the objective's teacher step, on cached outputs where there are any."""
         teacher = self.teacher
-        if self.teacher_outputs is not None:
-            teacher = self.teacher_outputs.teacher(rng, self.schedule, self.null)
-        return self.objective.teacher_step(teacher, self.schedule, batch, rng)
+        with self.phase("teacher"):
+            if self.teacher_outputs is not None:
+                teacher = self.teacher_outputs.teacher(rng, self.schedule, self.null)
+            return self.objective.teacher_step(teacher, self.schedule, batch, rng)
 
     @torch.no_grad()
     def evaluate_target(self, batch: Batch, state: State, rng: Rng) -> X0Eps:
         """Evaluate the target network where the state says: at (z_s, s, w)."""
         self._seed_dropout(rng)
-        return self.target_network(state.z_s, state.s, batch.cond, state.w)
+        with self.phase("target"):
+            return self.target_network(state.z_s, state.s, batch.cond, state.w)
 
     def forward_backward(
         self, batch: Batch, state: State, target: Callable[[], X0Eps], rng: Rng, *, is_last: bool
@@ -148,8 +152,10 @@ class ConsistencyStep:
             return self.student_network(z, t, c, w)
 
         with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.online):
-            losses = self.objective.loss(student, evaluated, self.schedule, batch, state)
-            self.accelerator.backward(losses.mean() / self.optim.gradient_accumulation_steps)
+            with self.phase("forward"):
+                losses = self.objective.loss(student, evaluated, self.schedule, batch, state)
+            with self.phase("backward"):
+                self.accelerator.backward(losses.mean() / self.optim.gradient_accumulation_steps)
         return losses.detach()
 
     def update(self, step: int) -> Tensor:
@@ -157,11 +163,12 @@ class ConsistencyStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.optim)
         parameters = list(self.student.trainable.values())
-        # An infinite limit clips nothing and still measures.
-        norm = self.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.student.follow(self.objective.ema_decay_at(step))
+        with self.phase("optimizer"):
+            # An infinite limit clips nothing and still measures.
+            norm = self.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.student.follow(self.objective.ema_decay_at(step))
         return torch.as_tensor(norm)
 
     def noise_level(self, state: State) -> Tensor:

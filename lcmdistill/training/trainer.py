@@ -1,5 +1,6 @@
 """One run, from top to bottom: `distill` sets it up and finishes it, `Trainer` goes through its steps."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -37,17 +38,18 @@ from lcmdistill.training.memory.plan import MemoryCheck, log_plan, plan_memory
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
+from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.train_step import TrainStep
 from lcmdistill.training.validation import Validator
-from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.checkpoint import Checkpoint, load_latest_checkpoint
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import RunError, UsageError
-from lcmdistill.utils.logging import Progress, progress
+from lcmdistill.utils.logging import Progress, log_file, progress
 from lcmdistill.utils.metrics_log import Metrics, check_tracker
-from lcmdistill.utils.run_dir import checkpoints
+from lcmdistill.utils.run_dir import checkpoints, run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +82,22 @@ def distill(config: RunConfig, documents: RunDocuments) -> Path:
     """
     with catch_signals() as stop:
         accelerator = make_accelerator(config)
+        folder, is_main = Path(config.run.output or ""), accelerator.is_main_process
+        if is_main:
+            check_run(config)
         try:
-            return _distill(config, documents, accelerator, stop)
+            with contextlib.ExitStack() as held:
+                if is_main:
+                    held.enter_context(run_lock(folder))
+                return _distill(config, documents, accelerator, stop, held)
         finally:
             accelerator.end_training()
 
 
-def _distill(requested: RunConfig, documents: RunDocuments, accelerator: Accelerator, stop: Stop) -> Path:
+def _distill(
+    requested: RunConfig, documents: RunDocuments, accelerator: Accelerator, stop: Stop, held: contextlib.ExitStack
+) -> Path:
+    """Do what `distill` says. held: what is released at the run's end, such as its lock and its log file."""
     config, is_main, world = requested, accelerator.is_main_process, accelerator.num_processes
     folder = Path(config.run.output or "")
     if finished(config):
@@ -100,7 +111,6 @@ def _distill(requested: RunConfig, documents: RunDocuments, accelerator: Acceler
         check_run(config)
         check_tracker(config.run.report_to)
         logger.info(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
-    saved = checkpoints(folder / "checkpoints")
     teacher = load_teacher(**asdict(config.teacher))
     config = resolve_run_defaults(config, world, teacher)
     if is_main:
@@ -119,6 +129,7 @@ def _distill(requested: RunConfig, documents: RunDocuments, accelerator: Acceler
     if is_main:
         data, seed = config.data, config.run.seed
         open_run(config, {each.word: cache_folder(each, data, teacher, seed).name for each in sources}, requested)
+        held.enter_context(log_file(folder))
 
     # Set up: data, reference images, networks.
     teacher.to(accelerator.device)
@@ -143,10 +154,10 @@ def _distill(requested: RunConfig, documents: RunDocuments, accelerator: Acceler
     if is_main:
         used = [*dataset.folders, *trainer.train_step.cache_folders]
         evict_lru(cache_root(config.data), config.data.cache_limit * 1e9, used)
-    if saved:
-        trainer.restore(saved[-1])
+    if checkpoint := load_latest_checkpoint(folder / "checkpoints"):
+        trainer.restore(checkpoint)
         if is_main:
-            logger.info(f"resuming from {saved[-1].name}")
+            logger.info(f"resuming from {checkpoint.path.name}")
     if is_main and trainer.is_compiled:
         logger.info("the networks are compiled at the first step, which takes minutes; use --compile off to skip it")
 
@@ -182,6 +193,9 @@ def make_trainer(
 ) -> "Trainer":
     """Build a trainer at its first step. on_progress: as `build_train_step`."""
     built = build_train_step(config, accelerator, teacher, dataset, on_progress)
+    forwards, is_main = config.objective.num_forwards, accelerator.is_main_process
+    profiler = make_profiler(config, teacher, folder, accelerator.device, forwards, is_main=is_main)
+    built.train_step.phase = profiler.phase
     return Trainer(
         config=config,
         folder=folder,
@@ -190,6 +204,7 @@ def make_trainer(
         train_step=built.train_step,
         order=built.order,
         is_compiled=built.is_compiled,
+        profiler=profiler,
         writer=CheckpointWriter(folder / "checkpoints", config.run.keep_checkpoints),
         loss_by_noise=torch.zeros(2, NOISE_BINS, device=accelerator.device),
     )
@@ -207,6 +222,7 @@ class Trainer:
     order: InOrder
     "how the work of a step is ordered"
     writer: CheckpointWriter
+    profiler: RunProfiler
     loss_by_noise: Tensor
     "this process's samples since the last log line, from clean to noise: sums of their losses, and how many there were"
     is_compiled: bool = False
@@ -230,13 +246,14 @@ class Trainer:
         config, total = self.config.run, self.config.optim.max_train_steps
         stop_signal = StopSignal(stop, self.accelerator)
         memory = MemoryCheck(self.needed if validator is not None else None, self.accelerator.device)
-        with progress("distilling", total, enabled=validator is not None) as bar:
+        with progress("distilling", total, enabled=validator is not None) as bar, self.profiler:
             bar.update(self.step)
             if validator is not None and self._is_due(config.validate_every) and validator.is_missing(self.step):
                 self._validate(validator, metrics)
             count, since = 0, time.monotonic()
             for loss, norm in self.steps():
                 self.losses.append(loss)
+                self.profiler.step()
                 count += 1
                 memory.after_step()
                 bar.update(self.step)
@@ -246,13 +263,15 @@ class Trainer:
                     count, since = 0, time.monotonic()
                 paused = time.monotonic()
                 if self.step % config.checkpoint_every == 0 or self.step == total or signal:
-                    self.save()
+                    with self.profiler.phase("checkpoint"):
+                        self.save()
                 if signal:
                     self.writer.wait()
                     stop.signal = signal
                     stop.check(f"stopped at step {self.step}, which is saved; re-run the same command to resume")
                 if validator is not None and self._is_due(config.validate_every):
-                    self._validate(validator, metrics)
+                    with self.profiler.phase("validation"):
+                        self._validate(validator, metrics)
                 since += time.monotonic() - paused
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -292,12 +311,12 @@ class Trainer:
             self.writer.save(self.step, self.train_step.groups(), state)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, path: Path) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises UsageError if it was trained with another global batch."""
-        groups, state = load_checkpoint(path)
+        groups, state = checkpoint.groups, checkpoint.state
         if state["global_batch"] != self.global_batch:
             raise UsageError(
-                f"{path.parent.parent} was trained with {state['global_batch']} samples per step and this command uses "
+                f"{self.folder} was trained with {state['global_batch']} samples per step and this command uses "
                 f"{self.global_batch} (batch size x gradient accumulation steps x processes); make them equal to resume"
             )
         self.train_step.restore(groups)
@@ -314,7 +333,8 @@ class Trainer:
         reads = read_ahead(self.dataset, (indices for _, indices in requests))
         for rng, _ in plans:
             began = time.monotonic()
-            read = next(reads)
+            with self.profiler.phase("data"):
+                read = next(reads)
             self.waited += time.monotonic() - began
             yield rng, batch_of(read, rng, self.train_step.null, self.config.data.caption_drop)
 
@@ -344,14 +364,15 @@ class Trainer:
         self._check_finite(loss, norm)
         sums, counts = gather(self.loss_by_noise, self.accelerator).sum(0).tolist()
         speed, waiting = count * self.global_batch / seconds, self.waited / seconds
+        samples = self.global_batch // self.accelerator.num_processes
         if metrics is not None:
             rate = learning_rate_at(self.step - 1, self.config.optim)
             values = {"loss": loss, "grad_norm": float(norm), "learning_rate": rate, "samples_per_s": speed}
-            values["data_wait"] = waiting
+            values |= {"data_wait": waiting, **self.profiler.metrics(count * samples)}
             by_noise = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             metrics.log(self.step, values, loss_by_noise=by_noise)
             left = timedelta(seconds=round((total - self.step) * self.global_batch / speed))
-            line = f"loss {loss:.5f}  {speed:.1f} samples/s"
+            line = f"loss {loss:.5f}  {speed:.1f} samples/s  MFU {values['mfu']:.0%}"
             if waiting > SLOW_DATA:
                 line += f"  {waiting:.0%} of the time waiting for data"
             bar.update(self.step, line)

@@ -12,6 +12,7 @@ from lcmdistill.teachers.single_file.load import CONFIGS
 from lcmdistill.training import checkpoint
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.compile import compile_blocks
+from lcmdistill.utils.checkpoint import load_latest_checkpoint
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import distill, resolve
 from tests.support.speed import Settings, built
@@ -72,7 +73,9 @@ def test_moments_are_restored_in_the_layout_of_their_parameters(speed_settings: 
     run = built(speed_settings)
     step: Any = run.train_step
     torch.nn.ModuleList([step.student.online, step.student.target]).to(memory_format=torch.channels_last)  # pyright: ignore
-    run.restore(checkpoints(folder / "checkpoints")[-1])
+    checkpoint = load_latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    run.restore(checkpoint)
     for parameter, state in step.optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
 

@@ -215,7 +215,7 @@ def test_a_run_leaves_everything_that_is_promised(train_run: Runner, capsys: pyt
     assert str(folder.parent) not in card  # which is of this machine
     told = capsys.readouterr().out
     assert "12 kept, 0 dropped" in told
-    assert re.search(r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  left 0:00:00", told)
+    assert re.search(r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left 0:00:00", told)
 
 
 def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(train_run: Runner, tmp_path: Path) -> None:
@@ -247,3 +247,18 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(train_run: Runner, m
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=re.escape("--report-to wandb needs: pip install 'lcmdistill[wandb]'")):
         train_run(run__report_to="wandb")
+
+
+def test_a_line_of_metrics_tells_where_the_time_went(train_run: Runner) -> None:
+    folder = train_run(run__validate_every=2)
+    for line in metrics(folder):
+        if "loss" not in line:
+            continue
+        phases = {key.removeprefix("seconds_"): value for key, value in line.items() if key.startswith("seconds_")}
+        assert {"data", "teacher", "target", "forward", "backward", "optimizer", "other"} <= phases.keys()
+        assert min(phases.values()) >= 0
+        assert line["mfu"] > 0
+        assert line["peak_memory_gib"] > 0
+    log = (folder / "log.txt").read_text()
+    assert "mfu is relative to" in log
+    assert "step 4/4" in log
