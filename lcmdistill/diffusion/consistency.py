@@ -11,7 +11,7 @@ OMEGA_DIM = 256
 
 
 def consistency_function(schedule: NoiseSchedule, z: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0, in fp32, with the schedule's own boundary scalings.
+    """Return f(z_t, t) = c_skip(t) z_t + c_out(t) x0, in fp32, with the boundary scalings of the schedule.
 
     Luo et al. 2023, Eq. 9, on a VP schedule; Song et al. 2023, Eq. 5, on Karras's. z, x0: (B, C, h, w).
     """
@@ -20,9 +20,9 @@ def consistency_function(schedule: NoiseSchedule, z: Tensor, x0: Tensor, t: Tens
 
 
 def omega_embedding(w: Tensor, dim: int = OMEGA_DIM) -> Tensor:
-    """The sinusoidal embedding of omega, (B, dim) fp32, that `time_cond_proj` of the U-Net takes.
+    """Return the sinusoidal embedding of omega, (B, dim) fp32, the input of the U-Net's `time_cond_proj`.
 
-    w: (B,) fp32, which is `guidance_scale - 1`; 1000 w times the frequencies exp(-ln(1e4) i / (dim / 2 - 1)), sines then
+    w: (B,) fp32, `guidance_scale - 1`. The phase is 1000 w times the frequencies exp(-ln(1e4) i / (dim / 2 - 1)), sines then
     cosines (as in the public LCM code, so that diffusers' pipelines compute the same one).
     """
     half = dim // 2

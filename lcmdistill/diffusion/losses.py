@@ -8,22 +8,25 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference (Luo et al. 2023, sec. 5)."""
+    """Return the mean squared difference (Luo et al. 2023, sec. 5)."""
     return (a.float() - b.float()).square().flatten(1).mean(1)
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference (Song et al. 2023, sec. 5)."""
+    """Return the mean absolute difference (Song et al. 2023, sec. 5)."""
     return (a.float() - b.float()).abs().flatten(1).mean(1)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
-    """Mean of sqrt(d^2 + c^2) - c, element-wise (Song & Dhariwal 2023, sec. 3.3; c as in the public LCM scripts)."""
+    """Return the mean of sqrt(d^2 + c^2) - c, element-wise (Song & Dhariwal 2023, sec. 3.3; c as in the public LCM scripts)."""
     return (((a.float() - b.float()).square() + c**2).sqrt() - c).flatten(1).mean(1)
 
 
 def norm_huber(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(|d|^2 + c^2) - c of the whole difference's norm, c = .00054 sqrt(its elements) (Song & Dhariwal 2023, sec. 3.3)."""
+    """Return sqrt(|d|^2 + c^2) - c of the norm of the difference (Song & Dhariwal 2023, sec. 3.3).
+
+    c = .00054 sqrt(number of elements).
+    """
     difference = (a.float() - b.float()).flatten(1)
     c = 0.00054 * difference.shape[1] ** 0.5
     return (difference.square().sum(1) + c**2).sqrt() - c

@@ -1,4 +1,4 @@
-"""The pair (x0, eps): what every network's raw output is turned into, once, at the border; and guidance on it."""
+"""The border: every network's raw output becomes the pair (x0, eps) here, once; guidance acts on that pair."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from lcmdistill.diffusion.schedules import SIGMA_DATA
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-"what a diffusers scheduler's config may call a network's output, on any schedule"
+"the names that a diffusers scheduler config has for a network's output"
 
 EDM = "edm"
 "the raw F of a preconditioned network (Karras et al. 2022, Eq. 7), on a schedule with alpha = 1"
 
 
 class X0Eps(NamedTuple):
-    """A network's belief about z_t = alpha_t x0 + sigma_t eps; both (B, C, h, w) fp32."""
+    """A network's estimate of x0 and eps in z_t = alpha_t x0 + sigma_t eps; both (B, C, h, w) fp32."""
 
     x0: Tensor
     eps: Tensor
@@ -26,7 +26,7 @@ _TINY = 1e-8
 
 
 def network_input(z: Tensor, t: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """What a network of a prediction type is given for (z, t): the pair itself, but for EDM's preconditioning.
+    """Return the inputs of a network for (z, t): the pair itself, except with EDM's preconditioning.
 
     EDM: c_in z with c_in = 1 / sqrt(sigma^2 + sd^2), and 250 ln(sigma) (Karras et al. 2022, Table 1, whose c_noise is
     ln(sigma) / 4, times 1000 as in Consistency Models and in diffusers' CMStochasticIterativeScheduler).
@@ -37,11 +37,19 @@ def network_input(z: Tensor, t: Tensor, sigma: Tensor, prediction_type: str) -> 
 
 
 def to_x0_eps(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> X0Eps:
-    """A raw network output as the pair (x0, eps), in fp32 (Salimans & Ho 2022, sec. 4 and app. D).
+    """Convert a raw network output into the pair (x0, eps), in fp32 (Salimans & Ho 2022, sec. 4 and app. D).
 
-    output, z: (B, C, h, w); alpha, sigma: (B, 1, 1, 1) fp32; prediction_type: one of PREDICTION_TYPES, or EDM.
-    Where alpha = 0 an epsilon output cannot name x0, which is then 0; v and sample outputs can.
-    Raises ValueError on an unknown prediction type.
+    Where alpha = 0, an epsilon output does not determine x0, which is then 0; v and sample outputs do.
+
+    Args:
+        output: The raw output, (B, C, h, w).
+        z: The network's input, (B, C, h, w).
+        alpha: alpha_t, (B, 1, 1, 1) fp32.
+        sigma: sigma_t, (B, 1, 1, 1) fp32.
+        prediction_type: One of PREDICTION_TYPES, or EDM.
+
+    Raises:
+        ValueError: The prediction type is unknown.
     """
     o, z = output.float(), z.float()
     if prediction_type == "epsilon":
@@ -61,9 +69,12 @@ def to_x0_eps(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, predictio
 
 
 def guided(cond: X0Eps, null: X0Eps, w: Tensor) -> X0Eps:
-    """Classifier-free guidance, cond + w (cond - null), on x0 and eps alike: the only place that combines.
+    """Apply classifier-free guidance, cond + w (cond - null), to x0 and eps. No other code combines the two.
 
-    w: (B,) fp32, omega of Luo et al. 2023, Eq. 14; diffusers' `guidance_scale` is w + 1.
+    Args:
+        cond: The prediction with the prompt.
+        null: The prediction with the empty prompt.
+        w: Omega (Luo et al. 2023, Eq. 14), (B,) fp32; diffusers' `guidance_scale` is w + 1.
     """
     w = w.view(-1, 1, 1, 1)
     return X0Eps(cond.x0 + w * (cond.x0 - null.x0), cond.eps + w * (cond.eps - null.eps))

@@ -12,48 +12,48 @@ import torch
 from torch import Tensor
 
 SIGMA_DATA = 0.5
-"sd, the standard deviation that data are taken to have (Karras et al. 2022; kept by Consistency Models and by LCM)"
+"sd, the assumed standard deviation of the data (Karras et al. 2022; also in Consistency Models and LCM)"
 
-_TINY = 1e-20  # stands for an abar of 0 where its logarithm is asked for
+_TINY = 1e-20  # replaces an abar of 0 in logarithms
 
 
 class NoiseSchedule(Protocol):
-    """What solvers and objectives ask of a schedule. t: (B,), of the kind that the schedule counts in; noise rises with t.
+    """The contract of a schedule. t: (B,), in the unit of the schedule; noise rises with t.
 
-    Data lie at the first point of the grid, where f is the identity, and pure noise (nearly) at its last.
+    Data lie at the first point of the grid, where f is the identity. (Nearly) pure noise lies at the last.
     """
 
     @property
     def num_steps(self) -> int:
-        """T, how many time steps the teacher was trained with, or is counted in."""
+        """T, the number of time steps that the teacher was trained with."""
         ...
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """The same schedule on another device."""
+        """Return the same schedule on another device."""
         ...
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t, (B, 1, 1, 1) fp32."""
+        """Return alpha_t, (B, 1, 1, 1) fp32."""
         ...
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t, (B, 1, 1, 1) fp32."""
+        """Return sigma_t, (B, 1, 1, 1) fp32."""
         ...
 
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """z_t ~ q(z_t | x0): alpha_t x0 + sigma_t eps. x0, eps: (B, C, h, w) fp32."""
+        """Return z_t = alpha_t x0 + sigma_t eps. x0, eps: (B, C, h, w) fp32."""
         ...
 
     def grid(self, points: int) -> Tensor:
-        """N times from the first to the last, rising, (N,); of T points it is every time step. N from 2."""
+        """Return N >= 2 times from the first to the last, rising, (N,); with T points they are all time steps."""
         ...
 
     def time_of(self, half_log_snr: Tensor) -> Tensor:
-        """The time at which lambda = log(alpha / sigma) has a value, (B,) fp32; rarely a whole one. half_log_snr: (B,)."""
+        """Return the time of a value of lambda = log(alpha / sigma), (B,) fp32; rarely an integer. half_log_snr: (B,)."""
         ...
 
     def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(c_skip, c_out) of f(z, t) = c_skip z + c_out x0, each (B, 1, 1, 1) fp32; (1, 0) at the first time."""
+        """Return (c_skip, c_out) of f(z, t) = c_skip z + c_out x0, each (B, 1, 1, 1) fp32; (1, 0) at the first time."""
         ...
 
 
@@ -85,9 +85,9 @@ class VPSchedule:
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def grid(self, points: int) -> Tensor:
-        """Evenly spaced time steps, (N,): whole ones, int64, which for N = T / k + 1 lie k apart, give or take one.
+        """Return evenly spaced time steps, (N,) int64; for N = T / k + 1 they lie k apart, up to rounding.
 
-        More points than there are steps lie between them, fp32.
+        With more points than steps, the times are fractional, fp32.
         """
         times = torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64)
         return times.round().long() if points <= self.num_steps else times.float()
@@ -102,7 +102,9 @@ class VPSchedule:
         return below + part.clamp(0.0, 1.0)
 
     def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """With u = 10 t: c_skip = sd^2 / (u^2 + sd^2), c_out = u / sqrt(u^2 + sd^2) (Luo et al. 2023, app. D).
+        """Return the scalings of LCM.
+
+        With u = 10 t: c_skip = sd^2 / (u^2 + sd^2), c_out = u / sqrt(u^2 + sd^2) (Luo et al. 2023, app. D).
 
         Unlike Consistency Models (Song et al. 2023, app. C), c_out has no factor sd.
         """
@@ -127,7 +129,7 @@ class VPSchedule:
 class KarrasSchedule:
     """alpha = 1 and sigma_t = t: the variance-exploding schedule of EDM and of Consistency Models (Karras et al. 2022).
 
-    t: (B,) fp32 in [sigma_min, sigma_max]. num_steps: how many points the finest grid has.
+    t: (B,) fp32 in [sigma_min, sigma_max]. num_steps: the number of points of the finest grid.
     """
 
     num_steps: int = 40
@@ -148,7 +150,10 @@ class KarrasSchedule:
         return x0 + self.sigma(t) * eps
 
     def grid(self, points: int) -> Tensor:
-        """(smin^(1/rho) + i / (N - 1) (smax^(1/rho) - smin^(1/rho)))^rho, (N,) fp32 (Karras et al. 2022, Eq. 5, rising)."""
+        """Return Karras's grid, (N,) fp32, rising (Karras et al. 2022, Eq. 5).
+
+        (smin^(1/rho) + i / (N - 1) (smax^(1/rho) - smin^(1/rho)))^rho, i = 0 .. N - 1.
+        """
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (torch.linspace(low, high, points, dtype=torch.float64) ** self.rho).float()
 
@@ -156,10 +161,10 @@ class KarrasSchedule:
         return (-half_log_snr).exp()
 
     def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Consistency Models' scalings (Song et al. 2023, app. C), told on the denoiser's x0 instead of the raw output F.
+        """Return the scalings of Consistency Models (Song et al. 2023, app. C), written for x0 instead of the raw output F.
 
-        Theirs is f = sd^2 / ((t - smin)^2 + sd^2) z + sd (t - smin) / sqrt(t^2 + sd^2) F, and EDM's preconditioning is
-        x0 = sd^2 / (t^2 + sd^2) z + sd t / sqrt(t^2 + sd^2) F: with F = F, c_out = (t - smin) / t, and c_skip is the
+        The paper has f = sd^2 / ((t - smin)^2 + sd^2) z + sd (t - smin) / sqrt(t^2 + sd^2) F, and EDM's preconditioning is
+        x0 = sd^2 / (t^2 + sd^2) z + sd t / sqrt(t^2 + sd^2) F: eliminating F, c_out = (t - smin) / t, and c_skip is the
         difference of the z terms.
         """
         t = t.view(-1, 1, 1, 1)
@@ -168,7 +173,7 @@ class KarrasSchedule:
 
 
 def ddim_grid(num_steps: int, skip: int) -> Tensor:
-    """The skipping-step grid i * k - 1, i = 1 .. T // k, as (N,) int64 (Luo et al. 2023, sec. 4.3).
+    """Return the skipping-step grid i * k - 1, i = 1 .. T // k, as (N,) int64 (Luo et al. 2023, sec. 4.3).
 
     Raises ValueError if k is not in [1, T].
     """
@@ -178,11 +183,13 @@ def ddim_grid(num_steps: int, skip: int) -> Tensor:
 
 
 def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
-    """The schedule that a diffusers scheduler config describes; nothing is assumed of its betas.
+    """Return the schedule that a diffusers scheduler config describes. No betas are assumed.
 
     config: `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (linear, scaled_linear, squaredcos_cap_v2),
     `trained_betas`, `rescale_betas_zero_snr`, as in a `scheduler_config.json`.
-    Raises ValueError on a schedule of another kind.
+
+    Raises:
+        ValueError: The config describes another kind of schedule.
     """
     steps = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
@@ -190,7 +197,9 @@ def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
     if config.get("trained_betas") is not None:
         betas = torch.as_tensor(config["trained_betas"], dtype=torch.float32)
         if len(betas) != steps:
-            raise ValueError(f"the teacher's trained_betas are {len(betas)}, and its num_train_timesteps {steps}")
+            raise ValueError(
+                f"the teacher has {len(betas)} trained_betas but num_train_timesteps = {steps}; its scheduler config is wrong"
+            )
     elif kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     elif kind == "scaled_linear":
@@ -199,7 +208,7 @@ def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
         betas = _cosine_betas(steps)
     else:
         raise ValueError(
-            f"the teacher's beta_schedule is {kind!r}; known are linear, scaled_linear, squaredcos_cap_v2, trained_betas"
+            f"the teacher's beta_schedule is {kind!r}; supported are linear, scaled_linear, squaredcos_cap_v2, trained_betas"
         )
     abar = torch.cumprod(1.0 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):

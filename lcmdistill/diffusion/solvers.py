@@ -1,10 +1,10 @@
-"""PF-ODE solvers: one step z_t -> z_s each, vectorised over per-sample t and s.
+"""PF-ODE solvers: each is one step z_t -> z_s, vectorized over per-sample t and s.
 
-A solver sees a denoiser (z, t) -> (x0, eps) and nothing of networks, prompts or guidance, and may ask it as often as its
-order needs. z: (B, C, h, w) fp32; t, s: (B,), s <= t, of the kind that the schedule counts in. The DPM-Solvers ask at the
-midpoint in lambda = log(alpha / sigma), which is rarely a whole time step: the network is then given the fraction, and a
-VP schedule is read between its steps. Where alpha_t = 0 (zero-terminal SNR) lambda and sigma / alpha are infinite, and
-where sigma_s = 0 there is no noise left to predict: every solver's step is DDIM's there.
+A solver calls a denoiser (z, t) -> (x0, eps) as often as its order needs, and knows no networks, prompts or guidance.
+z: (B, C, h, w) fp32; t, s: (B,), s <= t, in the unit of the schedule. The DPM-Solvers evaluate the midpoint in
+lambda = log(alpha / sigma), which is rarely an integer time step: the network then gets the fraction, and a VP schedule is
+interpolated. Where alpha_t = 0 (zero-terminal SNR), lambda and sigma / alpha are infinite; where sigma_s = 0, no noise is
+left to predict. Every solver takes DDIM's step there.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def dpm_solver_pp(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Ten
 
 
 def _along_eps(schedule: NoiseSchedule, z: Tensor, eps: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """z_s if eps were constant on the way: with y = z / alpha and rho = sigma / alpha the PF-ODE is dy/drho = eps.
+    """Return z_s for a constant eps: with y = z / alpha and rho = sigma / alpha the PF-ODE is dy/drho = eps.
 
     In lambda this reads alpha_s / alpha_t z - sigma_s (e^h - 1) eps, h = lambda_s - lambda_t (Lu et al. 2022, Eq. 3.7).
     """
@@ -94,7 +94,7 @@ def _along_eps(schedule: NoiseSchedule, z: Tensor, eps: Tensor, t: Tensor, s: Te
 
 
 def _along_x0(schedule: NoiseSchedule, z: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """z_s if x0 were constant on the way: sigma_s / sigma_t z - alpha_s (e^-h - 1) x0 (Lu et al. 2022b, Eq. 8)."""
+    """Return z_s for a constant x0: sigma_s / sigma_t z - alpha_s (e^-h - 1) x0 (Lu et al. 2022b, Eq. 8)."""
     ratio = schedule.sigma(s) / _or_one(schedule.sigma(t))
     return ratio * z + (schedule.alpha(s) - ratio * schedule.alpha(t)) * x0
 
@@ -115,7 +115,7 @@ def _or_one(divisor: Tensor) -> Tensor:
 
 
 def solve(denoiser: Denoiser, schedule: NoiseSchedule, noise: Tensor, points: int, solver: Solver = heun) -> Tensor:
-    """From pure noise to clean images along the schedule's grid, (B, C, h, w) fp32.
+    """Solve the PF-ODE from pure noise to clean images along the schedule's grid; returns (B, C, h, w) fp32.
 
     On Karras's schedule with Heun this is EDM's deterministic sampler of N = points steps (Karras et al. 2022, Alg. 1): the
     last one, to sigma = 0, takes the network's x0. noise: (B, C, h, w), standard normal; points: from 2 to T.

@@ -1,4 +1,4 @@
-"""What an objective is handed: a batch, its conditioning, the networks, and its random draws.
+"""What objectives work with: batches, conditioning and networks.
 
 Shapes: B batch, C latent channels, h w latent size, L tokens, D width of a token's embedding.
 """
@@ -16,42 +16,44 @@ from lcmdistill.diffusion.solvers import Denoiser
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told besides z, t and omega: named tensors, each (B, ...).
+    """The inputs of a network besides z, t and omega: named tensors, each (B, ...).
 
-    "prompt_embeds" (B, L, D) with a prompt; what else there is, is between a family's encoder and its network.
+    "prompt_embeds" is (B, L, D). Only the teacher family knows the other names.
     """
 
     values: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor by its name."""
         return self.values[name]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """The same on another device, its floats in another dtype."""
+        """Return a copy on another device, with floats in another dtype."""
         return self._each(lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
     def expand(self, size: int) -> "Conditioning":
-        """One sample's conditioning repeated for a batch of `size`, without a copy."""
+        """Repeat one sample's conditioning for a batch of `size`, without a copy."""
         return self._each(lambda value: value.expand(size, *value.shape[1:]))
 
     def cat(self, other: "Conditioning") -> "Conditioning":
-        """Both, one after the other, along the batch."""
+        """Concatenate both along the batch."""
         return Conditioning({k: torch.cat([v, other[k].to(v.dtype)]) for k, v in self.values.items()})
 
     def __or__(self, other: "Conditioning") -> "Conditioning":
-        """All that both tell of the same samples."""
+        """Merge two conditionings of the same samples."""
         return Conditioning({**self.values, **other.values})
 
     def with_prompt(self, prompt: "Conditioning") -> "Conditioning":
-        """The same samples under one other prompt: what it does not name (sizes, say) stays each sample's own.
+        """Replace the prompt of all samples; what the prompt does not determine (such as sizes) stays.
 
-        prompt: B = 1.
+        Args:
+            prompt: The new prompt, B = 1.
         """
-        told = {k: prompt[k].to(v.dtype).expand_as(v) for k, v in self.values.items() if k in prompt.values}
-        return Conditioning({**self.values, **told})
+        replaced = {k: prompt[k].to(v.dtype).expand_as(v) for k, v in self.values.items() if k in prompt.values}
+        return Conditioning({**self.values, **replaced})
 
     def replace_where(self, mask: Tensor, prompt: "Conditioning") -> "Conditioning":
-        """`with_prompt` where mask is true, else this. mask: (B,) bool."""
+        """Apply `with_prompt` where mask is true. mask: (B,) bool."""
         other = self.with_prompt(prompt)
         return Conditioning(
             {k: torch.where(mask.view(-1, *[1] * (v.ndim - 1)), other[k], v) for k, v in self.values.items()}
@@ -63,7 +65,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents, (B, C, h, w) fp32, and what they show."""
+    """Clean latents, (B, C, h, w) fp32, and their conditioning."""
 
     latents: Tensor
     cond: Conditioning
@@ -106,7 +108,7 @@ class TeacherNetwork:
 
 
 def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: str) -> Network:
-    """A network that speaks its own prediction type, as one that speaks (x0, eps): the border."""
+    """Return a network that predicts (x0, eps) instead of its own prediction type."""
 
     def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -1,5 +1,7 @@
-"""The contract of an objective. Each is a frozen dataclass in a file of its own: the fields are the paper's hyper-parameters
-and the [objective] section of the configuration; the methods are the paper's algorithm box on the pair (x0, eps).
+"""The contract of an objective.
+
+Each objective is a frozen dataclass in a file of its own. Its fields are the paper's hyperparameters and the [objective]
+section of the configuration. Its methods are the paper's algorithm box, written on the pair (x0, eps).
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 
 Omega = Literal["input", "teacher", "none"]
-"whether a full student is told omega: by an input of its own, as its teacher is, or never"
+"whether a full student receives omega: by an input of its own, as its teacher does, or never"
 
 
 EMPTY_PROMPTS: Mapping[str, Any] = MappingProxyType({"data.caption_drop": 0.1})

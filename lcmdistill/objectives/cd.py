@@ -24,7 +24,7 @@ from lcmdistill.utils.device import copy_to_device
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyDistillation:
-    """Consistency Distillation (Song et al. 2023, arXiv:2303.01469, Algorithm 2): neighbours on a grid, no guidance.
+    """Consistency Distillation (Song et al. 2023, arXiv:2303.01469, Algorithm 2): neighbors on a grid, no guidance.
 
     Both networks of a pair have the same dropout mask.
     """
@@ -40,15 +40,15 @@ class ConsistencyDistillation:
         defaults=EMPTY_PROMPTS,
     )
     scales: int = 51
-    "N, the points of the grid: 18 or 40 in the paper; 51 lie 20 of Stable Diffusion's time steps apart"
+    "N, points of the grid: 18 or 40 in the paper; 51 points lie 20 Stable Diffusion time steps apart"
     solver: str = "heun"
-    "the PF-ODE solver of the teacher's step"
+    "PF-ODE solver of the teacher's step"
     distance: Literal["huber", "l1", "l2", "lpips"] = "l2"
     "l2, l1 or LPIPS (paper), or pseudo-Huber"
     lpips_weights: str | None = None
-    "file of LPIPS's network, torchvision's alexnet-owt-7be5be79.pth; for teachers of images, not of latents"
+    "LPIPS weights: torchvision's file alexnet-owt-7be5be79.pth; for pixel-space teachers only"
     ema_decay: float = 0.95
-    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    "mu, decay of the target's EMA; 0 uses the live student as the target"
     same_dropout: ClassVar[bool] = True
     omega: ClassVar[Literal["none"]] = "none"
 

@@ -15,10 +15,17 @@ from lcmdistill.utils.device import copy_to_device
 
 
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
-    """The pairs (t, s), k of the schedule's T time steps apart; both (B,), s = the first time where t is not k above it.
+    """Draw pairs (t, s) that are k time steps apart; both (B,), and s is never below the first time.
 
-    times: "grid" draws t from the T // k points of the DDIM grid (the public scripts); "all" from every step k .. T - 1
-    (Luo et al. 2023, Alg. 1).
+    Args:
+        schedule: The teacher's schedule with T time steps.
+        skip: k, the skipping interval.
+        times: "grid" draws t from the T // k points of the DDIM grid (public scripts); "all" draws it from every step
+            k .. T - 1 (Luo et al. 2023, Alg. 1).
+        rng: The draws of the micro-batch.
+
+    Raises:
+        ValueError: `times` is neither of them.
     """
     if times == "grid":
         grid = ddim_grid(schedule.num_steps, skip)
@@ -32,20 +39,20 @@ def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tu
 
 
 def sample_end_time(schedule: NoiseSchedule, s: Tensor, rng: Rng) -> Tensor:
-    """s' <= s, any of the schedule's time steps up to s, (B,) as s."""
+    """Draw s' from the schedule's time steps up to s, (B,)."""
     steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
     count = torch.searchsorted(steps, s.contiguous()) + 1
     return steps[(rng.uniform("end", fresh=True) * count).long().clamp(max=count - 1)]
 
 
 def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Where t is between the schedule's first time, 0, and its last, 1: its place among the T steps over T, (B,) fp32."""
+    """Return the position of t between the schedule's first time, 0, and its last, 1, (B,) fp32."""
     steps = copy_to_device(schedule.grid(schedule.num_steps).to(t.dtype), t.device)
     return torch.searchsorted(steps, t.contiguous()).float() / schedule.num_steps
 
 
 def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
-    """omega, one per sample, (B,) fp32; None where guidance is left "free"."""
+    """Draw omega per sample, (B,) fp32; None where guidance is "free"."""
     return None if guidance == "free" else w_min + (w_max - w_min) * rng.uniform("omega", fresh=True)
 
 
@@ -60,20 +67,20 @@ def teacher_forwards(solver: str, guidance: str) -> int:
 
 
 def check_skip(skip: int, times: str, num_steps: int) -> None:
-    """k is from 1 to T - 1, and on the grid divides T, so that the last time step is among its points."""
+    """Check that k is from 1 to T - 1, and that it divides T on the grid, so that the last time step is trained."""
     if not 1 <= skip < num_steps:
         raise ValueError(f"objective.skip (k) is {skip}; it must be from 1 to {num_steps - 1}")
     if times == "grid" and num_steps % skip:
         divisors = [k for k in range(1, num_steps) if num_steps % k == 0]
         near = [max(k for k in divisors if k < skip), *[k for k in divisors if k > skip][:1]]
         raise ValueError(
-            f"objective.skip (k) is {skip}, which does not divide T = {num_steps}, so that t = {num_steps - 1}, "
-            f'where drawing starts, is never trained; try {" or ".join(map(str, near))}, or objective.times = "all"'
+            f"objective.skip (k) is {skip}, which does not divide T = {num_steps}, so t = {num_steps - 1}, "
+            f'where sampling starts, is never trained; try {" or ".join(map(str, near))}, or objective.times = "all"'
         )
 
 
 def check_omega(w_min: float, w_max: float) -> None:
-    """0 <= w_min <= w_max."""
+    """Check that 0 <= w_min <= w_max."""
     if w_min < 0:
         raise ValueError(f"objective.w_min is {w_min}; omega, which is guidance_scale - 1, must be at least 0")
     if not w_min <= w_max:
@@ -81,24 +88,24 @@ def check_omega(w_min: float, w_max: float) -> None:
 
 
 def check_decay(name: str, mu: float) -> None:
-    """0 <= mu < 1."""
+    """Check that 0 <= mu < 1."""
     if not 0.0 <= mu < 1.0:
         raise ValueError(f"objective.{name} is {mu}; it must be at least 0 and below 1")
 
 
 def check_solver(solver: str) -> None:
-    """A key of SOLVERS."""
+    """Check that the solver is a key of SOLVERS."""
     if solver not in SOLVERS:
         raise ValueError(f"objective.solver is {solver!r}; choose from {', '.join(SOLVERS)}")
 
 
 def check_lpips(distance: str, weights: str | None) -> None:
-    """LPIPS comes with weights, and weights with LPIPS."""
+    """Check that LPIPS comes with weights, and weights with LPIPS."""
     if distance == "lpips" and weights is None:
         raise ValueError(
             "objective.distance is lpips, which needs objective.lpips_weights: torchvision's file of AlexNet"
         )
     if distance != "lpips" and weights is not None:
         raise ValueError(
-            f"objective.lpips_weights is given, and objective.distance is {distance}; say lpips, or leave it"
+            f"objective.lpips_weights is set but objective.distance is {distance}; set it to lpips, or remove the weights"
         )

@@ -1,4 +1,4 @@
-"""Consistency Training, and its improved settings."""
+"""Consistency Training and Improved Consistency Training."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from lcmdistill.utils.device import copy_to_device
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyTraining:
-    """Consistency Training (Song et al. 2023, arXiv:2303.01469, Algorithm 3): no teacher, a grid that grows finer.
+    """Consistency Training (Song et al. 2023, arXiv:2303.01469, Algorithm 3): no teacher, and a grid that becomes finer.
 
-    z_t and z_s have the same noise. The student starts at the teacher's weights, and asks it nothing. Both networks of a
+    z_t and z_s have the same noise. The student starts at the teacher's weights and never evaluates it. Both networks of a
     pair have the same dropout mask.
     """
 
@@ -38,32 +38,32 @@ class ConsistencyTraining:
         mutable_on_resume=("curriculum_steps",),
     )
     growth: Literal["sqrt", "doubling"] = "sqrt"
-    "how the grid's points grow: from s0 to s1 + 1 as in Song et al. 2023, app. C, or from s0 + 1 by doubling (iCT)"
+    "growth of the grid: from s0 to s1 + 1 points (Song et al. 2023, app. C), or from s0 + 1 by doubling (iCT)"
     s0: int = 2
-    "how fine the first grid is"
+    "intervals of the first grid"
     s1: int = 150
-    "the most intervals of the last grid"
+    "intervals of the last grid"
     curriculum_steps: int | None = None
-    "K, the optimiser steps over which the grid grows; by default the whole run"
+    "K, optimizer steps over which the grid grows; default: the whole run"
     mu0: float = 0.9
-    "mu on the first grid, from which mu(N) follows; 0 makes the target the live student"
+    "mu on the first grid, which determines mu(N); 0 uses the live student as the target"
     times: Literal["uniform", "lognormal"] = "uniform"
-    "where on the grid t is drawn: anywhere alike, or from a discretised lognormal of sigma (iCT)"
+    "distribution of t on the grid: uniform, or a discretized lognormal of sigma (iCT)"
     p_mean: float = -1.1
-    "the lognormal's mean of ln sigma"
+    "mean of ln sigma of the lognormal"
     p_std: float = 2.0
-    "the lognormal's standard deviation of ln sigma"
+    "standard deviation of ln sigma of the lognormal"
     weighting: Literal["uniform", "inverse"] = "uniform"
-    "of a pair's loss: 1, or 1 / (sigma_t - sigma_s) (iCT)"
+    "weight of a pair's loss: 1, or 1 / (sigma_t - sigma_s) (iCT)"
     distance: Literal["huber", "norm-huber", "l1", "l2", "lpips"] = "l2"
-    "l2, l1 or LPIPS (Song et al. 2023), pseudo-Huber, or iCT's pseudo-Huber of the whole difference's norm"
+    "l2, l1 or LPIPS (Song et al. 2023), pseudo-Huber, or pseudo-Huber of the difference's norm (iCT)"
     lpips_weights: str | None = None
-    "file of LPIPS's network, torchvision's alexnet-owt-7be5be79.pth; for teachers of images, not of latents"
+    "LPIPS weights: torchvision's file alexnet-owt-7be5be79.pth; for pixel-space teachers only"
     same_dropout: ClassVar[bool] = True
     omega: ClassVar[Literal["none"]] = "none"
 
     def scales(self, step: int) -> int:
-        """N(k), the points of the grid at a step (Song et al. 2023, app. C; Song & Dhariwal 2023, sec. 3.4)."""
+        """Return N(k), the number of grid points at a step (Song et al. 2023, app. C; Song & Dhariwal 2023, sec. 3.4)."""
         whole = self.curriculum_steps or 1
         if self.growth == "doubling":
             each = max(1, int(whole / (math.log2(self.s1 // self.s0) + 1)))
@@ -72,7 +72,7 @@ class ConsistencyTraining:
         return math.ceil(math.sqrt(k * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2) - 1) + 1
 
     def ema_decay_at(self, step: int) -> float:
-        """exp(s0 ln mu0 / N(k)), N the intervals: as slow as mu0 was on the first grid (Song et al. 2023, app. C)."""
+        """Return exp(s0 ln mu0 / N(k)) with N(k) intervals (Song et al. 2023, app. C)."""
         return self.mu0 ** (self.s0 / (self.scales(step) - 1))
 
     @property
@@ -152,5 +152,5 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
 
 
 def _sigma(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The noise that data of alpha = 1 would have, sigma / alpha, (B,); finite at zero-terminal SNR too."""
+    """Return sigma / alpha, (B,); finite at zero-terminal SNR, too."""
     return (schedule.sigma(t) / schedule.alpha(t).clamp(min=1e-4)).view(-1)

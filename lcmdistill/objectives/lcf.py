@@ -17,10 +17,10 @@ from lcmdistill.objectives.common import check_decay, check_omega, check_skip, s
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConsistencyFineTuning:
-    """Fine-tuning of an LCM on one's own images, without a teacher (Luo et al. 2023, sec. 4.4).
+    """Fine-tuning of an LCM on your own images, without a teacher (Luo et al. 2023, sec. 4.4).
 
-    The model that is named as the teacher is an LCM, and where the student starts. There is no step of a solver: z_t and
-    z_s have the same noise. omega is drawn and told to a network that takes it, and changes nothing else.
+    `teacher.model` is an LCM, and the student starts from it. There is no solver step: z_t and z_s have the same noise.
+    Omega is drawn for a network that takes it, and changes nothing else.
     """
 
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -37,19 +37,19 @@ class LatentConsistencyFineTuning:
         decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
-    "k, the skipping step: how many time steps lie between z_t and z_s; 1 to T"
+    "skipping interval k: time steps between z_t and z_s, from 1 to T"
     times: Literal["grid", "all"] = "grid"
-    "where t is drawn: the DDIM grid of T / k points or every step"
+    "where t is drawn from: the DDIM grid of T / k points, or all steps"
     guidance: Literal["baked", "free"] = "baked"
-    "free: the LCM's guidance was left free; it is told no omega, and CFG and negative prompts still act on it"
+    "must match the LCM: baked, or free where CFG and negative prompts still work"
     w_min: float = 5.0
-    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    "smallest omega; omega is guidance scale - 1"
     w_max: float = 15.0
-    "the largest omega"
+    "largest omega"
     distance: Literal["huber", "l1", "l2"] = "huber"
     "pseudo-Huber, l2 or l1"
     ema_decay: float = 0.95
-    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    "mu, decay of the target's EMA; 0 uses the live student as the target"
     same_dropout: ClassVar[bool] = False
 
     @property

@@ -39,21 +39,21 @@ class LatentConsistency:
         decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
-    "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
+    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T"
     times: Literal["grid", "all"] = "grid"
-    "where t is drawn: the DDIM grid of T / k points (public scripts) or every step (paper)"
+    "where t is drawn from: the DDIM grid of T / k points (public scripts) or all steps (paper)"
     guidance: Literal["baked", "free"] = "baked"
-    "baked: the teacher is guided by omega; free: it is not, and CFG and negative prompts still act on the student"
+    "baked: guidance is distilled into the student; free: CFG and negative prompts still work at sampling time"
     w_min: float = 5.0
-    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    "smallest omega; omega is guidance scale - 1"
     w_max: float = 15.0
-    "the largest omega"
+    "largest omega"
     solver: str = "ddim"
-    "the PF-ODE solver of the teacher's step"
+    "PF-ODE solver of the teacher's step"
     distance: Literal["huber", "l1", "l2"] = "huber"
     "pseudo-Huber (public scripts), l2 (paper) or l1"
     ema_decay: float = 0.95
-    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    "mu, decay of the target's EMA; 0 uses the live student as the target"
     same_dropout: ClassVar[bool] = False
 
     @property

@@ -35,9 +35,9 @@ class EndState(State):
 class TrajectoryConsistency:
     """Trajectory Consistency Distillation (Zheng et al. 2024, arXiv:2402.19159).
 
-    The student learns the way from t to any s' <= s, and not to the first time alone. Its map is the first-order
-    exponential integrator with its own prediction, alpha_s' x0 + sigma_s' eps (their TCF(1)): the identity at s' = t
-    by itself, so that there are no boundary scalings.
+    The student learns the map from t to any s' <= s, not only to the first time. The map is the first-order exponential
+    integrator with the student's own prediction, alpha_s' x0 + sigma_s' eps (TCF(1) in the paper). It is the identity at
+    s' = t, so that no boundary scalings are needed.
     """
 
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -54,21 +54,21 @@ class TrajectoryConsistency:
         decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
-    "k, the skipping step: how many of the teacher's time steps lie between z_t and z_s; 1 to T"
+    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T"
     times: Literal["grid", "all"] = "grid"
-    "where t is drawn: the DDIM grid of T / k points or every step"
+    "where t is drawn from: the DDIM grid of T / k points, or all steps"
     guidance: Literal["baked", "free"] = "baked"
-    "baked: the teacher is guided by omega; free: it is not, and CFG and negative prompts still act on the student"
+    "baked: guidance is distilled into the student; free: CFG and negative prompts still work at sampling time"
     w_min: float = 2.0
-    "the smallest omega; omega is diffusers' guidance_scale - 1"
+    "smallest omega; omega is guidance scale - 1"
     w_max: float = 14.0
-    "the largest omega"
+    "largest omega"
     solver: str = "ddim"
-    "the PF-ODE solver of the teacher's step"
+    "PF-ODE solver of the teacher's step"
     distance: Literal["huber", "l1", "l2"] = "huber"
     "pseudo-Huber, l2 or l1"
     ema_decay: float = 0.95
-    "mu, the rate of the target's EMA; 0 makes the target the live student"
+    "mu, decay of the target's EMA; 0 uses the live student as the target"
     same_dropout: ClassVar[bool] = False
 
     @property

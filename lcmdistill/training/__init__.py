@@ -1,0 +1,1 @@
+"""Training: set up, train, validate, save and resume one run."""
