@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     assert ended.value.code == code
     assert [line for line in told.err.splitlines() if line] == [
         "stopping at the next safe point; press Ctrl-C again to stop immediately",
-        "stopped at step 3, which is saved; the same command resumes",
+        "stopped at step 3, which is saved; re-run the same command to resume",
     ]
     assert not (tmp_path / "cut" / "pipeline").exists()
     with pytest.raises(SystemExit) as ended:
@@ -96,7 +96,7 @@ def test_a_signal_while_the_data_are_prepared_ends_the_run_in_one_sentence(
         return encode(self, pixels)
 
     monkeypatch.setattr(Teacher, "encode_images", signal_then_encode)
-    with pytest.raises(Interrupted, match="what is done is kept") as caught:
+    with pytest.raises(Interrupted, match="progress is saved") as caught:
         train_run()
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
@@ -242,7 +242,9 @@ def test_a_first_attempt_that_failed_decides_nothing_for_the_next(
         with pytest.raises(RunError, match="no luck"):
             train_run(optim__max_train_steps=4)
     folder = train_run(optim__max_train_steps=40, run__checkpoint_every=40)
-    assert "\ncount = 256\n" in (folder / "config.toml").read_text()  # 160 samples in whole chunks; 4 steps need 128
+    assert (
+        "\nmax_samples = 256\n" in (folder / "config.toml").read_text()
+    )  # 160 samples in whole chunks; 4 steps need 128
 
 
 def test_a_run_is_not_resumed_on_other_data(train_run: Runner, image_folder: Path, tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_a_signal_while_the_teacher_is_loaded_ends_the_run_before_it_begins(
         return load_teacher(*args, **options)
 
     monkeypatch.setattr(train, "load_teacher", load_then_signal)
-    with pytest.raises(Interrupted, match="before anything was begun"):
+    with pytest.raises(Interrupted, match="before training started"):
         train_run()
     assert not (tmp_path / "run").exists()
 
