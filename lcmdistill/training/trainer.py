@@ -20,10 +20,8 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_folder, cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
-from lcmdistill.data.sampler import SampleOrder
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
-from lcmdistill.data.teacher_cache import cached_noise_index
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
 from lcmdistill.export.trained_student import write_trained_student
@@ -35,6 +33,7 @@ from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.memory.plan import MemoryCheck, log_plan, plan_memory
+from lcmdistill.training.micro_batches import NOISE_BINS, bin_by_noise, sample_plan
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
@@ -53,8 +52,6 @@ from lcmdistill.utils.run_dir import checkpoints, run_lock
 
 logger = logging.getLogger(__name__)
 
-NOISE_BINS = 10
-"parts of the way from clean to noise that the loss is logged for"
 SLOW_DATA = 0.05
 "the share of its time that a run may wait for data without a word about it"
 
@@ -287,7 +284,7 @@ class Trainer:
                     lambda: train_step.forward_backward(batch, state, target, rng, is_last=is_last)  # noqa: B023
                 )
                 loss += losses.mean() / accumulation
-                self.loss_by_noise += _binned(losses, train_step.noise_level(state))
+                self.loss_by_noise += bin_by_noise(losses, train_step.noise_level(state))
             norm = self.order.run(lambda: train_step.update(self.step))
             self.step += 1
             yield loss, norm
@@ -329,7 +326,9 @@ class Trainer:
 
     def _micro_batches(self) -> Iterator[tuple[Rng, Batch]]:
         """Yield this process's micro-batches; the next one is read while one is computed."""
-        plans, requests = itertools.tee(self._sample_plan())
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        plan = sample_plan(self.config, self.dataset, rank, world, self.step, self.accelerator.device)
+        plans, requests = itertools.tee(plan)
         reads = read_ahead(self.dataset, (indices for _, indices in requests))
         for rng, _ in plans:
             began = time.monotonic()
@@ -337,22 +336,6 @@ class Trainer:
                 read = next(reads)
             self.waited += time.monotonic() - began
             yield rng, batch_of(read, rng, self.train_step.null, self.config.data.caption_drop)
-
-    def _sample_plan(self) -> Iterator[tuple[Rng, list[int]]]:
-        """Yield the draws and the sample indices of each of this process's micro-batches, from the current step on."""
-        optim, seed, size = self.config.optim, self.config.run.seed, len(self.dataset)
-        cached_draws = self.config.data.teacher_cache_samples
-        order = SampleOrder(size, seed, self.global_batch, self.dataset.shapes)
-        for step in range(self.step, optim.max_train_steps):
-            for micro in range(optim.gradient_accumulation_steps):
-                first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * optim.batch_size
-                places = range(first, first + optim.batch_size)
-                indices = order.indices(step, places)
-                fixed_draws = None
-                if cached_draws:
-                    draws = cached_noise_index(step, places, self.global_batch, size, cached_draws)
-                    fixed_draws = list(zip(indices, draws, strict=True))
-                yield Rng(seed, step, places, self.accelerator.device, fixed_draws), indices
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.optim.max_train_steps)
@@ -406,10 +389,3 @@ class Trainer:
             f"the loss is NaN or infinite (step {self.step}: loss {loss:g}, gradient norm {float(norm):g}); {last}; "
             "lower --learning-rate, or use --precision fp32 or bf16"
         )
-
-
-def _binned(losses: Tensor, noise_level: Tensor) -> Tensor:
-    """Sum the losses, and count them, in each of NOISE_BINS, (2, NOISE_BINS). losses, noise_level: (B,)."""
-    bins = torch.arange(NOISE_BINS, device=losses.device)
-    member = (noise_level * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)[:, None] == bins
-    return torch.stack([(member * losses[:, None]).sum(0), member.sum(0).to(losses.dtype)])
