@@ -27,5 +27,5 @@ def run(config: "RunConfig") -> Path:
     configure_console()
     folder = distill(config, DOCUMENTS)
     if config.run.push_to_hub and os.environ.get("RANK", "0") == "0":
-        publish_run(folder, config.run.push_to_hub)
+        publish_run(folder, config.run.push_to_hub, private=config.run.hub_private)
     return folder

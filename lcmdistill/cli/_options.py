@@ -20,6 +20,13 @@ from lcmdistill.diffusion import SOLVERS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
 
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private", help="With --push-to-hub: a new repository is private; an existing one keeps its visibility."
+    ),
+]
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -139,6 +146,7 @@ HOW: dict[str, Any] = {
     "profile": _option(int | None, "Trace this many steps with torch.profiler into RUN/profile/.  [default: 0]"),
     "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
     "push_to_hub": PushToHub,
+    "private": Private,
     "preset": _option(PresetName | None, "Published settings by name; a file and flags win over them."),
     "config": _option(Path | None, "TOML file of settings; flags win over it."),
     "set_": _option(
@@ -179,6 +187,7 @@ SETTINGS = {
     "profile": "run.profile",
     "report_to": "run.report_to",
     "push_to_hub": "run.push_to_hub",
+    "private": "run.hub_private",
     "rank": "student.rank",
     "alpha": "student.alpha",
     "target": "student.target",

@@ -25,10 +25,15 @@ def distill_lora(**options: Any) -> None:
     _train("lora", options)
 
 
+def _is_set(value: Any) -> bool:
+    """Return whether an option was given; 0 is a value."""
+    return value is not None and value is not False and value != []
+
+
 def _train(kind: str, options: dict[str, Any]) -> None:
     """Settle the configuration and run it. options: a training command's own, by name."""
     flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
-    flags |= {key: options[name] for name, key in SETTINGS.items() if options.get(name) not in (None, [])}
+    flags |= {key: options[name] for name, key in SETTINGS.items() if _is_set(options.get(name))}
     if "student.kind" in flags:
         raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
     flags["student.kind"] = kind
@@ -53,6 +58,8 @@ def _train(kind: str, options: dict[str, Any]) -> None:
         for change in changes:
             logger.info(f"  {change}")
 
+    if resolved.run.hub_private and not resolved.run.push_to_hub:
+        raise UsageError("--private is for --push-to-hub; remove this option, or add --push-to-hub OWNER/NAME")
     if resolved.run.push_to_hub and os.environ.get("RANK", "0") == "0":
         check_login(resolved.run.push_to_hub)
     preflight.check_early(resolved)

@@ -66,7 +66,8 @@ def evaluate(
 
     from lcmdistill.evaluation.evaluate import evaluate
     from lcmdistill.evaluation.options import EvaluationOptions
-    from lcmdistill.report.card import add_to_card
+    from lcmdistill.hub.model_card import update_run_card
+    from lcmdistill.report.card import write_card_plots
     from lcmdistill.report.comparison import write_comparison
     from lcmdistill.report.page import evaluation_summary, write_report
 
@@ -88,7 +89,8 @@ def evaluate(
     evaluate(runs, wish)
     for run in runs:
         written = write_report(run)
-        add_to_card(run)
+        write_card_plots(run)
+        update_run_card(run)
         logger.info(evaluation_summary(run))
         logger.info(f"look at {written}")
     if page:
@@ -100,13 +102,14 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Make RUN/report.html anew: training, validation and what an evaluation found, on one page; and the card's plots."""
-    from lcmdistill.report.card import add_to_card
+    from lcmdistill.hub.model_card import update_run_card
+    from lcmdistill.report.card import write_card_plots
     from lcmdistill.report.page import write_report
 
     run = _named(run)
-    page = write_report(run)
-    evaluation_summary = f", and the plots in {run / 'README.md'}" if add_to_card(run) else ""
-    logger.info(f"look at {page}{evaluation_summary}")
+    page, has_plots = write_report(run), bool(write_card_plots(run))
+    card = f", and the plots in {run / 'README.md'}" if has_plots and update_run_card(run) else ""
+    logger.info(f"look at {page}{card}")
 
 
 def _named(run: Path) -> Path:

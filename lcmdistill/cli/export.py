@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lcmdistill.cli._options import Debug, PushToHub, finite, one_of
+from lcmdistill.cli._options import Debug, Private, PushToHub, finite, one_of
 from lcmdistill.export import EXPORTERS
+from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def export(
         bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
     ] = True,
     push_to_hub: PushToHub = None,
+    private: Private = False,
     debug: Debug = False,
 ) -> None:
     """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
@@ -48,6 +50,8 @@ def export(
     from lcmdistill.hub import publish
     from lcmdistill.hub.model_card import put_export_card
 
+    if private and not push_to_hub:
+        raise UsageError("--private is for --push-to-hub; remove this option, or add --push-to-hub OWNER/NAME")
     if push_to_hub:
         hub.check_login(push_to_hub)
     options: dict[str, Any] = {
@@ -58,4 +62,4 @@ def export(
     }
     logger.info(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
     if push_to_hub:
-        publish.publish_export(run, format_, output, push_to_hub)
+        publish.publish_export(run, format_, output, push_to_hub, private=private)

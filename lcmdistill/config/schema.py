@@ -221,6 +221,8 @@ class RunSection:
     "tracker besides metrics.jsonl"
     push_to_hub: str | None = None
     "hub repository, OWNER/NAME, that the finished product and its card are uploaded to"
+    hub_private: bool = False
+    "make a new hub repository private; an existing one keeps its visibility"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,12 @@ from lcmdistill.utils.registry import LazyRegistry
 
 EXPORTERS = LazyRegistry(
     {
-        "pipeline": "lcmdistill.export.registry:pipeline",
-        "fused": "lcmdistill.export.registry:fused",
-        "kohya": "lcmdistill.export.registry:kohya",
-        "diffusers-lora": "lcmdistill.export.registry:diffusers_lora",
-        "peft": "lcmdistill.export.registry:peft",
-        "single-file": "lcmdistill.export.registry:single_file",
-        "onnx": "lcmdistill.export.registry:onnx",
+        "pipeline": "lcmdistill.export.diffusers_pipeline:PIPELINE",
+        "fused": "lcmdistill.export.diffusers_pipeline:FUSED",
+        "kohya": "lcmdistill.export.lora_formats:KOHYA",
+        "diffusers-lora": "lcmdistill.export.lora_formats:DIFFUSERS",
+        "peft": "lcmdistill.export.lora_formats:PEFT",
+        "single-file": "lcmdistill.export.single_file:SINGLE_FILE",
+        "onnx": "lcmdistill.export.onnx:ONNX",
     }
 )

@@ -1,4 +1,4 @@
-"""Omega, fixed for good: a U-Net without its omega input, for files and programs that have no place for one."""
+"""Bake guidance in: a U-Net without its guidance input (omega), for formats that have no key for one."""
 
 from typing import Any
 
@@ -10,16 +10,24 @@ from lcmdistill.utils.errors import UsageError
 
 @torch.no_grad()
 def bake_omega(unet: Any, guidance_scale: float) -> Any:
-    """A U-Net without `time_cond_proj_dim` that answers like `unet` does at this guidance.
+    """Return a U-Net without `time_cond_proj_dim` whose outputs equal those of `unet` at one guidance scale.
 
-    guidance_scale: diffusers' convention, omega + 1. The result is frozen and shares every weight but one bias with
-    `unet`, which stays as it is. Raises UsageError if `unet` takes no omega.
+    The result is frozen and shares every weight but one bias with `unet`, which is not changed.
+
+    Args:
+        unet: A U-Net with an omega input.
+        guidance_scale: In diffusers' convention, omega + 1.
+
+    Raises:
+        UsageError: The U-Net has no omega input.
     """
     width = unet.config.time_cond_proj_dim
     if width is None:
-        raise UsageError("this U-Net has no omega input, so no guidance can be baked into it; leave the guidance out")
+        raise UsageError(
+            "this U-Net has no guidance input (omega), so guidance cannot be baked in; remove --guidance-scale"
+        )
     embedding = unet.time_embedding
-    # diffusers adds cond_proj(omega) to the time features before linear_1, so behind linear_1 it is a constant.
+    # diffusers adds cond_proj(omega) to the time features before linear_1: after linear_1 it is a constant.
     w = torch.tensor([guidance_scale - 1.0], device=embedding.cond_proj.weight.device)
     shift = embedding.cond_proj.weight.double() @ omega_embedding(w, width)[0].double()
     bias = embedding.linear_1.bias.double() + embedding.linear_1.weight.double() @ shift

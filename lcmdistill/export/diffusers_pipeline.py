@@ -1,4 +1,4 @@
-"""Write a student as a diffusers pipeline folder."""
+"""The formats `pipeline` and `fused`: a diffusers pipeline folder."""
 
 import json
 import logging
@@ -7,34 +7,92 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from lcmdistill.export.base import Exporter, ExportRequest, Usage, merge_adapter, unverified
+from lcmdistill.export.trained_student import TrainedStudent
+from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
+from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.utils.atomic import atomic_dir
 
 
+def export_pipeline(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write a diffusers pipeline folder in the requested dtype; the adapter of a LoRA student is merged.
+
+    Args:
+        student: The trained student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student.
+    """
+    pipeline = student.pipeline()
+    expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
+    merge_adapter(student, pipeline)
+    with atomic_dir(request.output) as folder:
+        write_pipeline(pipeline.to(dtype=request.dtype), folder, "")
+        request.write_card(student, "pipeline", request.output, folder)
+        if not request.verify:
+            return unverified(request.output)
+        from diffusers import DiffusionPipeline
+
+        del pipeline  # one copy in memory at a time
+        reloaded = DiffusionPipeline.from_pretrained(folder, **dtype_option(request.dtype))
+        outputs = pipeline_outputs(reloaded, request.guidance_scale)
+        return check_close(outputs, expected, BOUNDS[request.dtype], request.output)
+
+
+def python_code(usage: Usage) -> str:
+    """Return the Python code that opens the folder and generates an image."""
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{usage.place}")
+{usage.call}"""
+
+
+PIPELINE = Exporter(
+    key="pipeline",
+    title="a diffusers pipeline folder",
+    student_kinds=("full",),
+    writes="folder",
+    write=export_pipeline,
+    python=python_code,
+    keeps_omega_input=True,
+)
+
+FUSED = Exporter(
+    key="fused",
+    title="a diffusers pipeline folder with the LoRA merged, which needs no peft",
+    student_kinds=("lora",),
+    writes="folder",
+    write=export_pipeline,
+    python=python_code,
+)
+
+
 def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
-    """Write a pipeline folder and its model card, whole or not at all; the weights keep the dtype they have."""
-    with atomic_dir(folder) as aside:
-        write_pipeline(pipeline, aside, card)
+    """Write a pipeline folder and its model card atomically; the weights keep their dtype."""
+    with atomic_dir(folder) as partial:
+        write_pipeline(pipeline, partial, card)
 
 
 def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
-    """Fill an existing folder with a pipeline and its model card; the weights keep the dtype they have."""
-    # The checkpoint in memory came from a folder of its own; diffusers would warn that it is saved elsewhere.
+    """Fill an existing folder with a pipeline and its model card; the weights keep their dtype."""
+    # diffusers would warn that the pipeline is not saved to the folder that it was loaded from.
     logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.glob("text_encoder*/model.safetensors"):
-        _loaded_in_fp32_by_default(path.with_name("config.json"))
+        _default_to_fp32(path.with_name("config.json"))
         if "CLIPText" in path.with_name("config.json").read_text(encoding="utf-8"):
-            _readable_by_transformers_4(path)
+            _add_clip_prefix(path)
     checker = folder / "safety_checker" / "model.safetensors"
     if checker.is_file():
-        _loaded_in_fp32_by_default(checker.with_name("config.json"))
-        _readable_by_transformers_4(checker, "vision_model.", within="vision_model.")
+        _default_to_fp32(checker.with_name("config.json"))
+        _add_clip_prefix(checker, "vision_model.", within="vision_model.")
     add_vocabularies(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def add_vocabularies(folder: Path) -> None:
-    """Beside each tokenizer.json the vocab.json and merges.txt that transformers 4 reads; version 5 writes neither."""
+    """Write vocab.json and merges.txt next to each tokenizer.json: transformers 4 reads them, version 5 writes neither."""
     for path in folder.glob("tokenizer*/tokenizer.json"):
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         if path.with_name("vocab.json").exists() or model["type"] != "BPE":
@@ -44,16 +102,21 @@ def add_vocabularies(folder: Path) -> None:
         path.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
-def _loaded_in_fp32_by_default(config: Path) -> None:
-    """transformers 5 takes a config's dtype where none is asked for, diffusers takes fp32: half and float do not mix."""
+def _default_to_fp32(config: Path) -> None:
+    """Make transformers 5 load fp32 by default, as diffusers does for the other parts."""
     values = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
-def _readable_by_transformers_4(path: Path, prefix: str = "text_model.", within: str = "") -> None:
-    """transformers >= 5.6 writes CLIP's keys flat; version 4 wants a prefix and else takes random weights.
+def _add_clip_prefix(path: Path, prefix: str = "text_model.", within: str = "") -> None:
+    """Restore the prefix of CLIP's keys that transformers >= 5.6 leaves out.
 
-    within: what the keys of the CLIP begin with, where it is a part of another model, as of a safety checker.
+    Without it, transformers 4 initializes the model with random weights.
+
+    Args:
+        path: The model's file.
+        prefix: The prefix that version 4 expects.
+        within: The prefix of the CLIP model's keys in another model, such as a safety checker.
     """
     tensors = load_file(path)
     if not any(key.startswith(within + prefix) for key in tensors):

@@ -1,6 +1,6 @@
-"""LoRA files: kohya (ComfyUI, A1111, diffusers), diffusers' own, and peft's; written with their true alpha.
+"""The LoRA formats: `kohya` (ComfyUI, A1111, diffusers), `diffusers-lora` and `peft`, all with the trained alpha.
 
-A LoRA here is a mapping from a layer's path in the U-Net to its LoraLayer.
+A LoRA is a mapping from a layer's path in the network to its LoraLayer.
 """
 
 import json
@@ -15,9 +15,21 @@ from torch import Tensor
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.export.base import (
+    Exporter,
+    ExportRequest,
+    ProgramUse,
+    Usage,
+    a1111_setup,
+    comfyui_node,
+    sampler_lines,
+    unverified,
+)
+from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
+from lcmdistill.export.trained_student import TrainedStudent
+from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
 from lcmdistill.sampling.student_pipeline import trained_steps
-from lcmdistill.students.lora import LoraLayer
 from lcmdistill.students.lora_files import (
     DIFFUSERS_LORA,
     ORIGINAL_STEPS_KEY,
@@ -28,11 +40,14 @@ from lcmdistill.students.lora_files import (
     rank_of,
 )
 from lcmdistill.teachers.naming import public_name
+from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
+from lcmdistill.utils.atomic import atomic_dir, atomic_file
+from lcmdistill.utils.errors import UsageError
 
 
 def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
-    """`<prefix>.<path>.lora_A.weight | lora_B.weight` in fp32: "unet" is diffusers' prefix, "base_model.model" peft's."""
+    """Return `<prefix>.<path>.lora_A.weight | lora_B.weight` in fp32, under diffusers' or peft's prefix."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora.items():
         tensors[f"{prefix}.{path}.lora_A.weight"] = layer.down.contiguous()
@@ -41,7 +56,7 @@ def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
 
 
 def adapter_config(lora: Lora) -> dict[str, Any]:
-    """peft's LoraConfig as plain values; target_modules is a list of whole paths, so that nothing else can match."""
+    """Return peft's LoraConfig as plain values; target_modules lists whole paths, so that no other layer matches."""
     return {
         "peft_type": "LORA",
         "r": rank_of(lora),
@@ -54,20 +69,27 @@ def adapter_config(lora: Lora) -> dict[str, Any]:
 
 
 def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dict[str, str]:
-    """The header that UIs show: base model, rank, alpha, omega in both conventions, and how the file is used.
+    """Return the header that user interfaces show: base model, rank, alpha, guidance, and how the file is used.
 
-    config: the run's; base_pipeline: the teacher's, which tells the architecture.
+    Args:
+        lora: The adapter.
+        config: The run's settings.
+        title: The file's name without its ending.
+        base_pipeline: The teacher's pipeline, which decides the architecture.
     """
     base, side = public_name(config.teacher.model), config.data.resolution
     layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     version = layout.base_versions.get(prediction_type, layout.base_versions["epsilon"])
     method, omegas = config.objective.info, omega_range(config)
-    omega = (
-        f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "its guidance left free"
+    omega = f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "free guidance"
+    scheduler = base_pipeline.scheduler.config
+    facts = SamplingFacts(
+        layout=layout.key, prediction_type=prediction_type, zero_snr=bool(scheduler.get("rescale_betas_zero_snr"))
     )
+    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
     skip, k = config.teacher.clip_skip, getattr(config.objective, "skip", 1)
-    cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts act"
+    cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -77,7 +99,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{method.lora_title} {method.relation} {base} with {omega}",
-        "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1",
+        "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1{needs}",
         "modelspec.tags": f"{method.sampler.lower()},{method.lora_title.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
         **sampling_header(config, base_pipeline),
@@ -85,7 +107,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
         "ss_base_model_version": version,
-        "ss_v2": str(layout.is_v2),  # by which A1111 tells the two apart
+        "ss_v2": str(layout.is_v2),  # A1111 distinguishes SD1 and SD2 by this
         "ss_sd_model_name": base,
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": title,
@@ -109,19 +131,20 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
     return {
         SCHEDULER_KEY: config.objective.info.scheduler,
         ORIGINAL_STEPS_KEY: str(trained_steps(count, config.objective)),
+        **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
     }
 
 
 def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
-    """One file for ComfyUI, A1111 and diffusers."""
+    """Write one file for ComfyUI, A1111 and diffusers."""
     save_file(kohya_tensors(lora, dtype), path, metadata=dict(metadata))
 
 
 def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) -> None:
-    """`pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
+    """Write `pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
     adapter = {f"unet.{key}": value for key, value in adapter_config(lora).items()}
-    described = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    save_file(peft_tensors(lora, "unet"), folder / DIFFUSERS_LORA, metadata=described)
+    extended = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
+    save_file(peft_tensors(lora, "unet"), folder / DIFFUSERS_LORA, metadata=extended)
 
 
 def write_peft(lora: Lora, folder: Path, base_model: str, sampling: Mapping[str, str]) -> None:
@@ -139,8 +162,145 @@ def write_peft(lora: Lora, folder: Path, base_model: str, sampling: Mapping[str,
     save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata=metadata)
 
 
-def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
-    """A checkpoint's "path.lora_A", "path.lora_B" as a Lora."""
-    paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
-    plain = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
-    return {path: LoraLayer(plain[f"{path}.lora_A"], plain[f"{path}.lora_B"], alpha) for path in paths}
+def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write one .safetensors file for ComfyUI, A1111 and diffusers.
+
+    Args:
+        student: A LoRA student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student, and how to use the file.
+    """
+    lora = student.require_lora()
+    with atomic_file(request.output) as file:
+        metadata, expected = _header_and_outputs(student, request, lora)
+        write_kohya(lora, file, metadata, request.dtype)
+        sentence = _verify(student, request, expected, file.parent, file.name)
+    usage = KOHYA.usage(student.config, student.facts, str(request.output.parent), request.output.name)
+    return "; ".join([sentence, *(f"{use.program}: {use.lines[-1]}" for use in kohya_programs(usage))])
+
+
+def export_diffusers_lora(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write a folder for diffusers' load_lora_weights, with the adapter's metadata.
+
+    Args:
+        student: A LoRA student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student.
+    """
+    lora = student.require_lora()
+    with atomic_dir(request.output) as folder:
+        metadata, expected = _header_and_outputs(student, request, lora)
+        write_diffusers_lora(lora, folder, metadata)
+        return _verify(student, request, expected, folder, None)
+
+
+def export_peft(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write a peft adapter folder.
+
+    Args:
+        student: A LoRA student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student.
+    """
+    lora = student.require_lora()
+    with atomic_dir(request.output) as folder:
+        write_peft(lora, folder, public_name(student.config.teacher.model), student.sampling_header())
+        if not request.verify:
+            return unverified(request.output)
+        from peft import PeftModel
+
+        expected = network_outputs(student.family, network_of(student.pipeline()), request.guidance_scale)
+        reloaded = PeftModel.from_pretrained(network_of(student.base_pipeline()), str(folder)).get_base_model()
+        outputs = network_outputs(student.family, reloaded, request.guidance_scale)
+        return check_close(outputs, expected, BOUNDS[torch.float32], request.output)
+
+
+def _header_and_outputs(student: TrainedStudent, request: ExportRequest, lora: Lora) -> tuple[dict[str, str], Outputs]:
+    """Return a LoRA's header and its outputs; the pipeline is freed before another one is loaded."""
+    trained = student.pipeline()
+    family = family_of(trained)
+    if family.uses_peft_only:
+        raise UsageError(
+            f"a {type(trained).__name__} loads no such file; use --format peft, or fused for a full pipeline"
+        )
+    metadata = header(lora, student.config, student.run.name, trained)
+    return metadata, network_outputs(family, network_of(trained), request.guidance_scale) if request.verify else {}
+
+
+def _verify(student: TrainedStudent, request: ExportRequest, expected: Outputs, folder: Path, name: str | None) -> str:
+    if not request.verify:
+        return unverified(request.output)
+    pipeline = student.base_pipeline()
+    family = family_of(pipeline)
+    base = network_outputs(family, pipeline.unet, request.guidance_scale)
+    pipeline.load_lora_weights(str(folder), weight_name=name or DIFFUSERS_LORA)
+    # The base is in fp32 on both sides: half precision rounds only what the LoRA adds, which may be little.
+    bound = BOUNDS[torch.float32]
+    if name and request.dtype != torch.float32:
+        bound += BOUNDS[request.dtype] * difference(base["network"], expected["network"])
+    return check_close(network_outputs(family, pipeline.unet, request.guidance_scale), expected, bound, request.output)
+
+
+def kohya_code(usage: Usage) -> str:
+    """Return the Python code that loads the file into its base model and generates an image."""
+    return f'{usage.base_code}pipeline.load_lora_weights("{usage.place}", weight_name="{usage.file}")\n{usage.call}'
+
+
+def kohya_programs(usage: Usage) -> tuple[ProgramUse, ...]:
+    """Return how the file is used in ComfyUI and A1111."""
+    comfy, a1111 = sampler_lines(usage, "CHECKPOINT")
+    stem = usage.file.removesuffix(".safetensors")
+    return (
+        ProgramUse(
+            "ComfyUI", (f"Copy {usage.file} to models/loras.", f"Load Checkpoint, Load LoRA at strength 1, {comfy}.")
+        ),
+        ProgramUse("A1111", (f"Copy {usage.file} to models/Lora.", f"Write <lora:{stem}:1> into the prompt; {a1111}.")),
+    )
+
+
+def diffusers_lora_code(usage: Usage) -> str:
+    """Return the Python code that loads the folder into its base model and generates an image."""
+    return f'{usage.base_code}pipeline.load_lora_weights("{usage.place}")\n{usage.call}'
+
+
+def peft_code(usage: Usage) -> str:
+    """Return the Python code that loads the adapter into its base model and generates an image."""
+    network = usage.facts.family.network
+    return f"""from peft import PeftModel
+{usage.base_code}pipeline.{network} = PeftModel.from_pretrained(pipeline.{network}, "{usage.place}")
+{usage.call}"""
+
+
+KOHYA = Exporter(
+    key="kohya",
+    title="a LoRA file for ComfyUI, A1111 and diffusers",
+    student_kinds=("lora",),
+    writes="file",
+    write=export_kohya,
+    python=kohya_code,
+    programs=kohya_programs,
+)
+
+DIFFUSERS = Exporter(
+    key="diffusers-lora",
+    title="a LoRA folder for diffusers",
+    student_kinds=("lora",),
+    writes="folder",
+    write=export_diffusers_lora,
+    python=diffusers_lora_code,
+)
+
+PEFT = Exporter(
+    key="peft",
+    title="a peft adapter folder",
+    student_kinds=("lora",),
+    writes="folder",
+    write=export_peft,
+    python=peft_code,
+)

@@ -1,4 +1,4 @@
-"""ONNX graphs in the folders and with the input names that ONNX pipelines know, compared with torch in onnxruntime.
+"""The format `onnx`: graphs with the folders and input names that ONNX pipelines expect, verified in onnxruntime.
 
 The layout is that of optimum's ORTStableDiffusionPipeline and diffusers' OnnxStableDiffusionPipeline. Shapes: B batch,
 C channels, h w latent size, H W pixels, L tokens, D width of the prompt's embedding, W width of omega's.
@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcmdistill.export.base import Exporter, ExportRequest, Usage, merge_adapter, require_support, unverified
 from lcmdistill.export.diffusers_pipeline import add_vocabularies
+from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import check_close, network_inputs, smallest_side
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.registry import family_of
+from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.errors import UsageError
 
 OPSET = 20
@@ -301,3 +304,50 @@ def verify_onnx(folder: Path, cases: Sequence[Case], quantize: str | None, what:
             got.setdefault(part, []).extend(torch.from_numpy(output) for output in outputs)
             expected.setdefault(part, []).extend(case.expected)
     return check_close(got, expected, BOUNDS[quantize], what)
+
+
+def export_onnx(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write U-Net, text encoders and VAE decoder as ONNX graphs in fp32 or int8, with configs; a LoRA is merged first.
+
+    Args:
+        student: The trained student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student.
+    """
+    need_onnx()
+    pipeline = student.pipeline()
+    require_support(pipeline, "onnx", bool(family_of(pipeline).onnx_classes))
+    cases = cases_of(pipeline, request.guidance_scale) if request.verify else []
+    merge_adapter(student, pipeline)
+    with atomic_dir(request.output) as folder:
+        write_onnx(pipeline, folder, request.quantize)
+        request.write_card(student, "onnx", request.output, folder)
+        if not request.verify:
+            return unverified(request.output)
+        del pipeline
+        return verify_onnx(folder, cases, request.quantize, request.output)
+
+
+def python_code(usage: Usage) -> str:
+    """Return the Python code that opens the folder with optimum and generates an image."""
+    facts, family = usage.facts, usage.facts.family
+    kind = family.student_pipeline_class(facts.has_omega_input, bool(usage.method.sampling_options))
+    name = family.onnx_classes[kind or family.pipeline_classes[0]]
+    return f"""from optimum.onnxruntime import {name}
+
+pipeline = {name}.from_pretrained("{usage.place}")
+{usage.call}"""
+
+
+ONNX = Exporter(
+    key="onnx",
+    title="ONNX graphs in fp32 or int8",
+    student_kinds=("full", "lora"),
+    writes="folder",
+    write=export_onnx,
+    python=python_code,
+    quantizations=tuple(name for name in BOUNDS if name),
+    keeps_omega_input=True,
+)

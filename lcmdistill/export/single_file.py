@@ -1,4 +1,4 @@
-"""A pipeline as one checkpoint file of the kind that A1111 and ComfyUI open."""
+"""The format `single-file`: one checkpoint with U-Net, VAE and text encoders for ComfyUI and A1111."""
 
 import json
 import tempfile
@@ -12,22 +12,42 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.bake_guidance import bake_omega
+from lcmdistill.export.base import (
+    Exporter,
+    ExportRequest,
+    ProgramUse,
+    Usage,
+    a1111_setup,
+    comfyui_node,
+    merge_adapter,
+    require_support,
+    sampler_lines,
+    unverified,
+)
+from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
+from lcmdistill.export.trained_student import TrainedStudent
+from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.sampling.student_pipeline import STEPS
+from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY
+from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
 from lcmdistill.teachers.registry import family_of, family_of_folder
+from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import RunError, UsageError
 
 
 def layout_of(pipeline: Any) -> SingleFileLayout:
-    """The original layout of a diffusers pipeline.
+    """Return the original layout of a diffusers pipeline.
 
-    Raises UsageError on a pipeline without a first text encoder (SDXL's refiner), or of a family that has no layout.
+    Raises:
+        UsageError: The family has no layout, or the pipeline lacks a text encoder (SDXL's refiner).
     """
     family = family_of(pipeline)
     if family.layout_of is None:
@@ -38,9 +58,14 @@ def layout_of(pipeline: Any) -> SingleFileLayout:
 
 
 def original_tensors(pipeline: Any, unet: Any) -> dict[str, Tensor]:
-    """All weights under the original keys; unet: takes the pipeline's place and has no omega input.
+    """Return all weights under their original keys.
 
-    Raises RunError on a weight that has no place in the layout.
+    Args:
+        pipeline: The student's pipeline.
+        unet: Replaces the pipeline's U-Net; it has no guidance input.
+
+    Raises:
+        RunError: A weight has no key in the layout.
     """
     tensors = original_unet(unet.state_dict(), unet.config)
     tensors |= original_vae(pipeline.vae.state_dict(), pipeline.vae.config)
@@ -60,15 +85,23 @@ def write_single_file(
     method: MethodInfo = LatentConsistency.info,
     cfg: float = 1.0,
 ) -> None:
-    """Write `path` (.safetensors).
+    """Write a pipeline as one checkpoint file.
 
-    guidance_scale: diffusers' convention, omega + 1; baked into a U-Net with an omega input, which needs it, and not
-    allowed otherwise. metadata: header strings, which win over the ones made here. method, cfg: how it was distilled, and
-    the CFG scale to draw with. Raises UsageError on what cannot be
-    written, RunError on a weight that has no place in the layout or is not finite in `dtype`.
+    Args:
+        pipeline: The student's pipeline.
+        path: The file, which ends in .safetensors.
+        dtype: The dtype of the weights.
+        guidance_scale: The guidance to bake in (omega + 1); required for a U-Net with a guidance input, None otherwise.
+        metadata: Header strings, which override the generated ones.
+        method: The student's method.
+        cfg: The recommended CFG scale.
+
+    Raises:
+        UsageError: The pipeline has no single-file layout.
+        RunError: A weight has no key in the layout, or is not finite in `dtype`.
     """
     if path.suffix != ".safetensors":
-        raise UsageError(f"a single file is read by its ending; name it {path.stem}.safetensors instead of {path.name}")
+        raise UsageError(f"a single file must end in .safetensors; use {path.stem}.safetensors instead of {path.name}")
     header = {**header_of(pipeline, guidance_scale, method, cfg), "modelspec.title": path.stem, **(metadata or {})}
     tensors = original_tensors(pipeline, unet_for_file(pipeline.unet, guidance_scale))
     tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()} | _markers(pipeline.scheduler.config)
@@ -76,42 +109,63 @@ def write_single_file(
 
 
 def unet_for_file(unet: Any, guidance_scale: float | None) -> Any:
-    """The U-Net as a file holds it: omega baked in. Raises UsageError if it needs a guidance and has none, or the reverse."""
+    """Return the U-Net as a file holds it, with guidance baked in.
+
+    Raises:
+        UsageError: The U-Net needs a guidance scale and got none, or takes none and got one.
+    """
     if guidance_scale is not None:
         return bake_omega(unet, guidance_scale)
     if unet.config.time_cond_proj_dim is not None:
-        raise UsageError("single files have no omega input; say which guidance to bake in with --guidance-scale")
+        raise UsageError("single files have no guidance input; specify the guidance to bake in with --guidance-scale")
     return unet
 
 
 def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
-    """ModelSpec's name of a pipeline's architecture, None for a prediction type that it has none for."""
+    """Return ModelSpec's name for a pipeline's architecture; None for a prediction type without one."""
     return layout_of(pipeline).architectures.get(prediction_type)
 
 
 def file_header(config: RunConfig, title: str) -> dict[str, str]:
-    """What a run's settings tell of a file: its title, licence, author, and what it was made from."""
-    model, repo = config.teacher.model, config.run.push_to_hub
-    base, licence, method = public_name(model), license_name(license_of(model)), config.objective.info
-    told = {"modelspec.title": title, "modelspec.description": f"{method.title} {method.relation} {base}"}
-    told |= {"modelspec.license": licence} if licence else {}
-    return told | ({"modelspec.author": repo.partition("/")[0]} if repo else {})
+    """Return the header strings that a run decides: title, license, author, and what the student was made from."""
+    model, repo, method = config.teacher.model, config.run.push_to_hub, config.objective.info
+    name = license_name(license_of(model))
+    header = {
+        "modelspec.title": title,
+        "modelspec.description": f"{method.title} {method.relation} {public_name(model)}",
+    }
+    header |= {"modelspec.license": name} if name else {}
+    return header | ({"modelspec.author": repo.partition("/")[0]} if repo else {})
 
 
 def header_of(
     pipeline: Any, guidance_scale: float | None, method: MethodInfo = LatentConsistency.info, cfg: float = 1.0
 ) -> dict[str, str]:
-    """The safetensors header: what the file is and how it is to be sampled (ModelSpec 1.0.1).
+    """Return the safetensors header: what the file is and how it is sampled (ModelSpec 1.0.1).
 
-    Raises UsageError on a prediction type that the programs do not know.
+    Args:
+        pipeline: The student's pipeline.
+        guidance_scale: The guidance that is baked in, or None.
+        method: The student's method.
+        cfg: The recommended CFG scale.
+
+    Raises:
+        UsageError: ComfyUI and A1111 do not support the prediction type.
     """
-    prediction, unet = pipeline.scheduler.config.get("prediction_type", "epsilon"), pipeline.unet
+    scheduler, unet = pipeline.scheduler.config, pipeline.unet
+    prediction = scheduler.get("prediction_type", "epsilon")
     architecture = architecture_of(pipeline, prediction)
     if architecture is None:
-        raise UsageError(f"a single file's readers know epsilon and v-prediction; this model predicts {prediction!r}")
+        raise UsageError(f"single files support epsilon and v-prediction; this model predicts {prediction!r}")
     baked = (
-        "" if guidance_scale is None else f"; guidance {guidance_scale:g} (omega {guidance_scale - 1:g}) is built in"
+        "" if guidance_scale is None else f"; guidance {guidance_scale:g} (omega {guidance_scale - 1:g}) is baked in"
     )
+    facts = SamplingFacts(
+        layout=layout_of(pipeline).key,
+        prediction_type=prediction,
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+    )
+    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "FILE", "; A1111: ")
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -120,10 +174,11 @@ def header_of(
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "modelspec.tags": ", ".join(method.tags),
-        "modelspec.usage_hint": f"{method.sampler} sampler, {STEPS} steps (2 to 8), CFG scale {cfg:g}{baked}",
+        "modelspec.usage_hint": f"{method.sampler} sampler, {STEPS} steps (2 to 8), CFG scale {cfg:g}{baked}{needs}",
         "lcmdistill.recommended_sampler": method.sampler,
         "lcmdistill.recommended_steps": str(STEPS),
         "lcmdistill.recommended_cfg_scale": f"{cfg:g}",
+        **({ORIGINAL_STEPS_KEY: str(count)} if (count := scheduler.get("original_inference_steps")) else {}),
         "lcmdistill.vae_scaling_factor": f"{pipeline.vae.config.scaling_factor:g}",
     }
     size = unet.config.sample_size
@@ -138,7 +193,7 @@ def header_of(
 
 
 def _markers(scheduler_config: Any) -> dict[str, Tensor]:
-    """The empty tensors by which ComfyUI and A1111 know v-prediction and zero-terminal SNR; they read no header."""
+    """Return the empty tensors that mark v-prediction and zero-terminal SNR for ComfyUI and A1111, which ignore headers."""
     if scheduler_config.get("prediction_type") != "v_prediction":
         return {}
     names = ["v_pred", "ztsnr"] if scheduler_config.get("rescale_betas_zero_snr") else ["v_pred"]
@@ -146,31 +201,31 @@ def _markers(scheduler_config: Any) -> dict[str, Tensor]:
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU, contiguous, floats in dtype. Raises RunError if that makes an infinity."""
+    """Return a tensor on the CPU, contiguous, floats in `dtype`; raise RunError if that overflows."""
     if value.is_floating_point():
         value = value.to("cpu", dtype)
         if not torch.isfinite(value).all():
-            raise RunError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}; choose another --dtype")
+            raise RunError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}; use another --dtype")
     return value.cpu().contiguous()
 
 
 @contextmanager
 def configs_of(pipeline: Any) -> Iterator[Path]:
-    """A passing folder with a pipeline's configs and tokenizers and no weight: what its file is read back with."""
-    with tempfile.TemporaryDirectory() as passing:
-        folder = Path(passing)
+    """Yield a temporary folder with a pipeline's configs and tokenizers, which `read_back` needs."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         pipeline.save_config(folder)
         for name in pipeline.components:
             _save_config(getattr(pipeline, name), folder / name)
         # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
         config = folder / "unet" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
-        del pipeline  # so that who lets go of it has its memory back
+        del pipeline  # the caller can free its memory
         yield folder
 
 
 def _save_config(part: Any, folder: Path) -> None:
-    """A part's config, or a part without weights as a whole."""
+    """Save a component's config, or all of a component without weights."""
     if part is not None:
         save: Any = part.save_pretrained if not isinstance(part, nn.Module) else getattr(part, "save_config", None)
         config: Any = getattr(part, "config", None)
@@ -178,10 +233,82 @@ def _save_config(part: Any, folder: Path) -> None:
 
 
 def read_back(path: Path, configs: Path) -> Any:
-    """The pipeline in a single file, through diffusers' own loader and without a network. configs: from `configs_of`."""
+    """Load the pipeline in a single file with diffusers' loader, offline; `configs` comes from `configs_of`."""
     import diffusers
 
     family = family_of_folder(configs)
     assert family is not None, "configs_of wrote it"
     kind = getattr(diffusers, family.pipeline_classes[0])
     return kind.from_single_file(str(path), config=str(configs), local_files_only=True, **family.single_file_options)
+
+
+def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
+    """Write one checkpoint file; a LoRA is merged, and the guidance of a full student is baked in.
+
+    Args:
+        student: The trained student.
+        request: What to write, and where.
+
+    Returns:
+        A sentence with the largest difference from the student, and how to use the file.
+    """
+    path, pipeline = request.output, student.pipeline()
+    require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
+    expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
+    merge_adapter(student, pipeline)
+    bakes = has_omega_input(pipeline.unet)
+    usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
+    with atomic_file(path) as partial, configs_of(pipeline) as configs:
+        write_single_file(
+            pipeline,
+            partial,
+            dtype=request.dtype,
+            guidance_scale=request.guidance_scale if bakes else None,
+            metadata=file_header(student.config, path.stem),
+            method=student.method,
+            cfg=usage.guidance_scale,
+        )
+        use = "; ".join(f"{each.program}: {' '.join(each.lines)}" for each in single_file_programs(usage))
+        omegas = omega_range(student.config)
+        if bakes and omegas and not omegas.low <= request.guidance_scale - 1 <= omegas.high:
+            use += (
+                f" The student was trained with guidance scales of {omegas.scale} and never saw "
+                f"{request.guidance_scale:g}."
+            )
+        if not request.verify:
+            return f"{unverified(path)}; {use}"
+        del pipeline
+        outputs = pipeline_outputs(read_back(partial, configs), request.guidance_scale)
+        return f"{check_close(outputs, expected, BOUNDS[request.dtype], path)}; {use}"
+
+
+def python_code(usage: Usage) -> str:
+    """Return the Python code that downloads the file, opens it and generates an image."""
+    kind, scheduler = usage.facts.family.pipeline_classes[0], usage.method.scheduler
+    return f"""from diffusers import {scheduler}, {kind}
+from huggingface_hub import hf_hub_download
+
+pipeline = {kind}.from_single_file(hf_hub_download("{usage.place}", "{usage.file}"))
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{usage.scheduler_options})
+{usage.call}"""
+
+
+def single_file_programs(usage: Usage) -> tuple[ProgramUse, ...]:
+    """Return how the file is used in ComfyUI and A1111."""
+    comfy, a1111 = sampler_lines(usage, usage.file.removesuffix(".safetensors"))
+    return (
+        ProgramUse("ComfyUI", (f"Copy {usage.file} to models/checkpoints.", f"Load Checkpoint, {comfy}.")),
+        ProgramUse("A1111", (f"Copy {usage.file} to models/Stable-diffusion.", f"Settings: {a1111}.")),
+    )
+
+
+SINGLE_FILE = Exporter(
+    key="single-file",
+    title="one checkpoint file for ComfyUI and A1111",
+    student_kinds=("full", "lora"),
+    writes="file",
+    write=export_single_file,
+    python=python_code,
+    programs=single_file_programs,
+    bakes_guidance=True,
+)

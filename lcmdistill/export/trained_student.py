@@ -1,8 +1,9 @@
-"""What a run made, written and loaded again."""
+"""The trained student of a finished run, loaded for an export."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,21 +11,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.export.lora_formats import from_checkpoint, header, sampling_header, write_kohya, write_peft
+from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.student_pipeline import student_pipeline
-from lcmdistill.students.lora import ONLINE, put_lora
-from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora, family_of_lora
-from lcmdistill.students.student import Student
+from lcmdistill.students.lora import ONLINE, LoraLayer, put_lora
+from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
-from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
-from lcmdistill.teachers.registry import FAMILIES, family_of_folder
-from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints, lora_file
@@ -32,9 +28,13 @@ from lcmdistill.utils.run_dir import checkpoints, lora_file
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A finished run. config: its settings; lora: its adapter, None for a full student.
+    """The student of a finished run.
 
-    weights: of a full student, those that are to take the place of its last ones.
+    Attributes:
+        run: The run folder.
+        config: The run's settings.
+        lora: The adapter; None for a full student.
+        weights: The weights of a full student that replace those in the run's pipeline.
     """
 
     run: Path
@@ -44,15 +44,24 @@ class TrainedStudent:
 
     @property
     def method(self) -> MethodInfo:
-        """What the run's objective is called, and what samples its student."""
+        """The names and the sampler of the run's objective."""
         return self.config.objective.info
 
     @property
     def family(self) -> TeacherFamily:
-        """The teacher's family, as far as the run's own files tell."""
-        if self.lora is not None:
-            return family_of_lora(self.run / "lora")
-        return family_of_folder(self.run / "pipeline") or FAMILIES["sd"]
+        """The teacher's family, according to the run's files."""
+        return self.facts.family
+
+    @cached_property
+    def facts(self) -> SamplingFacts:
+        """How the student is sampled, as the run's files record it."""
+        return facts_from_run(self.run, self.config)
+
+    def require_lora(self) -> Lora:
+        """Return the adapter of a LoRA student."""
+        if self.lora is None:
+            raise ValueError(f"{self.run} is a full student")
+        return self.lora
 
     def sampling_header(self) -> dict[str, str]:
         """Return the header strings of the run's LoRA that name its scheduler and time steps."""
@@ -62,21 +71,21 @@ class TrainedStudent:
 
     @property
     def guidance_scale(self) -> float:
-        """What the run recommends to draw with, in diffusers' convention."""
+        """The guidance scale that the run recommends, in diffusers' convention."""
         scale = self.config.run.validation_guidance_scale
         return 1.0 if scale is None else scale
 
     def teacher(self) -> Teacher:
-        """The teacher, loaded afresh."""
+        """Load the teacher."""
         return load_teacher(**dataclasses.asdict(self.config.teacher))
 
     def base_pipeline(self) -> Any:
-        """The teacher on the student's scheduler: what a LoRA is loaded into."""
+        """Load the teacher's pipeline with the student's scheduler: the base of a LoRA."""
         teacher = self.teacher()
         return student_pipeline(teacher, teacher.network, self.config.data.resolution, objective=self.config.objective)
 
     def pipeline(self) -> Any:
-        """The student as a diffusers pipeline in fp32; a LoRA's has the adapter on, unfused."""
+        """Load the student as a diffusers pipeline in fp32; an adapter is active and not merged."""
         if self.lora is None:
             pipeline = load_pipeline(str(self.run / "pipeline"))
             if self.weights is not None:
@@ -87,29 +96,15 @@ class TrainedStudent:
         return pipeline
 
 
-def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, student: Student, card: str) -> Path:
-    """What the run was for: RUN/pipeline of a full student, RUN/lora of an adapter. Returns its path."""
-    if config.student.kind == "lora":
-        lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
-        name = f"{folder.name}.safetensors"
-        # As a whole, so that a run which goes on under another name leaves no LoRA of the old one beside the new.
-        with atomic_dir(folder / "lora") as aside:
-            if not teacher.family.uses_peft_only:
-                write_kohya(lora, aside / name, header(lora, config, folder.name, teacher.pipeline))
-                return folder / "lora" / name
-            base = public_name(config.teacher.model)
-            write_peft(lora, aside, base, sampling_header(config, teacher.pipeline))  # the one format it has
-            return folder / "lora"
-    network = student.for_export()
-    pipeline = student_pipeline(teacher, network, config.data.resolution, objective=config.objective).to("cpu")
-    save_pipeline(pipeline, folder / "pipeline", card)
-    return folder / "pipeline"
-
-
 def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -> TrainedStudent:
-    """A finished run's product. weights: those of its end, or of its best validation.
+    """Load the student of a finished run.
 
-    Raises UsageError if the folder is no run, the run has not finished, or it has kept no best.
+    Args:
+        run: The run folder.
+        weights: The final weights, or those of the best validation.
+
+    Raises:
+        UsageError: The folder is not a run, the run has not finished, or it has no best checkpoint.
     """
     config = require_run_config(run)
     if config.student.kind == "full":
@@ -119,7 +114,7 @@ def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -
     file, saved = lora_file(run), checkpoints(run / "checkpoints")
     if not saved:
         raise UsageError(
-            f"{run / 'checkpoints'} holds no checkpoint, from which a LoRA is exported in all its precision; put it back, or "
+            f"{run / 'checkpoints'} holds no checkpoint, and a LoRA is exported from the fp32 weights in it; restore it, or "
             f"use {file} as it is"
         )
     alpha = config.student.alpha
@@ -130,9 +125,16 @@ def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -
 
 
 def _best(run: Path) -> dict[str, Tensor]:
-    kept = load_best(run)
-    if kept is None:
+    best = load_best(run)
+    if best is None:
         raise UsageError(
-            f"--weights best: {run} has kept no best validation (run.validate_every and run.best_metric); export the last"
+            f"--weights best: {run} has no best checkpoint (see run.validate_every and run.best_metric); use --weights last"
         )
-    return kept[1]
+    return best[1]
+
+
+def from_checkpoint(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, LoraLayer]:
+    """Return the tensors "path.lora_A" and "path.lora_B" of a checkpoint as a LoRA."""
+    paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    plain = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+    return {path: LoraLayer(plain[f"{path}.lora_A"], plain[f"{path}.lora_B"], alpha) for path in paths}

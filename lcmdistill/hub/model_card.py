@@ -1,9 +1,11 @@
-"""The model card of a run: what it was distilled from and with, and how its files are used."""
+"""The model card: one template, rendered from a run's settings and results for the run itself or for one export."""
 
-import re
+import hashlib
+import json
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,295 +15,291 @@ from PIL import Image
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
-from lcmdistill.export.trained_student import TrainedStudent, load_trained_student
-from lcmdistill.objectives.base import MethodInfo
-from lcmdistill.students.student import guidance_of
+from lcmdistill.evaluation.results import read_results
+from lcmdistill.evaluation.verdict import verdict
+from lcmdistill.export import EXPORTERS
+from lcmdistill.export.base import Exporter, ProgramUse
+from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run, facts_from_teacher
+from lcmdistill.export.trained_student import TrainedStudent
+from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.family import TeacherFamily
-from lcmdistill.teachers.naming import (
-    is_local,
-    license_name,
-    license_of,
-    loading_code,
-    public_name,
-    public_path,
-    redact_paths,
-)
+from lcmdistill.teachers.naming import is_local, license_name, license_of, public_name, public_path, redact_paths
 from lcmdistill.utils.atomic import write_text
 
-_FULL_USE = """```python
-from diffusers import DiffusionPipeline
+logger = logging.getLogger(__name__)
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
-{call}
-```
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 
-or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
+RECORD = "card.json"
+"the file of a run with the digest of its generated README.md, and the facts that it was rendered from"
 
-_LORA_USE = """ComfyUI and A1111: put `lora/{name}.safetensors` among the LoRAs, weight 1, sampler {sampler}, 4 steps,
-CFG {guidance:g}. diffusers:
+PLOTS = {"quality": "Quality against sampling steps, compared with the teacher", "training": "Training curves"}
+"name of a plot in RUN/samples -> its title"
 
-```python
-{loaded}pipeline.load_lora_weights("{folder}/lora", weight_name="{name}.safetensors")
-{call}
-```
-
-or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
-
-_PEFT_USE = """```python
-from peft import PeftModel
-{loaded}pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "{folder}/lora")
-{call}
-```
-
-or `lcmdistill sample {quoted} --steps 4 --prompt "a prompt"`. """
-
-_GUIDANCE = {
-    "input": "Guidance is an input of the network: images cost one forward a\nstep, and negative prompts have no effect.",
-    "baked": "The guidance that it was trained with is in its weights: draw at\nguidance scale 1, up to 2 at most.",
-    "free": "None is in its weights: guidance scales above\n1 and negative prompts act when it draws, at twice the cost.",
-}
-
-_AS_STARTED = "Guidance acts on it as on what it was fine-tuned from, which has\nno input for omega."
-
-_PIXEL_USE = """```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
-image = pipeline(num_inference_steps=2{label}).images[0]
-```
-
-or `lcmdistill sample {quoted} --steps 2{prompt}`. {classes}"""
-
-# How a file or folder on the hub is used, by the format that it was exported in.
-_IN_PYTHON = {
-    "pipeline": """from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{place}")
-{call}""",
-    "kohya": '{loaded}pipeline.load_lora_weights("{place}", weight_name="{file}")\n{call}',
-    "diffusers-lora": '{loaded}pipeline.load_lora_weights("{place}")\n{call}',
-    "peft": """from peft import PeftModel
-{loaded}pipeline.{network} = PeftModel.from_pretrained(pipeline.{network}, "{place}")
-{call}""",
-    "single-file": """from diffusers import {scheduler}, {file_class}
-from huggingface_hub import hf_hub_download
-
-pipeline = {file_class}.from_single_file(hf_hub_download("{place}", "{file}"))
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-{call}""",
-    "onnx": """from optimum.onnxruntime import {onnx_class}
-
-pipeline = {onnx_class}.from_pretrained("{place}")
-{call}""",
-}
-
-_ELSEWHERE = {
-    "kohya": "ComfyUI, A1111: put `{file}` among the LoRAs, weight 1, sampler {sampler}, 4 steps, CFG {guidance:g}.\n\n",
-    "single-file": "ComfyUI, A1111: put `{file}` among the checkpoints, sampler {sampler}, 4 steps, CFG {guidance:g}.\n\n",
+GUIDANCE = {
+    "input": "Guidance is an input of the network: sampling takes one forward pass per step, and negative prompts have no "
+    "effect.",
+    "baked": "Guidance is baked into the weights: sample at guidance scale 1, or 2 at most.",
+    "free": "Trained without baked-in guidance: guidance scales above 1 and negative prompts work, at twice the cost per "
+    "step.",
+    "start": "Guidance acts as on the model that it was fine-tuned from, which has no guidance input.",
 }
 
 
-def _image(method: MethodInfo, guidance: float, clip_skip: int = 0) -> str:
-    call = method.pipeline_call(4, guidance)
-    return f"image = {call.removesuffix(')') + f', clip_skip={clip_skip})' if clip_skip else call}.images[0]"
+@dataclass(frozen=True)
+class Card:
+    """A model card and the pictures that it shows, {path next to the card: file}."""
+
+    text: str
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write README.md and the pictures into a folder."""
+        for name, file in self.pictures.items():
+            if (folder / name).resolve() != file.resolve():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name)
+        write_text(folder / "README.md", self.text)
 
 
-def card_for(
-    card: str,
-    name: str,
-    place: str,
-    file: str,
-    model: str,
-    *,
-    method: MethodInfo,
-    guidance: float,
-    has_omega_input: bool,
-    family: TeacherFamily,
-) -> str:
-    """A run's card with its Use section rewritten for one export.
+def render_card(
+    config: RunConfig, run: Path, facts: SamplingFacts, *, export: tuple[str, str, str] | None = None
+) -> Card:
+    """Render the card of a run, or of one of its exports.
 
-    name: the format; place: the hub's repository or a folder; file: the file's name, if it is one; model: the teacher;
-    guidance: what to draw with; has_omega_input: whether the exported network has an input for it; family: the teacher's.
+    Local paths appear by their last part only, and guidance in both conventions.
+
+    Args:
+        config: The run's settings.
+        run: The run folder; its pictures and results are shown if they exist.
+        facts: How the student is sampled.
+        export: (format, hub repository or folder, file name) of an export; None for the card of the run itself.
     """
-    before, found, rest = card.partition("\n## Use\n")
-    after = rest[rest.find("\n## Configuration\n") :]
-    if not found or not after.startswith("\n"):  # not as it was written here: somebody's own
-        return card
-    base = family.pipeline_classes[0]
-    kind = family.student_pipeline_class(has_omega_input, bool(method.sampling_options)) or base
-    values = {"place": place, "file": file, "guidance": guidance, "sampler": method.sampler, "network": family.network}
-    values |= {"scheduler": method.scheduler, "call": _image(method, guidance)}
-    values |= {"onnx_class": family.onnx_classes.get(kind, ""), "file_class": base}
-    values |= {"loaded": loading_code(model, base, method.scheduler)}
-    code = _IN_PYTHON[name].format(**values)
-    return f"{before}{found}\n{_ELSEWHERE.get(name, '').format(**values)}```python\n{code}\n```\n{after}"
+    from huggingface_hub import ModelCard
+
+    name, place, file = export or _run_export(config, run, facts)
+    exporter: Exporter = EXPORTERS[name]
+    usage = exporter.usage(config, facts, place, file)
+    grids = sorted((run / "samples").glob("step-*.png"))
+    samples = [] if facts.family.in_pixels else sorted((run / "samples").glob("sample-*.png"))
+    measured = _measured(run, config)
+    shown = [*grids[-1:], *samples, *(run / each["file"] for each in (measured or {}).get("plots", ()))]
+    command = "" if export else f"lcmdistill sample {quote(public_path(run))} --steps {usage.steps}"
+    if command and (facts.classes or not facts.family.in_pixels):
+        command += f' --prompt "{facts.classes[0] if facts.classes else "a prompt"}"'
+    programs = list(exporter.programs(usage))
+    if not export and config.student.kind == "full" and facts.layout:
+        single = (
+            f"lcmdistill export {quote(public_path(run))} --format single-file --output {quote(run.name)}.safetensors"
+        )
+        programs.append(ProgramUse("ComfyUI and A1111", (f"Write a single file first: `{single}`.",)))
+    settings = redact_paths(flatten(config))
+    card = ModelCard.from_template(
+        _metadata(config, facts, {f"samples/{path.name}": _prompt(path) for path in samples}),
+        template_path=str(TEMPLATE),
+        title=f"{run.name}: {public_name(config.teacher.model)} in 1 to 8 steps",
+        intro=_intro(config),
+        facts=_facts(config, facts),
+        grid=f"samples/{grids[-1].name}" if grids else None,
+        measured=measured,
+        programs=programs,
+        code=exporter.python(usage),
+        command=command,
+        guidance=_guidance(config, facts, exporter),
+        settings=settings_to_toml(settings).strip(),
+    )
+    return Card(f"{str(card).rstrip()}\n", {f"samples/{path.name}": path for path in shown})
 
 
-def model_card(
-    config: RunConfig,
-    folder: Path,
-    teacher: Teacher,
-    picture: str | None = None,
-    samples: Mapping[str, str] | None = None,
-) -> str:
-    """Markdown with the hub's metadata on top. Guidance is told in both conventions, and of this machine's folders none.
+def _run_export(config: RunConfig, run: Path, facts: SamplingFacts) -> tuple[str, str, str]:
+    """Return the format, the folder and the file name of what the run itself wrote."""
+    folder = public_path(run)
+    if config.student.kind == "full":
+        return "pipeline", f"{folder}/pipeline", ""
+    if facts.family.uses_peft_only:
+        return "peft", f"{folder}/lora", ""
+    return "kohya", f"{folder}/lora", f"{run.name}.safetensors"
 
-    picture: a validation grid; samples: {a file beside the card: its prompt}, shown by the hub.
-    """
+
+def _metadata(config: RunConfig, facts: SamplingFacts, samples: Mapping[str, str]) -> Any:
+    """Return the hub's metadata; samples: {picture: its prompt}."""
     from huggingface_hub import ModelCardData
 
-    method, objective = config.objective.info, config.objective
-    name, is_lora, licence = (
-        public_name(config.teacher.model),
-        config.student.kind == "lora",
-        license_of(config.teacher.model),
-    )
+    name, is_lora = public_name(config.teacher.model), config.student.kind == "lora"
     is_hub_id = not is_local(name)
-    family = teacher.family
-    tags = [*family.tags, *method.tags, "lcmdistill"]
-    shown = [{"text": prompt, "output": {"url": file}} for file, prompt in (samples or {}).items()]
-    more: dict[str, Any] = {**licence, **({"widget": shown} if shown else {})}
-    data = ModelCardData(
+    family = facts.family
+    tags = [*family.tags, *config.objective.info.tags, "lcmdistill"]
+    widget = [{"text": prompt, "output": {"url": file}} for file, prompt in samples.items()]
+    optional: dict[str, Any] = {**license_of(config.teacher.model), **({"widget": widget} if widget else {})}
+    return ModelCardData(
         library_name="peft" if is_lora and family.uses_peft_only else "diffusers",
         pipeline_tag=family.task,
         base_model=name if is_hub_id else None,
         base_model_relation=("adapter" if is_lora else "finetune") if is_hub_id else None,
         tags=[*tags, "lora"] if is_lora else tags,
-        **more,
+        **optional,
     )
-    guidance = config.run.validation_guidance_scale or 1.0
-    skips = family.clip_skip == "recorded"  # its files cannot say what to skip
-    adapter = _PEFT_USE if family.uses_peft_only else _LORA_USE
-    place = public_path(folder)
-    use = (adapter if is_lora else _FULL_USE).format(
-        folder=place,
-        quoted=quote(place),
-        name=folder.name,
-        guidance=guidance,
-        sampler=method.sampler,
-        call=_image(method, guidance, (config.teacher.clip_skip or 0) if skips else 0),
-        loaded=loading_code(config.teacher.model, type(teacher.pipeline).__name__, method.scheduler),
-    )
-    where = guidance_of(teacher, config.student, objective.omega)
-    as_started = where == "baked" and objective.omega == "teacher"  # nobody told it an omega, and its start has its own
-    use += _AS_STARTED if as_started else _GUIDANCE[where]
-    if teacher.in_pixels:
-        use = _pixel_use(folder, teacher)
-    settings = redact_paths(flatten(config))
-    omegas = omega_range(config)
-    of_omega = (
-        f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
-        if omegas
-        else "trained without guidance"
-    )
-    kind = method.lora_title if is_lora else method.title
-    article = "An" if kind.startswith(("LCM", "LoRA")) else "A"
+
+
+def _intro(config: RunConfig) -> str:
+    method, is_lora = config.objective.info, config.student.kind == "lora"
+    title = method.lora_title if is_lora else method.title
+    article = "An" if title.startswith(("LCM", "LoRA")) else "A"
     size = f" of rank {config.student.rank}, alpha {config.student.alpha:g}" if is_lora else ""
-    called = license_name(licence)
+    license_ = license_name(license_of(config.teacher.model))
     terms = (
-        f"The licence is the\nteacher's: {called}."
-        if called
-        else "The licence is the\nteacher's; see its own model card."
+        f"The license is the teacher's: {license_}."
+        if license_
+        else "The license is the teacher's; see its model card."
     )
-    return f"""---
-{data.to_yaml()}
----
-
-# {folder.name}: {name} in 1 to 8 steps
-
-{article} {kind}{size} ({method.paper}), {method.relation} `{name}` with lcmdistill. {terms}
-
-- {"guidance as its start had it" if as_started else of_omega}
-- {config.optim.max_train_steps} optimiser steps, {method.describe(objective)}, {config.data.resolution} px
-- weights of the {"EMA" if config.student.target == "ema" else "live student"}; the teacher predicts {teacher.prediction_type}
-{_pieces(config, family)}{f"{chr(10)}![Validation grid]({picture}){chr(10)}" if picture else ""}
-## Use
-
-{use}
-
-## Configuration
-
-```toml
-{settings_to_toml(settings).strip()}
-```
-"""
+    base = public_name(config.teacher.model)
+    return f"{article} {title}{size} ({method.paper}), {method.relation} `{base}` with lcmdistill. {terms}"
 
 
-def _pieces(config: RunConfig, family: TeacherFamily) -> str:
-    """What was changed of the teacher's parts, a line each."""
-    skip, vae = config.teacher.clip_skip, config.teacher.vae
-    in_files = family.clip_skip == "baked" and config.student.kind == "full"
-    how = "the text encoder's files are made so" if in_files else "draw with as many"
-    told = ""
+def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
+    """Return the list at the top of a card: guidance, training, weights, and what was changed in the teacher."""
+    objective, omegas = config.objective, omega_range(config)
+    guidance = "trained without guidance"
+    if omegas:
+        guidance = f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
+    if _is_as_started(config, facts):
+        guidance = "guidance as in the starting model"
+    weights = "EMA" if config.student.target == "ema" else "live student"
+    lines = [
+        guidance,
+        f"{config.optim.max_train_steps} optimizer steps, {objective.info.describe(objective)}, {config.data.resolution} px",
+        f"weights of the {weights}; the teacher predicts {facts.prediction_type}",
+    ]
+    skip, family = config.teacher.clip_skip, facts.family
     if skip:
+        in_files = family.clip_skip == "baked" and config.student.kind == "full"
+        how = "the saved text encoder already skips them" if in_files else "sample with the same setting"
         theirs = family.a1111_clip_skip(skip)
-        told = f"- {skip} of CLIP's last layers skipped (`clip_skip={skip}`, A1111's clip skip {theirs}): {how}\n"
-    told += f"- the VAE is `{public_name(vae)}`, in place of the teacher's\n" if vae else ""
-    return told + (
-        "- without the teacher's safety checker\n" if "safety_checker" in (config.teacher.drop or ()) else ""
-    )
+        lines.append(f"skips {skip} of CLIP's last layers (`clip_skip={skip}`, A1111's clip skip {theirs}): {how}")
+    if config.teacher.vae:
+        lines.append(f"uses the VAE `{public_name(config.teacher.vae)}` instead of the teacher's")
+    if "safety_checker" in (config.teacher.drop or ()):
+        lines.append("without the teacher's safety checker")
+    return lines
 
 
-def _pixel_use(folder: Path, teacher: Teacher) -> str:
-    names, place = teacher.own_prompts, public_path(folder)
-    use = partial(_PIXEL_USE.format, folder=place, quoted=quote(place))
-    if not names:
-        return use(label="", prompt="", classes="It takes no prompt.")
-    classes = f"Its classes, from 0: {', '.join(names)}."
-    return use(label=", class_labels=0", prompt=f' --prompt "{names[0]}"', classes=classes)
+def _is_as_started(config: RunConfig, facts: SamplingFacts) -> bool:
+    """Return whether a fine-tuned student was never given omega, and its start has a guidance of its own."""
+    return facts.guidance == "baked" and config.objective.omega == "teacher"
+
+
+def _guidance(config: RunConfig, facts: SamplingFacts, exporter: Exporter) -> str:
+    if facts.family.in_pixels:
+        return f"Its classes, from 0: {', '.join(facts.classes)}." if facts.classes else "It takes no prompt."
+    if _is_as_started(config, facts):
+        return GUIDANCE["start"]
+    is_baked_now = facts.guidance == "input" and exporter.bakes_guidance and config.student.kind == "full"
+    return GUIDANCE["baked" if is_baked_now else facts.guidance]
+
+
+def _measured(run: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Return the results of the run's evaluation for the template; None without results for its present weights."""
+    results = read_results(run)
+    if results is None or not results.is_current(config):
+        return None
+    judged, measures = verdict(results), results.metrics
+    rows = []
+    for n in results.steps:
+        numbers = [results.number(name, "student", n) for name in measures]
+        rows.append([str(n), *("" if value is None else f"{value:g}" for value in numbers)])
+    features = "; ".join(f"{each['label']}: {each['measured_on']}, {each['published']}" for each in measures.values())
+    return {
+        "headline": judged.headline,
+        "reasons": judged.reasons,
+        "labels": [each["label"] for each in measures.values()],
+        "rows": rows,
+        "about": f"{results.info['images']} images per row, guidance scale {results.guidance_scale:g}. {features}.",
+        "plots": [
+            {"file": f"samples/{name}.png", "title": title}
+            for name, title in PLOTS.items()
+            if (run / "samples" / f"{name}.png").is_file()
+        ],
+    }
+
+
+def _prompt(picture: Path) -> str:
+    """Return the prompt that a sample picture carries."""
+    with Image.open(picture) as image:
+        return str(image.info.get("prompt", ""))
+
+
+def model_card(config: RunConfig, folder: Path, teacher: Teacher) -> str:
+    """Return the text of a run's card, without pictures that do not exist yet."""
+    return render_card(config, folder, facts_from_teacher(config, teacher)).text
 
 
 def write_run_card(config: RunConfig, folder: Path, teacher: Teacher) -> None:
-    """The run's own README.md: the card, with the newest validation's pictures; and a LoRA's beside its file."""
-    grids = sorted((folder / "samples").glob("step-*.png"))
-    picture = f"samples/{grids[-1].name}" if grids else None
-    samples = {} if teacher.in_pixels else _samples(sorted((folder / "samples").glob("sample-*.png")))
-    card = model_card(config, folder, teacher, picture, samples)
-    write_text(folder / "README.md", card)
-    if config.student.kind == "lora":
-        put_card(card, folder, folder / "lora")
+    """Write the card of a run that has just finished, also next to its LoRA."""
+    _write_card(config, folder, facts_from_teacher(config, teacher))
 
 
-def _samples(files: Sequence[Path]) -> dict[str, str]:
-    """{place beside the card: prompt} of pictures that carry their prompt."""
-    found = {}
-    for path in files:
-        with Image.open(path) as image:
-            found[f"samples/{path.name}"] = str(image.info.get("prompt", ""))
-    return found
+def update_run_card(run: Path) -> bool:
+    """Render the card of an evaluated run again, with its results and plots.
+
+    Returns:
+        Whether RUN/README.md shows the results of the run as it is now.
+    """
+    config = require_run_config(run)
+    if _measured(run, config) is None:
+        return False
+    return _write_card(config, run, _recorded_facts(run, config))
 
 
-def pictures_of(card: str, run: Path) -> dict[str, Path]:
-    """{place beside the card: file} of what a card shows from its run's folder."""
-    shown = re.findall(r"(?:!\[[^\]]*\]\(|url: )(samples/[^)/\s]+)", card)
-    return {place: run / place for place in shown if (run / place).is_file()}
+def _write_card(config: RunConfig, run: Path, facts: SamplingFacts) -> bool:
+    """Write RUN/README.md, unless the user has edited it; return whether it was written."""
+    path, card = run / "README.md", render_card(config, run, facts)
+    if path.is_file() and _digest(path.read_text(encoding="utf-8")) != _record(run).get("sha256"):
+        logger.info(f"{path} was edited and is not overwritten; remove it to generate it again")
+        written = False
+    else:
+        card.write(run)
+        write_text(run / RECORD, json.dumps({"sha256": _digest(card.text), "facts": asdict(facts)}, indent=1) + "\n")
+        written = True
+    if config.student.kind == "lora" and (run / "lora").is_dir():
+        card.write(run / "lora")
+    return written
 
 
-def put_card(card: str, run: Path, folder: Path) -> None:
-    """Write a run's card into another folder, its pictures with it."""
-    for place, path in pictures_of(card, run).items():
-        (folder / place).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / place)
-    write_text(folder / "README.md", card)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def export_card(run: Path, name: str, place: str, file: str = "") -> str:
-    """The run's card, telling how an export is used. place: its folder, or the hub's repository; file: see card_for."""
-    return _export_card(load_trained_student(run), name, place, file)
+def _record(run: Path) -> dict[str, Any]:
+    path = run / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:  # damaged: the card counts as edited
+        return {}
 
 
-def _export_card(product: TrainedStudent, name: str, place: str, file: str = "") -> str:
-    path = product.run / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
-    free = omega_range(product.config) is None
-    has_omega = product.lora is None and name in ("pipeline", "onnx") and not free
-    loaded_as = "pipeline" if name == "fused" else name
-    model, method = product.config.teacher.model, product.method
-    guidance = product.guidance_scale if has_omega or free else 1.0
-    about = {"method": method, "guidance": guidance, "has_omega_input": has_omega, "family": product.family}
-    return card_for(card, loaded_as, place, file, model, **about)
+def _recorded_facts(run: Path, config: RunConfig) -> SamplingFacts:
+    """Return the facts that a run's card was rendered from, or those of its files if it was written without a record."""
+    recorded = _record(run).get("facts")
+    if not isinstance(recorded, dict):
+        return facts_from_run(run, config)
+    names = {each.name for each in fields(SamplingFacts)}
+    known: dict[str, Any] = {key: value for key, value in recorded.items() if key in names}
+    return SamplingFacts(**{**known, "classes": tuple(known.get("classes", ()))})
 
 
-def put_export_card(product: TrainedStudent, name: str, output: Path, folder: Path) -> None:
-    put_card(_export_card(product, name, public_path(output)), product.run, folder)
+def export_card(run: Path, name: str, place: str, file: str = "") -> Card:
+    """Return the card of one export of a run.
+
+    Args:
+        run: The run folder.
+        name: The format.
+        place: The hub repository or folder that holds the export.
+        file: Its file name, if the format is a file.
+    """
+    config = require_run_config(run)
+    return render_card(config, run, _recorded_facts(run, config), export=(name, place, file))
+
+
+def put_export_card(student: TrainedStudent, name: str, output: Path, folder: Path) -> None:
+    """Write the card of an export into the folder that becomes `output`."""
+    export_card(student.run, name, public_path(output)).write(folder)

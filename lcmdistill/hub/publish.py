@@ -1,43 +1,60 @@
-"""What goes to the hub: a run's product, or one export, where its users look for it, under a card that says how it is used."""
+"""Upload a run's result, or one export, with a model card that states how it is used."""
 
 import logging
 import shlex
 from pathlib import Path
 
 from lcmdistill.hub import client as hub
-from lcmdistill.hub.model_card import export_card, pictures_of
+from lcmdistill.hub.model_card import Card, export_card
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.utils.run_dir import lora_file
 
 logger = logging.getLogger(__name__)
 
 
-def publish_run(run: Path, repo: str) -> None:
-    """Upload what a finished run was for, its card and the card's picture; the pipeline or LoRA lies at the root.
+def publish_run(run: Path, repo: str, *, private: bool = False) -> None:
+    """Upload the pipeline or LoRA of a finished run, its card and the card's pictures, to the root of a repository.
 
-    Raises RunError naming the command that uploads again.
+    Args:
+        run: The run folder.
+        repo: The repository, OWNER/NAME.
+        private: Whether a new repository is private.
+
+    Raises:
+        RunError: The upload failed; the message names the command that uploads again.
     """
     is_lora = require_run_config(run).student.kind == "lora"
     folder = run / ("lora" if is_lora else "pipeline")
     file = lora_file(run).name if is_lora else ""
     command = "distill-lora" if is_lora else "distill"
     again = ["lcmdistill", command, "--config", str(run / "config.toml"), "--push-to-hub", repo]
+    again += ["--private"] if private else []
     name = "peft" if (folder / "adapter_config.json").is_file() else "kohya" if is_lora else "pipeline"
-    card = export_card(run, name, repo, file)
-    _push(repo, {**_files(folder), **pictures_of(card, run)}, card, run.name, again)
+    _push(repo, _files(folder), export_card(run, name, repo, file), run.name, again, private)
 
 
-def publish_export(run: Path, name: str, output: Path, repo: str) -> None:
-    """Upload an export of a run with its card. Raises RunError naming the command that uploads again."""
-    files = _files(output) if output.is_dir() else {output.name: output}
-    card = export_card(run, name, repo, output.name)
-    _push(repo, {**files, **pictures_of(card, run)}, card, output.name, ["hf", "upload", repo, str(output)])
+def publish_export(run: Path, name: str, output: Path, repo: str, *, private: bool = False) -> None:
+    """Upload an export of a run with its card.
+
+    Args:
+        run: The run folder.
+        name: The format.
+        output: The exported file or folder.
+        repo: The repository, OWNER/NAME.
+        private: Whether a new repository is private.
+
+    Raises:
+        RunError: The upload failed; the message names the command that uploads again.
+    """
+    files: dict[str, Path | bytes] = _files(output) if output.is_dir() else {output.name: output}
+    again = ["hf", "upload", repo, str(output), *(["--private"] if private else [])]
+    _push(repo, files, export_card(run, name, repo, output.name), output.name, again, private)
 
 
-def _push(repo: str, files: dict[str, Path | bytes], card: str, title: str, again: list[str]) -> None:
-    files["README.md"] = card.encode()
-    logger.info(f"uploading {len(files)} files to {repo}")
-    logger.info(f"uploaded: {hub.push(repo, files, f'Upload {title} with lcmdistill', shlex.join(again))}")
+def _push(repo: str, files: dict[str, Path | bytes], card: Card, title: str, again: list[str], private: bool) -> None:
+    files = {**files, **card.pictures, "README.md": card.text.encode()}
+    url = hub.push(repo, files, f"Upload {title} with lcmdistill", shlex.join(again), private=private)
+    logger.info(f"uploaded: {url}")
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:

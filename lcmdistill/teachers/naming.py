@@ -47,13 +47,14 @@ def is_local(model: str) -> bool:
     return is_path or Path(model).expanduser().exists()
 
 
-def loading_code(model: str, kind: str, scheduler: str) -> str:
+def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> str:
     """Return Python code that opens a model with a student's scheduler; local paths appear by their last part only.
 
     Args:
         model: An alias, a hub id or a local path.
         kind: The pipeline class that opens a single file.
         scheduler: The scheduler class.
+        options: Further arguments of the scheduler, after the teacher's config.
     """
     name, before = public_name(model), ""
     call = f'DiffusionPipeline.from_pretrained("{name}")'
@@ -66,7 +67,7 @@ def loading_code(model: str, kind: str, scheduler: str) -> str:
     return f"""{before}from diffusers import {names}
 
 pipeline = {call}
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{options})
 """
 
 

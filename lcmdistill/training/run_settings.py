@@ -48,6 +48,7 @@ MUTABLE_ON_RESUME = {
     "run.profile",
     "run.report_to",
     "run.push_to_hub",
+    "run.hub_private",
 }
 
 # Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.

@@ -24,7 +24,7 @@ from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
-from lcmdistill.export.trained_student import write_trained_student
+from lcmdistill.export.registry import write_trained_student
 from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher

@@ -29,7 +29,8 @@ objective.w_max objective.w_min
 optim.gradient_accumulation_steps optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_scheduler
 optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps optim.weight_decay
 run.best_metric run.checkpoint_every run.compile run.device run.gradient_checkpointing run.keep_checkpoints run.log_every
-run.memory run.output run.precision run.profile run.push_to_hub run.report_to run.seed run.validate_every
+run.hub_private run.memory run.output run.precision run.profile run.push_to_hub run.report_to run.seed
+run.validate_every
 run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.start
 student.target
@@ -59,7 +60,8 @@ def test_the_option_list_is_frozen() -> None:
 
 def test_registries_name_what_they_load() -> None:
     assert [OBJECTIVES[name].info.key for name in OBJECTIVES] == list(OBJECTIVES)
-    assert all(callable(registry[name]) for registry in (SOLVERS, EXPORTERS) for name in registry)
+    assert all(callable(SOLVERS[name]) for name in SOLVERS)
+    assert [EXPORTERS[name].key for name in EXPORTERS] == list(EXPORTERS)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -18,8 +18,9 @@ from lcmdistill.cli import app
 from lcmdistill.config.resolve import with_values
 from lcmdistill.config.toml import read_toml
 from lcmdistill.export import registry as exporting
-from lcmdistill.export.lora_formats import header
-from lcmdistill.export.trained_student import load_trained_student, write_trained_student
+from lcmdistill.export.base import ExportRequest
+from lcmdistill.export.lora_formats import export_peft, header
+from lcmdistill.export.trained_student import load_trained_student
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.hub.model_card import model_card, write_run_card
 from lcmdistill.sampling.generate import find_model, load_student, scheduler_for_loras
@@ -131,15 +132,15 @@ def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
     assert ("base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card) == (alias == "sd15")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front.get("license") == licence
-    assert (f"The licence is the\nteacher's: {licence}." in card) == (licence is not None)
+    assert (f"The license is the teacher's: {licence}." in card) == (licence is not None)
     for text in (card, json.dumps(told)):
         assert "/home/me" not in text
         assert "secret" not in text
         assert str(small_teacher.parent) not in text
         assert "/opt" not in text
     recorded = with_values(product.config, {"teacher.model": alias})
-    request = exporting.Request(tmp_path / "peft", torch.float32, 1.0, verify=False)
-    exporting.peft(replace(product, config=recorded), request)
+    request = ExportRequest(tmp_path / "peft", torch.float32, 1.0, verify=False)
+    export_peft(replace(product, config=recorded), request)
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == stands_for
 
@@ -255,7 +256,7 @@ def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_
     config = resolve(read_toml(run / "config.toml"), {"run.output": str(run)})
     teacher = load_teacher(config.teacher.model)
     student = make_student(teacher, config.student, dtype=torch.float32, seed=0, checkpointing=False)
-    write_trained_student(config, run, teacher, student, "")
+    exporting.write_trained_student(config, run, teacher, student, "")
     write_run_card(config, run, teacher)
     assert sorted(path.name for path in (run / "lora").iterdir()) == ["README.md", "renamed.safetensors", "samples"]
     assert find_model(str(run)).loras == (str(run / "lora" / "renamed.safetensors"),)

@@ -82,7 +82,7 @@ def test_a_single_file_tells_what_it_is(
     with safe_open(path, "pt") as file:
         header = file.metadata()
     assert header["modelspec.title"] == "my model"
-    assert ("guidance 4 (omega 3) is built in" in header["modelspec.usage_hint"]) == (kind == "full")
+    assert ("guidance 4 (omega 3) is baked in" in header["modelspec.usage_hint"]) == (kind == "full")
 
 
 def test_a_guidance_that_the_student_never_saw_is_told(
@@ -99,12 +99,11 @@ def test_a_guidance_that_the_student_never_saw_is_told(
 @pytest.mark.parametrize("kind", list(FORMATS))
 def test_cards_name_the_class_that_opens_it(family: str, kind: str, runs: dict[tuple[str, str], Path]) -> None:
     own = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
-    card = export_card(runs[family, kind], "single-file", "me/mine", "a.safetensors")
+    card = export_card(runs[family, kind], "single-file", "me/mine", "a.safetensors").text
     assert f"{own}.from_single_file" in card
     lcm = kind == "full" and family != "sdxl"
-    assert f"ORT{'LatentConsistencyModelPipeline' if lcm else own}.from_pretrained" in export_card(
-        runs[family, kind], "onnx", "me/mine"
-    )
+    card = export_card(runs[family, kind], "onnx", "me/mine").text
+    assert f"ORT{'LatentConsistencyModelPipeline' if lcm else own}.from_pretrained" in card
 
 
 @each_family
@@ -125,10 +124,14 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
     ("kind", "words", "said"),
     [
         ("full", ["--format", "kohya", "--output", "x.safetensors"], "--format kohya is for LoRA runs"),
-        ("lora", ["--format", "pipeline", "--output", "x"], "use --format fused for a full pipeline"),
+        (
+            "lora",
+            ["--format", "pipeline", "--output", "x"],
+            r"--format pipeline is for full students and \S+ is a LoRA run; use --format fused, kohya",
+        ),
         ("lora", ["--format", "kohya", "--output", "x"], "must end in .safetensors"),
         ("lora", ["--format", "kohya", "--output", "/proc/x.safetensors"], "is not writable: .* in /proc"),
-        ("lora", ["--format", "peft", "--output", "taken"], "taken exists; name a new one"),
+        ("lora", ["--format", "peft", "--output", "taken"], "taken exists; specify a new one"),
         (
             "lora",
             ["--format", "single-file", "--output", "x.safetensors", "--guidance-scale", "7"],
@@ -137,7 +140,7 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
         (
             "full",
             ["--format", "pipeline", "--output", "x", "--guidance-scale", "7"],
-            "--guidance-scale 7 is for what bakes",
+            "--guidance-scale 7 has no effect here: only --format single-file",
         ),
     ],
 )
@@ -171,9 +174,10 @@ def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
     code = f"""
 import os, signal, sys
 from lcmdistill import cli
-from lcmdistill.export import registry as export
+from lcmdistill.export import diffusers_pipeline, lora_formats
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whatever the tests were started from
-export.check_close = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
+stop = lambda *a, **k: os.kill(os.getpid(), {int(number)}) or __import__("time").sleep(60)
+diffusers_pipeline.check_close = lora_formats.check_close = stop
 sys.argv = ["lcmdistill", "export", {str(runs["sd1", "lora"])!r}, "--format", {name!r}, "--output", {str(output)!r}]
 cli.main()
 """

@@ -21,6 +21,7 @@ from lcmdistill import cli
 from lcmdistill.hub import client as hub
 from lcmdistill.hub import publish
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.logging import configure_console
 
 TOKEN = "hf_aTokenThatNobodyMaySee"
 
@@ -45,6 +46,7 @@ class StubHub:
     requests: list[Request] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
 
     def answer(self, request: Request) -> tuple[int, Any]:
         """(status, JSON) for a request."""
@@ -64,9 +66,11 @@ class StubHub:
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
-            told = json.loads(request.body)
-            repo = f"{told.get('organization') or 'me'}/{told['name']}"
+            values = json.loads(request.body)
+            repo = f"{values.get('organization') or 'me'}/{values['name']}"
             status = 409 if repo in self.repos else 200
+            if status == 200 and (values.get("private") or values.get("visibility") == "private"):
+                self.private.add(repo)
             self.repos.setdefault(repo, {})
             return status, {"url": f"{self.endpoint}/{repo}", "name": repo, "id": "1"}
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
@@ -77,8 +81,11 @@ class StubHub:
                 for f in files
             ]
             return 200, {"files": modes}
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/main", path):  # which older versions ask
-            return 200, {"id": found[1], "sha": "0" * 40, "private": False, "tags": [], "siblings": []}
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/main)?", path):
+            if found[1] not in self.repos:
+                return 404, {"error": "Repository not found"}
+            is_private = found[1] in self.private
+            return 200, {"id": found[1], "sha": "0" * 40, "private": is_private, "tags": [], "siblings": []}
         if path.endswith(".git/info/lfs/objects/batch"):
             objects = [
                 {**each, "actions": {"upload": {"href": f"{self.endpoint}/put/{each['oid']}"}}}
@@ -117,6 +124,8 @@ def stub() -> Iterator[StubHub]:
             text = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
@@ -194,7 +203,8 @@ def test_a_training_uploads_its_lora_and_card(
 
     assert 'push_to_hub = "me/my-lora"' in (run / "config.toml").read_text()
     asked = [request.path for request in stub.requests if request.headers.get("authorization")]
-    assert asked[:2] == ["/api/whoami-v2", "/api/repos/create"]
+    assert asked[:3] == ["/api/whoami-v2", "/api/models/me/my-lora", "/api/repos/create"]
+    assert "to me/my-lora, a new public repository (--private makes it private)" in result.stdout
     assert_the_token_stayed_in_its_header(stub)
     assert TOKEN not in result.stdout + result.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -226,6 +236,51 @@ def test_an_export_is_uploaded_with_its_card(
     assert 'from_single_file(hf_hub_download("us/mine", "made.safetensors"))' in files["README.md"].decode()
 
 
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("existing", ["none", "public", "private"])
+def test_the_visibility_of_a_repository_is_logged(
+    private: bool, existing: str, online: StubHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if existing != "none":
+        online.repos["me/mine"] = {}
+        online.private |= {"me/mine"} if existing == "private" else set()
+    configure_console()
+    hub.push("me/mine", {"README.md": b"x"}, "message", "again", private=private)
+    expected = {
+        ("none", False): "a new public repository (--private makes it private)",
+        ("none", True): "a new private repository",
+        ("public", False): "an existing public repository",
+        ("public", True): "an existing public repository; --private applies to new repositories only",
+        ("private", False): "an existing private repository",
+        ("private", True): "an existing private repository",
+    }
+    assert capsys.readouterr().out == f"uploading 1 files to me/mine, {expected[existing, private]}\n"
+    assert ("me/mine" in online.private) == (existing == "private" or (existing == "none" and private))
+
+
+def test_an_export_makes_a_private_repository(
+    online: StubHub,
+    small_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [
+        "export",
+        str(small_run),
+        "--format",
+        "pipeline",
+        "--no-verify",
+        "--output",
+        str(tmp_path / "out"),
+        "--private",
+    ]
+    assert command(monkeypatch, *words) == 2
+    assert "--private is for --push-to-hub" in capsys.readouterr().err
+    assert command(monkeypatch, *words, "--push-to-hub", "me/mine") == 0
+    assert online.private == {"me/mine"}
+
+
 @pytest.mark.parametrize("repo", ["me/mine", "us/mine"])
 def test_a_login_that_may_write_passes(repo: str, online: StubHub) -> None:
     hub.check_login(repo)
@@ -234,19 +289,19 @@ def test_a_login_that_may_write_passes(repo: str, online: StubHub) -> None:
 
 @pytest.mark.parametrize("repo", ["a/b/c", "mine", "me/", "me/ what", "-x", "me/a..b", ""])
 def test_a_name_that_no_repository_can_have_is_refused(repo: str, online: StubHub) -> None:
-    with pytest.raises(UsageError, match=r"is no repository's name; it is OWNER/NAME, such as me/my-lcm"):
+    with pytest.raises(UsageError, match=r"is not a repository name; use OWNER/NAME, such as me/my-lcm"):
         hub.check_login(repo)
     assert online.requests == []
 
 
 def test_somebody_else_s_namespace_is_refused(online: StubHub) -> None:
-    with pytest.raises(UsageError, match="--push-to-hub you/mine: your login may write to me, us, not to you"):
+    with pytest.raises(UsageError, match="--push-to-hub you/mine: your login has write access to me, us, not to you"):
         hub.check_login("you/mine")
 
 
 def test_a_token_that_may_only_read_is_refused(online: StubHub) -> None:
     online.role = "read"
-    with pytest.raises(UsageError, match="the token may only read"):
+    with pytest.raises(UsageError, match="the token has read access only"):
         hub.check_login("me/mine")
 
 
@@ -259,10 +314,10 @@ def test_a_token_that_the_hub_does_not_know_is_refused(online: StubHub, monkeypa
 
 def test_a_hub_out_of_reach_is_told_in_one_sentence(online: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RunError, match=r"^--push-to-hub: http://127.0.0.1:9 cannot be asked who you are: [^\n]+$"):
+    with pytest.raises(RunError, match=r"^--push-to-hub: cannot check the login at http://127.0.0.1:9: [^\n]+$"):
         hub.check_login("me/mine")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RunError, match="HF_HUB_OFFLINE is set, unset it"):
+    with pytest.raises(RunError, match="HF_HUB_OFFLINE is set; unset it"):
         hub.check_login("me/mine")
 
 
@@ -296,7 +351,7 @@ def test_a_failed_upload_leaves_the_run_and_names_the_command_that_uploads_again
     assert command(monkeypatch, *words) == 1
     error = capsys.readouterr().err
     found = re.search(
-        r"the upload to me/mine failed: 403: the quota is used up; everything is kept here, upload it again with: (.*)\n$",
+        r"the upload to me/mine failed: 403: the quota is used up; local files are intact, retry with: (.*)\n$",
         error,
     )
     assert found, error
@@ -326,7 +381,7 @@ def test_a_failed_upload_of_an_export_keeps_the_file(
     online.refuses_commits, file = True, tmp_path / "made.safetensors"
     words = ["export", str(small_run), "--format", "single-file", "--output", str(file), "--push-to-hub", "me/mine"]
     assert command(monkeypatch, *words) == 1
-    assert f"upload it again with: hf upload me/mine {file}" in capsys.readouterr().err
+    assert f"retry with: hf upload me/mine {file}" in capsys.readouterr().err
     assert file.is_file()
 
 

@@ -113,5 +113,5 @@ def test_the_usage_names_existing_files(kind: str):
     assert list(cards) == ["diffusers", "ComfyUI", "A1111", "Command line"]
     assert "num_inference_steps=2" in cards["diffusers"]["code"]
     compile(cards["diffusers"]["code"], "card", "exec")
-    file = "lora/x.safetensors" if kind == "lora" else "lcmdistill export runs/x --format single-file"
+    file = "Copy x.safetensors to models/loras" if kind == "lora" else "lcmdistill export runs/x --format single-file"
     assert file in " ".join([*cards["ComfyUI"]["lines"], cards["ComfyUI"]["code"] or ""])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lcmdistill.evaluation.results import read_results
-from lcmdistill.report.card import add_to_card
+from lcmdistill.hub.model_card import update_run_card
+from lcmdistill.report.card import write_card_plots
 from lcmdistill.report.comparison import write_comparison
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.page import evaluation_summary, write_report
@@ -149,7 +150,7 @@ def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_pa
     assert "prompts that were held out of training" in page.text
     assert "guidance is in its weights" in page.text
     assert evaluation_summary(run) == evaluation_summary(evaluated_run).replace("small-lcm", "run")
-    assert add_to_card(run)
+    assert update_run_card(run)
     check_page(write_comparison([run, evaluated_run], tmp_path / "comparison.html"))
 
 
@@ -200,7 +201,7 @@ def test_guidance_with_little_effect_is_reported(evaluated_run: Path, tmp_path: 
 def test_an_outdated_evaluation_is_reported(evaluated_run: Path, tmp_path: Path):
     run = tmp_path / "my run"
     shutil.copytree(evaluated_run, run)
-    assert add_to_card(run)
+    assert update_run_card(run)
     card = (run / "README.md").read_text()
     warning = "This evaluation is of training step 4, and the run has continued to step 9"
     assert warning not in Page(write_report(run)).text
@@ -209,7 +210,7 @@ def test_an_outdated_evaluation_is_reported(evaluated_run: Path, tmp_path: Path)
     page = check_page(write_report(run))
     assert warning in page.text
     assert f"lcmdistill evaluate '{run}'" in page.text
-    assert not add_to_card(run)
+    assert not update_run_card(run)
     assert (run / "README.md").read_text() == card
 
 
@@ -338,10 +339,11 @@ def test_wrong_usage_ends_in_one_sentence(command: Command, arguments: list[str]
 def test_the_model_card_shows_the_results_with_plots(evaluated_run: Path, small_run: Path, tmp_path: Path):
     from PIL import Image
 
-    run = tmp_path / "run"
+    run = tmp_path / evaluated_run.name
     shutil.copytree(evaluated_run, run)
     plain = (run / "README.md").read_text()
-    assert add_to_card(run)
+    write_card_plots(run)
+    assert update_run_card(run)
     card = (run / "README.md").read_text()
     assert re.sub(r"\n## Measured\n.*?(?=\n## Use\n)", "", card, flags=re.DOTALL) == plain
     assert evaluation_summary(run).splitlines()[0].split(": ", 1)[1] in card
@@ -351,6 +353,7 @@ def test_the_model_card_shows_the_results_with_plots(evaluated_run: Path, small_
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
     before = (run / "samples" / "quality.png").read_bytes()
-    assert add_to_card(run)
+    write_card_plots(run)
+    assert update_run_card(run)
     assert ((run / "README.md").read_text(), (run / "samples" / "quality.png").read_bytes()) == (card, before)
-    assert not add_to_card(small_run)
+    assert not update_run_card(small_run)

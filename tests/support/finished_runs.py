@@ -8,7 +8,8 @@ from torch import nn
 from lcmdistill.config.schema import StudentConfig
 from lcmdistill.config.toml import to_toml
 from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.export.lora_formats import from_checkpoint, header, write_kohya
+from lcmdistill.export.lora_formats import header, write_kohya
+from lcmdistill.export.trained_student import from_checkpoint
 from lcmdistill.hub.model_card import write_run_card
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.full import full_student

@@ -120,7 +120,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
     assert index(folder)["_class_name"] == "StableDiffusionPipeline"
     assert require_run_config(folder).run.validation_guidance_scale == 1.0
     card = (folder / "README.md").read_text().partition("## Configuration")[0]
-    assert "- guidance as its start had it\n" in card  # it was told no omega
+    assert "- guidance as in the starting model\n" in card  # it was told no omega
     assert "omega 5" not in card
 
 

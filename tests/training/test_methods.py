@@ -93,7 +93,7 @@ def test_a_run_is_validated_and_its_card_says_what_it_is_and_how_it_is_used(
     }
     assert re.search(what[objective], card)
     assert ("Guidance is an input of the network" in card) == LEFT[objective][2]
-    assert ("negative prompts act when it draws" in card) != LEFT[objective][2]
+    assert ("negative prompts work, at twice the cost" in card) != LEFT[objective][2]
     assert (", eta=0.3)" in card) == (objective == "tcd")
 
 
@@ -138,7 +138,7 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["scheduler"][1] == "TCDScheduler"
     assert ", eta=0.3)" in (tmp_path / "fused" / "README.md").read_text()
     said = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
-    assert "TCD sampler, 4 steps, CFG 1" in said
+    assert "sampler TCD with eta 0.3, or LCM if there is no TCD, 4 steps, CFG 1" in said
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = file.metadata()
     assert header["modelspec.usage_hint"].startswith("TCD sampler")

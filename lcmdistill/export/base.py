@@ -1,0 +1,234 @@
+"""The contract of an export format, and the facts that its instructions are written from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
+from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.students.lora import merge_lora
+from lcmdistill.teachers.naming import loading_code
+from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.utils.errors import UsageError
+
+WriteCard = Callable[[TrainedStudent, str, Path, Path], None]
+"(student, format, output, folder): writes the card of an export into the folder that becomes the output"
+
+
+def no_card(student: TrainedStudent, name: str, output: Path, folder: Path) -> None:
+    """Write no card."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One export.
+
+    Attributes:
+        output: The file or folder to write.
+        dtype: The dtype of the weights.
+        guidance_scale: The guidance to bake in, in diffusers' convention (omega + 1).
+        verify: Whether to reload the output as its consumer does and compare it with the student.
+        quantize: One of the format's `quantizations`, or None.
+        write_card: Writes the model card of a folder.
+    """
+
+    output: Path
+    dtype: torch.dtype
+    guidance_scale: float
+    verify: bool
+    quantize: str | None = None
+    write_card: WriteCard = no_card
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a format's instructions mention: where one export is, and how its student is sampled.
+
+    Attributes:
+        place: The hub repository or folder that holds the export.
+        file: The file name inside of it; "" for a folder.
+        method: The student's method.
+        steps: The recommended number of sampling steps.
+        guidance_scale: The recommended guidance scale, which is CFG in user interfaces.
+        call: The Python expression that generates an image with `pipeline`.
+        facts: How the student is sampled.
+        model: The teacher, as the run's configuration names it.
+    """
+
+    place: str
+    file: str
+    method: MethodInfo
+    steps: int
+    guidance_scale: float
+    call: str
+    facts: SamplingFacts
+    model: str
+
+    @property
+    def scheduler_options(self) -> str:
+        """Arguments of `from_config` that follow the teacher's scheduler config; "" where diffusers' defaults fit."""
+        count = self.facts.original_steps
+        return "" if count in (None, 50) else f", original_inference_steps={count}"
+
+    @property
+    def base_code(self) -> str:
+        """Python code that opens the teacher as `pipeline`, with the student's scheduler."""
+        return loading_code(
+            self.model, self.facts.family.pipeline_classes[0], self.method.scheduler, self.scheduler_options
+        )
+
+    @property
+    def settings(self) -> str:
+        """Steps and guidance as user interfaces name them."""
+        return f"{self.steps} steps, CFG {self.guidance_scale:g}"
+
+
+class ProgramUse(NamedTuple):
+    """How a file is used in one program: a sentence per line."""
+
+    program: str
+    lines: tuple[str, ...]
+
+
+def no_programs(usage: Usage) -> Sequence[ProgramUse]:
+    """Return no instructions: only Python code reads the format."""
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter:
+    """An export format. Everything that is known about a format is in the file that makes its Exporter.
+
+    Attributes:
+        key: The name in EXPORTERS and for `--format`.
+        title: What it writes, in a few words.
+        student_kinds: The kinds of student it takes: "full", "lora" or both.
+        writes: Whether its output is one .safetensors file or a folder.
+        write: Writes the output and returns one sentence for the user.
+        python: Returns the Python code that opens the output and generates an image.
+        programs: Returns how the output is used in other programs.
+        quantizations: The values of `--quantize` that it takes.
+        bakes_guidance: Whether it bakes the guidance of a full student in, and so takes `--guidance-scale`.
+        keeps_omega_input: Whether a full student keeps its guidance input.
+    """
+
+    key: str
+    title: str
+    student_kinds: tuple[Literal["full", "lora"], ...]
+    writes: Literal["file", "folder"]
+    write: Callable[[TrainedStudent, ExportRequest], str]
+    python: Callable[[Usage], str]
+    programs: Callable[[Usage], Sequence[ProgramUse]] = no_programs
+    quantizations: tuple[str, ...] = ()
+    bakes_guidance: bool = False
+    keeps_omega_input: bool = False
+
+    def usage(
+        self, config: RunConfig, facts: SamplingFacts, place: str, file: str = "", steps: int | None = None
+    ) -> Usage:
+        """Return the facts for this format's instructions.
+
+        Args:
+            config: The run's settings.
+            facts: How its student is sampled.
+            place: The hub repository or folder that holds the export.
+            file: The file name inside of it.
+            steps: The number of sampling steps to recommend; by default the method's.
+        """
+        method = config.objective.info
+        is_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
+        is_free = omega_range(config) is None
+        guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0
+        most = facts.original_steps or 50
+        count = min(steps or (2 if facts.family.in_pixels else method.default_steps), most)
+        call = method.pipeline_call(count, guidance)
+        if facts.family.in_pixels:
+            call = f"pipeline(num_inference_steps={count}{', class_labels=0' if facts.classes else ''})"
+        elif config.teacher.clip_skip and facts.family.clip_skip == "recorded":  # its weights cannot skip layers
+            call = f"{call.removesuffix(')')}, clip_skip={config.teacher.clip_skip})"
+        return Usage(
+            place=place,
+            file=file,
+            method=method,
+            steps=count,
+            guidance_scale=guidance,
+            call=f"image = {call}.images[0]",
+            facts=facts,
+            model=config.teacher.model,
+        )
+
+
+def comfyui_node(facts: SamplingFacts, separator: str = "") -> str:
+    """Return the ComfyUI node that a student needs, after a separator, or "".
+
+    ComfyUI reads the prediction type and zero-terminal SNR from SDXL files only. `lcm` in that node samples every model
+    as if it predicted epsilon.
+    """
+    is_v = facts.prediction_type == "v_prediction"
+    if facts.layout == "sdxl" or not (is_v or facts.zero_snr):
+        return ""
+    zsnr = ", `zsnr = true`" if facts.zero_snr else ""
+    return f"{separator}node ModelSamplingDiscrete set to `{'v_prediction' if is_v else 'eps'}`{zsnr}"
+
+
+def a1111_setup(facts: SamplingFacts, checkpoint: str, separator: str = "") -> str:
+    """Return what A1111 needs next to a checkpoint, after a separator, or "".
+
+    Args:
+        facts: How the student is sampled.
+        checkpoint: The checkpoint's name without its ending.
+        separator: What precedes the text.
+    """
+    needs = []
+    if facts.layout == "sd1" and facts.prediction_type == "v_prediction":
+        needs.append(f"{checkpoint}.yaml next to the file, a copy of v1-inference.yaml with `parameterization: v`")
+    if facts.layout != "sdxl" and facts.zero_snr:
+        needs.append("the setting Noise schedule for sampling: Zero Terminal SNR")
+    return f"{separator}{' and '.join(needs)}" if needs else ""
+
+
+def sampler_lines(usage: Usage, checkpoint: str) -> tuple[str, str]:
+    """Return how a student is sampled in ComfyUI and in A1111, with the node and the files that it needs.
+
+    Args:
+        usage: The facts of the export.
+        checkpoint: The name of the checkpoint that is loaded, without its ending.
+    """
+    comfy = f"KSampler: sampler lcm, scheduler sgm_uniform, {usage.settings}{comfyui_node(usage.facts, '; ')}"
+    a1111 = f"sampler {usage.method.sampler}, {usage.settings}"
+    eta = usage.method.sampling_options.get("eta")
+    if eta is not None:  # with eta 1 its sampler is LCM's
+        sampler = usage.method.sampler
+        comfy += f"; for the {sampler} sampler with eta {eta:g} install the custom nodes ComfyUI-{sampler}"
+        a1111 = f"sampler {sampler} with eta {eta:g}, or LCM if there is no {sampler}, {usage.settings}"
+    return comfy, f"{a1111}{a1111_setup(usage.facts, checkpoint, '; needs ')}"
+
+
+def merge_adapter(student: TrainedStudent, pipeline: Any) -> None:
+    """Merge the adapter of a LoRA student into the network of its pipeline."""
+    if student.lora is not None:
+        merge_lora(network_of(pipeline))
+
+
+def require_support(pipeline: Any, name: str, is_supported: bool) -> None:
+    """Raise UsageError for a student whose family has no such format.
+
+    Args:
+        pipeline: The student's pipeline.
+        name: The format's key.
+        is_supported: Whether the family has the format.
+    """
+    if not is_supported:
+        raise UsageError(
+            f"--format {name} is for U-Nets with text conditioning, not for {type(pipeline).__name__}; use pipeline"
+        )
+
+
+def unverified(output: Path) -> str:
+    """Return the sentence of an export without verification."""
+    return f"{output}: not verified"

@@ -1,0 +1,112 @@
+"""How a run's student is sampled, from the teacher at hand or from the files of a finished run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.recorded import run_takes_omega
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.sampling.student_pipeline import trained_steps
+from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, family_of_lora
+from lcmdistill.students.student import guidance_of
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.family import TeacherFamily
+from lcmdistill.teachers.registry import FAMILIES, family_of_folder
+from lcmdistill.utils.run_dir import lora_file
+
+ZERO_SNR_KEY = "lcmdistill.zero_terminal_snr"
+"the header entry of a LoRA whose base has zero-terminal SNR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFacts:
+    """What instructions depend on besides a run's settings.
+
+    Attributes:
+        family_key: The key of the teacher's family.
+        layout: The key of the single-file layout; "" for networks without one.
+        prediction_type: What the network predicts.
+        zero_snr: Whether the noise schedule ends in pure noise (`rescale_betas_zero_snr`).
+        original_steps: The number of trained time steps; None for diffusers' default.
+        has_omega_input: Whether the trained network takes guidance as an input.
+        guidance: Where guidance ends up: "input", "baked" or "free".
+        classes: The names of the classes of a class-conditional network.
+    """
+
+    family_key: str = "sd"
+    layout: str = "sd1"
+    prediction_type: str = "epsilon"
+    zero_snr: bool = False
+    original_steps: int | None = None
+    has_omega_input: bool = False
+    guidance: str = "baked"
+    classes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> TeacherFamily:
+        """The teacher's family."""
+        return FAMILIES[self.family_key]
+
+
+def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
+    """Return the facts of a run whose teacher is loaded."""
+    scheduler, objective, family = teacher.pipeline.scheduler.config, config.objective, teacher.family
+    guidance = guidance_of(teacher, config.student, objective.omega)
+    return SamplingFacts(
+        family_key=family.key,
+        layout=family.layout_of(teacher.network.config).key if family.layout_of else "",
+        prediction_type=teacher.prediction_type,
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        original_steps=None if family.in_pixels else trained_steps(teacher.schedule.num_steps, objective),
+        has_omega_input=config.student.kind == "full" and guidance == "input",
+        guidance=guidance,
+        classes=tuple(teacher.own_prompts) if family.in_pixels else (),
+    )
+
+
+def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
+    """Return the facts that the files of a run record; the defaults where a file is missing."""
+    guidance = "free" if omega_range(config) is None else "input" if run_takes_omega(run) else "baked"
+    if config.student.kind == "lora":
+        return _from_lora(run, guidance)
+    folder = run / "pipeline"
+    family = family_of_folder(folder) or FAMILIES["sd"]
+    network = _json(folder / family.network / "config.json")
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    names = network.get("_labels") or map(str, range(network.get("num_class_embeds") or 0))
+    return SamplingFacts(
+        family_key=family.key,
+        layout=family.layout_of(network).key if family.layout_of and network else "sd1" if family.layouts else "",
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        original_steps=scheduler.get("original_inference_steps"),
+        has_omega_input=run_takes_omega(run),
+        guidance=guidance,
+        classes=tuple(names) if family.in_pixels else (),
+    )
+
+
+def _from_lora(run: Path, guidance: str) -> SamplingFacts:
+    family, header = family_of_lora(run / "lora"), dict[str, str]()
+    if any((run / "lora").glob("*.safetensors")):
+        with safe_open(lora_file(run), framework="pt") as file:
+            header = file.metadata() or {}
+    version, count = header.get("ss_base_model_version"), header.get(ORIGINAL_STEPS_KEY, "")
+    keys = [layout.key for layout in family.layouts if version in layout.base_versions.values()]
+    prediction = header.get("modelspec.prediction_type", "epsilon")
+    return SamplingFacts(
+        family_key=family.key,
+        layout=keys[0] if keys else "sd1" if family.layouts else "",
+        prediction_type="v_prediction" if prediction == "v" else prediction,
+        zero_snr=header.get(ZERO_SNR_KEY) == "true",
+        original_steps=int(count) if count.isdecimal() else None,
+        guidance=guidance,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

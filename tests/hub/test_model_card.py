@@ -1,0 +1,40 @@
+"""The card of a run: rendered again from what the run records, and never over a user's own text."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lcmdistill.hub.model_card import RECORD, export_card, update_run_card
+from lcmdistill.utils.logging import configure_console
+
+
+def test_an_edited_card_is_not_overwritten(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    configure_console()
+    assert update_run_card(run)
+    card = (run / "README.md").read_text()
+    assert "\n## Measured\n" in card
+    (run / "README.md").write_text(card + "\nMy own notes.\n")
+    capsys.readouterr()
+    assert not update_run_card(run)
+    assert (
+        capsys.readouterr().out
+        == f"{run}/README.md was edited and is not overwritten; remove it to generate it again\n"
+    )
+    assert (run / "README.md").read_text().endswith("My own notes.\n")
+    (run / "README.md").unlink()
+    assert update_run_card(run)
+    assert (run / "README.md").read_text() == card
+
+
+def test_a_card_without_a_record_is_the_users_own(evaluated_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    before = export_card(run, "single-file", "me/mine", "a.safetensors").text
+    (run / RECORD).unlink()
+    assert not update_run_card(run)
+    assert export_card(run, "single-file", "me/mine", "a.safetensors").text == before
