@@ -354,7 +354,8 @@ def test_help_tells_the_default_of_every_option_that_has_one(name: str) -> None:
     command, flags, _ = COMMANDS[name]
     config = resolve({}, flags)
     options = set(inspect.signature(command).parameters) & set(SETTINGS)
-    with_default = {option for option in options if value(config, SETTINGS[option]) is not None}
+    values = {option: value(config, SETTINGS[option]) for option in options}
+    with_default = {option for option, each in values.items() if each is not None and each is not False}  # not flags
     assert set(documented_defaults(command)) == with_default | {"prompts"}
 
 

@@ -153,7 +153,7 @@ def test_what_a_student_draws_at_first_is_drawn_once(
     asked: list[int] = []
     latents = Validator._latents
 
-    def noting(self: Validator, pipeline: Any, steps: int) -> Tensor:
+    def noting(self: Validator, pipeline: Any, steps: int) -> Any:
         asked.append(steps)
         return latents(self, pipeline, steps)
 
