@@ -136,7 +136,8 @@ def check_run(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; name a folder")
     check_writable(folder)
-    others = {path.name for path in folder.iterdir()} - {LOCK, LOG_FILE} if folder.is_dir() else set()
+    own = (LOCK, LOG_FILE, ".config.")  # what a run writes before its configuration is there
+    others = [path for path in folder.iterdir() if not path.name.startswith(own)] if folder.is_dir() else []
     if others and load_run_config(folder) is None:
         raise UsageError(f"--output {folder} holds files that no run of lcmdistill made; choose a new or empty folder")
     recorded = resumable_config(folder)
@@ -174,13 +175,14 @@ def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> No
                 "teacher's weights have changed; put them back to resume, or name another --output"
             )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.toml", to_toml(config))  # first: it marks the folder as a run, to be resumed
         for part in ("checkpoints", "samples"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / part).mkdir(exist_ok=True)
     except OSError as error:
         if disk_error(error):
             raise
         raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
-    write_text(folder / "config.toml", to_toml(config))
     write_text(noted, json.dumps(data, indent=2) + "\n")
     said, now = flatten(asked), flatten(config)
     write_text(folder / _ASKED, json.dumps({k: said[k] for k in DECIDED_BY_MEMORY_PLAN if said[k] != now[k]}) + "\n")

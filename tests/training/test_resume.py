@@ -308,3 +308,13 @@ def test_a_schedule_with_an_end_cannot_be_made_longer(train_run: Runner) -> None
     train_run(optim__lr_scheduler="linear")
     with pytest.raises(UsageError, match=r"holds a run with optim\.max_train_steps = 4, and this command says 6"):
         train_run(optim__lr_scheduler="linear", optim__max_train_steps=6)
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "log.txt"], [".config.partial.toml"]], ids="+".join)
+def test_a_run_that_was_killed_at_its_very_start_starts_again(
+    train_run: Runner, left: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for name in left:
+        (tmp_path / "run" / name).touch()
+    assert (train_run() / "pipeline" / "model_index.json").is_file()
