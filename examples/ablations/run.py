@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import lcmdistill
-from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.evaluation.evaluate import chosen_prompts
@@ -27,7 +26,6 @@ from lcmdistill.evaluation.metrics.features import MobileNetV2Features, kid
 from lcmdistill.evaluation.options import EvaluationOptions, evaluated_run
 from lcmdistill.evaluation.select import fingerprint, real_source, select_metrics
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
-from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.sampling.generate import load_student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
@@ -137,9 +135,7 @@ def main() -> None:
         if args.draw or args.only not in (None, name):
             continue
         trained, eta = ETAS.get(name, (name, None))
-        run = lcmdistill.run(
-            resolve({}, {**COMMON, **settings()[trained], "run.output": str(RUNS / trained)}, objectives=OBJECTIVES)
-        )
+        run = lcmdistill.distill(output=RUNS / trained, settings={**COMMON, **settings()[trained]})
         teacher = teacher or load_teacher("tiny")
         found = measure(name, run, teacher, eta)
         write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")

@@ -196,11 +196,11 @@ SETTINGS = {
 }
 
 
-def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., Path]], Callable[..., Path]]:
     """Give a function of **keywords these options for its signature, which is all that typer reads. None is their default,
     and False a flag's."""
 
-    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    def with_options(command: Callable[..., Path]) -> Callable[..., Path]:
         parameters = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=False if kind.__origin__ is bool else None, annotation=kind)
             for name, kind in options.items()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from lcmdistill.cli._options import FULL, HOW, LORA, SETTINGS, WHAT, takes
@@ -14,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 @takes({**WHAT, **FULL, **HOW})
-def distill(**options: Any) -> None:
+def distill(**options: Any) -> Path:
     """Distil a teacher into a Latent Consistency Model. Run the same command again to resume."""
-    _train("full", options)
+    return _train("full", options)
 
 
 @takes({**WHAT, **LORA, **HOW})
-def distill_lora(**options: Any) -> None:
+def distill_lora(**options: Any) -> Path:
     """Train an LCM-LoRA: a small file that makes the checkpoint it was trained on draw in 2 to 8 steps."""
-    _train("lora", options)
+    return _train("lora", options)
 
 
 def _is_set(value: Any) -> bool:
@@ -30,7 +31,7 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
-def _train(kind: str, options: dict[str, Any]) -> None:
+def _train(kind: str, options: dict[str, Any]) -> Path:
     """Settle the configuration and run it. options: a training command's own, by name."""
     flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
     flags |= {key: options[name] for name, key in SETTINGS.items() if _is_set(options.get(name))}
@@ -65,7 +66,7 @@ def _train(kind: str, options: dict[str, Any]) -> None:
     preflight.check_early(resolved)
     if options["dry_run"]:
         preflight.dry_run(resolved)
-        return
+        return Path(resolved.run.output or "")
     from lcmdistill import run
 
-    run(resolved)
+    return run(resolved)

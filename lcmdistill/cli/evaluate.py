@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     debug: Debug = False,
-) -> None:
+) -> list[Any]:
     """Measure runs: steps x guidance beside the teacher, on prompts that no training saw, and a page of it."""
     runs, numbers = [_named(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
     scales = () if guidance_scale is None else _numbers("--guidance-scale", ",".join(guidance_scale))
@@ -66,6 +66,7 @@ def evaluate(
 
     from lcmdistill.evaluation.evaluate import evaluate
     from lcmdistill.evaluation.options import EvaluationOptions
+    from lcmdistill.evaluation.results import read_results
     from lcmdistill.hub.model_card import update_run_card
     from lcmdistill.report.card import write_card_plots
     from lcmdistill.report.comparison import write_comparison
@@ -95,12 +96,13 @@ def evaluate(
         logger.info(f"look at {written}")
     if page:
         logger.info(f"side by side: {write_comparison(runs, page)}")
+    return [read_results(run) for run in runs]
 
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")],
     debug: Debug = False,
-) -> None:
+) -> Path:
     """Make RUN/report.html anew: training, validation and what an evaluation found, on one page; and the card's plots."""
     from lcmdistill.hub.model_card import update_run_card
     from lcmdistill.report.card import write_card_plots
@@ -110,6 +112,7 @@ def report(
     page, has_plots = write_report(run), bool(write_card_plots(run))
     card = f", and the plots in {run / 'README.md'}" if has_plots and update_run_card(run) else ""
     logger.info(f"look at {page}{card}")
+    return page
 
 
 def _named(run: Path) -> Path:

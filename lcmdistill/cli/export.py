@@ -43,7 +43,7 @@ def export(
     push_to_hub: PushToHub = None,
     private: Private = False,
     debug: Debug = False,
-) -> None:
+) -> Path:
     """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
     from lcmdistill.export.registry import export as write_export
     from lcmdistill.hub import client as hub
@@ -63,3 +63,4 @@ def export(
     logger.info(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
     if push_to_hub:
         publish.publish_export(run, format_, output, push_to_hub, private=private)
+    return output

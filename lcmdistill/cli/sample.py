@@ -3,7 +3,7 @@
 import logging
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -79,7 +79,7 @@ def sample(
         typer.Option(help="Precision of the networks.  [default: the run's precision on CUDA, otherwise fp32]"),
     ] = None,
     debug: Debug = False,
-) -> None:
+) -> list[Any]:
     """Generate images: PNGs with embedded settings, plus a grid."""
     from lcmdistill.data.sources.teacher import read_prompts
     from lcmdistill.sampling import generate as sampling
@@ -141,3 +141,4 @@ def sample(
         loras=list(zip(loras, scales, strict=True)),
     )
     logger.info(f"{len(images)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+    return images
