@@ -1,74 +1,194 @@
-"""The README's commands do what it says: each `lcmdistill` line is run, small; each `make` target exists."""
+"""The documents' commands work: `lcmdistill` lines and Python blocks of the README and the guides are run, small; every
+other command is parsed; options, settings, links and make targets exist."""
 
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import lcmdistill
 from lcmdistill.cli import app
+from lcmdistill.config.schema import SECTIONS
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers import naming as teachers
 
 ROOT = Path(__file__).parent.parent
 
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
+RUN = [README, *GUIDES]
+"documents whose commands are run"
+DOCUMENTS = [*RUN, ROOT / ".github" / "CONTRIBUTING.md", *sorted(set((ROOT / "examples").rglob("*.md")) - set(GUIDES))]
+"documents whose commands are parsed"
 
-LINES = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+COMMANDS: Any = typer.main.get_command(app)
 
-COMMANDS = [line for line in LINES if line.startswith("lcmdistill ")]
+PARSED_ONLY = {
+    "--buckets": "trains at 512 x 768 pixels",
+    "my-checkpoint.safetensors": "needs a user's file",
+    "torchrun": "needs several processes",
+}
+"parts of commands that are parsed and not run, with the reason"
 
-SMALL = (
+TRAINING = (
     "--resolution 16 --max-train-steps 1 --batch-size 1 --gradient-accumulation-steps 1 --device cpu "
     "--set data.max_samples=2"
 )
-
 SMALLER = {
-    "distill": SMALL,
-    "distill-lora": f"{SMALL} --rank 4 --alpha 4",
+    "distill": TRAINING,
+    "distill-lora": f"{TRAINING} --rank 4 --alpha 4",
     "evaluate": "--num-images 2 --steps 1 --device cpu",
-    "export": "",
     "sample": "--device cpu --resolution 16",
 }
+"options that make a command small"
+
+
+def blocks(document: Path, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def shell_lines(document: Path) -> list[str]:
+    """Return the lines of the shell blocks, without comments; a line that ends in a backslash continues."""
+    text = "".join(blocks(document, "sh")).replace("\\\n", " ")
+    return [line for line in (each.split(" #")[0].strip() for each in text.splitlines()) if line]
+
+
+def inline_code(document: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL))
+
+
+def is_command(line: str) -> bool:
+    return re.match(r"(torchrun .* -m )?lcmdistill [a-z-]+ \S", line) is not None
+
+
+def parse(line: str) -> tuple[str, list[str]]:
+    """Parse a command as the command line does, without running it. Return its name and its arguments."""
+    words = shlex.split(line)
+    name, *arguments = words[words.index("lcmdistill") + 1 :]
+    COMMANDS.commands[name].make_context(name, list(arguments))
+    return name, arguments
+
+
+def runnable(document: Path) -> list[str]:
+    """Return the commands to run, each in the first document that has it."""
+    earlier = [line for each in RUN[: RUN.index(document)] for line in shell_lines(each)]
+    lines = [line for line in shell_lines(document) if is_command(line) and line not in earlier]
+    return [line for line in lines if not any(part in line for part in PARSED_ONLY)]
 
 
 @pytest.fixture
 def user_folder(tmp_path: Path, small_teacher: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which the README's placeholders exist, with sd15 standing for the small teacher."""
+    """Return a working folder with the documents' placeholders, in which sd15 and tiny are the small teacher."""
     shutil.copytree(small_teacher, tmp_path / "path/to/my-model")
     shutil.copytree(image_folder, tmp_path / "path/to/images")
-    monkeypatch.setitem(teachers.ALIASES, "sd15", str(small_teacher))
+    (tmp_path / "prompts.txt").write_text("red heart\nblue circle\n")
+    for alias in ("sd15", "tiny"):
+        monkeypatch.setitem(teachers.ALIASES, alias, str(small_teacher))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_readme_shows_the_commands_that_users_come_for():
-    assert len(COMMANDS) >= 4
-    assert {command.split()[1] for command in COMMANDS} == {"distill", "distill-lora", "evaluate", "export", "sample"}
+@pytest.fixture(scope="module")
+def made_before(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
+    """Return a folder with the runs that the README makes and the guides use."""
+    folder = tmp_path_factory.mktemp("made")
+    options = {"teacher": small_teacher, "data": image_folder, "resolution": 16, "max_train_steps": 1, "device": "cpu"}
+    options |= {"batch_size": 1, "gradient_accumulation_steps": 1}
+    settings = {"run.validate_every": 0, "data.cache_dir": str(folder / "cache")}
+    lcmdistill.distill(**options, output=folder / "runs/mine", settings=settings)
+    lora = lcmdistill.distill_lora(**options, output=folder / "runs/fast", rank=4, alpha=4, settings=settings)
+    shutil.copy(next((lora / "lora").glob("*.safetensors")), folder / "fast.safetensors")
+    return folder
 
 
-def test_every_command_and_the_python_example_run(user_folder: Path):
-    for command in COMMANDS:
-        words = shlex.split(command)[1:] + SMALLER[command.split()[1]].split()
-        result = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert result.exit_code == 0, f"{command}: {result.output}"
+def run(line: str, extra: str = "") -> None:
+    name, arguments = parse(line)
+    words = [name, *arguments, *SMALLER.get(name, "").split(), *extra.split()]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+def test_the_readme_runs_from_top_to_bottom(user_folder: Path) -> None:
+    lines = runnable(README)
+    assert {line.split()[1] for line in lines} == {"distill", "distill-lora", "export", "sample"}
+    for line in lines:
+        run(line)
     assert (user_folder / "runs/sd15-lcm/pipeline/model_index.json").is_file()
-    assert (user_folder / "runs/mine/pipeline/model_index.json").is_file()
     assert (user_folder / "samples/grid.png").is_file()
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    exec(compile(code, "README.md", "exec"), {})  # with what the commands have left
+    (code,) = blocks(README, "python")
+    exec(compile(code, "README.md", "exec"), {})
     assert (user_folder / "lighthouse.png").is_file()
 
 
-def test_every_make_target_exists():
-    targets = [line.split()[1] for line in LINES if line.startswith("make ")]
-    assert {"demo", "test"} <= set(targets)
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.stem)
+def test_the_commands_of_a_guide_run(document: Path, user_folder: Path, request: pytest.FixtureRequest) -> None:
+    lines = runnable(document)
+    if lines:
+        made = request.getfixturevalue("made_before")
+        for name in ("runs/mine", "runs/fast"):
+            shutil.copytree(made / name, user_folder / name)
+        if not any("--output fast.safetensors" in line for line in lines):
+            shutil.copy(made / "fast.safetensors", user_folder)
+    for line in lines:
+        run(line, "--set run.validate_every=0" if line.split()[1].startswith("distill") else "")
+
+
+@pytest.mark.parametrize("document", [each for each in GUIDES if blocks(each, "python")], ids=lambda path: path.stem)
+def test_the_python_of_a_guide_runs(document: Path, user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distill = lcmdistill.distill
+
+    def small(*, settings: dict[str, Any] | None = None, **options: Any) -> Path:
+        options |= {"resolution": 16, "max_train_steps": 1, "batch_size": 1, "device": "cpu"}
+        return distill(**options, settings={"data.max_samples": 2, "run.validate_every": 0, **(settings or {})})
+
+    monkeypatch.setattr(lcmdistill, "distill", small)
+    variables: dict[str, Any] = {}
+    for code in blocks(document, "python"):
+        exec(compile(code, document.name, "exec"), variables)
+    assert (user_folder / "apple.png").is_file()
+    assert (user_folder / "exported/model_index.json").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_command_option_and_setting_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    indented = [line.strip() for line in re.findall(r"^    \S.*$", text, flags=re.MULTILINE)]
+    for line in filter(is_command, [*shell_lines(document), *inline_code(document), *indented]):
+        parse(line)
+
+    options = {option for command in COMMANDS.commands.values() for each in command.params for option in each.opts}
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "examples").rglob("*.py"))
+    settings = {f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.__dataclass_fields__}
+    settings |= {f"objective.{key}" for cls in OBJECTIVES.values() for key in cls.__dataclass_fields__}
+    for code in inline_code(document):
+        if option := re.match(r"--[a-z][a-z0-9-]+", code):
+            known = option[0] in options or f'"{option[0]}"' in scripts or option[0] in TORCHRUN
+            assert known, f"{option[0]} is not an option"
+        for setting in re.findall(r"(?:^|--set )((?:teacher|student|data|optim|run|objective)\.[a-z]\w+)(?:$|=|\s)", code):
+            assert setting in settings or setting.split(".")[1] in ("py", "toml"), f"{setting} is not a setting"
+
+
+TORCHRUN = ("--nnodes", "--nproc-per-node")
+
+
+def test_every_make_target_exists() -> None:
+    targets = {word for each in DOCUMENTS for line in shell_lines(each) if line[:5] == "make " for word in line.split()[1:]}
+    assert {"demo", "test", "setup", "lint", "type"} <= targets
     for target in targets:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_files_it_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all((ROOT / path).exists() for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_files_it_names_exist(document: Path) -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert README.stat().st_size < 9000
