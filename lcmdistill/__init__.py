@@ -183,11 +183,9 @@ def load_run(run: AnyPath) -> "RunConfig":
     Raises:
         UsageError: The folder is not a run, or its config.toml is not valid.
     """
-    from lcmdistill.config.resolve import resolve
-    from lcmdistill.config.toml import read_toml
-    from lcmdistill.objectives import OBJECTIVES
+    from lcmdistill.objectives.recorded import require_run_config
 
-    return resolve(read_toml(Path(run) / "config.toml"), {}, objectives=OBJECTIVES)
+    return require_run_config(Path(run))
 
 
 def _assignments(settings: Mapping[str, Any] | None) -> list[str]:
