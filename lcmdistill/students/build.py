@@ -20,9 +20,16 @@ def make_student(
     omega: Omega = "input",
     same_dropout: bool = False,
 ) -> Student:
-    """The student that the configuration asks for, on the teacher's device; the teacher's own weights go to `dtype`.
+    """Build the configured student on the teacher's device. The teacher's own weights are cast to `dtype`.
 
-    checkpointing: recompute the student's activations in the backward pass; omega, same_dropout: as an Objective says.
+    Args:
+        teacher: The teacher.
+        config: The [student] section.
+        dtype: The autocast dtype of the networks.
+        seed: The run's seed, for initial weights.
+        checkpointing: Whether to recompute the student's activations in the backward pass.
+        omega: What the objective does with omega.
+        same_dropout: Whether the target has the student's dropout.
     """
     if config.kind == "lora":
         return _lora(teacher, config, dtype, seed, checkpointing, same_dropout)
@@ -68,20 +75,20 @@ def _lora(
 ) -> Student:
     network = teacher.network.to(dtype).train()
     if checkpointing:
-        # The backward pass recomputes with the adapter chosen last, which is the student's in every objective.
+        # The backward pass recomputes with the adapter selected last, which is the student's in every objective.
         network.enable_gradient_checkpointing()
     ema = config.target == "ema"
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
         add_lora(network, name, config, seed)
     choose_adapter(lora_layers(network).values(), ONLINE)
-    door = AutocastNetwork(network, teacher.call, dtype)
-    drawing = TARGET if ema else ONLINE
+    shared = AutocastNetwork(network, teacher.call, dtype)
+    sampled = TARGET if ema else ONLINE
     return Student(
-        online=AdapterView(door, ONLINE, dropout=True),
-        teacher=AdapterView(door, None),
-        target=AdapterView(door, drawing, dropout=same_dropout),
+        online=AdapterView(shared, ONLINE, dropout=True),
+        teacher=AdapterView(shared, None),
+        target=AdapterView(shared, sampled, dropout=same_dropout),
         trainable=adapter_parameters(network, ONLINE),
         averaged=adapter_parameters(network, TARGET) if ema else {},
         network=network,
-        adapter=drawing,
+        adapter=sampled,
     )

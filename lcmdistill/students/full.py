@@ -12,10 +12,13 @@ from lcmdistill.utils.errors import UsageError
 
 
 def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any:
-    """A trainable copy of the teacher's network: a U-Net with `time_cond_proj_dim` set, one of its own if it has any.
+    """Return a trainable copy of the teacher's network, with an omega input where its class supports one.
 
-    omega_init: "zero" starts exactly at the teacher; "random" is a Linear's default initialisation; None adds no omega
-    input. A network whose class has none stays without.
+    Args:
+        teacher_network: The teacher's network; an omega input that it has is kept as it is.
+        omega_init: The input's initial weights: "zero" starts exactly at the teacher, "random" is a Linear's default; None
+            adds no input.
+        seed: The run's seed.
     """
     if omega_init is None or has_omega_input(teacher_network) or not supports_omega_input(teacher_network):
         return copy.deepcopy(teacher_network).float().train().requires_grad_(True)
@@ -33,30 +36,33 @@ def full_student(teacher_network: Any, omega_init: str | None, seed: int) -> Any
 
 
 def target_of(student_network: Any) -> Any:
-    """The target network: a frozen copy of the student."""
+    """Return the target network: a frozen copy of the student."""
     return copy.deepcopy(student_network).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def fresh_weights(network: nn.Module, seed: int) -> None:
-    """Give every layer torch's own default initialisation, each tensor drawn from the seed and its name.
+    """Initialize every layer as torch does by default, drawing each tensor from the seed and its name.
 
-    Raises UsageError for a layer whose default is not known here.
+    Raises:
+        UsageError: A layer's default initialization is not known here.
     """
     for name, module in network.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            for key, value in own.items():
+            for key, value in parameters.items():
                 value.fill_(1.0 if key == "weight" else 0.0)
             continue
-        if own and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            raise UsageError(f"student.start is scratch, and {name} is a {type(module).__name__}; start at the teacher")
-        for key, value in own.items():
+        if parameters and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            raise UsageError(
+                f"student.start is scratch, and {name} is a {type(module).__name__}, whose initialization is unknown; use teacher"
+            )
+        for key, value in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(seed, "scratch", name, key))
             draws = torch.empty(value.shape)
             if isinstance(module, nn.Embedding):
                 draws.normal_(generator=generator)
             else:
                 draws.uniform_(-1.0, 1.0, generator=generator)
-                draws *= own["weight"][0].numel() ** -0.5
+                draws *= parameters["weight"][0].numel() ** -0.5
             value.copy_(draws)

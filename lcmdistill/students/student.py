@@ -1,4 +1,7 @@
-"""Students: a full network with an omega input, or a LoRA on the teacher's own; each with its target, under autocast."""
+"""A student with its teacher and its target, each as a module of (z, t, c, w) under autocast.
+
+Shapes: B batch, C latent channels, h w latent size.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -18,56 +21,82 @@ from lcmdistill.teachers.family import Call
 
 
 class AutocastNetwork(nn.Module):
-    """The only differentiable door to a network: (z, t, c, w) -> raw output, fp32; c: a Conditioning's values.
+    """A network under autocast: (z, t, c, w) -> raw output (B, C, h, w) in fp32. `c` is a Conditioning's values.
 
-    Autocast, with its dtype spelled out, is around the network and nothing else. call: the family's own, see Teacher.
+    Autocast surrounds the network only, with an explicit dtype. All gradients pass through this module.
     """
 
     def __init__(self, network: Any, call: Call, dtype: torch.dtype) -> None:
+        """Wrap a network.
+
+        Args:
+            network: A teacher's or a student's network.
+            call: How the family's networks are called.
+            dtype: The autocast dtype; fp32 disables autocast.
+        """
         super().__init__()
         self.network = network
         self.call = call
         self.dtype = dtype
 
     def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+        """Return the raw output of the network."""
         with torch.autocast(z.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.call(self.network, z, t, c, w).float()
 
 
 class AdapterView(nn.Module):
-    """A network seen with one of its adapters on, or with none: three of these share one network.
+    """A shared network with one of its adapters active, or none. Student, teacher and target are three such views."""
 
-    dropout: whether the adapter's dropout acts, as it does in what is trained and nowhere else.
-    """
+    def __init__(self, shared: AutocastNetwork, adapter: str | None, *, dropout: bool = False) -> None:
+        """Take a view of a network.
 
-    def __init__(self, door: AutocastNetwork, adapter: str | None, *, dropout: bool = False) -> None:
+        Args:
+            shared: The network that all views share.
+            adapter: The adapter that is active in this view; None for the bare network.
+            dropout: Whether the adapter's dropout is active.
+        """
         super().__init__()
-        self.door = door
+        self.shared = shared
         self.adapter = adapter
         self.dropout = dropout
-        self._layers = tuple(lora_layers(door.network).values())
+        self._layers = tuple(lora_layers(shared.network).values())
 
     def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
+        """Return the raw output of the network with this view's adapter."""
         choose_adapter(self._layers, self.adapter, dropout=self.dropout)
-        return self.door(z, t, c, w)
+        return self.shared(z, t, c, w)
 
 
 def guidance_of(teacher: Teacher, config: StudentConfig, omega: Omega) -> Literal["input", "baked", "free"]:
-    """Where a student's guidance is: in an omega input, in its weights, or still in CFG at sampling, of which pixel space has
-    none."""
+    """Return where a student's guidance is: in an omega input, in its weights, or in CFG at sampling.
+
+    Pixel space has no CFG.
+
+    Args:
+        teacher: The student's teacher.
+        config: The [student] section.
+        omega: What the objective does with omega.
+    """
     if omega == "none" and not teacher.in_pixels:
         return "free"
-    gets_one = config.kind == "full" and omega == "input" and supports_omega_input(teacher.network)
-    return "input" if gets_one or has_omega_input(teacher.network) else "baked"
+    gets_input = config.kind == "full" and omega == "input" and supports_omega_input(teacher.network)
+    return "input" if gets_input or has_omega_input(teacher.network) else "baked"
 
 
 @dataclass(frozen=True)
 class Student:
-    """What is trained, and the two frozen networks that it is trained against.
+    """The trained network and the two frozen networks that it is trained against.
 
-    online, teacher, target: modules of (z, t, c, w), as Door; trainable, averaged: the student's parameters and the
-    target's, under the same names (none where the target is the live student); network: what draws and is exported; copies:
-    where `averaged` rests on the CPU, what the target computes with on the device.
+    Attributes:
+        online: The network that is trained, as a module of (z, t, c, w).
+        teacher: The teacher's network.
+        target: The target network.
+        trainable: The student's parameters.
+        averaged: The target's parameters under the same names; {} if the target is the live student.
+        network: The network that is sampled and exported.
+        adapter: The adapter of `network` that is sampled; None for a full student.
+        copies: What the target computes with on the device, where `averaged` is offloaded to the CPU.
     """
 
     online: nn.Module
@@ -77,52 +106,51 @@ class Student:
     averaged: Mapping[str, Tensor]
     network: Any
     adapter: str | None = None
-    "the adapter that `network` draws with, if it has any"
     copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def follow(self, mu: float) -> None:
-        """Let the target follow the student: `ema_update`, if it is an average at all."""
+        """Update the target's EMA, if the target is an EMA, with decay `mu`."""
         if self.averaged and not self.copies:
             ema_update(self.averaged.values(), self.trainable.values(), mu)
         for name, copied in self.copies.items():
             online, average = self.trainable[name], self.averaged[name]
-            here = average.to(online.device)  # one at a time, by the arithmetic of a target that was never moved
-            ema_update([here], [online], mu)
-            average.copy_(here)
-            copied.copy_(here)
+            on_device = average.to(online.device)  # one at a time, with the arithmetic of a target on the device
+            ema_update([on_device], [online], mu)
+            average.copy_(on_device)
+            copied.copy_(on_device)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the copies equal to what they are copies of."""
+        """Copy `averaged` to the device again, after it was loaded."""
         for name, copied in self.copies.items():
             copied.copy_(self.averaged[name])
 
     @property
     def has_dropout(self) -> bool:
-        """Whether what is trained has dropout that acts."""
+        """Whether the trained network has active dropout."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.online.modules())
 
     def for_sampling(self) -> Any:
-        """The network as it draws: in the target's state."""
+        """Return the network in the target's state."""
         if self.adapter is not None:
             choose_adapter(lora_layers(self.network).values(), self.adapter)
         return self.network
 
     def for_export(self) -> Any:
-        """The network in the target's state, in all of its precision, its weights as files hold them."""
+        """Return the network in the target's state, in full precision and in the memory layout of files."""
         network = self.for_sampling().to(memory_format=torch.contiguous_format)
         if not self.copies:
             return network
         device = network.device
-        whole = copy.deepcopy(network.to("cpu")).float()
+        exported = copy.deepcopy(network.to("cpu")).float()
         network.to(device)
-        whole.load_state_dict(self.averaged)
-        return whole
+        exported.load_state_dict(self.averaged)
+        return exported
 
 
 def raw_network(module: nn.Module) -> RawNetwork:
-    """A door, which takes plain tensors, as a RawNetwork of (z, t, c, w)."""
+    """Return a module that takes plain tensors as a RawNetwork, which takes a Conditioning."""
 
     def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
         return module(z, t, c.values, w)

@@ -109,7 +109,7 @@ def test_the_first_weights_come_from_the_seed_alone(small_teacher: Path):
 
 
 def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
-    with pytest.raises(UsageError, match=r"rank is 64, above the width of .*lower --rank"):
+    with pytest.raises(UsageError, match=r"rank is 64, which exceeds the width of .*lower --rank"):
         lora_student(small_teacher, rank=64)
 
 
@@ -120,7 +120,7 @@ def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
         (("to_q", "nonsense"), "no layer of the teacher is named 'nonsense'"),
         (
             ("to_q,to_k",),
-            "no layer of the teacher is named 'to_q,to_k'; name layers such as to_q, one a --target-modules",
+            "no layer of the teacher is named 'to_q,to_k'; specify layers such as to_q, one per --target-modules",
         ),
         (("attn1",), r"down_blocks\S+attn1 \(Attention\) is neither a linear layer nor a convolution"),
         (("to_q", "norm1"), r"norm1 \(\w+Norm\) is neither a linear layer nor a convolution"),

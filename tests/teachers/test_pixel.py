@@ -194,5 +194,5 @@ def test_a_teacher_without_data_draws_its_own_classes(tmp_path: Path, labels: tu
 def test_another_size_than_the_teacher_s_is_refused(tmp_path: Path) -> None:
     model = str(build_pixel(tmp_path / "t"))
     config = resolve({}, {"teacher.model": model, "data.resolution": 16})
-    with pytest.raises(UsageError, match="draws pixels at 8: pass --resolution 8"):
+    with pytest.raises(UsageError, match="this pixel-space teacher has 8 pixels; pass --resolution 8"):
         validate_for_teacher(config, load_teacher(model))

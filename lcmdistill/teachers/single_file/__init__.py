@@ -1,0 +1,1 @@
+"""Single-file checkpoints: what they are, and how they are loaded."""
