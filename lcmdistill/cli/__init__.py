@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from lcmdistill import __version__
 from lcmdistill.cli.distill import distill, distill_lora
 from lcmdistill.cli.evaluate import evaluate, report
 from lcmdistill.cli.export import export
@@ -25,11 +26,29 @@ PARSER_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a Stable Diffusion checkpoint into a student that draws in 1 to 8 steps.",
+    help="Distill a Stable Diffusion checkpoint into a student that generates images in 1 to 8 steps.",
 )
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        print(f"lcmdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Distill a Stable Diffusion checkpoint into a student that generates images in 1 to 8 steps."""
+
+
 app.command()(distill)
 app.command("distill-lora")(distill_lora)
 app.command()(sample)

@@ -1,21 +1,16 @@
-"""The options of the training commands, told in plain words: each one once, with the setting that it stands for."""
+"""The options of the training commands. Their texts, types and defaults are those of the settings in config/schema.py."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from lcmdistill.config.presets import PresetName
-from lcmdistill.config.schema import (
-    AutoOnOff,
-    Precision,
-    PredictionType,
-    TargetKind,
-    Tracker,
-)
+from lcmdistill.config.reference import help_text
+from lcmdistill.config.schema import SECTIONS
 from lcmdistill.diffusion import SOLVERS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
@@ -49,156 +44,112 @@ def one_of(registry: Iterable[str]) -> Any:
     return Literal[tuple(registry)]  # pyright: ignore[reportInvalidTypeForm]
 
 
-def _option(kind: Any, text: str, *names: str) -> Any:
-    return Annotated[kind, typer.Option(*names, help=text)]
+def _option(kind: Any, text: str, *names: str, panel: str | None = None) -> Any:
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel)]
 
 
-WHAT: dict[str, Any] = {
-    "teacher": _option(
-        str | None,
-        "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, a local diffusers folder, or a .safetensors checkpoint.  "
-        "[default: sd15]",
+# The settings that have an option, by help panel: {panel: (keys)}. Each command shows those of its kind of student.
+PANELS: dict[str, tuple[str, ...]] = {
+    "Model": ("teacher.model",),
+    "Data": ("data.sources", "data.prompts", "data.resolution", "data.buckets"),
+    "Method": ("objective.name", "objective.solver", "objective.guidance", "objective.skip"),
+    "LoRA": ("student.rank", "student.alpha", "student.target", "student.dropout", "student.target_modules"),
+    "Optimization": (
+        "optim.learning_rate",
+        "optim.max_train_steps",
+        "optim.batch_size",
+        "optim.gradient_accumulation_steps",
     ),
-    "data": _option(
-        list[str] | None,
-        "What to learn on; repeatable: image folder, .tar shards (folder, file, URL, braces), tiny, or teacher for no "
-        "data set at all.  [default: teacher; tiny for the tiny teacher]",
+    "Run": (
+        "run.output",
+        "run.seed",
+        "run.precision",
+        "run.memory",
+        "run.device",
+        "run.report_to",
+        "run.push_to_hub",
+        "run.hub_private",
     ),
-    "prompts": _option(str | None, "File of prompts, one a line, for --data teacher.  [default: a bundled list]"),
+    "Advanced": (
+        "run.compile",
+        "run.profile",
+        "teacher.revision",
+        "teacher.variant",
+        "teacher.prediction_type",
+        "teacher.vae",
+        "teacher.clip_skip",
+        "teacher.drop",
+    ),
 }
-"what is distilled, and on what"
 
-FULL: dict[str, Any] = {
-    "output": _option(str | None, "The run's folder.  [default: runs/TEACHER-OBJECTIVE]"),
-    "learning_rate": _option(float | None, "AdamW's learning rate.  [default: 1e-6; tiny 1e-4]"),
+RENAMED_OPTIONS = {
+    "teacher.model": "teacher",
+    "data.sources": "data",
+    "objective.name": "objective",
+    "run.hub_private": "private",
 }
-"of a full student"
+"options that are not called as their setting"
 
-LORA: dict[str, Any] = {
-    "output": _option(str | None, "The run's folder.  [default: runs/TEACHER-OBJECTIVE-lora]"),
-    "rank": _option(int | None, "r, the rank of each layer's update.  [default: 64; tiny 16]"),
-    "alpha": _option(float | None, "The update is scaled by alpha / r.  [default: 64; tiny 16]"),
-    "target": _option(
-        TargetKind | None, "Target network: the live adapter, or an EMA of it.  [default: live; tiny ema]"
-    ),
-    "dropout": _option(float | None, "Dropout on the adapter's inputs.  [default: 0]"),
-    "target_modules": _option(
-        list[str] | None,
-        "Layers to adapt, by the end of their names; repeatable.  [default: the published list]",
-    ),
-    "learning_rate": _option(float | None, "AdamW's learning rate.  [default: 1e-4; tiny 1e-3]"),
-}
-"of a LoRA"
+SETTINGS = {RENAMED_OPTIONS.get(key, key.split(".")[1]): key for keys in PANELS.values() for key in keys}
+"option -> the setting that it stands for"
 
-HOW: dict[str, Any] = {
-    "buckets": _option(
-        list[str] | None,
-        "Cut images to several sizes instead of one square, each to the nearest: auto, or HEIGHTxWIDTH; repeatable.",
-    ),
-    "objective": _option(one_of(OBJECTIVES) | None, "The method.  [default: lcm]"),
-    "solver": _option(one_of(SOLVERS) | None, "The teacher's PF-ODE solver.  [default: ddim; cd heun]"),
-    "guidance": _option(
-        Literal["baked", "free"] | None,
-        "lcm, tcd: baked into the student, or left free, so that CFG and negative prompts still act; lcf: as the LCM was "
-        "trained, which a run tells.  [default: baked]",
-    ),
-    "skip": _option(
-        int | None, "lcm, lcf, tcd: k, the teacher's time steps between the two points compared.  [default: 20]"
-    ),
-    "max_train_steps": _option(int | None, "Optimiser steps.  [default: 1000; tiny 400]"),
-    "batch_size": _option(int | None, "Samples a process takes at once.  [default: 4; tiny 32]"),
-    "gradient_accumulation_steps": _option(
-        int | None, "Micro-batches summed up for one optimiser step.  [default: 3; tiny 1]"
-    ),
-    "resolution": _option(
-        int | None,
-        "Side of the training images in pixels; another teacher's is its own.  "
-        "[default: 512; sd21 768, sdxl 1024, ssd1b 1024, tiny 64]",
-    ),
-    "seed": _option(int | None, "The one seed of every random draw.  [default: 0]"),
-    "precision": _option(Precision | None, "Arithmetic inside the networks.  [default: auto]"),
-    "memory": _option(
-        str | None,
-        "GPU memory limit in GiB (12 for a 12 GB card), met by gradient checkpointing, smaller micro-batches and the like: "
-        "a number, auto (the free memory of a GPU) or off.  [default: auto]",
-    ),
-    "compile": _option(
-        AutoOnOff | None,
-        "Compile the networks: faster steps, minutes before the first; auto: full students on CUDA, in long runs.  "
-        "[default: auto]",
-    ),
-    "device": _option(str | None, "auto, cpu, cuda, cuda:1, mps.  [default: auto]"),
-    "revision": _option(str | None, "Branch, tag or commit of a hub teacher."),
-    "prediction_type": _option(
-        PredictionType | None, "What the teacher predicts, where its files are wrong or do not say."
-    ),
-    "vae": _option(
-        str | None, "A VAE in place of the teacher's: a diffusers folder, a hub id, or a .safetensors file."
-    ),
-    "clip_skip": _option(
-        int | None, "Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2, and 3 of SDXL."
-    ),
-    "drop": _option(
-        list[str] | None,
-        "safety_checker: leave it out of the run's pipeline, which else carries the teacher's, as its licence may ask.",
-    ),
-    "variant": _option(str | None, "Variant of the teacher's weight files, such as fp16."),
-    "profile": _option(int | None, "Trace this many steps with torch.profiler into RUN/profile/.  [default: 0]"),
-    "report_to": _option(Tracker | None, "Tracker besides metrics.jsonl.  [default: none]"),
-    "push_to_hub": PushToHub,
-    "private": Private,
-    "preset": _option(PresetName | None, "Published settings by name; a file and flags win over them."),
-    "config": _option(Path | None, "TOML file of settings; flags win over it."),
-    "set_": _option(
-        list[str] | None, "Any setting, section.key=value; repeatable. --dry-run prints them all.", "--set"
-    ),
-    "dry_run": _option(bool, "Check everything, print the settings and an estimate, and stop.", "--dry-run"),
-    "debug": Debug,
+OBJECTIVE_TYPES: dict[str, Any] = {
+    "objective.name": one_of(OBJECTIVES),
+    "objective.solver": one_of(SOLVERS),
+    "objective.guidance": Literal["baked", "free"],
+    "objective.skip": int,
 }
-"of every training"
 
-# The setting that each option stands for; the rest of HOW is about the command itself.
-SETTINGS = {
-    "teacher": "teacher.model",
-    "revision": "teacher.revision",
-    "variant": "teacher.variant",
-    "prediction_type": "teacher.prediction_type",
-    "vae": "teacher.vae",
-    "clip_skip": "teacher.clip_skip",
-    "drop": "teacher.drop",
-    "data": "data.sources",
-    "prompts": "data.prompts",
-    "resolution": "data.resolution",
-    "buckets": "data.buckets",
-    "objective": "objective.name",
-    "solver": "objective.solver",
-    "guidance": "objective.guidance",
-    "skip": "objective.skip",
-    "max_train_steps": "optim.max_train_steps",
-    "batch_size": "optim.batch_size",
-    "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
-    "learning_rate": "optim.learning_rate",
-    "output": "run.output",
-    "seed": "run.seed",
-    "precision": "run.precision",
-    "memory": "run.memory",
-    "compile": "run.compile",
-    "device": "run.device",
-    "profile": "run.profile",
-    "report_to": "run.report_to",
-    "push_to_hub": "run.push_to_hub",
-    "private": "run.hub_private",
-    "rank": "student.rank",
-    "alpha": "student.alpha",
-    "target": "student.target",
-    "dropout": "student.dropout",
-    "target_modules": "student.target_modules",
-}
+
+def option_type(key: str) -> Any:
+    """Return the type of a setting's option; None, which is always allowed, is an option that was not passed."""
+    section, _, name = key.partition(".")
+    kind = OBJECTIVE_TYPES[key] if section == "objective" else get_type_hints(SECTIONS[section])[name]
+    if type(None) in get_args(kind):
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    return (list[str] if get_origin(kind) is tuple else kind) | None
+
+
+def setting_options(kind: str) -> dict[str, Any]:
+    """Return the options of a training command for settings, from the schema. kind: "full" or "lora"."""
+    names = {key: name for name, key in SETTINGS.items()}
+    return {
+        names[key]: Annotated[
+            option_type(key),
+            typer.Option(help=help_text(key, OBJECTIVES.locations, kind), rich_help_panel=panel),
+        ]
+        for panel, keys in PANELS.items()
+        for key in keys
+        if panel != "LoRA" or kind == "lora"
+    }
+
+
+def training_options(kind: str) -> dict[str, Any]:
+    """Return all options of a training command."""
+    return {
+        **setting_options(kind),
+        "preset": _option(
+            PresetName | None, "Published settings by name; --config and options override them.", panel="Run"
+        ),
+        "config": _option(Path | None, "TOML file of settings; options override it.", panel="Run"),
+        "set_": _option(
+            list[str] | None,
+            "Any setting as section.key=value; repeatable. --dry-run prints all settings.",
+            "--set",
+            panel="Run",
+        ),
+        "dry_run": _option(
+            bool, "Check everything, print the settings and an estimate, and exit.", "--dry-run", panel="Run"
+        ),
+        "debug": Debug,
+    }
 
 
 def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., Path]], Callable[..., Path]]:
-    """Give a function of **keywords these options for its signature, which is all that typer reads. None is their default,
-    and False a flag's."""
+    """Return a decorator that gives a function of **keywords these options as its signature, which is what typer reads.
+
+    The default of an option is None, and of a flag False.
+    """
 
     def with_options(command: Callable[..., Path]) -> Callable[..., Path]:
         parameters = [

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.cli._options import FULL, HOW, LORA, SETTINGS, WHAT, takes
+from lcmdistill.cli._options import SETTINGS, takes, training_options
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.toml import read_toml
@@ -14,15 +14,15 @@ from lcmdistill.utils.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-@takes({**WHAT, **FULL, **HOW})
+@takes(training_options("full"))
 def distill(**options: Any) -> Path:
-    """Distil a teacher into a Latent Consistency Model. Run the same command again to resume."""
+    """Distill a teacher into a few-step student. Re-run the same command to resume."""
     return _train("full", options)
 
 
-@takes({**WHAT, **LORA, **HOW})
+@takes(training_options("lora"))
 def distill_lora(**options: Any) -> Path:
-    """Train an LCM-LoRA: a small file that makes the checkpoint it was trained on draw in 2 to 8 steps."""
+    """Train an LCM-LoRA: a small file with which the checkpoint generates images in 2 to 8 steps."""
     return _train("lora", options)
 
 

@@ -97,6 +97,17 @@ def has_key(config: RunConfig, dotted: str) -> bool:
     return hasattr(getattr(config, section, None), key)
 
 
+def keys_with(config: RunConfig, declared: str) -> set[str]:
+    """Return the settings whose fields declare a property, such as "mutable_on_resume"; see `schema.setting`."""
+    keys = {
+        f"{section}.{field.name}"
+        for section, cls in SECTIONS.items()
+        for field in dataclasses.fields(cls)
+        if field.metadata.get(declared)
+    }
+    return keys | {f"objective.{name}" for name in getattr(config.objective.info, declared, ())}
+
+
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """The same configuration with {"section.key": value} in place of its own."""
     for dotted, value in values.items():
@@ -136,58 +147,28 @@ def _is_positive(text: str) -> bool:
         return False
 
 
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    least, most, below = (bounds.get(name) for name in ("least", "most", "below"))
+    if value is None or least is None:
+        return
+    if value < least or (most is not None and value > most) or (below is not None and value >= below):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{key} is {value}; it must be {allowed}{f' and below {below}' if below is not None else ''}")
+
+
 def _check(config: RunConfig) -> None:
     """Ranges that a type does not show."""
     if (memory := config.run.memory) not in ("auto", "off") and not _is_positive(memory):
         raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GiB, such as 12")
-    positive = {
-        "data.resolution": config.data.resolution,
-        "data.teacher_steps": config.data.teacher_steps,
-        "optim.batch_size": config.optim.batch_size,
-        "optim.gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
-        "optim.max_train_steps": config.optim.max_train_steps,
-        "run.log_every": config.run.log_every,
-        "run.checkpoint_every": config.run.checkpoint_every,
-        "run.keep_checkpoints": config.run.keep_checkpoints,
-        "student.rank": config.student.rank,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UsageError(f"{key} is {value}; it must be at least 1")
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            _check_bounds(f"{section}.{field.name}", getattr(getattr(config, section), field.name), field.metadata)
     if config.student.alpha <= 0:
         raise UsageError(
             f"student.alpha is {config.student.alpha:g}; it must be above 0: the update is scaled by alpha / r"
         )
     if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
         raise UsageError(f"teacher.drop is {unknown[0]!r}; what can be left out is safety_checker")
-    if config.data.max_samples is not None and config.data.max_samples < 1:
-        raise UsageError(f"data.max_samples is {config.data.max_samples}; it must be at least 1")
-    not_negative = {
-        "teacher.clip_skip": config.teacher.clip_skip or 0,
-        "data.min_size": config.data.min_size,
-        "data.cache_limit": config.data.cache_limit,
-        "optim.learning_rate": config.optim.learning_rate,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.adam_eps": config.optim.adam_eps,
-        "optim.max_grad_norm": config.optim.max_grad_norm,
-        "run.seed": config.run.seed,
-        "run.validate_every": config.run.validate_every,
-        "run.profile": config.run.profile,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise UsageError(f"{key} is {value}; it must be at least 0")
-    if not 0.0 <= config.data.caption_drop <= 1.0:
-        raise UsageError(f"data.caption_drop is {config.data.caption_drop}; it must be from 0 to 1")
-    below_one = {
-        "optim.beta1": config.optim.beta1,
-        "optim.beta2": config.optim.beta2,
-        "student.dropout": config.student.dropout,
-    }
-    for key, value in below_one.items():
-        if not 0.0 <= value < 1.0:
-            raise UsageError(f"{key} is {value}; it must be at least 0 and below 1")
     if getattr(config.objective, "guidance", None) == "free" and not config.data.caption_drop:
         raise UsageError(
             "objective.guidance is free and data.caption_drop 0; drop some captions, such as 0.1, so that the empty prompt, "

@@ -1,4 +1,4 @@
-"""Every setting of a run: one frozen tree, its defaults, and what they mean in plain words. No torch here."""
+"""Every setting of a run, described once: field docstrings become `--help`, the comments in config.toml and the guide."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 
 class Precision(StrEnum):
-    """What autocast does around the network; schedules, conversions and the loss are fp32 always."""
+    """The dtype of autocast around the networks; schedules, conversions and losses are always fp32."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -15,7 +15,7 @@ class Precision(StrEnum):
 
 
 class PredictionType(StrEnum):
-    """What a network can predict, spelled out so that --help needs no torch."""
+    """What a network can predict."""
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
@@ -23,14 +23,14 @@ class PredictionType(StrEnum):
 
 
 class TargetKind(StrEnum):
-    """What the student is compared with."""
+    """The target network: the live student or its EMA."""
 
     live = "live"
     ema = "ema"
 
 
 class AutoOnOff(StrEnum):
-    """Of what is worth it in some runs only."""
+    """A feature that is worthwhile in some runs only."""
 
     auto = "auto"
     on = "on"
@@ -38,7 +38,7 @@ class AutoOnOff(StrEnum):
 
 
 class Tracker(StrEnum):
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment trackers, in addition to metrics.jsonl."""
 
     none = "none"
     tensorboard = "tensorboard"
@@ -65,169 +65,188 @@ LORA_MODULES = (
 )
 
 
+def setting(default: Any, **properties: Any) -> Any:
+    """Return a field with properties that other parts of the program ask for.
+
+    Args:
+        default: The default value.
+        **properties: `unset` (what the default None means, for help texts); `least`, `most` (bounds, included);
+            `below` (a bound, excluded); `mutable_on_resume` (a resumed run may be given another value);
+            `decided_by_teacher` (the teacher's files decide unless it is set); `decided_by_memory_plan` (`run.memory` may
+            change it).
+    """
+    return field(default=default, metadata=properties)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """[teacher]: the network to distil."""
+    """[teacher]: the network to distill."""
 
     model: str = "sd15"
-    "tiny, an alias (sd15, sd21, sdxl, ssd1b), a hub id, a local diffusers folder, or a .safetensors checkpoint"
+    "Model to distill: tiny (bundled), an alias (sd15, sd21, sdxl, ssd1b), a hub id, a folder or a .safetensors file."
     revision: str | None = None
-    "branch, tag or commit of a hub model"
+    "Branch, tag or commit of a hub model."
     variant: str | None = None
-    "weight files' variant, such as fp16"
-    prediction_type: PredictionType | None = None
-    "what the network predicts, where its files are wrong or do not say; by default what they say"
-    vae: str | None = None
-    "a VAE in place of its own: a diffusers folder, a hub id, or a .safetensors file"
+    "Variant of the weight files, such as fp16."
+    prediction_type: PredictionType | None = setting(None, unset="as its files state")
+    "Override the teacher's prediction type if its files are wrong or do not state it."
+    vae: str | None = setting(None, unset="the teacher's own")
+    "Replacement for the teacher's VAE: a diffusers folder, a hub id, or a .safetensors file."
     vae_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    "arithmetic inside the VAE; in fp16 SDXL's own overflows"
+    "Precision of the VAE. SDXL's own VAE overflows in fp16."
     vae_tiling: bool = False
-    "the VAE works image by image, in tiles of 512 px: less memory, and edges of tiles that may just be seen"
-    clip_skip: int | None = None
-    "CLIP's last layers that have no part in what a prompt says, in diffusers' count: 1 is A1111's clip skip 2, and 3 of SDXL"
+    "Decode and encode image by image in tiles of 512 px: less memory; tile borders may be faintly visible."
+    clip_skip: int | None = setting(None, least=0)
+    "Number of CLIP layers to skip, counted as in diffusers: 1 is A1111's clip skip 2, or 3 for SDXL."
     drop: tuple[str, ...] | None = None
-    "parts that the student's pipeline goes without: safety_checker, which a teacher's licence may ask to keep"
+    "Component to leave out of the saved pipeline (only: safety_checker). Some licenses require keeping it."
     allow_pickle: bool = False
-    "also read .bin weights; a pickle can run any code, so only from an author you trust"
+    "Also load .bin weights. A pickle can run any code, so use this only with files from an author you trust."
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """[student]: how the student starts."""
+    """[student]: what is trained, and how it starts."""
 
     omega_init: Literal["zero", "random"] = "zero"
-    "first weights of a full student's omega projection: zero starts exactly at the teacher, random is the scripts' way"
+    "Initial weights of a full student's omega projection. zero starts exactly at the teacher; the public scripts use random."
     start: Literal["teacher", "scratch"] = "teacher"
-    "first weights of a full student: the teacher's, or fresh ones, as Consistency Training was published with"
+    "Initial weights of a full student: the teacher's, or random ones, as Consistency Training was published with."
     kind: Literal["full", "lora"] = "full"
-    "a network of its own, or an adapter on the teacher's; the command says which"
+    "A full network (distill) or a LoRA on the teacher (distill-lora). The command decides."
     target: TargetKind = TargetKind.ema
-    "the target network: an EMA of the student, or the student itself"
-    rank: int = 64
-    "r of a LoRA: the rank of each layer's update"
+    "Target network: the live student, or an EMA of it."
+    rank: int = setting(64, least=1)
+    "LoRA rank r."
     alpha: float = 64.0
-    "alpha of a LoRA: its update is scaled by alpha / r"
-    dropout: float = 0.0
-    "dropout on a LoRA's inputs, at least 0 and below 1"
-    offload_target: bool = False
-    "the EMA target's fp32 weights rest on the CPU, and the device computes with a copy in the precision of the networks"
-    target_modules: tuple[str, ...] = LORA_MODULES
-    "which of the teacher's layers get a LoRA, by the end of their names"
+    "LoRA alpha. The update is scaled by alpha / r."
+    dropout: float = setting(0.0, least=0, below=1)
+    "LoRA dropout."
+    offload_target: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
+    "Keep the EMA's fp32 weights on the CPU and compute with a copy in the networks' precision."
+    target_modules: tuple[str, ...] = setting(
+        LORA_MODULES, unset="those of the published LCM-LoRAs", decided_by_teacher=True
+    )
+    "Layers that get a LoRA, matched by name suffix."
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """[data]: what is learnt on, and how it is prepared."""
+    """[data]: the training data and how it is prepared."""
 
     sources: tuple[str, ...] = ("teacher",)
-    "shards (folder, file, URL, braces), image folders, tiny, or teacher for no data set at all"
-    prompts: str | None = None
-    "file of prompts, one a line, for the source `teacher`; by default the bundled list"
-    resolution: int = 512
-    "side of the training images in pixels, a multiple of the VAE's factor"
-    max_samples: int | None = None
-    "most samples to prepare; by default what the run can use (files), or one a prompt (teacher)"
-    buckets: tuple[str, ...] | None = None
-    "sizes that images are cut to instead of one square, each to the nearest: auto, or HEIGHTxWIDTH in pixels"
+    "Training data: image folder, .tar shards (folder, file, URL or braces), tiny, or teacher to train without a data set."
+    prompts: str | None = setting(None, unset="a bundled list")
+    "Text file with one prompt per line, for the source teacher."
+    resolution: int = setting(512, least=1, decided_by_teacher=True)
+    "Training resolution in pixels, a multiple of the VAE's factor. Other teachers use their native resolution."
+    max_samples: int | None = setting(
+        None, least=1, unset="what the run can use, or one per prompt", mutable_on_resume=True
+    )
+    "Maximum number of samples to prepare."
+    buckets: tuple[str, ...] | None = setting(None, unset="one square")
+    "Aspect-ratio buckets: crop each image to the nearest of several sizes, auto or HEIGHTxWIDTH in pixels."
     crop: Literal["center", "random"] = "center"
-    "which part of a resized image is kept"
+    "Which part of a resized image is kept."
     flip: bool = False
-    "mirror each image left to right with probability one half"
-    caption_drop: float = 0.0
-    "share of captions replaced by the empty prompt in training, 0 to 1"
-    min_size: int = 0
-    "skip images whose shorter side has fewer pixels"
-    max_watermark: float | None = None
-    "skip images whose metadata say pwatermark above this; images that do not say are kept"
-    guidance_scale: float = 7.5
-    "guidance with which the source `teacher` draws (diffusers' convention, omega + 1)"
-    teacher_steps: int = 20
-    "DPM-Solver++ steps with which the source `teacher` draws"
+    "Mirror each image horizontally with probability 1/2."
+    caption_drop: float = setting(0.0, least=0, most=1)
+    "Fraction of captions that training replaces by the empty prompt, 0 to 1."
+    min_size: int = setting(0, least=0)
+    "Skip images whose shorter side has fewer pixels."
+    max_watermark: float | None = setting(None, unset="keep all")
+    "Skip images whose metadata state a pwatermark above this value. Images without that entry are kept."
+    guidance_scale: float = setting(7.5, decided_by_teacher=True)
+    "Guidance scale of the images that the source teacher generates (diffusers' convention, omega + 1)."
+    teacher_steps: int = setting(20, least=1)
+    "DPM-Solver++ steps of the images that the source teacher generates."
     teacher_cache_samples: int = 0
-    "noises and times a sample that the teacher is asked about beforehand, its answers kept; 0 asks at every step, always anew"
-    cache_dir: str | None = None
-    "where prepared latents are kept and shared between runs; by default ~/.cache/lcmdistill"
-    cache_limit: float = 200.0
-    "GB that what is kept there may take: what no run has used for longest goes first, and nothing that this run needs"
+    "Noises and times per sample for which teacher outputs are computed beforehand and cached. 0 caches none."
+    cache_dir: str | None = setting(None, unset="~/.cache/lcmdistill", mutable_on_resume=True)
+    "Folder of cached latents and teacher outputs, shared between runs."
+    cache_limit: float = setting(200.0, least=0, mutable_on_resume=True)
+    "Size limit of that folder in GB. Least recently used entries are evicted first, never those of this run."
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """[optim]: AdamW and the size of a step."""
+    """[optim]: the optimizer and the size of a step."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    "AdamW, or bitsandbytes' with moments of eight bits, on CUDA"
-    learning_rate: float = 1e-6
-    "AdamW's learning rate after the warm-up"
-    batch_size: int = 4
-    "samples a process takes at once"
-    gradient_accumulation_steps: int = 3
-    "micro-batches summed up for one step"
-    max_train_steps: int = 1000
-    "optimiser steps of the whole run"
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", decided_by_memory_plan=True)
+    "Optimizer: AdamW, or the 8-bit AdamW of bitsandbytes (CUDA only)."
+    learning_rate: float = setting(1e-6, least=0)
+    "Learning rate (AdamW)."
+    batch_size: int = setting(4, least=1, decided_by_memory_plan=True)
+    "Batch size per process (GPU)."
+    gradient_accumulation_steps: int = setting(3, least=1, decided_by_memory_plan=True)
+    "Gradient accumulation steps."
+    max_train_steps: int = setting(1000, least=1, mutable_on_resume=True)
+    "Number of optimizer steps."
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    "what the learning rate does after the warm-up"
-    warmup_steps: int = 0
-    "steps over which the learning rate rises from 0"
-    weight_decay: float = 0.0
-    "AdamW's weight decay"
-    beta1: float = 0.9
-    "AdamW's first beta"
-    beta2: float = 0.999
-    "AdamW's second beta"
-    adam_eps: float = 1e-8
-    "AdamW's epsilon"
-    max_grad_norm: float = 1.0
-    "gradients are clipped to this norm; 0 leaves them alone"
+    "Learning rate schedule after the warmup."
+    warmup_steps: int = setting(0, least=0)
+    "Steps over which the learning rate rises from 0."
+    weight_decay: float = setting(0.0, least=0)
+    "Weight decay (AdamW)."
+    beta1: float = setting(0.9, least=0, below=1)
+    "First beta (AdamW)."
+    beta2: float = setting(0.999, least=0, below=1)
+    "Second beta (AdamW)."
+    adam_eps: float = setting(1e-8, least=0)
+    "Epsilon (AdamW)."
+    max_grad_norm: float = setting(1.0, least=0)
+    "Maximum gradient norm. 0 turns clipping off."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """[run]: where, with what seed, and how often to tell."""
+    """[run]: the output folder, the seed, and how often to log, save and validate."""
 
-    output: str | None = None
-    "the run's folder; by default runs/TEACHER-OBJECTIVE"
-    seed: int = 0
-    "the one seed that every random draw comes from"
+    output: str | None = setting(None, unset="runs/TEACHER-OBJECTIVE, with -lora for a LoRA", mutable_on_resume=True)
+    "Output folder of the run."
+    seed: int = setting(0, least=0)
+    "Random seed."
     precision: Precision = Precision.auto
-    "arithmetic inside the networks; auto is bf16 or fp16 on a GPU that has it, fp32 on a CPU"
-    device: str = "auto"
-    "auto, cpu, cuda, cuda:1, mps, ..."
-    memory: str = "auto"
-    "GPU memory limit in GiB, the unit of a 12 GB card: a number, auto (the free memory of a GPU; no limit on a CPU) or off"
-    gradient_checkpointing: bool = False
-    "recompute activations in the backward pass: less memory, about a third more time"
-    compile: AutoOnOff = AutoOnOff.auto
-    "compile the networks: faster steps, minutes before the first; auto: full students on CUDA, from 2000 steps a shape on"
-    log_every: int = 10
-    "steps between two lines of metrics"
-    checkpoint_every: int = 200
-    "steps between two checkpoints"
-    keep_checkpoints: int = 2
-    "how many of the last checkpoints are kept"
-    validate_every: int = 200
-    "steps between two validation grids; 0 draws none"
-    validation_prompts: tuple[str, ...] = ()
-    "prompts of the validation grid; by default a few fixed ones"
-    validation_guidance_scale: float | None = None
-    "guidance of the validation grid (diffusers' convention, omega + 1); by default the middle of the trained range"
-    best_metric: Literal["none", "rmse_1", "rmse_2", "rmse_4", "rmse_8", "ssim_1", "ssim_2", "ssim_4", "ssim_8"] = (
-        "ssim_4"
+    "Mixed precision. auto is bf16 or fp16 on a GPU that supports it, and fp32 on a CPU."
+    device: str = setting("auto", mutable_on_resume=True)
+    "Device: auto, cpu, cuda, cuda:1, mps."
+    memory: str = setting("auto", mutable_on_resume=True)
+    "GPU memory limit in GiB (12 for a 12 GB card), met by smaller micro-batches and the like: a number, auto (free) or off."
+    gradient_checkpointing: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
+    "Gradient checkpointing: recompute activations in the backward pass, for less memory and about a sixth more time."
+    compile: AutoOnOff = setting(AutoOnOff.auto, mutable_on_resume=True)
+    "Use torch.compile: faster steps after minutes of compilation. auto: full students on CUDA, from 2000 steps per shape."
+    log_every: int = setting(10, least=1, mutable_on_resume=True)
+    "Steps between two lines of metrics."
+    checkpoint_every: int = setting(200, least=1, mutable_on_resume=True)
+    "Steps between two checkpoints."
+    keep_checkpoints: int = setting(2, least=1, mutable_on_resume=True)
+    "Number of most recent checkpoints to keep."
+    validate_every: int = setting(200, least=0, mutable_on_resume=True)
+    "Steps between two validation grids. 0 turns validation off."
+    validation_prompts: tuple[str, ...] = setting((), mutable_on_resume=True)
+    "Prompts of the validation grid. The default is a fixed list."
+    validation_guidance_scale: float | None = setting(
+        None, unset="the middle of the trained range", mutable_on_resume=True
     )
-    "what checkpoints/best is chosen by: agreement with the teacher in validation, at so many steps"
-    profile: int = 0
-    "steps to trace with torch.profiler, after a warm-up of 3, into the run's profile folder; 0 traces none"
-    report_to: Tracker = Tracker.none
-    "tracker besides metrics.jsonl"
-    push_to_hub: str | None = None
-    "hub repository, OWNER/NAME, that the finished product and its card are uploaded to"
-    hub_private: bool = False
-    "make a new hub repository private; an existing one keeps its visibility"
+    "Guidance scale of the validation grid (diffusers' convention, omega + 1)."
+    best_metric: Literal["none", "rmse_1", "rmse_2", "rmse_4", "rmse_8", "ssim_1", "ssim_2", "ssim_4", "ssim_8"] = (
+        setting("ssim_4", mutable_on_resume=True)
+    )
+    "Metric that selects checkpoints/best: agreement with the teacher in validation, at that many steps."
+    profile: int = setting(0, mutable_on_resume=True)
+    "Steps to trace with torch.profiler into RUN/profile/, after a warmup of 3. 0 turns it off."
+    report_to: Tracker = setting(Tracker.none, mutable_on_resume=True)
+    "Experiment tracker, in addition to metrics.jsonl."
+    push_to_hub: str | None = setting(None, mutable_on_resume=True)
+    "Upload the result and its model card to this hub repository (OWNER/NAME). Requires a login."
+    hub_private: bool = setting(False, mutable_on_resume=True)
+    "Make a new hub repository private. An existing one keeps its visibility."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is told. `objective` holds the fields of the chosen objective's own dataclass."""
+    """All settings of a run. `objective` is the chosen objective's own dataclass."""
 
     objective_name: str = "lcm"
     objective: Any = None
@@ -237,7 +256,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunSection = field(default_factory=RunSection)
     chosen: frozenset[str] = field(default=frozenset(), compare=False)
-    "the keys that somebody chose, be it for a teacher known by name: what a teacher's files say does not touch them"
+    "Keys that were set explicitly or by the defaults of a known teacher: the teacher's files do not override them."
 
 
 SECTIONS: dict[str, type] = {
@@ -250,5 +269,5 @@ SECTIONS: dict[str, type] = {
 
 
 def known_sections() -> str:
-    """The sections of a configuration, for messages."""
+    """Return the names of the sections, for messages."""
     return ", ".join(sorted([*SECTIONS, "objective"]))

@@ -7,12 +7,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.config.reference import setting_doc
 from lcmdistill.config.schema import SECTIONS, RunConfig, known_sections
 from lcmdistill.utils.errors import UsageError
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A config file as {"section.key": value}. Raises UsageError if it is absent or no TOML."""
+    """Return a config file as {"section.key": value}.
+
+    Raises:
+        UsageError: The file is absent, is not TOML, or nests its sections.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -31,7 +36,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """The tree as {"section.key": plain value}, without the keys that are None."""
+    """Return the configuration as {"section.key": plain value}, without the keys that are None."""
     flat: dict[str, Any] = {"objective.name": str(config.objective_name)}
     for section in ("objective", *SECTIONS):
         for key, value in dataclasses.asdict(getattr(config, section)).items():
@@ -41,17 +46,34 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML that `--config` reads back to the same tree."""
-    return settings_to_toml(flatten(config))
+    """Return the configuration as TOML that `--config` reads back to the same tree, each setting under its description."""
+    import tomli_w
+
+    location = f"{type(config.objective).__module__}:{type(config.objective).__qualname__}"
+    objectives, lines, section = {config.objective_name: location}, [], ""
+    for dotted, value in _sorted_sections(flatten(config)).items():
+        name, _, key = dotted.partition(".")
+        if name != section:
+            lines.append(f"{chr(10) * bool(section)}[{name}]")
+            section = name
+        lines.append(f"# {setting_doc(dotted, objectives)}")
+        lines.append(tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value}).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _sorted_sections(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those of [teacher], [student] and [objective] first."""
+    first = ("teacher", "student", "objective")
+    sections = dict.fromkeys((*first, *(dotted.partition(".")[0] for dotted in settings)))
+    return {k: v for section in sections for k, v in settings.items() if k.startswith(f"{section}.")}
 
 
 def settings_to_toml(settings: Mapping[str, Any]) -> str:
-    """Settings, {"section.key": value}, as TOML."""
+    """Return settings, {"section.key": value}, as TOML without descriptions."""
     import tomli_w
 
     tree: dict[str, dict[str, Any]] = {}
-    for dotted, value in settings.items():
+    for dotted, value in _sorted_sections(settings).items():
         section, _, key = dotted.partition(".")
         tree.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
-    first = [section for section in ("teacher", "student", "objective") if section in tree]
-    return tomli_w.dumps({section: tree[section] for section in (*first, *tree)})
+    return tomli_w.dumps(tree)

@@ -55,7 +55,8 @@ def fresh_weights(network: nn.Module, seed: int) -> None:
             continue
         if parameters and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             raise UsageError(
-                f"student.start is scratch, and {name} is a {type(module).__name__}, whose initialization is unknown; use teacher"
+                f"student.start is scratch, and {name} is a {type(module).__name__}, "
+                "whose initialization is unknown; use teacher"
             )
         for key, value in parameters.items():
             generator = torch.Generator().manual_seed(derive_seed(seed, "scratch", name, key))

@@ -11,7 +11,7 @@ import torch
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.config.toml import to_toml
+from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.data.buckets import bucket_sizes, largest
 from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.sources.registry import is_generated, make_sources
@@ -194,7 +194,7 @@ def dry_run(config: RunConfig) -> None:
     validate_for_teacher(config, teacher)
     plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
-    logger.info(to_toml(config))
+    logger.info(settings_to_toml(flatten(config)))
     logger.info(f"output: {folder} ({state})")
     seed = config.run.seed
     sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.config.guidance import omega_range
-from lcmdistill.config.resolve import has_key, with_values
+from lcmdistill.config.resolve import has_key, keys_with, with_values
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, to_toml
 from lcmdistill.data.sources.registry import make_sources
@@ -25,50 +25,6 @@ _MARK, _DATA, _ASKED = ".finished", ".data.json", ".asked.json"
 FREE_GUIDANCE_SCALE = 2.0
 "the guidance scale to generate with where CFG acts on the student; high ones burn the colors at so few steps"
 
-# Keys that change neither the result nor its place: a resumed run may say them differently.
-MUTABLE_ON_RESUME = {
-    "optim.max_train_steps",
-    "objective.curriculum_steps",
-    "data.max_samples",
-    "data.cache_dir",
-    "data.cache_limit",
-    "run.output",
-    "run.device",
-    "run.memory",
-    "run.compile",
-    "run.gradient_checkpointing",
-    "student.offload_target",
-    "run.log_every",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.validate_every",
-    "run.validation_prompts",
-    "run.validation_guidance_scale",
-    "run.best_metric",
-    "run.profile",
-    "run.report_to",
-    "run.push_to_hub",
-    "run.hub_private",
-}
-
-# Keys that a teacher's files decide where nobody has chosen: not known before it is loaded.
-DECIDED_BY_TEACHER = {
-    "data.resolution",
-    "data.guidance_scale",
-    "objective.w_min",
-    "objective.w_max",
-    "student.target_modules",
-}
-
-# Keys that `run.memory` may change, without a change of the global batch.
-DECIDED_BY_MEMORY_PLAN = (
-    "run.gradient_checkpointing",
-    "student.offload_target",
-    "optim.batch_size",
-    "optim.gradient_accumulation_steps",
-    "optim.optimizer",
-)
-
 
 def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
@@ -80,7 +36,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     config = with_values(
         config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
     )
-    config = dataclasses.replace(config, chosen=config.chosen | DECIDED_BY_TEACHER)
+    config = dataclasses.replace(config, chosen=config.chosen | keys_with(config, "decided_by_teacher"))
     before = resumable_config(folder := Path(config.run.output or ""))
     if before is not None:
         now, planned, same_memory = flatten(config), flatten(before), config.run.memory == before.run.memory
@@ -144,8 +100,12 @@ def check_run(config: RunConfig) -> None:
     if recorded is None:
         return
     now, before = flatten(config), flatten(recorded)
-    unsettled = DECIDED_BY_TEACHER - config.chosen | {k for k, v in _asked(folder).items() if now[k] == v}
-    keys = sorted(k for k in {*now, *before} - MUTABLE_ON_RESUME - unsettled if now.get(k) != before.get(k))
+    unsettled = keys_with(config, "decided_by_teacher") - config.chosen | {
+        k for k, v in _asked(folder).items() if now[k] == v
+    }
+    keys = sorted(
+        k for k in {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled if now.get(k) != before.get(k)
+    )
     keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:
         keys.append("optim.max_train_steps")
@@ -185,4 +145,8 @@ def open_run(config: RunConfig, data: Mapping[str, str], asked: RunConfig) -> No
         raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
     write_text(noted, json.dumps(data, indent=2) + "\n")
     said, now = flatten(asked), flatten(config)
-    write_text(folder / _ASKED, json.dumps({k: said[k] for k in DECIDED_BY_MEMORY_PLAN if said[k] != now[k]}) + "\n")
+    write_text(
+        folder / _ASKED,
+        json.dumps({k: said[k] for k in sorted(keys_with(config, "decided_by_memory_plan")) if said[k] != now[k]})
+        + "\n",
+    )

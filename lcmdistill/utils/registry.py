@@ -19,6 +19,11 @@ class LazyRegistry(Mapping[str, Any]):
         module, _, name = self._members[key].partition(":")
         return getattr(import_module(module), name)
 
+    @property
+    def locations(self) -> dict[str, str]:
+        """{key: "package.module:name"}, for readers of the source that import nothing."""
+        return dict(self._members)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
