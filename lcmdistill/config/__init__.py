@@ -1,0 +1,1 @@
+"""Configuration: schema, defaults, presets, and reading and writing TOML. No torch."""

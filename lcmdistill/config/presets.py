@@ -19,8 +19,14 @@ class PresetName(StrEnum):
 
 @dataclass(frozen=True)
 class Preset:
-    """{"section.key": value} for either command, None where the source says nothing of it. A value of None leaves the key to
-    the teacher."""
+    """Published settings, {"section.key": value}, for either command.
+
+    Attributes:
+        source: Where they were published.
+        full: For full students; None if the source has none.
+        lora: For LoRAs; None if the source has none.
+        both: For both. A value of None leaves the key to the teacher.
+    """
 
     source: str
     full: Mapping[str, Any] | None = None

@@ -1,0 +1,1 @@
+"""Data: sources, latents on disk, and micro-batches."""

@@ -1,0 +1,1 @@
+"""Evaluation: sweeps over steps and guidance, metrics, and the verdict."""

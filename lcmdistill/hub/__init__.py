@@ -1,0 +1,1 @@
+"""The Hugging Face hub: model cards, documents of a run, and uploads."""

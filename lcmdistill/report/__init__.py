@@ -1,0 +1,1 @@
+"""Reports: the page of a run, comparisons, charts, and `info`."""

@@ -1,0 +1,1 @@
+"""Sampling: generate images with a student."""

@@ -27,11 +27,14 @@ FREE_GUIDANCE_SCALE = 2.0
 
 
 def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
-    """Fill in what depends on the rest: the teacher's own settings, the samples to prepare, the length of a curriculum, and
-    the guidance to draw with.
+    """Fill in what depends on the rest: teacher, number of samples, length of a curriculum, guidance of validation.
 
-    A run that is resumed keeps the samples, the curriculum and the plan for its memory that it was started with, however long
-    it is now to be.
+    A resumed run keeps the samples, the curriculum and the memory plan that it was started with, whatever its new length.
+
+    Args:
+        config: The requested configuration.
+        world: The number of processes.
+        teacher: The teacher, whose files decide what nobody chose.
     """
     config = with_values(
         config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}

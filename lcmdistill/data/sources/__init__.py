@@ -1,0 +1,1 @@
+"""Sources: each turns a `--data` word into a stream of samples."""
