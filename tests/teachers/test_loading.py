@@ -65,7 +65,7 @@ def test_the_schedule_is_the_scheduler_s(tmp_path: Path, small_teacher: Path, na
     [
         ({"beta_schedule": "sigmoid", "_class_name": "DDPMScheduler"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction", "_class_name": "DPMSolverMultistepScheduler"}, "'flow_prediction'"),
-        ({"trained_betas": [0.02] * 100}, "trained_betas are 100, and its num_train_timesteps 1000"),
+        ({"trained_betas": [0.02] * 100}, "has 100 trained_betas but num_train_timesteps = 1000"),
         # The betas of the scheduler before it are still in the file, and nothing reads them.
         ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "is a EDMDPMSolverMultistepScheduler, which has no betas"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "which has no betas"),
