@@ -30,7 +30,7 @@ from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, choose_
 from lcmdistill.students.lora_files import SCHEDULER_KEY, load_lora
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.registry import FAMILIES
-from lcmdistill.utils.checkpoint import load_checkpoint
+from lcmdistill.utils.checkpoint import load_checkpoint, save_checkpoint
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.lora import disturb, lora_student
@@ -53,12 +53,9 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, imag
     words += ["--set", f"data.cache_dir={run.parent / 'cache'}"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    from safetensors.torch import save_file
-
-    path = run / "checkpoints/step-00000002/target.safetensors"
-    tensors = load_file(path)
-    disturb(tensors)
-    save_file(tensors, path)
+    groups, state = load_checkpoint(run / "checkpoints" / "step-00000002")
+    disturb(groups["target"])
+    save_checkpoint(run / "checkpoints", 2, groups, state)
     return run
 
 

@@ -305,7 +305,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(
     def other(pipeline: Any, folder: Path, quantize: str | None) -> None:
         shutil.copytree(full_export[0], folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(export, "write_onnx", other)
+    monkeypatch.setattr(onnx_files, "write_onnx", other)
     monkeypatch.setitem(onnx_files.BOUNDS, None, 1e-12)
     with pytest.raises(RunError, match=r"onnx does not give the trained model's output: its unet is off by .* 1e-12"):
         export.export(full_run, "onnx", tmp_path / "onnx", **OPTIONS)

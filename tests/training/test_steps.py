@@ -188,6 +188,7 @@ def test_a_run_leaves_everything_that_is_promised(train_run: Runner, capsys: pyt
         ".data.json",
         ".finished",
         "README.md",
+        "card.json",
         "checkpoints",
         "config.toml",
         "log.txt",
