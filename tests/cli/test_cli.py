@@ -368,7 +368,9 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     printed = resolve(read_toml(tmp_path / "printed.toml"), {})
     assert printed == resolve_run_defaults(printed, 1, load_teacher(printed.teacher.model))
     assert command(*options)[0] == 0
-    assert (tmp_path / "out" / "config.toml").read_text().strip() == toml.strip()
+    written = (tmp_path / "out" / "config.toml").read_text()
+    assert "# Learning rate (AdamW).\nlearning_rate = " in written
+    assert re.sub(r"(?m)^# .*\n", "", written).strip() == toml.strip()
 
 
 def test_a_dry_run_of_a_run_that_was_begun_says_so(command: Command, options: list[Any], tmp_path: Path) -> None:
