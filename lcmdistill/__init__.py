@@ -174,7 +174,9 @@ def export(run: AnyPath, *, format: str, output: AnyPath, **options: Any) -> Pat
 
 def info(model: AnyPath) -> dict[str, str]:
     """Describe a model, a run or a LoRA without loading its weights: {"type": ..., "license": ...}."""
-    return _call("info", {"model": model})
+    from lcmdistill.report.info import describe
+
+    return dict(describe(str(model)))
 
 
 def load_run(run: AnyPath) -> "RunConfig":

