@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import lcmdistill
 from lcmdistill.cli import app
+from lcmdistill.config.reference import settings_table
 from lcmdistill.config.schema import SECTIONS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers import naming as teachers
@@ -197,6 +198,12 @@ def test_every_make_target_exists() -> None:
 def test_the_files_it_names_exist(document: Path) -> None:
     links = re.findall(r"\]\((?!http|#)([^)#]+)", prose(document))
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_settings_guide_lists_the_settings() -> None:
+    """After a change in the schema, write the table that this test compares with into the guide."""
+    guide = (ROOT / "examples/guides/settings.md").read_text(encoding="utf-8")
+    assert guide.endswith(settings_table(OBJECTIVES.locations))
 
 
 def test_the_readme_is_short() -> None:

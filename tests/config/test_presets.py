@@ -113,7 +113,9 @@ def test_a_teacher_s_resolution_is_its_own_where_nobody_chose(small_teacher: Pat
     assert resolve_run_defaults(resolve({}, {"teacher.model": "tiny"}), 1, teacher).data.resolution == 64
     # nor does a key that the objective does not have come in
     assert (
-        resolve_run_defaults(bare, 1, replace(teacher, published={"objective.unheard_of": 1})).objective
+        resolve_run_defaults(
+            bare, 1, replace(teacher, family=replace(teacher.family, published={"objective.unheard_of": 1}))
+        ).objective
         == bare.objective
     )
 

@@ -76,14 +76,18 @@ def test_a_teacher_is_trained_resumed_and_read(example: Any, package: Path, tmp_
     assert teacher.own_prompts == example.data.LABELS
 
 
-def test_a_run_is_measured_beside_its_teacher(
+def test_a_run_is_evaluated_next_to_its_teacher(
     example: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On MobileNet's place a mean and a deviation: what is measured is that every sampler is drawn and told."""
+    """A mean and a deviation replace MobileNet's features: every sampler is evaluated and reported."""
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
     import evaluate  # pyright: ignore[reportMissingImports]
 
     class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))  # on the device that computes the features
+
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             pixels = images.float().flatten(1)
             return torch.stack([pixels.mean(1), pixels.std(1)], 1)
