@@ -59,7 +59,7 @@ def default_text(key: str, objectives: Mapping[str, str], kind: str = "full") ->
 def help_text(key: str, objectives: Mapping[str, str], kind: str = "full") -> str:
     """Return the `--help` text of a setting: its docstring and its default."""
     default = default_text(key, objectives, kind)
-    return setting_doc(key, objectives) + (f"  [default: {default}]" if default else "")
+    return setting_doc(key, objectives) + (f"  [default: {default}]" if default and default != "false" else "")
 
 
 def settings_table(objectives: Mapping[str, str]) -> str:

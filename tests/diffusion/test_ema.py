@@ -40,5 +40,5 @@ def test_parameters_are_updated_outside_of_autograd() -> None:
 
 
 def test_lists_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 tensors and the online network 2"):
+    with pytest.raises(ValueError, match="1 tensors but the online network has 2"):
         ema_update([torch.zeros(1)], [torch.zeros(1)] * 2, 0.5)

@@ -155,5 +155,5 @@ def test_karras_s_noise_is_added() -> None:
 def test_unknown_betas_are_refused() -> None:
     with pytest.raises(ValueError, match="sigmoid"):
         vp_schedule({"beta_schedule": "sigmoid"})
-    with pytest.raises(ValueError, match="trained_betas are 2"):
+    with pytest.raises(ValueError, match="2 trained_betas"):
         vp_schedule({"trained_betas": [0.1, 0.2]})

@@ -141,7 +141,7 @@ def test_what_cannot_be_written_is_said(small_teacher: Path, tmp_path: Path) -> 
     def write(**more: Any) -> None:
         write_single_file(pipeline, more.pop("path", path), **{"dtype": torch.float32, **more})
 
-    with pytest.raises(UsageError, match=r"name it model\.safetensors"):
+    with pytest.raises(UsageError, match=r"use model\.safetensors instead"):
         write(path=tmp_path / "model.ckpt")
     with pytest.raises(UsageError, match="no omega input"):
         write(guidance_scale=GUIDANCE)

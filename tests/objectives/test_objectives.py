@@ -287,7 +287,7 @@ def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
     [
         ("lcm", {"skip": 0}, "skip"),
         ("lcm", {"skip": 1000}, "from 1 to 999"),
-        ("lcm", {"skip": 30}, r"does not divide T = 1000, so that t = 999,.* is never trained; try 25 or 40, or"),
+        ("lcm", {"skip": 30}, r"does not divide T = 1000, so t = 999,.* is never trained; try 25 or 40, or"),
         ("tcd", {"skip": 700}, "; try 500, or"),
         ("lcf", {"skip": 700}, "; try 500, or"),
         ("lcm", {"w_min": -0.5}, "w_min is -0.5; omega, which is guidance_scale - 1, must be at least 0"),
@@ -298,7 +298,7 @@ def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
         ("cd", {"solver": "magic"}, "ddim"),
         ("cd", {"scales": 1}, "at least 2 points"),
         ("cd", {"distance": "lpips"}, "needs objective.lpips_weights"),
-        ("ct", {"lpips_weights": "alexnet.pth"}, "objective.distance is l2; say lpips"),
+        ("ct", {"lpips_weights": "alexnet.pth"}, "objective.distance is l2; set it to lpips"),
         ("ct", {"s0": 0}, "1 <= s0 <= s1"),
         ("ct", {"s0": 1}, "a first grid of one point; it must be at least 2"),
         ("ct", {"s0": 20, "s1": 10}, "1 <= s0 <= s1"),

@@ -133,7 +133,7 @@ def test_a_run_carries_its_vae_and_is_not_resumed_with_another(
     code, _, error = command(*base, "--vae", other / "vae")
     assert (code, error) == (0, ""), error
     assert same_weights(opened(tmp_path / "run" / "pipeline").vae, opened(other).vae)
-    assert "the VAE is `vae`, in place of the teacher" in (tmp_path / "run" / "README.md").read_text()
+    assert "uses the VAE `vae` instead of the teacher's" in (tmp_path / "run" / "README.md").read_text()
     code, _, error = command(*base)
     assert (code, "teacher.vae" in error, error.count("\n")) == (2, True, 1)
 

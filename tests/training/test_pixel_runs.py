@@ -171,7 +171,7 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
         ({"objective.name": "lcm"}, "--objective lcm is for latent models; in pixel space use cd, ct or ict"),
         ({"objective.name": "tcd"}, "--objective tcd is for latent models"),
         ({"student.kind": "lora"}, "LoRA is not supported for pixel-space teachers"),
-        ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "nowhere.pth is not there"),
+        ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "nowhere.pth does not exist"),
         ({"objective.distance": "lpips", "objective.lpips_weights": __file__}, "does not hold AlexNet's weights"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_name_that_is_no_class_and_another_size_are_refused(tmp_path: Path, co
         "Error: 'a cat' is not a class of this model; choose from coat, Ankle boot, bag",
     )
     code, _, error = command("sample", run, "--prompt", "bag", "--resolution", 16)
-    assert (code, error.strip()) == (2, "Error: --resolution is 16; this model draws at 8 and nothing else")
+    assert (code, error.strip()) == (2, "Error: --resolution is 16; this model generates only 8x8 px")
 
 
 @pytest.mark.parametrize("options", [["--guidance-scale", 3], ["--negative-prompt", "coat", "--guidance-scale", 3]])

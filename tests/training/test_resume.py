@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill import cli
-from lcmdistill.export import trained_student as product
+from lcmdistill.export import registry as product
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import trainer as train

@@ -131,7 +131,7 @@ class ScriptedFeatures(nn.Module):
 @torch.no_grad()
 def features_of(network: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
     """Return the features of images in [0, 1], (N, 3, H, W) -> (N, F) on the CPU. The network's device computes them."""
-    device = next(network.parameters()).device
+    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), images.device)
     return torch.cat([network(eight_bit(part).to(device)).cpu() for part in images.split(batch_size)])
 
 
@@ -144,7 +144,7 @@ def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: st
         reference: The real images' features, (M, F).
         real_images: What the real images are, in words.
     """
-    device = next(network.parameters()).device
+    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), images.device)
     return Metric(
         f"KID ({name})",
         "lower",
