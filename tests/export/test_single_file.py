@@ -143,7 +143,7 @@ def test_what_cannot_be_written_is_said(small_teacher: Path, tmp_path: Path) -> 
 
     with pytest.raises(UsageError, match=r"use model\.safetensors instead"):
         write(path=tmp_path / "model.ckpt")
-    with pytest.raises(UsageError, match="no omega input"):
+    with pytest.raises(UsageError, match="no guidance input"):
         write(guidance_scale=GUIDANCE)
     pipeline.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(UsageError, match="'sample'"):

@@ -144,7 +144,7 @@ def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: st
         reference: The real images' features, (M, F).
         real_images: What the real images are, in words.
     """
-    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), images.device)
+    device = next(network.parameters()).device
     return Metric(
         f"KID ({name})",
         "lower",
