@@ -80,7 +80,7 @@ def parse(line: str) -> tuple[str, list[str]]:
     """Parse a command as the command line does, without running it. Return its name and its arguments."""
     words = shlex.split(line)
     name, *arguments = words[words.index("lcmdistill") + 1 :]
-    COMMANDS.commands[name].make_context(name, list(arguments))
+    COMMANDS.commands[name].make_context(name, [word for word in arguments if word != "--help"])  # which would exit
     return name, arguments
 
 
