@@ -174,7 +174,9 @@ def test_every_command_option_and_setting_exists(document: Path) -> None:
     options = {option for command in COMMANDS.commands.values() for each in command.params for option in each.opts}
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "examples").rglob("*.py"))
     settings = {f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.__dataclass_fields__}
-    settings |= {f"objective.{key}" for cls in OBJECTIVES.values() for key in cls.__dataclass_fields__}
+    settings |= {"objective.name"} | {
+        f"objective.{key}" for cls in OBJECTIVES.values() for key in cls.__dataclass_fields__
+    }
     for code in inline_code(document):
         if option := re.match(r"--[a-z][a-z0-9-]+", code):
             known = option[0] in options or f'"{option[0]}"' in scripts or option[0] in FOREIGN
