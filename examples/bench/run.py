@@ -245,8 +245,8 @@ def step_flops(config: RunConfig, teacher: Teacher) -> float:
         network = type(teacher.network).from_config(teacher.network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.call(network, z, t, c.values, None)
-    asked = config.objective.num_forwards
-    return counter.get_total_flops() * (3 * asked["student"] + asked["teacher"] + asked["target"])
+    forwards = config.objective.num_forwards
+    return counter.get_total_flops() * (3 * forwards["student"] + forwards["teacher"] + forwards["target"])
 
 
 def one_side(side: str, name: str, given: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ _ENTRIES = {
 "folders of a cache, and the names of their entries; each entry serves some runs and can be made again"
 
 _DOOMED = ".{}.old"
-"the name of an entry whose removal has begun"
+"the name of an entry whose removal has started"
 
 
 def claim_folder(folder: Path) -> Path:
