@@ -40,6 +40,17 @@ quality: setup ## evaluate the demo's run against its teacher and write its repo
 test: setup ## run the tests (8 to 13 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
+# Builds .venv-oldest with the lowest version that pyproject.toml allows of every dependency, and runs the quick tests in it.
+# torch is an exception: TORCH is installed, as by `make setup`, because older builds pull gigabytes of CUDA. What the lowest
+# version of torch is good for remains untested here.
+OLDEST := .venv-oldest/bin/python
+test-oldest: ## run the tests with the oldest allowed version of every dependency except torch
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST) tests/support/oldest.py > .venv-oldest/constraints.txt
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n auto --dist loadfile -m "not slow"
+
 test-slow: setup ## run the slow tests
 	$(PY) -m pytest -m slow
 
@@ -57,4 +68,4 @@ fashion: setup ## run Consistency Models on Fashion-MNIST: teacher, CD, CT, KID 
 bench: setup ## compare a training step with a plain loop: speed, memory (BENCH=tiny, sd15, sdxl, memory)
 	$(PY) examples/bench/run.py $(BENCH)
 
-.PHONY: help setup demo quality test test-slow lint type bench fashion
+.PHONY: help setup demo quality test test-oldest test-slow lint type bench fashion
