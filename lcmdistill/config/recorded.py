@@ -43,6 +43,7 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
     """Return the configuration of the run in a folder; None if the folder holds no run.
 
     A setting that the file lacks has its default. A setting that this version does not know is counted and logged.
+    `teacher.allow_pickle` is not taken from a file, because the run may come from somebody else.
 
     Args:
         folder: The run folder.
@@ -55,6 +56,7 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
     flat = _read_flat(path)
     if not flat.keys() >= _OF_A_RUN:
         return None
+    flat.pop("teacher.allow_pickle", None)
     if old := sorted(RENAMED.keys() & flat.keys()):
         raise UsageError(
             f"{path} was written by an earlier version: {old[0]} is now called {RENAMED[old[0]]}; rename it in that file, "

@@ -69,6 +69,11 @@ def resolve(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
     if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
         raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; give it as --data")
+    if config.teacher.allow_pickle and "teacher.allow_pickle" not in flags:
+        raise UsageError(
+            "teacher.allow_pickle opens files that can run any code and is not taken from a file; add --set "
+            "teacher.allow_pickle=true if you trust the teacher's author"
+        )
     _check(config)
     return config
 

@@ -100,8 +100,8 @@ class TeacherConfig:
     "Number of CLIP layers to skip, counted as in diffusers: 1 is A1111's clip skip 2, or 3 for SDXL."
     drop: tuple[str, ...] | None = None
     "Component to leave out of the saved pipeline (only: safety_checker). Some licenses require keeping it."
-    allow_pickle: bool = False
-    "Also load .bin weights. A pickle can run any code, so use this only with files from an author you trust."
+    allow_pickle: bool = setting(False, mutable_on_resume=True)
+    "Also load .bin weights, which can run any code. Never taken from a file; LCMDISTILL_ALLOW_PICKLE=1 for all commands."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
@@ -14,8 +15,6 @@ from lcmdistill.utils.errors import RunError, UsageError
 Row = tuple[str, str]
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-
-_FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def describe(model: str) -> list[Row]:
@@ -142,8 +141,10 @@ def _pipeline(folder: Path) -> list[Row]:
     rows = [("folder", str(folder)), ("type", f"{kind}: {title}")]
     rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
     side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
-    if isinstance(side, int):
-        rows.append(("resolution", f"{side * 2 ** (len(vae.get('block_out_channels', [0])) - 1)} px"))
+    if isinstance(side, int | list) and side:
+        factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+        sides = {each * factor for each in (side if isinstance(side, list) else [side])}
+        rows.append(("resolution", f"{' x '.join(map(str, sorted(sides)))} px"))
     if "time_cond_proj_dim" in config:
         has = config["time_cond_proj_dim"] is not None
         rows.append(("guidance input", "yes: guidance adds no cost" if has else "no"))
@@ -167,7 +168,7 @@ def _weights(folder: Path) -> str:
     """Describe a component's weight files; if there are several variants, the one without a suffix."""
     if not folder.is_dir():
         return ""
-    named = {path: _FILE.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    named = {path: WEIGHT_FILE.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
     variants: dict[str, list[Path]] = {}
     for path, match in named.items():
         variants.setdefault((match["variant"] or "") if match else "", []).append(path)
@@ -177,7 +178,8 @@ def _weights(folder: Path) -> str:
     chosen = "" if "" in variants else next(iter(variants))
     tensors = {key: value for path in variants[chosen] for key, value in read_header(path).tensors.items()}
     others = [name or "plain" for name in variants if name != chosen]
-    return _size(tensors) + (f"; also {', '.join(others)}" if others else "")
+    text = _size(tensors) + (f"; also {', '.join(others)}" if others else "")
+    return text + (f"; needs --variant {chosen}" if chosen else "")
 
 
 def _license(folder: Path) -> str:

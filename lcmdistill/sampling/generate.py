@@ -21,7 +21,9 @@ from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
 from lcmdistill.students.lora import choose_adapters
 from lcmdistill.students.lora_files import load_lora, original_steps_of, scheduler_of
 from lcmdistill.teachers.base import has_omega_input
-from lcmdistill.teachers.loading import load_pipeline
+from lcmdistill.teachers.folders import only_variant
+from lcmdistill.teachers.loading import load_pipeline, nonfinite_part
+from lcmdistill.teachers.naming import resolve_alias
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import vp_scheduler
@@ -136,7 +138,11 @@ def load_student(
         UsageError: A file is not a LoRA for this model, or weights contain NaN or Inf.
     """
     dtype = dtype or sampling_dtype(None, None, device)
-    pipeline = load_pipeline(model, **(options or {}))
+    options = dict(options or {})
+    folder = Path(resolve_alias(model)).expanduser()
+    if options.get("variant") is None and (folder / "model_index.json").is_file():
+        options["variant"] = only_variant(folder)
+    pipeline = load_pipeline(model, **options)
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         current = type(pipeline.scheduler).__name__
@@ -159,23 +165,19 @@ def load_student(
         for name, module in part.named_modules() if part is not None else ():
             if name.endswith(family.fp32_layers):
                 module.float()
-    _check_finite(pipeline, model, loras)
+    if dtype == torch.float16 or loras:  # `load_pipeline` has checked the rest
+        _check_finite(pipeline, model, loras, dtype)
     return pipeline
 
 
-def _check_finite(pipeline: Any, model: str, loras: Sequence[str]) -> None:
-    """Raise UsageError if a weight is NaN or Inf; such a model generates black images."""
-    for name, part in pipeline.components.items():
-        if not isinstance(part, torch.nn.Module):
-            continue
-        for parameter in part.parameters():
-            if parameter.is_floating_point() and not parameter.isfinite().all():
-                source = f"{model} with {', '.join(loras)}" if loras else model
-                dtype = str(parameter.dtype).removeprefix("torch.")
-                raise UsageError(
-                    f"{source}: the {name}'s weights contain NaN or Inf in {dtype}; the training diverged or the file is "
-                    "damaged: train with a lower learning rate, or export --weights best"
-                )
+def _check_finite(pipeline: Any, model: str, loras: Sequence[str], dtype: torch.dtype) -> None:
+    """Raise UsageError if a weight became NaN or Inf; such a model generates black images. Files were checked before."""
+    if (broken := nonfinite_part(pipeline)) is not None:
+        source = f"{model} with {', '.join(loras)}" if loras else model
+        raise UsageError(
+            f"{source}: the weights of its {broken} contain NaN or Inf in {str(dtype).removeprefix('torch.')}; use "
+            "--precision fp32 or bf16"
+        )
 
 
 def scheduler_for_loras(loras: Sequence[str], current: str) -> str:

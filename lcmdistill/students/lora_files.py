@@ -199,13 +199,14 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
     prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
     prefixes |= family.lora_prefixes
     widths = {part: _widths(getattr(pipeline, part, None)) for part in set(prefixes.values())}
-    absent, mismatched, is_known, halves = [], [], False, dict[tuple[str, str], set[int]]()
+    absent, mismatched, unknown, halves = [], [], [], dict[tuple[str, str], set[int]]()
     for key, value in weights.items():
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
         suffix, axis = next(((s, axis) for s, axis in _SUFFIXES if key.endswith(s)), ("", 0))
         if not prefix or not suffix:
+            unknown += [] if prefix and key.endswith(".alpha") else [key]
             continue
-        is_known, part, path = True, prefixes[prefix], _flat(key.removeprefix(prefix).removesuffix(suffix))
+        part, path = prefixes[prefix], _flat(key.removeprefix(prefix).removesuffix(suffix))
         halves.setdefault((part, path), set()).add(axis)
         # diffusers' loader converts names of the original layout.
         if path.startswith(("input_blocks", "middle_block", "output_blocks")):
@@ -214,8 +215,14 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
             absent.append(key)
         elif value.shape[axis] != widths[part][path][axis]:
             mismatched.append(key)
-    if not is_known:
+    if not halves:
         raise UsageError(f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys)")
+    if unknown:
+        kind = next((kind for word, kind in _OTHER_KINDS.items() if any(word in key for key in unknown)), "")
+        raise UsageError(
+            f"--lora {lora} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
+            "it would generate other images: merge it into its base, or export it as a plain LoRA"
+        )
     if single := [path for (_, path), axes in halves.items() if len(axes) == 1]:
         raise UsageError(
             f"--lora {lora} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
@@ -257,6 +264,16 @@ _SUFFIXES = (
     # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
     *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
 )
+
+
+# Words in the keys of other kinds of adapters, for messages.
+_OTHER_KINDS = {
+    "dora_scale": " of a DoRA",
+    "lora_magnitude_vector": " of a DoRA",
+    "hada_": " of a LoHa",
+    "lokr_": " of a LoKr",
+    "bundle_emb": " of textual inversions",
+}
 
 
 def kohya_tensors(lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:

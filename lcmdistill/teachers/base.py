@@ -79,7 +79,8 @@ class Teacher:
     @property
     def usual(self) -> dict[str, Any]:
         """Settings to use where none are specified, {"section.key": value}: the family's, and the native resolution."""
-        side, modules = self.network.config.get("sample_size"), self.family.lora_modules
+        size, modules = self.network.config.get("sample_size"), self.family.lora_modules
+        side = min(size) if isinstance(size, list | tuple) else size
         return {
             **self.family.published,
             **({"student.target_modules": modules} if modules != LORA_MODULES else {}),

@@ -1,6 +1,5 @@
 """Load a teacher by alias, folder, file or hub id, and refuse what is incomplete, unsafe or unknown."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,13 @@ from safetensors import SafetensorError, safe_open
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
 from lcmdistill.teachers.naming import ALIASES, is_local, resolve_alias
 from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_layers
 from lcmdistill.teachers.registry import family_of_class, supported_classes
 from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.utils.errors import RunError, UsageError
-
-_PICKLES = {".bin", ".pt", ".ckpt"}
 
 
 def load_pipeline(
@@ -52,7 +50,10 @@ def load_pipeline(
         UsageError: There is no such model, it is incomplete, or its weights are pickles.
         RunError: The hub cannot be reached.
     """
+    allow_pickle = allow_pickle or pickles_allowed()
     pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
+    _check_finite(model, pipeline)
+    make_sample_size_plain(pipeline)
     if vae is not None:
         replace_vae(pipeline, vae, allow_pickle=allow_pickle)
     configure_vae(pipeline, vae_dtype, tiling=vae_tiling)
@@ -69,6 +70,7 @@ def _open_pipeline(
     prediction_type: str | None,
     drop: Sequence[str],
 ) -> Any:
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -86,8 +88,15 @@ def _open_pipeline(
     if (local / "pipeline" / "model_index.json").is_file():
         local = local / "pipeline"  # of a run's folder
     if local.is_dir():
-        _check_folder(local, allow_pickle)
-        name = str(local)
+        if (
+            (local / "lora").is_dir()
+            and not (local / "model_index.json").exists()
+            and load_run_config(local) is not None
+        ):
+            raise UsageError(
+                f"{local} is a LoRA run; merge it with its base first: lcmdistill export {local} --format fused "
+                "--output PATH"
+            )
     elif local.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UsageError(
             f"{model} is a pickle, which can run any code when opened; use a .safetensors file or a diffusers folder"
@@ -102,21 +111,22 @@ def _open_pipeline(
     dropped: dict[str, Any] = dict.fromkeys(drop)
     if "safety_checker" in drop:
         dropped["requires_safety_checker"] = False
+    options = {"variant": variant, "use_safetensors": None if allow_pickle else True, **dropped}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            name,
-            revision=revision,
-            variant=variant,
-            use_safetensors=None if allow_pickle else True,
-            **dtype_option(torch.float32),
-            **dropped,
-        )
+        folder = local if local.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, **options))
+        index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle)
+        options |= dtype_option(torch.float32)
+        # diffusers finds these only where it knows that all weights are pickles.
+        for part in sharded_pickles(folder, index):
+            kind = getattr(diffusers, index[part][1])
+            options[part] = kind.from_pretrained(folder / part, use_safetensors=False, **dtype_option(torch.float32))
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    if local.is_dir() and (skip := json.loads((local / "model_index.json").read_text("utf-8")).get("_clip_skip")):
+    if skip := index.get("_clip_skip"):
         pipeline.register_to_config(_clip_skip=skip)  # of a student's pipeline; diffusers does not read this key
     return pipeline
 
@@ -159,33 +169,33 @@ def checkpoint_summary(model: str, prediction_type: str | None) -> str:
     return f"{model} is {inspect_checkpoint(file, read_header(file)).why}{override}"
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Raise UsageError for a folder that is not a complete diffusers pipeline, or whose weights are pickles."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        if (folder / "lora").is_dir() and load_run_config(folder) is not None:
-            raise UsageError(
-                f"{folder} is a LoRA run; merge it with its base first: lcmdistill export {folder} --format fused "
-                "--output PATH"
-            )
-        raise UsageError(f"{folder} is missing model_index.json, which a diffusers pipeline has at its top")
-    try:
-        tree = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{index} is not valid JSON: {error}") from error
-    if not isinstance(tree, dict) or "_class_name" not in tree:
-        raise UsageError(f"{index} does not describe a diffusers pipeline: it has no _class_name")
-    parts = {key for key, value in tree.items() if isinstance(value, list) and value and value[0]}
-    missing = sorted(part for part in parts if not (folder / part).is_dir())
-    if missing:
-        raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
-    for part in sorted(parts - {"safety_checker"}):
-        suffixes = {path.suffix for path in (folder / part).iterdir()}
-        if ".safetensors" not in suffixes and suffixes & _PICKLES and not allow_pickle:
-            raise UsageError(
-                f"{folder / part} holds pickled weights only, which can run any code when opened; convert them to "
-                "safetensors, or pass --set teacher.allow_pickle=true if you trust their author"
-            )
+def _check_finite(model: str, pipeline: Any) -> None:
+    """Raise UsageError if a weight is NaN or Inf: such a model generates black images, and teaches nothing."""
+    if (broken := nonfinite_part(pipeline)) is not None:
+        raise UsageError(
+            f"{model}: the weights of its {broken} contain NaN or Inf; its training diverged or a file is damaged: use "
+            "another checkpoint (for a run: export --weights best)"
+        )
+
+
+def nonfinite_part(pipeline: Any) -> str | None:
+    """Return the name of a pipeline's part with a weight that is NaN or Inf; None if there is none."""
+    import torch
+
+    for name, part in pipeline.components.items():
+        weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
+        # A sum is NaN or Inf if one of its terms is, and needs no memory.
+        if not all(bool(each.detach().sum(dtype=torch.float32).isfinite()) for each in weights):
+            return name
+    return None
+
+
+def make_sample_size_plain(pipeline: Any) -> None:
+    """Record a square `sample_size` of [side, side], which diffusers accepts as well, as one number."""
+    for part in pipeline.components.values():
+        size = getattr(part, "config", {}).get("sample_size") if hasattr(part, "register_to_config") else None
+        if isinstance(size, list | tuple) and len(set(size)) == 1:
+            part.register_to_config(sample_size=size[0])
 
 
 def _check_weights(model: str, pipeline: Any) -> None:
@@ -260,5 +270,8 @@ def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception
             f"there is no model {model!r} on the hub that you can read; check the name, or log in if it is gated"
         )
     if "safetensors" in text:
-        return UsageError(f"{model} has no safetensors weights; pass --set teacher.allow_pickle=true if you trust it")
+        return UsageError(
+            f"{model} has no safetensors weights; pass --variant if it has them as fp16 or the like, or --set "
+            f"teacher.allow_pickle=true ({PICKLE_VARIABLE}=1 for other commands) if you trust its author"
+        )
     return RunError(f"{model} cannot be loaded: {first_line}")

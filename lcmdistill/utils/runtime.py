@@ -42,8 +42,9 @@ _settings: dict[str, object] = {}
 
 def configure_process() -> None:
     """Set what must be set before torch is imported. For programs only, not for use as a library."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    # diffusers logs an error before it raises it.
+    for name, level in (("DIFFUSERS_VERBOSITY", "critical"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, level)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # from huggingface_hub, about diffusers' call

@@ -228,3 +228,17 @@ def test_another_kind_of_peft_adapter_is_refused(small_teacher: Path, tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LOHA"}))
     with pytest.raises(UsageError, match="LOHA, which is not LoRA"):
         load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [("dora_scale", " of a DoRA"), ("hada_w1_a", " of a LoHa"), ("lora_mid.weight", ""), ("diff_b", "")],
+)
+def test_tensors_beyond_a_plain_lora_are_refused_by_name(
+    suffix: str, kind: str, small_teacher: Path, tmp_path: Path
+) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    stem = next(iter(file)).removesuffix(".lora_down.weight")
+    save_file({**file, f"{stem}.{suffix}": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=rf"holds 1 tensors{kind} beyond plain LoRA layers, such as {stem}\.{suffix}"):
+        load_lora(opened(small_teacher), str(tmp_path / "other.safetensors"), "it")

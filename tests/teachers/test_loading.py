@@ -5,7 +5,6 @@ import shutil
 import time
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,16 +143,21 @@ def test_an_alias_is_a_hub_id_or_a_bundled_folder(alias: str) -> None:
     assert ALIASES[alias].count("/") == 1 or Path(ALIASES[alias]).is_dir()
 
 
-def test_a_hub_id_goes_to_the_hub_with_its_revision_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_goes_to_the_hub_with_its_revision_and_variant(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import DiffusionPipeline
 
+    half = Path(shutil.copytree(small_teacher, tmp_path / "half"))
+    for path in half.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
     asked: list[tuple[str, dict[str, Any]]] = []
 
-    def from_pretrained(name: str, **options: Any) -> SimpleNamespace:
+    def download(name: str, **options: Any) -> str:
         asked.append((name, options))
-        return SimpleNamespace(components={})
+        return str(half if options["variant"] else small_teacher)
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     load_pipeline("sd15")
     load_pipeline("owner/name", revision="abc", variant="fp16", allow_pickle=True)
     assert [name for name, _ in asked] == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "owner/name"]

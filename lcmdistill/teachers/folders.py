@@ -1,0 +1,141 @@
+"""Inspect a diffusers folder before a library opens it: its parts, its weight files, and no code of its own."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcmdistill.teachers.registry import supported_classes
+from lcmdistill.utils.errors import UsageError
+
+PICKLE_VARIABLE = "LCMDISTILL_ALLOW_PICKLE"
+"the environment variable that lets every command open pickled weights"
+
+_PICKLES = (".bin", ".pt", ".ckpt")
+
+# The libraries whose classes a pipeline may name. diffusers imports any other one, or a module next to the weights.
+_LIBRARIES = ("diffusers", "transformers")
+
+WEIGHT_FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
+"the name of a weight file, with its variant"
+
+
+def check_folder(folder: Path, model: str, *, variant: str | None, allow_pickle: bool) -> dict[str, Any]:
+    """Check that a folder is a complete diffusers pipeline, and return its model_index.json.
+
+    Args:
+        folder: The folder of the pipeline.
+        model: The name that the user knows it by, for messages.
+        variant: The variant of the weight files, such as fp16.
+        allow_pickle: Whether weights may be pickles.
+
+    Raises:
+        UsageError: The folder is incomplete, brings code of its own, or has weights of another kind.
+    """
+    index = read_index(folder)
+    check_classes(model, index)
+    parts = component_names(index)
+    missing = sorted(part for part in parts if not (folder / part).is_dir())
+    if missing:
+        raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
+    for part in sorted(parts):
+        names = [path.name for path in (folder / part).iterdir()]
+        is_safe = any(name.endswith(".safetensors") for name in names)
+        if not is_safe and part != "safety_checker" and not allow_pickle and any(n.endswith(_PICKLES) for n in names):
+            raise UsageError(
+                f"{folder / part} holds pickled weights only, which can run any code when opened; convert them to "
+                f"safetensors, or pass --set teacher.allow_pickle=true ({PICKLE_VARIABLE}=1 for other commands) if you "
+                "trust their author"
+            )
+    if variant is None and (only := only_variant(folder)):
+        raise UsageError(f"{model} has weights of the variant {only} only; pass --variant {only}")
+    return index
+
+
+def pickles_allowed() -> bool:
+    """Return whether the environment lets every command open pickled weights."""
+    return os.environ.get(PICKLE_VARIABLE, "") not in ("", "0")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return a folder's model_index.json.
+
+    Raises:
+        UsageError: The file is missing, or does not describe a pipeline.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is missing model_index.json, which a diffusers pipeline has at its top")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise UsageError(f"{path} does not describe a diffusers pipeline: it has no _class_name")
+    return index
+
+
+def check_classes(model: str, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that names classes outside the known libraries, whatever the installed diffusers would do.
+
+    Args:
+        model: The model's name, for messages.
+        index: Its model_index.json.
+
+    Raises:
+        UsageError: The pipeline, or a part of it, has a class of its own.
+    """
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        name = ".".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+        raise UsageError(
+            f"{model} has a custom pipeline class ({name}), and code of a model is not run; supported are "
+            f"{', '.join(supported_classes())}"
+        )
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or value in ([], [None, None]):
+            continue
+        is_plain = len(value) == 2 and all(isinstance(name, str) and name.isidentifier() for name in value)
+        if not is_plain or not _is_known_library(value[0]):
+            raise UsageError(
+                f"{model} has a custom class for its {part} ({'.'.join(map(str, value))}), and code of a model is not run; "
+                f"use classes of {' or '.join(_LIBRARIES)}"
+            )
+
+
+def _is_known_library(name: str) -> bool:
+    """Return whether a name is a known library or, as in older files, a module of diffusers' pipelines."""
+    from diffusers import pipelines
+
+    return name in _LIBRARIES or (name in dir(pipelines) and hasattr(pipelines, name))
+
+
+def component_names(index: Mapping[str, Any]) -> set[str]:
+    """Return the names of the parts that a model_index.json lists, which are folders."""
+    return {
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value and value[0]
+    }
+
+
+def sharded_pickles(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """Return the parts of diffusers' classes whose weights are pickles in several files."""
+    parts = [name for name in sorted(component_names(index)) if index[name][0] == "diffusers"]
+    return [
+        name
+        for name in parts
+        if any((folder / name).glob("*.bin.index.json")) and not any((folder / name).glob("*.safetensors"))
+    ]
+
+
+def only_variant(folder: Path) -> str | None:
+    """Return the variant, such as fp16, that a part of a pipeline has weights of when it has no plain ones; otherwise None."""
+    for part in sorted(component_names(read_index(folder)) - {"safety_checker"}):
+        matches = [WEIGHT_FILE.fullmatch(path.name) for path in sorted((folder / part).glob("*.safetensors"))]
+        variants = {match["variant"] or "" for match in matches if match}
+        if variants and "" not in variants:
+            return sorted(variants)[0]
+    return None

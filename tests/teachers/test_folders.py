@@ -1,0 +1,127 @@
+"""Diffusers folders of somebody else: no code of theirs runs, and odd but valid ones load."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcmdistill.report.info import describe
+from lcmdistill.teachers.folders import check_classes
+from lcmdistill.teachers.loading import load_pipeline, load_teacher
+from lcmdistill.utils.errors import UsageError
+from tests.support.teachers import Command, edited
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("_class_name", ["pipeline", "Mine"], r"custom pipeline class \(pipeline\.Mine\).*supported are StableDiff"),
+        ("_class_name", 3, r"custom pipeline class \(3\)"),
+        ("unet", ["mine", "Mine"], r"custom class for its unet \(mine\.Mine\), and code of a model is not run"),
+        ("unet", ["diffusers", "a.b"], r"custom class for its unet"),
+        ("unet", ["diffusers", ["mine", "Mine"]], r"custom class for its unet"),
+        ("scheduler", ["os", "system"], r"custom class for its scheduler \(os\.system\)"),
+        ("extra", ["mine", "Mine", "more"], r"custom class for its extra"),
+    ],
+)
+def test_code_in_a_folder_is_never_run(
+    tmp_path: Path, small_teacher: Path, key: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edited(small_teacher, tmp_path / "teacher", "model_index.json", lambda index: {**index, key: value})
+    for part in (".", "unet", "scheduler"):
+        for name in ("pipeline.py", "mine.py"):
+            (folder / part / name).write_text(CODE)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    with pytest.raises(UsageError, match=message):
+        load_pipeline(str(folder))
+    assert not list(folder.rglob("ran"))
+    assert "mine" not in sys.modules
+
+
+def test_code_of_a_hub_model_is_refused_before_anything_is_loaded(
+    tmp_path: Path, small_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder = edited(
+        small_teacher, tmp_path / "a", "model_index.json", lambda index: {**index, "unet": ["mine", "Mine"]}
+    )
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *a, **k: str(folder))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=r"owner/name has a custom class for its unet \(mine\.Mine\)"):
+        load_pipeline("owner/name")
+
+
+@pytest.mark.parametrize(
+    "value", [["stable_diffusion", "StableDiffusionSafetyChecker"], [None, None], ["diffusers", "X"]]
+)
+def test_parts_of_the_known_libraries_may_be_named(value: list[Any]) -> None:
+    check_classes("it", {"_class_name": "StableDiffusionPipeline", "safety_checker": value})
+
+
+def as_variant(folder: Path) -> Path:
+    for part, name in WEIGHTS.items():
+        (folder / part / name).rename(folder / part / name.replace(".safetensors", ".fp16.safetensors"))
+    return folder
+
+
+def test_weights_of_a_variant_only_name_the_option(command: Command, small_teacher: Path, tmp_path: Path) -> None:
+    folder = as_variant(Path(shutil.copytree(small_teacher, tmp_path / "teacher")))
+    with pytest.raises(UsageError, match="weights of the variant fp16 only; pass --variant fp16"):
+        load_teacher(str(folder))
+    expected = load_teacher(str(small_teacher)).fingerprint(with_network=True)
+    assert load_teacher(str(folder), variant="fp16").fingerprint(with_network=True) == expected
+    assert "needs --variant fp16" in dict(describe(str(folder)))["unet"]
+    # `sample` has no such option, and takes what is there.
+    code, _, error = command("sample", folder, "--prompt", "a", "--steps", 1, "--resolution", 16)
+    assert (code, error) == (0, "")
+
+
+def test_a_square_sample_size_may_be_a_list(small_teacher: Path, tmp_path: Path) -> None:
+    folder = edited(small_teacher, tmp_path / "a", "unet/config.json", lambda config: {**config, "sample_size": [8, 8]})
+    teacher = load_teacher(str(folder))
+    assert teacher.usual["data.resolution"] == load_teacher(str(small_teacher)).usual["data.resolution"] == 16
+    assert teacher.network.config.sample_size == 8
+    assert dict(describe(str(folder)))["resolution"] == "16 px"
+
+
+def test_pickled_weights_in_parts_are_loaded_on_request(small_teacher: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_teacher, tmp_path / "teacher"))
+    for part, name in WEIGHTS.items():
+        tensors = load_file(folder / part / name)
+        (folder / part / name).unlink()
+        stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+        keys, where = sorted(tensors), {}
+        for i, some in enumerate((keys[::2], keys[1::2]), 1):
+            file = f"{stem}-{i:05d}-of-00002.bin"
+            torch.save({key: tensors[key] for key in some}, folder / part / file)
+            where |= dict.fromkeys(some, file)
+        (folder / part / f"{stem}.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with pytest.raises(UsageError, match="holds pickled weights only"):
+        load_teacher(str(folder))
+    expected = load_teacher(str(small_teacher)).fingerprint(with_network=True)
+    assert load_teacher(str(folder), allow_pickle=True).fingerprint(with_network=True) == expected
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_teacher_with_nan_is_refused_when_it_is_loaded(small_teacher: Path, tmp_path: Path, part: str) -> None:
+    folder = Path(shutil.copytree(small_teacher, tmp_path / "teacher"))
+    path = folder / part / WEIGHTS[part]
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"the weights of its {part} contain NaN or Inf"):
+        load_teacher(str(folder))
