@@ -85,11 +85,18 @@ class VPSchedule:
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def grid(self, points: int) -> Tensor:
-        """Return evenly spaced time steps, (N,) int64; for N = T / k + 1 they lie k apart, up to rounding.
+        """Return evenly spaced time steps, (N,) int64; for N = T / k + 1 they are 0, k - 1, 2 k - 1, .. T - 1.
 
-        With more points than steps, the times are fractional, fp32.
+        The times that a student samples at, see `sampled_steps`, are among them, and they are exact. The first interval that
+        these leave is a time step shorter than the others. With more points than steps, the times are fractional, fp32.
         """
-        times = torch.linspace(0, self.num_steps - 1, points, dtype=torch.float64)
+        intervals = points - 1
+        share = intervals // sampled_steps(
+            self.num_steps, intervals
+        )  # of the grid, up to the first time that is sampled at
+        i = torch.arange(points, dtype=torch.float64)
+        first, exact = i / share * (share * self.num_steps / intervals - 1), i * self.num_steps / intervals - 1
+        times = torch.where(i < share, first, exact)
         return times.round().long() if points <= self.num_steps else times.float()
 
     def time_of(self, half_log_snr: Tensor) -> Tensor:
@@ -170,6 +177,23 @@ class KarrasSchedule:
         t = t.view(-1, 1, 1, 1)
         square, c_out = SIGMA_DATA**2, (t - self.sigma_min) / t
         return square / ((t - self.sigma_min) ** 2 + square) - c_out * square / (t**2 + square), c_out
+
+
+MAX_SAMPLED_STEPS = 50
+"diffusers' default of `original_inference_steps`: T / k for T = 1000 and k = 20"
+
+
+def sampled_steps(num_steps: int, intervals: int) -> int:
+    """Return how many time steps of T, evenly spaced up to T - 1, a student is sampled at that was trained on a grid.
+
+    They are among the grid's points, and at most MAX_SAMPLED_STEPS.
+
+    Args:
+        num_steps: T.
+        intervals: The intervals of the grid, N - 1.
+    """
+    common = math.gcd(num_steps, intervals)
+    return max(count for count in range(1, MAX_SAMPLED_STEPS + 1) if common % count == 0)
 
 
 def ddim_grid(num_steps: int, skip: int) -> Tensor:

@@ -52,6 +52,11 @@ class ConsistencyDistillation:
     same_dropout: ClassVar[bool] = True
     omega: ClassVar[Literal["none"]] = "none"
 
+    @property
+    def grid_intervals(self) -> int:
+        """N - 1."""
+        return self.scales - 1
+
     def ema_decay_at(self, step: int) -> float:
         return self.ema_decay
 

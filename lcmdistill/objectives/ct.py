@@ -71,6 +71,11 @@ class ConsistencyTraining:
         k = min(step, whole) / whole
         return math.ceil(math.sqrt(k * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2) - 1) + 1
 
+    @property
+    def grid_intervals(self) -> int:
+        """N - 1 of the last grid."""
+        return self.s1
+
     def ema_decay_at(self, step: int) -> float:
         """Return exp(s0 ln mu0 / N(k)) with N(k) intervals (Song et al. 2023, app. C)."""
         return self.mu0 ** (self.s0 / (self.scales(step) - 1))

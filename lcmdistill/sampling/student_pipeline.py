@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any, cast
 
+from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS, sampled_steps
 from lcmdistill.objectives.base import Objective
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.base import Teacher, has_omega_input
@@ -17,9 +18,6 @@ STEPS = 4
 Size = int | tuple[int, int]
 "an image size in pixels: the side of a square, or (height, width)"
 
-ORIGINAL_STEPS = 50
-"diffusers' default of `original_inference_steps`: T / k for T = 1000 and k = 20"
-
 
 def trained_steps(num_steps: int, objective: Any) -> int:
     """Return how many of the teacher's T time steps a student samples from: diffusers' `original_inference_steps`.
@@ -29,17 +27,19 @@ def trained_steps(num_steps: int, objective: Any) -> int:
 
     Args:
         num_steps: T, the number of the teacher's time steps.
-        objective: The run's objective; methods without `skip` keep diffusers' default.
+        objective: The run's objective; methods without `skip` or a grid keep diffusers' default.
     """
-    skip = getattr(objective, "skip", None)
+    skip, intervals = getattr(objective, "skip", None), getattr(objective, "grid_intervals", None)
+    if intervals is not None:
+        return sampled_steps(num_steps, intervals)
     if skip is None or num_steps <= skip:
-        return min(ORIGINAL_STEPS, num_steps)
+        return min(MAX_SAMPLED_STEPS, num_steps)
     if objective.times == "grid":
         return num_steps // skip
     # Trained at every time step from k to T - 1: the default grid, unless its sampled steps could lie below k.
-    least = num_steps // ORIGINAL_STEPS
+    least = num_steps // MAX_SAMPLED_STEPS
     if skip <= least:
-        return min(ORIGINAL_STEPS, num_steps)
+        return min(MAX_SAMPLED_STEPS, num_steps)
     return next(num_steps // gap for gap in range(skip + 1, num_steps + 1) if num_steps % gap == 0)
 
 
