@@ -31,8 +31,13 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
     steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Network evaluations an image; 1 to 8 for a student.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Network evaluations per image; 1 to 8 for a student.  [default: the method's, such as 4]",
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
@@ -98,6 +103,7 @@ def sample(
         raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
     image_and_mask = sampling.read_image_and_mask(image, mask)
     found = sampling.find_model(model or base)
+    steps = steps or found.steps
     size = sampling.image_size(found, resolution, width, height)
     loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])

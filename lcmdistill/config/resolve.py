@@ -42,10 +42,10 @@ def resolve(
     name = choose("objective.name", str(chosen.pop("objective.name", RunConfig.objective_name)), tuple(objectives))
     sections, info = {**SECTIONS, "objective": objectives[name]}, objectives[name].info
     model, is_lora = str(chosen.get("teacher.model", TeacherConfig().model)), chosen.get("student.kind") == "lora"
-    defaults = ALIAS_DEFAULTS.get(model, {})
+    defaults = {**info.defaults, **ALIAS_DEFAULTS.get(model, {})}
     if is_lora:
-        defaults = {**defaults, **LORA_DEFAULTS, **LORA_ALIAS_DEFAULTS.get(model, {})}
-    defaults = {**defaults, **_defaults_of_run(Path(model), objectives), **info.defaults}
+        defaults |= {**LORA_DEFAULTS, **info.defaults, **LORA_ALIAS_DEFAULTS.get(model, {})}
+    defaults |= _defaults_of_run(Path(model), objectives)
     if {**defaults, **chosen}.get("objective.guidance") == "free":
         defaults |= info.free_guidance_defaults
     defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}

@@ -9,8 +9,9 @@ import torch
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
-from lcmdistill.objectives.base import MethodInfo
+from lcmdistill.objectives.base import MethodInfo, StepCounts
 from lcmdistill.students.lora import merge_lora
 from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.pipelines import network_of
@@ -53,6 +54,7 @@ class Usage:
         place: The hub repository or folder that holds the export.
         file: The file name inside of it; "" for a folder.
         method: The student's method.
+        counts: The numbers of sampling steps that the student is made for.
         steps: The recommended number of sampling steps.
         guidance_scale: The recommended guidance scale, which is CFG in user interfaces.
         call: The Python expression that generates an image with `pipeline`.
@@ -63,6 +65,7 @@ class Usage:
     place: str
     file: str
     method: MethodInfo
+    counts: StepCounts
     steps: int
     guidance_scale: float
     call: str
@@ -71,9 +74,9 @@ class Usage:
 
     @property
     def scheduler_options(self) -> str:
-        """Arguments of `from_config` that follow the teacher's scheduler config; "" where diffusers' defaults fit."""
-        count = self.facts.original_steps
-        return "" if count in (None, 50) else f", original_inference_steps={count}"
+        """Arguments of `from_config` that follow the teacher's scheduler config, or ""."""
+        options = (f"{name}={value!r}".replace("'", '"') for name, value in self.facts.scheduler_options.items())
+        return "".join(f", {option}" for option in options)
 
     @property
     def base_code(self) -> str:
@@ -144,8 +147,10 @@ class Exporter:
         is_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
         is_free = omega_range(config) is None
         guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0
-        most = facts.original_steps or 50
-        count = min(steps or (2 if facts.family.in_pixels else method.default_steps), most)
+        counts = StepCounts(2, 1, 2) if facts.family.in_pixels else method.steps(config.objective)
+        count = min(
+            steps or counts.recommended, facts.scheduler_options.get("original_inference_steps", MAX_SAMPLED_STEPS)
+        )
         call = method.pipeline_call(count, guidance)
         if facts.family.in_pixels:
             call = f"pipeline(num_inference_steps={count}{', class_labels=0' if facts.classes else ''})"
@@ -155,6 +160,7 @@ class Exporter:
             place=place,
             file=file,
             method=method,
+            counts=counts,
             steps=count,
             guidance_scale=guidance,
             call=f"image = {call}.images[0]",
@@ -199,11 +205,13 @@ def sampler_lines(usage: Usage, checkpoint: str) -> tuple[str, str]:
         usage: The facts of the export.
         checkpoint: The name of the checkpoint that is loaded, without its ending.
     """
-    comfy = f"KSampler: sampler lcm, scheduler sgm_uniform, {usage.settings}{comfyui_node(usage.facts, '; ')}"
-    a1111 = f"sampler {usage.method.sampler}, {usage.settings}"
-    eta = usage.method.sampling_options.get("eta")
+    method, node = usage.method, comfyui_node(usage.facts, "; ")
+    comfy = f"KSampler: sampler {method.comfyui_sampler}, scheduler sgm_uniform, {usage.settings}{node}"
+    schedule = ", schedule type SGM Uniform" if method.deterministic else ""
+    a1111 = f"sampler {method.sampler}{schedule}, {usage.settings}"
+    eta = method.sampling_options.get("eta")
     if eta is not None:  # with eta 1 its sampler is LCM's
-        sampler = usage.method.sampler
+        sampler = method.sampler
         comfy += f"; for the {sampler} sampler with eta {eta:g} install the custom nodes ComfyUI-{sampler}"
         a1111 = f"sampler {sampler} with eta {eta:g}, or LCM if there is no {sampler}, {usage.settings}"
     return comfy, f"{a1111}{a1111_setup(usage.facts, checkpoint, '; needs ')}"

@@ -29,11 +29,10 @@ from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
-from lcmdistill.sampling.student_pipeline import trained_steps
 from lcmdistill.students.lora_files import (
     DIFFUSERS_LORA,
-    ORIGINAL_STEPS_KEY,
     SCHEDULER_KEY,
+    SCHEDULER_OPTIONS_KEY,
     Lora,
     alpha_of,
     kohya_tensors,
@@ -88,7 +87,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         layout=layout.key, prediction_type=prediction_type, zero_snr=bool(scheduler.get("rescale_betas_zero_snr"))
     )
     needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
-    skip, k = config.teacher.clip_skip, getattr(config.objective, "skip", 1)
+    skip = config.teacher.clip_skip
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
     return {
         "format": "pt",
@@ -99,8 +98,8 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{method.lora_title} {method.relation} {base} with {omega}",
-        "modelspec.usage_hint": f"{method.sampler} sampler, 4 steps (2 to 8), {cfg}, LoRA weight 1{needs}",
-        "modelspec.tags": f"{method.sampler.lower()},{method.lora_title.lower().replace(' ', '-')},lcmdistill",
+        "modelspec.usage_hint": f"{method.sampler} sampler, {method.steps(config.objective).text}, {cfg}, LoRA weight 1{needs}",
+        "modelspec.tags": f"{method.tags[0]},{method.lora_title.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
         **sampling_header(config, base_pipeline),
         "ss_network_module": "networks.lora",
@@ -116,12 +115,12 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "ss_seed": str(config.run.seed),
         **({"ss_clip_skip": str(family_of(base_pipeline).a1111_clip_skip(skip))} if skip else {}),
         "ss_mixed_precision": str(config.run.precision),
-        "ss_training_comment": f"{method.lora_title}, k = {k}, {omegas.omega if omegas else omega}",
+        "ss_training_comment": f"{method.lora_title}, {method.describe(config.objective)}, {omegas.omega if omegas else omega}",
     }
 
 
 def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
-    """Return the header strings that name the scheduler of a LoRA and the number of time steps it was trained at.
+    """Return the header strings that name the scheduler of a LoRA and its options.
 
     Args:
         config: The run's settings.
@@ -130,7 +129,7 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
     count = base_pipeline.scheduler.config.num_train_timesteps
     return {
         SCHEDULER_KEY: config.objective.info.scheduler,
-        ORIGINAL_STEPS_KEY: str(trained_steps(count, config.objective)),
+        SCHEDULER_OPTIONS_KEY: json.dumps(dict(config.objective.info.scheduler_options(config.objective, count))),
         **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
     }
 

@@ -1,7 +1,8 @@
 """How a run's student is sampled, from the teacher at hand or from the files of a finished run."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from safetensors import safe_open
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.sampling.student_pipeline import trained_steps
-from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, family_of_lora
+from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
@@ -31,7 +31,7 @@ class SamplingFacts:
         layout: The key of the single-file layout; "" for networks without one.
         prediction_type: What the network predicts.
         zero_snr: Whether the noise schedule ends in pure noise (`rescale_betas_zero_snr`).
-        original_steps: The number of trained time steps; None for diffusers' default.
+        scheduler_options: Options of the student's scheduler besides the teacher's betas.
         has_omega_input: Whether the trained network takes guidance as an input.
         guidance: Where guidance ends up: "input", "baked" or "free".
         classes: The names of the classes of a class-conditional network.
@@ -41,7 +41,7 @@ class SamplingFacts:
     layout: str = "sd1"
     prediction_type: str = "epsilon"
     zero_snr: bool = False
-    original_steps: int | None = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     has_omega_input: bool = False
     guidance: str = "baked"
     classes: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
         layout=family.layout_of(teacher.network.config).key if family.layout_of else "",
         prediction_type=teacher.prediction_type,
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        original_steps=None if family.in_pixels else trained_steps(teacher.schedule.num_steps, objective),
+        scheduler_options=_scheduler_options(config, family, teacher.schedule.num_steps),
         has_omega_input=config.student.kind == "full" and guidance == "input",
         guidance=guidance,
         classes=tuple(teacher.own_prompts) if family.in_pixels else (),
@@ -83,7 +83,7 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
         layout=family.layout_of(network).key if family.layout_of and network else "sd1" if family.layouts else "",
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        original_steps=scheduler.get("original_inference_steps"),
+        scheduler_options=_scheduler_options(config, family, scheduler.get("num_train_timesteps", 1000)),
         has_omega_input=run_takes_omega(run),
         guidance=guidance,
         classes=tuple(names) if family.in_pixels else (),
@@ -95,7 +95,7 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
     if any((run / "lora").glob("*.safetensors")):
         with safe_open(lora_file(run), framework="pt") as file:
             header = file.metadata() or {}
-    version, count = header.get("ss_base_model_version"), header.get(ORIGINAL_STEPS_KEY, "")
+    version = header.get("ss_base_model_version")
     keys = [layout.key for layout in family.layouts if version in layout.base_versions.values()]
     prediction = header.get("modelspec.prediction_type", "epsilon")
     return SamplingFacts(
@@ -103,9 +103,13 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
         layout=keys[0] if keys else "sd1" if family.layouts else "",
         prediction_type="v_prediction" if prediction == "v" else prediction,
         zero_snr=header.get(ZERO_SNR_KEY) == "true",
-        original_steps=int(count) if count.isdecimal() else None,
+        scheduler_options=read_scheduler_options(header),
         guidance=guidance,
     )
+
+
+def _scheduler_options(config: RunConfig, family: TeacherFamily, num_steps: int) -> Mapping[str, Any]:
+    return {} if family.in_pixels else config.objective.info.scheduler_options(config.objective, num_steps)
 
 
 def _json(path: Path) -> dict[str, Any]:

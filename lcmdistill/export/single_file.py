@@ -31,10 +31,8 @@ from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
-from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.sampling.student_pipeline import STEPS
-from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY
+from lcmdistill.students.lora_files import SCHEDULER_OPTIONS_KEY
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
@@ -82,8 +80,7 @@ def write_single_file(
     dtype: torch.dtype,
     guidance_scale: float | None = None,
     metadata: Mapping[str, str] | None = None,
-    method: MethodInfo = LatentConsistency.info,
-    cfg: float = 1.0,
+    usage: Usage | None = None,
 ) -> None:
     """Write a pipeline as one checkpoint file.
 
@@ -93,8 +90,7 @@ def write_single_file(
         dtype: The dtype of the weights.
         guidance_scale: The guidance to bake in (omega + 1); required for a U-Net with a guidance input, None otherwise.
         metadata: Header strings, which override the generated ones.
-        method: The student's method.
-        cfg: The recommended CFG scale.
+        usage: How the student is sampled; by default as an LCM.
 
     Raises:
         UsageError: The pipeline has no single-file layout.
@@ -102,7 +98,7 @@ def write_single_file(
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"a single file must end in .safetensors; use {path.stem}.safetensors instead of {path.name}")
-    header = {**header_of(pipeline, guidance_scale, method, cfg), "modelspec.title": path.stem, **(metadata or {})}
+    header = {**header_of(pipeline, guidance_scale, usage), "modelspec.title": path.stem, **(metadata or {})}
     tensors = original_tensors(pipeline, unet_for_file(pipeline.unet, guidance_scale))
     tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()} | _markers(pipeline.scheduler.config)
     save_file(tensors, path, metadata=header)
@@ -138,16 +134,13 @@ def file_header(config: RunConfig, title: str) -> dict[str, str]:
     return header | ({"modelspec.author": repo.partition("/")[0]} if repo else {})
 
 
-def header_of(
-    pipeline: Any, guidance_scale: float | None, method: MethodInfo = LatentConsistency.info, cfg: float = 1.0
-) -> dict[str, str]:
+def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None = None) -> dict[str, str]:
     """Return the safetensors header: what the file is and how it is sampled (ModelSpec 1.0.1).
 
     Args:
         pipeline: The student's pipeline.
         guidance_scale: The guidance that is baked in, or None.
-        method: The student's method.
-        cfg: The recommended CFG scale.
+        usage: How the student is sampled; by default as an LCM.
 
     Raises:
         UsageError: ComfyUI and A1111 do not support the prediction type.
@@ -165,6 +158,9 @@ def header_of(
         prediction_type=prediction,
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
+    method = usage.method if usage else LatentConsistency.info
+    counts = usage.counts if usage else method.steps(LatentConsistency())
+    cfg, options = (usage.guidance_scale, usage.facts.scheduler_options) if usage else (1.0, {})
     needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "FILE", "; A1111: ")
     header = {
         "format": "pt",
@@ -174,11 +170,11 @@ def header_of(
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "modelspec.tags": ", ".join(method.tags),
-        "modelspec.usage_hint": f"{method.sampler} sampler, {STEPS} steps (2 to 8), CFG scale {cfg:g}{baked}{needs}",
+        "modelspec.usage_hint": f"{method.sampler} sampler, {counts.text}, CFG scale {cfg:g}{baked}{needs}",
         "lcmdistill.recommended_sampler": method.sampler,
-        "lcmdistill.recommended_steps": str(STEPS),
+        "lcmdistill.recommended_steps": str(counts.recommended),
         "lcmdistill.recommended_cfg_scale": f"{cfg:g}",
-        **({ORIGINAL_STEPS_KEY: str(count)} if (count := scheduler.get("original_inference_steps")) else {}),
+        SCHEDULER_OPTIONS_KEY: json.dumps(dict(options)),
         "lcmdistill.vae_scaling_factor": f"{pipeline.vae.config.scaling_factor:g}",
     }
     size = unet.config.sample_size
@@ -265,8 +261,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
             dtype=request.dtype,
             guidance_scale=request.guidance_scale if bakes else None,
             metadata=file_header(student.config, path.stem),
-            method=student.method,
-            cfg=usage.guidance_scale,
+            usage=usage,
         )
         use = "; ".join(f"{each.program}: {' '.join(each.lines)}" for each in single_file_programs(usage))
         omegas = omega_range(student.config)

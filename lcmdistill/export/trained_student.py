@@ -16,7 +16,7 @@ from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.lora import ONLINE, LoraLayer, put_lora
-from lcmdistill.students.lora_files import ORIGINAL_STEPS_KEY, SCHEDULER_KEY, Lora
+from lcmdistill.students.lora_files import SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, Lora
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
@@ -64,10 +64,10 @@ class TrainedStudent:
         return self.lora
 
     def sampling_header(self) -> dict[str, str]:
-        """Return the header strings of the run's LoRA that name its scheduler and time steps."""
+        """Return the header strings of the run's LoRA that name its scheduler and the options."""
         with safe_open(lora_file(self.run), framework="pt") as file:
             header = file.metadata() or {}
-        return {key: header[key] for key in (SCHEDULER_KEY, ORIGINAL_STEPS_KEY) if key in header}
+        return {key: header[key] for key in (SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY) if key in header}
 
     @property
     def guidance_scale(self) -> float:

@@ -20,5 +20,6 @@ OBJECTIVES = LazyRegistry(
 
 
 def method_sampled_by(scheduler: str) -> "MethodInfo | None":
-    """Return a method whose students a diffusers scheduler class samples; None if it samples none of them."""
-    return next((each.info for each in OBJECTIVES.values() if each.info.scheduler == scheduler), None)
+    """Return a method whose students a diffusers scheduler class marks; None if it marks none, because teachers have it."""
+    methods = (each.info for each in OBJECTIVES.values())
+    return next((info for info in methods if info.scheduler == scheduler and not info.deterministic), None)

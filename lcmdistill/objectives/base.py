@@ -4,19 +4,34 @@ Each objective is a frozen dataclass in a file of its own. Its fields are the pa
 section of the configuration. Its methods are the paper's algorithm box, written on the pair (x0, eps).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.objectives.common import skipping_grid_options
 
-Omega = Literal["input", "teacher", "none"]
-"whether a full student receives omega: by an input of its own, as its teacher does, or never"
+Omega = Literal["input", "teacher", "baked", "none"]
+"how guidance reaches a full student: by an omega input of its own, as it reaches its teacher, in its weights, or never"
+
+
+class StepCounts(NamedTuple):
+    """The numbers of sampling steps that a student is made for."""
+
+    recommended: int
+    low: int
+    high: int
+
+    @property
+    def text(self) -> str:
+        """The numbers in words, such as "4 steps (2 to 8)"."""
+        others = "" if self.low == self.high else f" ({self.low} to {self.high})"
+        return f"{self.recommended} step{'s' * (self.recommended > 1)}{others}"
 
 
 EMPTY_PROMPTS: Mapping[str, Any] = MappingProxyType({"data.caption_drop": 0.1})
@@ -34,10 +49,13 @@ class MethodInfo:
         paper: Authors, year and arXiv number.
         algorithm: The algorithm box or section of the paper.
         scheduler: The diffusers scheduler class that samples a latent student.
-        scheduler_options: Options of that class that differ from the teacher's scheduler config.
-        sampler: The scheduler's name in user interfaces (ComfyUI, A1111).
+        scheduler_options: (objective, T) -> options of that class besides the teacher's betas.
+        deterministic: Whether the sampler is a plain ODE sampler, which teachers have as well, instead of one for few-step
+            models.
+        sampler: The scheduler's name in A1111.
+        comfyui_sampler: The `sampler` of ComfyUI's KSampler.
         sampling_options: Options that the method adds to a pipeline call, with their defaults, such as {"eta": 0.3}.
-        default_steps: The number of sampling steps to recommend.
+        steps: (objective) -> the numbers of sampling steps that a student is made for.
         relation: How the student relates to its start: "distilled from", "fine-tuned from", "trained from".
         spaces: Where the method works: "latent", "pixel" or both.
         student_kinds: What it trains: "full", "lora" or both.
@@ -57,10 +75,12 @@ class MethodInfo:
     paper: str
     algorithm: str
     scheduler: str = "LCMScheduler"
-    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler_options: Callable[[Any, int], Mapping[str, Any]] = skipping_grid_options
+    deterministic: bool = False
     sampler: str = "LCM"
+    comfyui_sampler: str = "lcm"
     sampling_options: Mapping[str, float] = field(default_factory=dict)
-    default_steps: int = 4
+    steps: Callable[[Any], StepCounts] = lambda objective: StepCounts(4, 2, 8)
     relation: str = "distilled from"
     spaces: tuple[str, ...] = ("latent",)
     student_kinds: tuple[str, ...] = ("full", "lora")
@@ -104,6 +124,13 @@ class State:
     w: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndState(State):
+    """A State and the time to which the student's map leads. end: (B,), at most s."""
+
+    end: Tensor
+
+
 class Objective(Protocol):
     """A method as two functions and an identity.
 
@@ -116,7 +143,7 @@ class Objective(Protocol):
 
     @property
     def omega(self) -> Omega:
-        """Whether a full student receives omega."""
+        """How guidance reaches a full student."""
         ...
 
     @property

@@ -3,6 +3,9 @@
 Shapes: B batch, T number of the teacher's time steps, N number of points of a grid.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,31 @@ from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.losses import DISTANCES, LossFunction
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import NoiseSchedule, ddim_grid
+from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS, NoiseSchedule, ddim_grid, sampled_steps
 from lcmdistill.utils.device import copy_to_device
+
+
+def skipping_grid_options(objective: Any, num_steps: int) -> Mapping[str, Any]:
+    """Return `original_inference_steps` of an LCMScheduler or a TCDScheduler; {} where diffusers' default fits.
+
+    These schedulers place that many time steps T / n apart, the last at T - 1, and sample at a choice of them. A student
+    that was trained on the grid of every k-th step must be sampled there and nowhere else.
+
+    Args:
+        objective: The run's objective; methods without `skip` or `grid_intervals` keep diffusers' default.
+        num_steps: T, the number of the teacher's time steps.
+    """
+    skip, intervals = getattr(objective, "skip", None), getattr(objective, "grid_intervals", None)
+    count = min(MAX_SAMPLED_STEPS, num_steps)
+    if intervals is not None:
+        count = sampled_steps(num_steps, intervals)
+    elif skip is not None and num_steps > skip:
+        if objective.times == "grid":
+            count = num_steps // skip
+        elif skip > num_steps // MAX_SAMPLED_STEPS:
+            # Trained at every time step from k to T - 1: the densest grid whose steps all lie there.
+            count = next(num_steps // gap for gap in range(skip + 1, num_steps + 1) if num_steps % gap == 0)
+    return {} if count == MAX_SAMPLED_STEPS else {"original_inference_steps": count}
 
 
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:

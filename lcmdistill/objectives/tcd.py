@@ -11,7 +11,7 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
-from lcmdistill.objectives.base import MethodInfo, State
+from lcmdistill.objectives.base import EndState, MethodInfo
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -22,13 +22,6 @@ from lcmdistill.objectives.common import (
     sample_times,
     teacher_forwards,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndState(State):
-    """A State and the end of each trajectory. end: s' <= s, (B,)."""
-
-    end: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

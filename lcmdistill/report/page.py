@@ -108,7 +108,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
         "times": _times(results) if results else None,
         "training": {"about": _training_about(config, lines), "charts": cards[len(quality) :]} if training else None,
         "validation": validation_grids(run / "samples"),
-        "use": uses(run, config, judged.enough if judged and judged.enough else 4),
+        "use": uses(run, config, judged.enough if judged and judged.enough else None),
         "configuration": configuration_rows(config),
         "settings": settings_to_toml(redact_paths(flatten(config))).strip(),
         "titles": SECTIONS,

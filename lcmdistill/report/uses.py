@@ -10,13 +10,13 @@ from lcmdistill.export import EXPORTERS
 from lcmdistill.export.sampling_facts import facts_from_run
 
 
-def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
+def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]]:
     """Return one entry per program: its name, lines of text, and code or None.
 
     Args:
         run: The run folder.
         config: Its settings.
-        steps: The recommended number of sampling steps.
+        steps: The recommended number of sampling steps; None is the method's.
     """
     facts, is_lora = facts_from_run(run, config), config.student.kind == "lora"
     is_free, export = omega_range(config) is None, None
@@ -29,15 +29,18 @@ def uses(run: Path, config: RunConfig, steps: int) -> list[dict[str, Any]]:
         name, folder, file, text = "pipeline", "pipeline", "", ""
         programs = EXPORTERS["single-file"]
         export = f"lcmdistill export {quote(str(run))} --format single-file --output {quote(run.name)}.safetensors"
-        if not is_free:
+        if facts.guidance == "input":
             text = "Guidance is an input of the network and adds no cost; negative prompts have no effect."
+        elif not is_free:
+            text = "Guidance is in the weights: sample at guidance scale 1."
     if is_free:
         text += "CFG and negative prompts work, at twice the cost."
     usage = EXPORTERS[name].usage(config, facts, f"{run}/{folder}", file, steps)
     entries = [{"name": "diffusers", "lines": [text], "code": EXPORTERS[name].python(usage)}]
     target = programs.usage(config, facts, str(run), f"{run.name}.safetensors", steps)
     for use in programs.programs(target) if facts.layout else ():
-        first = use.lines[0] if is_lora else f"Write a single file with the guidance baked in. {use.lines[0]}"
+        baked = " with the guidance baked in" if facts.guidance == "input" else ""
+        first = use.lines[0] if is_lora else f"Write a single file{baked}. {use.lines[0]}"
         entries.append({"name": use.program, "lines": [first, *use.lines[1:]], "code": export})
     command = f'lcmdistill sample {quote(str(run))} --steps {usage.steps} --prompt "a prompt"'
     lines = ["PNGs with embedded settings, and a grid."]

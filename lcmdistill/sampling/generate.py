@@ -19,7 +19,7 @@ from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
 from lcmdistill.students.lora import choose_adapters
-from lcmdistill.students.lora_files import load_lora, original_steps_of, scheduler_of
+from lcmdistill.students.lora_files import load_lora, scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.folders import only_variant
 from lcmdistill.teachers.loading import load_pipeline, nonfinite_part
@@ -52,6 +52,7 @@ class ModelToSample:
         precision: The run's precision setting.
         omegas: The omegas that the run was trained with.
         is_baked: Whether the guidance is in the student's weights.
+        steps: The number of sampling steps that the run's method recommends.
     """
 
     path: str
@@ -64,6 +65,7 @@ class ModelToSample:
     precision: str | None = None
     omegas: OmegaRange | None = None
     is_baked: bool = False
+    steps: int = 4
 
 
 def find_model(model: str | None) -> ModelToSample:
@@ -91,6 +93,7 @@ def find_model(model: str | None) -> ModelToSample:
         "precision": config.run.precision,
         "omegas": omegas,
         "is_baked": omegas is not None and not run_takes_omega(run),
+        "steps": config.objective.info.steps(config.objective).recommended,
     }
     if config.student.kind == "lora":
         scheduler = config.objective.info.scheduler
@@ -147,8 +150,8 @@ def load_student(
     if loras:
         current = type(pipeline.scheduler).__name__
         scheduler = scheduler or scheduler_for_loras(loras, current)
-        grids = [count for lora in loras if (count := original_steps_of(lora)) is not None]
-        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, grids[0] if grids else None)
+        sampled = (scheduler_options_of(lora) for lora in loras if scheduler_of(lora) == scheduler)
+        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, next(sampled, {}))
         names = [f"lora_{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             load_lora(pipeline, lora, name)

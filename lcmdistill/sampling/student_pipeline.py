@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any, cast
 
-from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS, sampled_steps
 from lcmdistill.objectives.base import Objective
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.base import Teacher, has_omega_input
@@ -12,35 +11,8 @@ from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 
-STEPS = 4
-"the number of sampling steps that a model card recommends"
-
 Size = int | tuple[int, int]
 "an image size in pixels: the side of a square, or (height, width)"
-
-
-def trained_steps(num_steps: int, objective: Any) -> int:
-    """Return how many of the teacher's T time steps a student samples from: diffusers' `original_inference_steps`.
-
-    The schedulers of few-step students place this many time steps T / n apart, the last at T - 1, and sample at a
-    choice of them. A student that was trained on the grid of every k-th step must sample there and nowhere else.
-
-    Args:
-        num_steps: T, the number of the teacher's time steps.
-        objective: The run's objective; methods without `skip` or a grid keep diffusers' default.
-    """
-    skip, intervals = getattr(objective, "skip", None), getattr(objective, "grid_intervals", None)
-    if intervals is not None:
-        return sampled_steps(num_steps, intervals)
-    if skip is None or num_steps <= skip:
-        return min(MAX_SAMPLED_STEPS, num_steps)
-    if objective.times == "grid":
-        return num_steps // skip
-    # Trained at every time step from k to T - 1: the default grid, unless its sampled steps could lie below k.
-    least = num_steps // MAX_SAMPLED_STEPS
-    if skip <= least:
-        return min(MAX_SAMPLED_STEPS, num_steps)
-    return next(num_steps // gap for gap in range(skip + 1, num_steps + 1) if num_steps % gap == 0)
 
 
 def pipeline_kwargs(
@@ -111,10 +83,12 @@ def student_pipeline(
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
     class_name = family.student_pipeline_class(has_omega_input(network), bool(method.sampling_options))
     pipeline_class = getattr(diffusers, class_name) if class_name else type(source)
-    steps, config = trained_steps(teacher.schedule.num_steps, objective), source.scheduler.config
+    sampling = method.scheduler_options(objective, teacher.schedule.num_steps)
     # The config holds options that are not components, such as SDXL's rule for the empty prompt.
     options = {**source.config, **source.components, family.network: network}
-    options |= {"scheduler": family.student_scheduler(teacher.schedule, config, method.scheduler, steps)}
+    options |= {
+        "scheduler": family.student_scheduler(teacher.schedule, source.scheduler.config, method.scheduler, sampling)
+    }
     options |= {"requires_safety_checker": options.get("safety_checker") is not None}
     accepted = signature(pipeline_class.__init__).parameters
     pipeline = pipeline_class(**{name: options[name] for name in accepted if name in options})

@@ -23,8 +23,8 @@ Lora = Mapping[str, LoraLayer]
 SCHEDULER_KEY = "lcmdistill.scheduler"
 "the header key with the diffusers scheduler class that the LoRA is sampled with"
 
-ORIGINAL_STEPS_KEY = "lcmdistill.original_inference_steps"
-"the header entry with the scheduler's `original_inference_steps`: T / k of the training"
+SCHEDULER_OPTIONS_KEY = "lcmdistill.scheduler_options"
+"the header entry with that class's options besides the base model's betas, as JSON"
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 "the file that diffusers looks for in a folder; older versions need its name when offline"
@@ -100,11 +100,19 @@ def family_of_lora(folder: Path) -> TeacherFamily:
         return family_of_lora_header(opened.metadata() or {})
 
 
-def original_steps_of(lora: str) -> int | None:
-    """Return the `original_inference_steps` that a LoRA's header records, or None."""
+def scheduler_options_of(lora: str) -> dict[str, Any]:
+    """Return the scheduler options that a LoRA's header records; {} if there are none."""
     with safe_open(_file_of(lora), framework="pt") as file:
-        value = (file.metadata() or {}).get(ORIGINAL_STEPS_KEY, "")
-    return int(value) if value.isdecimal() else None
+        return read_scheduler_options(file.metadata() or {})
+
+
+def read_scheduler_options(header: Mapping[str, str]) -> dict[str, Any]:
+    """Return the scheduler options of a header; {} if it has none, or unreadable ones."""
+    try:
+        options = json.loads(header.get(SCHEDULER_OPTIONS_KEY, "{}"))
+    except ValueError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _file_of(lora: str) -> Path:

@@ -80,6 +80,8 @@ def guidance_of(teacher: Teacher, config: StudentConfig, omega: Omega) -> Litera
     """
     if omega == "none" and not teacher.in_pixels:
         return "free"
+    if omega == "baked":
+        return "baked"
     gets_input = config.kind == "full" and omega == "input" and supports_omega_input(teacher.network)
     return "input" if gets_input or has_omega_input(teacher.network) else "baked"
 

@@ -111,11 +111,13 @@ def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     return schedulers.vp_denoiser(config)
 
 
-def vp_student_scheduler(schedule: NoiseSchedule, config: Mapping[str, Any], name: str, original_steps: int) -> Any:
+def vp_student_scheduler(
+    schedule: NoiseSchedule, config: Mapping[str, Any], name: str, options: Mapping[str, Any]
+) -> Any:
     """Return the named student scheduler on the betas and the prediction type of the teacher's scheduler config."""
     from lcmdistill.teachers.schedulers import vp_scheduler
 
-    return vp_scheduler(config, name, original_steps)
+    return vp_scheduler(config, name, options)
 
 
 def text_prompt_kwargs(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
@@ -177,8 +179,8 @@ class TeacherFamily:
             pipeline samples such a network.
         data_scheduler: The diffusers scheduler that generates training latents.
         reference_scheduler: The diffusers scheduler that generates the images a student is compared with.
-        student_scheduler: (schedule, the teacher's scheduler config, name, original_inference_steps) -> the scheduler of a
-            student's pipeline.
+        student_scheduler: (schedule, the teacher's scheduler config, name, options) -> the scheduler of a student's
+            pipeline.
         student_pipeline_class: (has an omega input, has sampling options) -> the pipeline class of a full student;
             None keeps the teacher's.
         published: {"section.key": value} of settings published for the family, used where none are specified.
@@ -234,7 +236,7 @@ class TeacherFamily:
     sampler: Callable[[Any, NoiseSchedule, str, Sequence[str], Tensor, int, float], Tensor] | None = None
     data_scheduler: str = "DPMSolverMultistepScheduler"
     reference_scheduler: str = "DDIMScheduler"
-    student_scheduler: Callable[[NoiseSchedule, Mapping[str, Any], str, int], Any] = vp_student_scheduler
+    student_scheduler: Callable[[NoiseSchedule, Mapping[str, Any], str, Mapping[str, Any]], Any] = vp_student_scheduler
     student_pipeline_class: Callable[[bool, bool], str | None] = lambda has_omega_input, has_options: None
     published: Mapping[str, Any]
 

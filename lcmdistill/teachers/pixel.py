@@ -205,14 +205,16 @@ def _denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     return KarrasSchedule(**sigmas), EDM
 
 
-def _student_scheduler(schedule: NoiseSchedule, config: Mapping[str, Any], name: str, original_steps: int) -> Any:
+def _student_scheduler(
+    schedule: NoiseSchedule, config: Mapping[str, Any], name: str, options: Mapping[str, Any]
+) -> Any:
     """Return Consistency Models' scheduler for Karras's schedule, and the named one for a VP schedule."""
     from diffusers import CMStochasticIterativeScheduler
 
     from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
 
     if not isinstance(schedule, KarrasSchedule):
-        return vp_student_scheduler(schedule, config, name, original_steps)
+        return vp_student_scheduler(schedule, config, name, options)
     return CMStochasticIterativeScheduler(
         num_train_timesteps=schedule.num_steps,
         sigma_min=schedule.sigma_min,

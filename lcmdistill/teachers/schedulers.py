@@ -20,20 +20,19 @@ _COPIED = (
 )
 
 
-def vp_scheduler(config: Mapping[str, Any], name: str, original_steps: int | None = None) -> Any:
+def vp_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
     """Return a student's scheduler with the teacher's betas and prediction type.
 
     Args:
         config: The teacher's scheduler config.
-        name: The scheduler class: LCMScheduler or TCDScheduler.
-        original_steps: diffusers' `original_inference_steps`; None keeps its default.
+        name: The scheduler class.
+        options: Options of the class that the student's method sets.
     """
     import diffusers
 
-    values = {key: config[key] for key in _COPIED if key in config}
-    if original_steps is not None:
-        values["original_inference_steps"] = original_steps
-    return getattr(diffusers, name)(**values, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+    copied = {key: config[key] for key in _COPIED if key in config}
+    usual = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+    return getattr(diffusers, name)(**{**usual, **copied, **options})
 
 
 def ends_in_noise(schedule: "NoiseSchedule") -> bool:

@@ -175,7 +175,9 @@ def _distill(
         mark_finished(folder, trainer.step)
         if advice := best_checkpoint_advice(folder, config.run.best_metric):
             logger.info(advice)
-        logger.info(f"done: {path} generates in 1 to 8 steps; try: lcmdistill sample {quote(str(folder))} --steps 4")
+        counts = config.objective.info.steps(config.objective)
+        command = f"lcmdistill sample {quote(str(folder))} --steps {counts.recommended}"
+        logger.info(f"done: {path} generates in {counts.text}; try: {command}")
     accelerator.wait_for_everyone()
     return folder
 

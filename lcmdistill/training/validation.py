@@ -17,6 +17,7 @@ from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.eviction import claim_folder
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.diffusion.random import derive_seed
+from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
@@ -28,7 +29,7 @@ from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
 from lcmdistill.evaluation.sweep import FORMAT, METRICS_VERSION, DecodedImages, cached_latents, compute_metrics, digest
 from lcmdistill.sampling.png import grid
 from lcmdistill.sampling.prompts import PREVIEW_STEPS, STEPS, default_prompts
-from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
+from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file, write_text
@@ -50,7 +51,9 @@ class Validator:
         self._sizes = bucket_sizes(config.data, teacher.multiple)
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps
-        self._trained_steps = max(STEPS) if teacher.in_pixels else trained_steps(num_steps, objective)
+        sampling = objective.info.scheduler_options(objective, num_steps)
+        grid = sampling.get("original_inference_steps", min(MAX_SAMPLED_STEPS, num_steps))
+        self._trained_steps = max(STEPS) if teacher.in_pixels else grid
         self._steps = [n for n in STEPS if n <= self._trained_steps]
         if config.run.validate_every and config.run.best_metric.endswith(
             tuple(f"_{n}" for n in STEPS if n > self._trained_steps)

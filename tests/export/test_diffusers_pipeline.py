@@ -15,8 +15,9 @@ from transformers import CLIPTokenizer
 from lcmdistill.diffusion.consistency import OMEGA_DIM
 from lcmdistill.diffusion.schedules import ddim_grid
 from lcmdistill.export.diffusers_pipeline import add_vocabularies, save_pipeline
+from lcmdistill.objectives.common import skipping_grid_options
 from lcmdistill.sampling.generate import check_steps
-from lcmdistill.sampling.student_pipeline import student_pipeline, trained_steps
+from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.schedulers import vp_scheduler
 from lcmdistill.utils.errors import UsageError
@@ -180,13 +181,15 @@ def test_the_time_steps_are_those_that_were_trained(small_run: Path) -> None:
 def test_sampled_time_steps_are_trained_for_every_skip(skip: int, times: str, name: str) -> None:
     from diffusers import DDIMScheduler
 
-    count = trained_steps(1000, SimpleNamespace(skip=skip, times=times))
+    options = skipping_grid_options(SimpleNamespace(skip=skip, times=times), 1000)
+    count = options.get("original_inference_steps", 50)
     trained = set(ddim_grid(1000, skip).tolist()) if times == "grid" else set(range(skip, 1000))
-    scheduler = vp_scheduler(DDIMScheduler().config, name, count)
+    scheduler = vp_scheduler(DDIMScheduler().config, name, options)
     if times == "grid":
         assert count == 1000 // skip
     if skip == 20:
-        assert scheduler.to_json_string() == vp_scheduler(DDIMScheduler().config, name).to_json_string()
+        assert options == {}
+        assert scheduler.config.original_inference_steps == 50
     for steps in range(1, 9):
         if steps > count:
             with pytest.raises(ValueError, match=r"cannot be larger|smaller than `num_inference_steps`"):
@@ -201,8 +204,9 @@ def test_sampled_time_steps_are_trained_for_every_skip(skip: int, times: str, na
 
 
 def test_methods_without_a_skip_keep_the_default_time_steps() -> None:
-    assert trained_steps(1000, SimpleNamespace(scales=18)) == 50
-    assert trained_steps(1000, SimpleNamespace(skip=7, times="all")) == 50
+    assert skipping_grid_options(SimpleNamespace(scales=18), 1000) == {}
+    assert skipping_grid_options(SimpleNamespace(skip=7, times="all"), 1000) == {}
+    assert skipping_grid_options(SimpleNamespace(scales=18), 40) == {"original_inference_steps": 40}
 
 
 def test_a_pipeline_is_whole_or_the_old_one(tmp_path: Path, small_teacher: Path) -> None:

@@ -50,11 +50,11 @@ def test_comfyui_and_a1111_instructions_name_what_the_student_needs(
 
 @pytest.mark.parametrize("name", ["kohya", "single-file", "diffusers-lora", "peft"])
 def test_python_code_samples_at_the_trained_time_steps(name: str) -> None:
-    code = EXPORTERS[name].python(usage_of(name, original_steps=2))
+    code = EXPORTERS[name].python(usage_of(name, scheduler_options={"original_inference_steps": 2}))
     assert "original_inference_steps=2)" in code
     assert "num_inference_steps=2" in code
     compile(code, name, "exec")
-    assert "original_inference_steps" not in EXPORTERS[name].python(usage_of(name, original_steps=50))
+    assert "original_inference_steps" not in EXPORTERS[name].python(usage_of(name))
 
 
 @pytest.mark.parametrize("name", ["kohya", "single-file"])

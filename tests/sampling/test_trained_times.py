@@ -9,9 +9,9 @@ from diffusers import LCMScheduler, TCDScheduler
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import VPSchedule, ddim_grid, vp_schedule
 from lcmdistill.objectives.cd import ConsistencyDistillation
+from lcmdistill.objectives.common import skipping_grid_options
 from lcmdistill.objectives.ct import ConsistencyTraining, ImprovedConsistencyTraining
 from lcmdistill.objectives.lcm import LatentConsistency
-from lcmdistill.sampling.student_pipeline import trained_steps
 from lcmdistill.teachers.schedulers import vp_scheduler
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -21,10 +21,10 @@ DIVISORS = [k for k in range(1, 1000) if 1000 % k == 0]
 
 def sampled_times(objective: Any, kind: str = "LCMScheduler", total: int = 1000) -> set[int]:
     """The times at which a student is sampled, with any number of steps."""
-    count = trained_steps(total, objective)
-    scheduler: LCMScheduler | TCDScheduler = vp_scheduler({**SD15, "num_train_timesteps": total}, kind, count)
+    options = skipping_grid_options(objective, total)
+    scheduler: LCMScheduler | TCDScheduler = vp_scheduler({**SD15, "num_train_timesteps": total}, kind, options)
     times: set[int] = set()
-    for steps in range(1, count + 1):
+    for steps in range(1, scheduler.config["original_inference_steps"] + 1):
         scheduler.set_timesteps(steps)
         times |= set(scheduler.timesteps.tolist())
         assert int(scheduler.timesteps[0]) == total - 1
@@ -62,7 +62,7 @@ def test_the_grids_of_consistency_models(objective: Any, count: int | None) -> N
     assert (int(grid[0]), int(grid[-1]), len(grid)) == (0, 999, points)
     assert bool((grid.diff() > 0).all())
     assert float(grid.double().diff().max() - grid.double().diff().min()) <= 1.5  # evenly spaced, up to rounding
-    assert count is None or trained_steps(1000, objective) == count
+    assert count is None or skipping_grid_options(objective, 1000).get("original_inference_steps", 50) == count
 
 
 def test_a_run_of_a_consistency_model_trains_on_that_grid() -> None:
