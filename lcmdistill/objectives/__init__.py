@@ -14,6 +14,7 @@ OBJECTIVES = LazyRegistry(
         "tcd": "lcmdistill.objectives.tcd:TrajectoryConsistency",
         "cd": "lcmdistill.objectives.cd:ConsistencyDistillation",
         "ct": "lcmdistill.objectives.ct:ConsistencyTraining",
+        "pcm": "lcmdistill.objectives.pcm:PhasedConsistency",
         "ict": "lcmdistill.objectives.ct:ImprovedConsistencyTraining",
     }
 )

@@ -23,8 +23,18 @@ TEACHERLESS = ("lcf", "ct", "ict")
 
 having = {
     field: pytest.mark.parametrize("objective", [name for name in OBJECTIVES if field in fields_of(name)])
-    for field in ("solver", "skip", "guidance")
+    for field in ("solver", "guidance")
 }
+
+on_a_skipping_grid = pytest.mark.parametrize(
+    "objective", [name for name in OBJECTIVES if {"skip", "times"} <= fields_of(name)]
+)
+
+MAPS = ("tcd", "pcm")
+"the objectives whose student predicts the way to a later time, alpha x0 + sigma eps, instead of to the first time"
+
+BAKED = {"pcm": {"w_min": 3.0, "w_max": 3.0}}
+"one omega for the objectives whose student receives none: only then is its map exact"
 
 SKIPS = [8, 16, 32, 64]
 
@@ -35,20 +45,25 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 
-def exact_models(objective: str, schedule: NoiseSchedule, rng: Rng, step: int, times: str) -> Networks:
-    """The oracle's networks in the form that the objective compares: TCD's go to the s' that it draws."""
-    end = None
+def exact_models(
+    objective: str, schedule: NoiseSchedule, rng: Rng, step: int, times: str, *, free: bool = False
+) -> Networks:
+    """The oracle's networks in the form that the objective compares: TCD's go to the s' that it draws, PCM's to the edge."""
+    end, baked = None, 0.0 if free else BAKED.get(objective, {"w_min": 0.0})["w_min"]
+    if objective == "pcm":
+        end = made(objective, step=step).sample_phases(schedule, rng)[2]
     if objective == "tcd":
         end = sample_end_time(schedule, sample_times(schedule, step, times, rng)[1], rng)
-    return oracle_models(schedule, NULL, omega=objective != "lcf", end=end)
+    return oracle_models(schedule, NULL, omega=objective != "lcf", end=end, baked=baked)
 
 
 def rms_residuals(objective: str, schedule: NoiseSchedule, times: str = "grid", **fields: Any) -> list[float]:
     """The root of the mean l2 loss at the true consistency function, for each step between t and s."""
     batch, rng, found = gaussian_batch(512), Rng(seed=0, step=0, places=range(512)), []
     for step in SKIPS:
-        own = made(objective, step=step, distance="l2", weighting="uniform", times=times, **fields)
-        models = exact_models(objective, schedule, rng, step, times)
+        given = {"distance": "l2", "weighting": "uniform", "times": times, **BAKED.get(objective, {}), **fields}
+        own, is_free = made(objective, step=step, **given), fields.get("guidance") == "free"
+        models = exact_models(objective, schedule, rng, step, times, free=is_free)
         found.append(models.loss(own, batch, rng).mean().sqrt().item())
     return found
 
@@ -66,7 +81,7 @@ def test_loss_at_the_true_consistency_function_falls_at_the_solver_s_order(
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
-@having["skip"]
+@on_a_skipping_grid
 def test_the_same_holds_for_times_drawn_from_every_step(objective: str, solver: str) -> None:
     order = 0 if objective in TEACHERLESS else ORDER[solver]
     residuals = rms_residuals(objective, SCHEDULES["VP"], "all", solver=solver)
@@ -90,7 +105,7 @@ def test_loss_is_nothing_where_all_data_are_one_image(objective: str, schedule: 
     rng, batch = Rng(0, 0, range(32)), gaussian_batch(32, std=0.0)
     exact = exact_models(objective, SCHEDULES[schedule], rng, 32, "grid")
     models = oracle_models(SCHEDULES[schedule], NULL, std=0.0, omega=False)
-    if objective == "tcd":  # whose map is then the way to every time
+    if objective in MAPS:  # whose map is then the way to every time
         models = replace(exact, teacher=models.teacher, student=models.teacher.network, target=models.teacher.network)
     own = made(objective, step=32, guidance="free", distance="l2", weighting="uniform")
     assert models.loss(own, batch, rng).max().item() < 1e-5
@@ -115,7 +130,7 @@ def test_a_consistency_function_without_the_guidance_is_found_out(objective: str
     assert residuals[0] > 10 * rms_residuals(objective, SCHEDULES["VP"])[0]
 
 
-@pytest.mark.parametrize("objective", ["lcm", "tcd"])
+@pytest.mark.parametrize("objective", ["lcm", "tcd", "pcm"])
 def test_free_guidance_follows_the_teacher_as_it_is(objective: str) -> None:
     residuals = rms_residuals(objective, SCHEDULES["VP"], guidance="free")
     assert slope(SKIPS, residuals) == pytest.approx(2, abs=0.2)
@@ -126,7 +141,7 @@ def test_free_guidance_follows_the_teacher_as_it_is(objective: str) -> None:
 @each_objective
 def test_gradients_reach_the_student_only(objective: str, distance: Any) -> None:
     exact = oracle_models(smooth_schedule(1000), NULL)
-    if objective == "tcd":
+    if objective in MAPS:
         exact = replace(exact, student=exact.teacher.network, target=exact.teacher.network)
     factors = {role: torch.tensor([1.1], requires_grad=True) for role in ("teacher", "student", "target")}
     models = exact
@@ -166,7 +181,7 @@ def test_an_end_is_any_step_up_to_s(schedule: NoiseSchedule) -> None:
     ).all()
 
 
-@having["skip"]
+@on_a_skipping_grid
 def test_networks_are_asked_at_the_right_times_and_omega(objective: str) -> None:
     schedule = smooth_schedule(1000)
     asked = asked_of(objective, schedule, skip=50)
@@ -221,9 +236,10 @@ def test_the_named_solver_takes_the_step(objective: str, monkeypatch: pytest.Mon
     """DDIM and Euler agree on a VP schedule, so that their losses cannot tell which of them ran."""
     schedule, rng = smooth_schedule(1000), Rng(0, 0, range(8))
     exact = exact_models(objective, schedule, rng, 20, "grid")
-    loss = exact.loss(made(objective, solver="euler"), gaussian_batch(8), rng)
+    own = made(objective, solver="euler", **BAKED.get(objective, {}))
+    loss = exact.loss(own, gaussian_batch(8), rng)
     monkeypatch.setattr("lcmdistill.diffusion.solvers.euler", lambda denoiser, schedule, z, t, s: z)
-    assert (exact.loss(made(objective, solver="euler"), gaussian_batch(8), rng) > 3 * loss).all()
+    assert (exact.loss(own, gaussian_batch(8), rng) > 3 * loss).all()
 
 
 def counted(objective: Any) -> dict[str, int]:
@@ -296,6 +312,15 @@ def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
         ("cd", {"ema_decay": -0.1}, "ema_decay"),
         ("lcm", {"solver": "magic"}, "ddim"),
         ("cd", {"solver": "magic"}, "ddim"),
+        (
+            "pcm",
+            {"phases": "0"},
+            "phases is '0'; it must be a number from 1 to T / k = 50, such as 4, or a range such as 4-8",
+        ),
+        ("pcm", {"phases": "8-4"}, "phases is '8-4'"),
+        ("pcm", {"phases": "four"}, "phases is 'four'"),
+        ("pcm", {"phases": "51"}, "from 1 to T / k = 50"),
+        ("pcm", {"skip": 0}, "skip"),
         ("cd", {"scales": 1}, "at least 2 points"),
         ("cd", {"distance": "lpips"}, "needs objective.lpips_weights"),
         ("ct", {"lpips_weights": "alexnet.pth"}, "objective.distance is l2; set it to lpips"),
@@ -313,7 +338,7 @@ def test_impossible_fields_are_refused(objective: str, fields: dict[str, Any], m
 
 
 @pytest.mark.parametrize("skip", [30, 999])
-@having["skip"]
+@on_a_skipping_grid
 def test_drawn_from_every_time_any_skip_is_possible(objective: str, skip: int) -> None:
     made(objective, skip=skip, times="all").check(1000)
 

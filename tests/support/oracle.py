@@ -88,11 +88,12 @@ def oracle_models(
     std: float = 0.5,
     omega: bool = True,
     end: Tensor | None = None,
+    baked: float = 0.0,
 ) -> Networks:
     """The exact teacher, and a student and a target whose c_skip z + c_out x0 is the exact consistency function.
 
     omega: False makes them the consistency function of the unguided teacher. end: times (B,); with them it is
-    alpha_end x0 + sigma_end eps that is exact, the way from t to end.
+    alpha_end x0 + sigma_end eps that is exact, the way from t to end. baked: the omega of networks that receive none.
     """
 
     def teacher(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
@@ -100,8 +101,8 @@ def oracle_models(
 
     def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
         mean = prompt_mean(c)
-        if omega and w is not None:
-            mean = mean + w.view(-1, 1, 1, 1) * (mean - prompt_mean(null))
+        if omega:
+            mean = mean + (baked if w is None else w.view(-1, 1, 1, 1)) * (mean - prompt_mean(null))
         gaussian = Gaussian(mean, std)
         if end is not None:
             eps = gaussian.denoise(schedule, z, t).eps
