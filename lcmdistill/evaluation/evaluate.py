@@ -30,7 +30,7 @@ from lcmdistill.utils.logging import progress
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IMAGES, DEFAULT_IMAGES_SMALL = 16, 32
+DEFAULT_IMAGES, DEFAULT_IMAGES_SMALL = 16, 50
 "images per point: minutes on a GPU for large networks, minutes on two cores for small ones"
 
 SMALL_NETWORK = 50_000_000

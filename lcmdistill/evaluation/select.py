@@ -1,6 +1,7 @@
 """Which metrics an evaluation computes, and the real images that some of them need."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -11,21 +12,26 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.sources.bundled import BundledShards
 from lcmdistill.data.sources.registry import make_source
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.evaluation.metrics.base import Metric, check_count
 from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
 from lcmdistill.evaluation.metrics.features import (
+    MIN_KID_IMAGES,
     MobileNetV2Features,
     ScriptedFeatures,
     features_of,
     has_mobilenet,
     kid_metric,
+    kid_to_teacher_metric,
 )
 from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_metric, fid_metric, lpips_metric
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
 from lcmdistill.evaluation.sweep import digest
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def select_metrics(
@@ -51,12 +57,15 @@ def select_metrics(
         network = (ScriptedFeatures(options.features, "--features").to(device), options.features.stem)
     elif has_mobilenet():
         network = (MobileNetV2Features().to(device), "MobileNetV2")
-    if options.real and network:
+    asked = options.features is not None or count >= MIN_KID_IMAGES
+    if network and asked:
+        metrics["kid_teacher"] = kid_to_teacher_metric(*network)
+    if options.real and network and asked:
         real = real_images(options.real, run.config.data.resolution, 2 * count)
         name = f"{len(real)} real images of {options.real}"
         metrics["kid"] = kid_metric(*network, features_of(network[0], real), name)
         key["real"] = [options.real, len(real), digest(real.mean((1, 2, 3)).tolist())]
-    elif options.features:
+    elif options.features and not options.real:
         raise UsageError("--features is for KID, which needs real images; specify them with --real")
     if options.inception is not None:
         metrics["fid"] = _fid(run, options.inception, options.real, count, device)
@@ -94,10 +103,21 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 def real_source(runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> str | None:
-    """Return the source of real images for all runs: --real, or the first of their data sources that holds images."""
+    """Return the source of real images for all runs, or None: --real, or a data source that the prompts belong to.
+
+    The prompts of an evaluation are held out, so they belong to a run's own images only where the teacher comes with both.
+    """
     if options.real is not None:
         return options.real
-    return next((word for run in runs for word in run.config.data.sources if _holds_images(word)), None)
+    words = [word for run in runs for word in run.config.data.sources if _holds_images(word)]
+    bundled = next((word for word in words if word == BundledShards.kind), None)
+    if words and (bundled is None or options.prompts is not None):
+        logger.info(
+            f"no KID to the images of {words[0]}: the prompts are not their captions; pass --real with images that belong to "
+            "--prompts"
+        )
+        return None
+    return bundled
 
 
 def _holds_images(word: str) -> bool:

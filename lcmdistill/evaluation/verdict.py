@@ -1,15 +1,50 @@
 """The verdict on a sweep in plain words: how many steps are enough, and what fewer steps lack."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.evaluation.metrics.features import MIN_KID_IMAGES
 from lcmdistill.evaluation.results import Results
 
-Grade = Literal["enough", "close", "not quite"]
+Grade = Literal["enough", "close", "not quite", "unusable"]
 
-DECISIVE_METRICS = ("fid", "kid", "lpips", "ssim")
+DECISIVE_METRICS = ("kid_teacher", "fid", "kid", "lpips", "ssim")
 "the metrics that decide, if they were computed"
+
+SET_METRICS = ("kid_teacher", "fid", "kid")
+"the metrics that compare sets of images, of which few images say nothing"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The range of a metric in which images are usable at all, whatever the student's best is.
+
+    Attributes:
+        low: The smallest usable value.
+        high: The largest usable value.
+        below: What images below the range are.
+        above: What images above the range are.
+        unit: What follows the value in a sentence.
+    """
+
+    low: float
+    high: float
+    below: str
+    above: str = ""
+    unit: str = " of the teacher's"
+
+
+LIMITS: Mapping[str, Limits] = {
+    "sharpness": Limits(0.5, 2.0, "blurred", "noisy or over-sharpened"),
+    "saturation": Limits(0.6, 1.5, "pale", "oversaturated"),
+    "diversity": Limits(0.7, math.inf, "too similar to each other"),
+    "ssim": Limits(0.2, math.inf, "unlike the teacher's", unit=""),
+    "kid_teacher": Limits(-math.inf, 0.3, "", "of other content than the teacher's", unit=""),
+}
+"calibrated on a ladder of students from untrained to finished, see examples/verdict"
 
 ENOUGH, CLOSE = 0.025, 0.1
 "largest gap of a grade: the distance from the student's best, relative to the way to the teacher's single step"
@@ -27,7 +62,7 @@ class Verdict:
 
     Attributes:
         grades: The grade of each number of steps.
-        enough: The smallest sufficient number of steps; None if only one was evaluated.
+        enough: The smallest sufficient number of steps; None if only one was evaluated, or none is usable.
         usable: Whether the student generates good images at all.
         headline: One sentence.
         reasons: A few more sentences.
@@ -43,19 +78,28 @@ class Verdict:
 def verdict(results: Results) -> Verdict:
     """Judge a sweep at its first guidance scale.
 
-    A number of steps is enough if its gap is at most ENOUGH by every decisive metric. The gap is the distance from the
-    student's best, or from the teacher at full steps, relative to the way to the teacher's single step, which is little more
-    than noise. More steps than a metric's best are never worse, even if the similarity to one trajectory decreases again.
+    A number of steps is unusable if a metric is outside of its LIMITS. It is enough if its gap is at most ENOUGH by every
+    decisive metric. The gap is the distance from the student's best, or from the teacher at full steps, relative to the way
+    to the teacher's single step, which is little more than noise. More steps than a metric's best are never worse, even if
+    the similarity to one trajectory decreases again.
     """
-    deciding = [name for name in DECISIVE_METRICS if _gap(results, name, results.steps[0]) is not None]
+    decisive = [name for name in DECISIVE_METRICS if _carries(results, name)]
+    deciding = [name for name in decisive if _gap(results, name, results.steps[0]) is not None]
     gaps = {
         n: max((min(_gap(results, name, m) or 0.0 for m in results.steps if m <= n) for name in deciding), default=0.0)
         for n in results.steps
     }
+    failures = {n: outside_limits(results, n) for n in results.steps}
     grades: dict[int, Grade] = {
-        n: "enough" if gap <= ENOUGH else "close" if gap <= CLOSE else "not quite" for n, gap in gaps.items()
+        n: "unusable" if failures[n] else "enough" if gap <= ENOUGH else "close" if gap <= CLOSE else "not quite"
+        for n, gap in gaps.items()
     }
-    chosen = next(n for n in results.steps if grades[n] == "enough")
+    passed = [n for n in results.steps if not failures[n]]
+    if not passed:
+        return _failed(results, grades, failures)
+    # The best by its gap may be among the unusable ones.
+    chosen = next((n for n in passed if grades[n] == "enough"), min(passed, key=lambda n: (gaps[n], n)))
+    grades[chosen] = "enough"
     # A single number of steps cannot be compared with others.
     enough = chosen if len(results.steps) > 1 else None
     # With more steps, a teacher stays on its full steps' trajectory and a student leaves it. One number of steps at which
@@ -67,6 +111,39 @@ def verdict(results: Results) -> Verdict:
     if (images := results.info.get("images", MIN_IMAGES)) < MIN_IMAGES:
         reasons.append(f"With {images} images, small differences may be chance; use --num-images {MIN_IMAGES} or more.")
     return Verdict(grades, enough, usable, _headline(grades, enough, usable), tuple(reasons))
+
+
+def _carries(results: Results, name: str) -> bool:
+    """Return whether there are enough images for a metric to decide anything."""
+    return name not in SET_METRICS or results.info.get("images", MIN_KID_IMAGES) >= MIN_KID_IMAGES
+
+
+def outside_limits(results: Results, steps: int) -> list[str]:
+    """Return how images of a number of steps fail, one text per metric outside of its LIMITS."""
+    texts = []
+    for name, limits in LIMITS.items():
+        value = results.number(name, "student", steps)
+        if value is not None and _carries(results, name) and not limits.low <= value <= limits.high:
+            word, label = (limits.below if value < limits.low else limits.above), results.metrics[name]["label"]
+            texts.append(f"{word} ({label} {value:g}{limits.unit})")
+    return texts
+
+
+def _failed(results: Results, grades: dict[int, Grade], failures: Mapping[int, Sequence[str]]) -> Verdict:
+    """Return the verdict on a student of which no number of steps is usable, by the one that fails least."""
+    best = min(results.steps, key=lambda n: (len(failures[n]), -n))
+    words = [text.partition(" (")[0] for text in failures[best]]
+    headline = f"Not usable yet: at {_steps(best)}, images are {_joined(words)}."
+    reasons = [f"At {_steps(n)}, images are {_joined(failures[n])}." for n in results.steps]
+    reasons.append(
+        "Train longer; if the validation images stopped improving, use a lower learning rate, or the weights of the best "
+        "validation: lcmdistill export --weights best."
+    )
+    return Verdict(grades, None, False, headline, (*_compared_with_teacher(results, best), *reasons))
+
+
+def _joined(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _gap(results: Results, name: str, steps: int) -> float | None:
@@ -108,6 +185,7 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool) -> str
         return f"Only {_steps(max(grades))} {_is(max(grades))} evaluated; more may be better."
     close = [n for n, grade in grades.items() if grade == "close"]
     short = [n for n, grade in grades.items() if grade == "not quite"]
+    failed = [n for n, grade in grades.items() if grade == "unusable"]
     text = f"{_steps(enough)} {'is' if enough == 1 else 'are'} enough"
     if enough == max(grades):  # the numbers had not leveled off
         text = f"{_steps(enough)} is the best of those tested, and more may be better"
@@ -116,6 +194,8 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool) -> str
         more.append(f"{_several(close)} {'comes' if close == [1] else 'come'} close")
     if short:
         more.append(f"{_several(short)} {'is' if short == [1] else 'are'} not quite there")
+    if failed:
+        more.append(f"{_several(failed)} {'is' if failed == [1] else 'are'} not usable")
     return f"{text}; {', '.join(more)}." if more else f"{text}."
 
 
@@ -128,13 +208,13 @@ def _steps(n: int) -> str:
 
 
 def _several(steps: list[int]) -> str:
-    return str(steps[0]) if len(steps) == 1 else f"{', '.join(map(str, steps[:-1]))} and {steps[-1]}"
+    return _joined([str(n) for n in steps])
 
 
 def _compared_with_teacher(results: Results, steps: int) -> list[str]:
     for name in ("fid", "kid"):
         student, full = results.number(name, "student", steps), results.full(name)
-        if student is None or full is None:
+        if student is None or full is None or not _carries(results, name):
             continue
         few = results.number(name, "teacher", steps)
         label = results.metrics[name]["label"]

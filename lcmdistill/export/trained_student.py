@@ -23,6 +23,7 @@ from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.metrics_log import read_metrics
 from lcmdistill.utils.run_dir import checkpoints, lora_file
 
 
@@ -110,7 +111,7 @@ def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -
     if config.student.kind == "full":
         if not has_trained_student(run):
             raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")
-        return TrainedStudent(run, config, None, _best(run) if weights == "best" else None)
+        return TrainedStudent(run, config, None, _best(run, config) if weights == "best" else None)
     file, saved = lora_file(run), checkpoints(run / "checkpoints")
     if not saved:
         raise UsageError(
@@ -119,17 +120,19 @@ def load_trained_student(run: Path, weights: Literal["last", "best"] = "last") -
         )
     alpha = config.student.alpha
     if weights == "best":
-        return TrainedStudent(run, config, from_checkpoint(_best(run), alpha))
+        return TrainedStudent(run, config, from_checkpoint(_best(run, config), alpha))
     groups, _ = load_checkpoint(saved[-1])
     return TrainedStudent(run, config, from_checkpoint(groups["target"] or groups["student"], alpha))
 
 
-def _best(run: Path) -> dict[str, Tensor]:
+def _best(run: Path, config: RunConfig) -> dict[str, Tensor]:
     best = load_best(run)
     if best is None:
-        raise UsageError(
-            f"--weights best: {run} has no best checkpoint (see run.validate_every and run.best_metric); use --weights last"
-        )
+        validated = sum(f"val/{config.run.best_metric}" in line for line in read_metrics(run))
+        reason = "no validation was better than that of the untrained student"
+        if validated < 2:
+            reason = "the run was not validated (see run.validate_every and run.best_metric)"
+        raise UsageError(f"--weights best: {run} has no best checkpoint, because {reason}; use --weights last")
     return best[1]
 
 

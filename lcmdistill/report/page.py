@@ -215,7 +215,8 @@ def _row(results: Results, scale: float, index: int) -> list[Picture | None]:
 def _summary_images(results: Results, judged: Verdict) -> dict[str, Any]:
     """Return the student's images at each number of steps with their grade, next to the teacher's."""
     heads: list[dict[str, Any]] = [
-        {"text": steps_text(n), "grade": judged.enough and judged.grades[n]} for n in results.steps
+        {"text": steps_text(n), "grade": judged.grades[n] if judged.enough or not judged.usable else None}
+        for n in results.steps
     ]
     heads.append({"text": f"teacher, {TEACHER_STEPS}", "grade": None})
     prompts = results.info["preview_prompts"][:SUMMARY_ROWS]

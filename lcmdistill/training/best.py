@@ -71,15 +71,33 @@ def keep_best(run: Path, metric: str, step: int, weights: Mapping[str, Tensor]) 
     return warning if is_new else None
 
 
+def compared_with_untrained(metric: str, values: Values) -> str | None:
+    """Return whether the newest validation is better than that of step 0, and since when; None without both."""
+    if len(values) < 2 or values[0][0] != 0:
+        return None
+    start, better_since = cost(metric, values[0][1]), None
+    for step, value in values[1:]:
+        is_better = cost(metric, value) < start
+        better_since = (better_since or step) if is_better else None
+    if better_since is not None:
+        return f"better than untrained since step {better_since}"
+    return f"not better than untrained ({metric} {values[0][1]:.3g} at step 0, and {values[-1][1]:.3g} now)"
+
+
 def best_checkpoint_advice(run: Path, metric: str) -> str | None:
     """Return a sentence for the end of a run if an earlier validation was better than the last."""
     values = history(run, metric)
-    if not values:
+    if len(values) < 2:
         return None
     (step, value), (last_step, last_value) = best_of(metric, values), values[-1]
-    if not step or cost(metric, last_value) <= cost(metric, value) * (1 + PLATEAU):
+    if cost(metric, last_value) <= cost(metric, value) * (1 + PLATEAU):
         return None
+    if step == 0:
+        return (
+            f"no validation was better than that of the untrained student ({metric} {value:.3g}, and {last_value:.3g} at step "
+            f"{last_step}); train longer, or use a lower learning rate"
+        )
     return (
-        f"the best validation was at step {step} ({metric} {value:.3g}, and {last_value:.3g} at step {last_step}); its weights "
-        f"are in {run / 'checkpoints' / BEST}"
+        f"the best validation was at step {step} ({metric} {value:.3g}, and {last_value:.3g} at step {last_step}); export its "
+        f"weights with --weights best"
     )

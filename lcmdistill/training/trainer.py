@@ -28,7 +28,7 @@ from lcmdistill.export.registry import write_trained_student
 from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.best import best_checkpoint_advice, keep_best
+from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, keep_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
 from lcmdistill.training.memory.estimate import Breakdown
@@ -374,6 +374,8 @@ class Trainer:
         if numbers:
             rmse = (f"{n} steps {numbers[f'val/rmse_{n}']:g}" for n in STEPS if f"val/rmse_{n}" in numbers)
             line += f"; RMSE to the teacher: {', '.join(rmse)}"
+        if comparison := compared_with_untrained(best_metric, history(self.folder, best_metric)):
+            line += f"; {comparison}"
         logger.info(line)
         if best_metric != "none":
             weights = student.averaged or student.trainable

@@ -10,7 +10,11 @@ from lcmdistill.evaluation.verdict import seconds, verdict
 
 
 def sweep_of(
-    student: dict[int, dict[str, float]], teacher: dict[int, dict[str, float]], own: float = 1.0, its: float = 1.0
+    student: dict[int, dict[str, float]],
+    teacher: dict[int, dict[str, float]],
+    own: float = 1.0,
+    its: float = 1.0,
+    images: int = 64,
 ) -> Results:
     """Results at guidance 4 with these numbers."""
     cells: dict[str, Any] = {}
@@ -20,9 +24,12 @@ def sweep_of(
                 "numbers": numbers,
                 "seconds_per_image": (own if sampler == "student" else its) * n,
             }
-    better = {"kid": "lower", "rmse": "lower", "ssim": "higher", "sharpness": "one"}
-    metrics = {name: {"better": better[name], "label": name.upper()} for name in next(iter(student.values()))}
-    return Results(Path(), {"steps": list(student), "guidance_scales": [4.0], "metrics": metrics}, cells)
+    better = {"kid": "lower", "kid_teacher": "lower", "rmse": "lower", "ssim": "higher"}
+    metrics = {
+        name: {"better": better.get(name, "one"), "label": name.upper()} for name in next(iter(student.values()))
+    }
+    info = {"steps": list(student), "guidance_scales": [4.0], "metrics": metrics, "images": images}
+    return Results(Path(), info, cells)
 
 
 TEACHER = {1: 1.138, 2: 0.55, 4: 0.196, 8: 0.119, 50: 0.095}
@@ -88,6 +95,58 @@ def test_a_teacher_closer_to_itself_at_8_steps_does_not_make_a_student_unusable(
     assert verdict(sweep_of(student, teacher)).headline == "2 steps are enough; 1 is not quite there."
     broken = {n: {"ssim": 0.12} for n in both}
     assert not verdict(sweep_of(broken, {n: {"ssim": s} for n, (_, s) in its.items()})).usable
+
+
+FINE = {"sharpness": 1.0, "saturation": 1.0, "diversity": 1.0, "ssim": 0.7, "kid_teacher": 0.01}
+
+
+def judged_alone(**numbers: float) -> Any:
+    """The verdict on a student with these numbers at every number of steps; its teacher is noise at few steps."""
+    teacher = {n: {**FINE, "ssim": 0.1 * n, "kid_teacher": 1.0 / n} for n in (1, 2, 4)}
+    return verdict(sweep_of({n: {**FINE, **numbers} for n in (1, 2, 4)}, {**teacher, 50: {**FINE, "ssim": 1.0}}))
+
+
+def test_a_student_of_pale_smears_is_not_usable_however_good_it_is_relative_to_its_own_best():
+    judged = judged_alone(sharpness=0.095, saturation=0.347, ssim=0.5)
+    assert judged.headline == "Not usable yet: at 4 steps, images are blurred and pale."
+    assert (judged.enough, judged.usable) == (None, False)
+    assert set(judged.grades.values()) == {"unusable"}
+    assert any("SHARPNESS 0.095 of the teacher's" in reason for reason in judged.reasons)
+    assert "Train longer" in judged.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "word"),
+    [
+        ({"sharpness": 0.3}, "blurred"),
+        ({"sharpness": 4.0}, "noisy or over-sharpened"),
+        ({"saturation": 0.4}, "pale"),
+        ({"saturation": 2.0}, "oversaturated"),
+        ({"diversity": 0.2}, "too similar to each other"),
+        ({"ssim": 0.05}, "unlike the teacher's"),
+        ({"kid_teacher": 0.6}, "of other content than the teacher's"),
+    ],
+)
+def test_each_limit_makes_a_student_unusable(numbers: dict[str, float], word: str):
+    judged = judged_alone(**numbers)
+    assert judged.headline == f"Not usable yet: at 4 steps, images are {word}."
+
+
+def test_unusable_steps_do_not_count_and_are_named():
+    student = {1: {**FINE, "sharpness": 0.2}, 2: FINE, 4: FINE}
+    teacher = {n: {**FINE, "ssim": 0.1 * n} for n in student}
+    judged = verdict(sweep_of(student, {**teacher, 50: FINE}))
+    assert judged.headline == "2 steps are enough; 1 is not usable."
+    assert judged.grades == {1: "unusable", 2: "enough", 4: "enough"}
+
+
+def test_kid_decides_nothing_with_few_images():
+    student, teacher = kids({1: 0.9, 2: 0.9, 4: 0.1}), kids(TEACHER)
+    assert verdict(sweep_of(student, teacher)).enough == 4
+    few = verdict(sweep_of(student, teacher, images=6))
+    assert few.enough == 1
+    assert not any("real images" in reason for reason in few.reasons)
+    assert any("With 6 images, small differences may be chance" in reason for reason in few.reasons)
 
 
 @pytest.mark.parametrize(

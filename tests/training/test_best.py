@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcmdistill.training.best import best_checkpoint_advice, best_of, history, keep_best, quality_warning
+from lcmdistill.training.best import (
+    best_checkpoint_advice,
+    best_of,
+    compared_with_untrained,
+    history,
+    keep_best,
+    quality_warning,
+)
 from lcmdistill.utils.checkpoint import BEST, load_best, prune, save_checkpoint
 from lcmdistill.utils.run_dir import checkpoints
 
@@ -59,6 +66,21 @@ def test_a_warning_is_reported_once(tmp_path: Path):
     assert [text is not None for text in warnings] == [False, False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "text"),
+    [
+        ("rmse_4", (0.9,), None),
+        ("rmse_4", (0.9, 0.8), "better than untrained since step 100"),
+        ("rmse_4", (0.9, 1.0, 0.8, 0.7), "better than untrained since step 200"),
+        ("rmse_4", (0.9, 0.8, 1.0, 0.7), "better than untrained since step 300"),
+        ("rmse_4", (1.05, 1.1, 1.15), "not better than untrained (rmse_4 1.05 at step 0, and 1.15 now)"),
+        ("ssim_4", (0.2, 0.3), "better than untrained since step 100"),
+    ],
+)
+def test_a_validation_is_compared_with_the_untrained_student(metric: str, values: tuple[float, ...], text: str | None):
+    assert compared_with_untrained(metric, validated(*values)) == text
+
+
 def test_the_best_weights_outlive_pruning(tmp_path: Path):
     run = tmp_path / "run"
     for i, values in enumerate([(0.9,), (0.9, 0.5), (0.9, 0.5, 0.6), (0.9, 0.5, 0.6, 0.4), (0.9, 0.5, 0.6, 0.4, 0.4)]):
@@ -75,11 +97,12 @@ def test_the_best_weights_outlive_pruning(tmp_path: Path):
 def test_the_end_of_a_run_names_an_earlier_best(tmp_path: Path):
     worse = written(tmp_path / "worse", "ssim_4", 0.2, 0.75, 0.7)
     assert best_checkpoint_advice(worse, "ssim_4") == (
-        "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); its weights "
-        f"are in {worse}/checkpoints/best"
+        "the best validation was at step 100 (ssim_4 0.75, and 0.7 at step 200); export its weights with --weights best"
     )
     assert best_checkpoint_advice(written(tmp_path / "good", "ssim_4", 0.2, 0.7, 0.75), "ssim_4") is None
-    assert (
-        best_checkpoint_advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") is None
-    )  # nothing was learned
+    assert best_checkpoint_advice(written(tmp_path / "bad", "ssim_4", 0.8, 0.7, 0.6), "ssim_4") == (
+        "no validation was better than that of the untrained student (ssim_4 0.8, and 0.6 at step 200); train longer, or use "
+        "a lower learning rate"
+    )
+    assert best_checkpoint_advice(written(tmp_path / "one", "ssim_4", 0.8), "ssim_4") is None
     assert history(worse, "none") == []

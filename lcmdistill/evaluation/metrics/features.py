@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.evaluation.metrics.base import Metric, center_square, eight_bit
+from lcmdistill.evaluation.metrics.base import TEACHER_REFERENCE, ImagePair, Metric, center_square, eight_bit
 from lcmdistill.utils.errors import RunError, UsageError
+
+MIN_KID_IMAGES = 50
+"images below which KID is not computed unasked, and decides nothing: it varies more by chance than between students"
 
 KID_BLOCK = 1000
 "images that are compared at once: the kernel matrix has this many rows and columns"
@@ -133,6 +136,31 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 32) -> Ten
     """Return the features of images in [0, 1], (N, 3, H, W) -> (N, F) on the CPU. The network's device computes them."""
     device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), images.device)
     return torch.cat([network(eight_bit(part).to(device)).cpu() for part in images.split(batch_size)])
+
+
+def kid_to_teacher_metric(network: nn.Module, name: str) -> Metric:
+    """Return KID to the teacher's own images at full steps, from the same prompts and the same start noise.
+
+    Args:
+        network: The feature network, on the device that computes it.
+        name: The feature network's name.
+    """
+    device = next(network.parameters()).device
+
+    def both(pair: ImagePair) -> Tensor:
+        parts = (pair.pixels, pair.reference_pixels)
+        return torch.cat([network(eight_bit(center_square(part)).to(device)) for part in parts], dim=1)
+
+    return Metric(
+        f"KID to the teacher ({name})",
+        "lower",
+        "Distance between the set of generated images and the teacher's, by features of their content; about 0 is equal.",
+        name,
+        TEACHER_REFERENCE,
+        both,
+        lambda features: kid(*features.chunk(2, dim=1)),
+        min_images=2,
+    )
 
 
 def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: str) -> Metric:
