@@ -65,8 +65,6 @@ def select_metrics(
         name = f"{len(real)} real images of {options.real}"
         metrics["kid"] = kid_metric(*network, features_of(network[0], real), name)
         key["real"] = [options.real, len(real), digest(real.mean((1, 2, 3)).tolist())]
-    elif options.features and not options.real:
-        raise UsageError("--features is for KID, which needs real images; specify them with --real")
     if options.inception is not None:
         metrics["fid"] = _fid(run, options.inception, options.real, count, device)
     if options.clip is not None:

@@ -29,14 +29,15 @@ Evaluated = Callable[..., Results]
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path, small_run: Path, small_features: Path) -> Evaluated:
+def evaluated(tmp_path: Path, small_run: Path, small_features: Path, image_folder: Path) -> Evaluated:
     """Evaluate a copy of the small run, tmp_path / name, with some options changed."""
 
     def evaluated(name: str = "run", **changes: Any) -> Results:
         run = tmp_path / name
         if not run.is_dir():
             shutil.copytree(small_run, run)
-        evaluate([run], EvaluationOptions(**{**OPTIONS, "features": small_features, **changes}))
+        given = {**OPTIONS, "features": small_features, "real": str(image_folder), **changes}
+        evaluate([run], EvaluationOptions(**given))
         found = read_results(run)
         assert found is not None
         return found
@@ -60,7 +61,7 @@ def test_a_sweep_has_a_point_for_each_combination(evaluated: Evaluated):
     assert full["sharpness"] == full["saturation"] == full["diversity"] == 1.0
     for cell in found.cells.values():
         assert cell["images"] == 5
-        assert set(cell["numbers"]) == {"rmse", "ssim", "sharpness", "saturation", "diversity", "kid"}
+        assert set(cell["numbers"]) == {"rmse", "ssim", "sharpness", "saturation", "diversity", "kid", "kid_teacher"}
         assert cell["seconds_per_image"] > 0
         assert cell["conditions"].startswith("batches of 5 on cpu, ")
     assert len(found.previews("student", 1, 4.0)) == 5
@@ -206,6 +207,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
         distill(resolve({}, {**settings, "run.device": "cpu"}))
         shutil.copytree(folder / "equal", folder / "broken")
         noise_weights(folder / "broken", 0.4)
+        patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
         for name in ("equal", "broken"):
             evaluate([folder / name], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
             results = read_results(folder / name)
@@ -214,7 +216,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("measure", ["rmse", "ssim", "sharpness", "saturation", "diversity", "kid"])
+@pytest.mark.parametrize("measure", ["rmse", "ssim", "sharpness", "saturation", "diversity", "kid", "kid_teacher"])
 def test_an_untrained_student_is_ranked_above_a_broken_one(ranked: tuple[Results, Results], measure: str):
     equal, broken = (results.number(measure, "student", 4) for results in ranked)
     assert equal is not None
@@ -261,6 +263,7 @@ def degraded(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathF
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("LCMDISTILL_CACHE", str(equal.parent / "cache"))
             patched.setattr(sweep, "student_latents", degraded_latents)
+            patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
             evaluate([run], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
         results = read_results(run)
         assert results is not None
@@ -278,9 +281,10 @@ def test_each_fault_is_found_by_its_own_metric(degraded: dict[str, Results], nam
     assert worst is not None
     assert len(others) == 3
     assert worst < 0.6 * min(others), numbers
-    words = {"blurred": "blurry", "washed_out": "washed out", "alike": "too similar to each other"}
+    words = {"blurred": "blurred", "washed_out": "pale", "alike": "too similar to each other"}
     reasons = " ".join(verdict(degraded[name]).reasons)
-    assert f"{words[name]} ({measure} {worst:g} of the teacher's)" in reasons
+    assert f"{words[name]} ({measure.capitalize()} {worst:g} of the teacher's)" in reasons
+    assert verdict(degraded[name]).headline.startswith("Not usable yet: at 4 steps, images are ")
 
 
 @pytest.mark.parametrize(
@@ -366,14 +370,17 @@ def test_impossible_metrics_are_refused_in_one_sentence(evaluated: Evaluated, op
 def test_runs_are_compared_with_the_same_real_images(small_run: Path, tmp_path: Path, image_folder: Path):
     each = evaluated_run(small_run)
 
-    def source(*data: str, real: str | None = None) -> str | None:
+    def source(*data: str, real: str | None = None, prompts: str | None = None) -> str | None:
         some = [
             EvaluatedRun(each.run, with_values(each.config, {"data.sources": (spec,)}), each.model) for spec in data
         ]
-        return real_source(some, EvaluationOptions(real=real))
+        return real_source(some, EvaluationOptions(real=real, prompts=prompts))
 
-    assert source("teacher", str(image_folder), "tiny") == str(image_folder)
+    assert source("teacher", str(image_folder), "tiny") == "tiny"
     assert source("teacher", "tiny", real="elsewhere") == "elsewhere"
+    # The prompts are not the captions of a user's own images.
+    assert source(str(image_folder)) is None
+    assert source("tiny", prompts="own.txt") is None
     # Nothing is downloaded and no command is run for a default.
     assert source("teacher", "https://example.invalid/a.tar", "pipe:cat a.tar", str(tmp_path / "gone")) is None
 
