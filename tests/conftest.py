@@ -73,7 +73,9 @@ def small_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, small_features: Path) -> Path:
+def evaluated_run(
+    tmp_path_factory: pytest.TempPathFactory, small_run: Path, small_features: Path, image_folder: Path
+) -> Path:
     """A copy of the small run with an evaluation of few images."""
     import shutil
 
@@ -87,7 +89,12 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory, small_run: Path, sma
         evaluate(
             [folder],
             EvaluationOptions(
-                steps=(1, 2), guidance_scales=(4.0, 2.0), num_images=3, features=small_features, device="cpu"
+                steps=(1, 2),
+                guidance_scales=(4.0, 2.0),
+                num_images=3,
+                features=small_features,
+                real=str(image_folder),
+                device="cpu",
             ),
         )
     return folder
