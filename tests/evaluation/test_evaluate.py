@@ -17,7 +17,6 @@ from lcmdistill.evaluation.metrics.base import ImagePair
 from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
 from lcmdistill.evaluation.results import Results, read_results
-from lcmdistill.evaluation.select import real_source
 from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.utils.errors import UsageError
 from tests.support.finished_runs import finished_run
@@ -365,24 +364,6 @@ def test_impossible_metrics_are_refused_in_one_sentence(evaluated: Evaluated, op
     with pytest.raises(Exception, match=message) as caught:
         evaluated(**options)
     assert "\n" not in str(caught.value)
-
-
-def test_runs_are_compared_with_the_same_real_images(small_run: Path, tmp_path: Path, image_folder: Path):
-    each = evaluated_run(small_run)
-
-    def source(*data: str, real: str | None = None, prompts: str | None = None) -> str | None:
-        some = [
-            EvaluatedRun(each.run, with_values(each.config, {"data.sources": (spec,)}), each.model) for spec in data
-        ]
-        return real_source(some, EvaluationOptions(real=real, prompts=prompts))
-
-    assert source("teacher", str(image_folder), "tiny") == "tiny"
-    assert source("teacher", "tiny", real="elsewhere") == "elsewhere"
-    # The prompts are not the captions of a user's own images.
-    assert source(str(image_folder)) is None
-    assert source("tiny", prompts="own.txt") is None
-    # Nothing is downloaded and no command is run for a default.
-    assert source("teacher", "https://example.invalid/a.tar", "pipe:cat a.tar", str(tmp_path / "gone")) is None
 
 
 def test_baked_guidance_cannot_be_changed(
