@@ -1,6 +1,7 @@
 """Shared fixtures: a small random Stable Diffusion, built from its real classes, and small real image folders."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,33 @@ def evaluated_run(
             ),
         )
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flops_counted_once() -> Iterator[None]:
+    """Count the FLOPs of each network once: a quarter of a small run. training/test_profiling tests the count itself."""
+    profiling = sys.modules.get("lcmdistill.training.profiling")  # not where no collected test trains
+    if profiling is None:
+        yield
+        return
+    count, counted = profiling.forward_flops, {}
+
+    def forward_flops(teacher: Any, size: Any) -> int:
+        key = type(teacher.network), repr(sorted(teacher.network.config.items())), repr(size)
+        if key not in counted:
+            counted[key] = count(teacher, size)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(profiling, "forward_flops", forward_flops)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the charts of reports, a quarter of a small run. The tests of the report override this fixture."""
+    if page := sys.modules.get("lcmdistill.report.page"):
+        monkeypatch.setattr(page, "to_svg", lambda chart, number: "<svg></svg>")
 
 
 @pytest.fixture(autouse=True)

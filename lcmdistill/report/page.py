@@ -5,10 +5,11 @@ the run was evaluated.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
@@ -28,6 +29,9 @@ from lcmdistill.training.best import best_checkpoint_advice, history, quality_wa
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import read_metrics
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 SUMMARY_ROWS = 3
 "prompts in the summary"
@@ -65,6 +69,12 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
         template: The name of a template in assets/report.
         values: The template's variables.
     """
+    return _templates().get_template(template).render(**values) + "\n"
+
+
+@cache
+def _templates() -> "Environment":
+    """Return the page templates, which share the style and the script of every page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -72,8 +82,8 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    assets = {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
-    return environment.get_template(template).render(**assets, **values) + "\n"
+    environment.globals |= {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    return environment
 
 
 def evaluation_summary(run: Path) -> str:
