@@ -1,9 +1,7 @@
-"""The command line. Every option is told in plain words; what it means is decided elsewhere, and imported late."""
+"""The command line: the application, its entry point, and `call`, which runs a command as a function."""
 
 import difflib
-import os
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Annotated, Any
@@ -11,18 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from lcmdistill import __version__
+from lcmdistill.cli._errors import PARSER_ERROR, parser_sentence, report_error
+from lcmdistill.cli._options import GroupedCommand
 from lcmdistill.cli.distill import distill, distill_lora
-from lcmdistill.cli.evaluate import evaluate, report
+from lcmdistill.cli.evaluate import evaluate
 from lcmdistill.cli.export import export
 from lcmdistill.cli.info import info
+from lcmdistill.cli.report import report
 from lcmdistill.cli.sample import sample
 from lcmdistill.training.signals import exit_on_sigterm
-from lcmdistill.utils.errors import UsageError, explain
-from lcmdistill.utils.logging import configure_console, discard_output
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.logging import configure_console
 from lcmdistill.utils.runtime import configure_process
-
-# The parser's errors are click's, or those of Typer's own copy of click: with the version of Typer.
-PARSER_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,17 +47,20 @@ def _options(
     """Distill a Stable Diffusion checkpoint into a student that generates images in 1 to 8 steps."""
 
 
-app.command()(distill)
-app.command("distill-lora")(distill_lora)
-app.command()(sample)
-app.command()(evaluate)
-app.command()(report)
-app.command()(export)
-app.command()(info)
+for name, command in {
+    "distill": distill,
+    "distill-lora": distill_lora,
+    "sample": sample,
+    "evaluate": evaluate,
+    "report": report,
+    "export": export,
+    "info": info,
+}.items():
+    app.command(name, cls=GroupedCommand)(command)
 
 
 def main() -> None:
-    """The console script: one sentence and an exit code for whatever goes wrong, a traceback only with --debug."""
+    """Run the console script: any failure is one sentence and an exit code, and a traceback with --debug."""
     configure_process()
     configure_console()
     try:
@@ -71,45 +72,8 @@ def main() -> None:
     except BaseException as error:
         if "--debug" in sys.argv[1:]:
             raise
-        if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
-            discard_output()
-            code = (
-                128 + 13
-            )  # as SIGPIPE ends a program, without a word: the reader, such as `head`, has closed the pipe
-        else:
-            code = _show(error) if isinstance(error, PARSER_ERROR) else _tell(*explain(error))
+        code = report_error(error)
     sys.exit(code or 0)
-
-
-def _show(error: Any) -> int:
-    """What the parser rejects, in one sentence; its several lines of help are for a command without arguments alone."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-        return error.exit_code
-    context = getattr(error, "ctx", None)
-    return _tell(f"{_sentence(error)}; see {context.command_path if context else 'lcmdistill'} --help", error.exit_code)
-
-
-def _sentence(error: Any) -> str:
-    """Return a parser's error as one sentence with the value that it got."""
-    said = " ".join(error.format_message().split()).rstrip(".")
-    said = said.replace(". Choose", "; choose").replace("Value error, ", "").replace(": Input should", ": it should")
-    cause = error.__cause__
-    given = cause.errors()[0]["input"] if hasattr(cause, "errors") else None
-    got = f", got {given!r}" if given is not None and repr(given) not in said else ""
-    return f"{said[0].lower()}{said[1:]}{got}"
-
-
-def _tell(sentence: str, code: int) -> int:
-    """Say what went wrong, once: of several processes that all met it, the first one says it."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # Where the first process fails too, the launcher ends this one meanwhile; an error of this one's own is told.
-        time.sleep(5)
-        sentence = f"process {rank}: {sentence}"
-    if not rank or code < 128:
-        print(f"Error: {sentence}" if code < 128 else sentence, file=sys.stderr)  # a signal is no error
-    return code
 
 
 def call(name: str, options: Mapping[str, Any]) -> Any:
@@ -146,7 +110,7 @@ def call(name: str, options: Mapping[str, Any]) -> Any:
     try:
         result = command.main(args=[*words, "--", *positional], standalone_mode=False)
     except PARSER_ERROR as error:
-        raise UsageError(_sentence(error)) from error
+        raise UsageError(parser_sentence(error)) from error
     if result == 130:
         raise KeyboardInterrupt
     return result

@@ -1,4 +1,4 @@
-"""The options of the training commands. Their texts, types and defaults are those of the settings in config/schema.py."""
+"""Options of the commands. Those of the training commands have the texts, types and defaults of config/schema.py."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from lcmdistill.config.presets import PresetName
 from lcmdistill.config.reference import help_text
@@ -33,10 +34,19 @@ PushToHub = Annotated[
 
 
 def finite(value: float | None) -> float | None:
-    """A number that is given must be one."""
+    """Return a guidance scale.
+
+    Raises:
+        UsageError: The value is infinite or NaN.
+    """
     if value is not None and not math.isfinite(value):
         raise UsageError(f"--guidance-scale is {value}; it must be a finite number")
     return value
+
+
+def with_name(run: Path) -> Path:
+    """Return the path of a run folder so that its last part is the folder's name, which "." is not."""
+    return run.resolve() if run.name in ("", "..") else run
 
 
 def one_of(registry: Iterable[str]) -> Any:
@@ -44,35 +54,14 @@ def one_of(registry: Iterable[str]) -> Any:
     return Literal[tuple(registry)]  # pyright: ignore[reportInvalidTypeForm]
 
 
-def _option(kind: Any, text: str, *names: str, panel: str | None = None) -> Any:
-    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=panel)]
+def _option(kind: Any, text: str, *names: str, group: str, metavar: str | None = None) -> Any:
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel=group, metavar=metavar)]
 
 
-# The settings that have an option, by help panel: {panel: (keys)}. Each command shows those of its kind of student.
-PANELS: dict[str, tuple[str, ...]] = {
-    "Model": ("teacher.model",),
-    "Data": ("data.sources", "data.prompts", "data.resolution", "data.buckets"),
-    "Method": ("objective.name", "objective.solver", "objective.guidance", "objective.skip"),
-    "LoRA": ("student.rank", "student.alpha", "student.target", "student.dropout", "student.target_modules"),
-    "Optimization": (
-        "optim.learning_rate",
-        "optim.max_train_steps",
-        "optim.batch_size",
-        "optim.gradient_accumulation_steps",
-    ),
-    "Run": (
-        "run.output",
-        "run.seed",
-        "run.precision",
-        "run.memory",
-        "run.device",
-        "run.report_to",
-        "run.push_to_hub",
-        "run.hub_private",
-    ),
-    "Advanced": (
-        "run.compile",
-        "run.profile",
+# The settings that have an option, by their group in --help: {group: (keys)}. Each command shows those of its kind of student.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Most used": ("teacher.model", "data.sources", "run.output", "optim.max_train_steps", "run.memory"),
+    "Model": (
         "teacher.revision",
         "teacher.variant",
         "teacher.prediction_type",
@@ -80,6 +69,12 @@ PANELS: dict[str, tuple[str, ...]] = {
         "teacher.clip_skip",
         "teacher.drop",
     ),
+    "Data": ("data.prompts", "data.resolution", "data.buckets"),
+    "Method": ("objective.name", "objective.solver", "objective.guidance", "objective.skip"),
+    "LoRA": ("student.rank", "student.alpha", "student.target", "student.dropout", "student.target_modules"),
+    "Optimization": ("optim.learning_rate", "optim.batch_size", "optim.gradient_accumulation_steps"),
+    "Run": ("run.seed", "run.precision", "run.device", "run.report_to", "run.push_to_hub", "run.hub_private"),
+    "Advanced": ("run.compile", "run.profile"),
 }
 
 RENAMED_OPTIONS = {
@@ -90,7 +85,7 @@ RENAMED_OPTIONS = {
 }
 "options that are not called as their setting"
 
-SETTINGS = {RENAMED_OPTIONS.get(key, key.split(".")[1]): key for keys in PANELS.values() for key in keys}
+SETTINGS = {RENAMED_OPTIONS.get(key, key.split(".")[1]): key for keys in GROUPS.values() for key in keys}
 "option -> the setting that it stands for"
 
 OBJECTIVE_TYPES: dict[str, Any] = {
@@ -99,6 +94,23 @@ OBJECTIVE_TYPES: dict[str, Any] = {
     "objective.guidance": Literal["baked", "free"],
     "objective.skip": int,
 }
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose --help lists its options by group, in plain text that reads the same in a terminal and in a pipe."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then each group of options in the order of GROUPS."""
+        groups: dict[str, list[Any]] = {"Arguments": [], **{name: [] for name in GROUPS}, "Options": []}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            name = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            if record := parameter.get_help_record(ctx):
+                groups[name].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
 
 
 def option_type(key: str) -> Any:
@@ -116,11 +128,15 @@ def setting_options(kind: str) -> dict[str, Any]:
     return {
         names[key]: Annotated[
             option_type(key),
-            typer.Option(help=help_text(key, OBJECTIVES.locations, kind), rich_help_panel=panel),
+            typer.Option(
+                help=help_text(key, OBJECTIVES.locations, kind),
+                rich_help_panel=group,
+                metavar="<str>..." if list in map(get_origin, get_args(option_type(key))) else None,
+            ),
         ]
-        for panel, keys in PANELS.items()
+        for group, keys in GROUPS.items()
         for key in keys
-        if panel != "LoRA" or kind == "lora"
+        if group != "LoRA" or kind == "lora"
     }
 
 
@@ -128,20 +144,21 @@ def training_options(kind: str) -> dict[str, Any]:
     """Return all options of a training command."""
     return {
         **setting_options(kind),
-        "preset": _option(
-            PresetName | None, "Published settings by name; --config and options override them.", panel="Run"
+        "dry_run": _option(
+            bool, "Check everything, print the settings and an estimate, and exit.", "--dry-run", group="Most used"
         ),
-        "config": _option(Path | None, "TOML file of settings; options override it.", panel="Run"),
+        "preset": _option(
+            PresetName | None, "Published settings by name; --config and options override them.", group="Run"
+        ),
+        "config": _option(Path | None, "TOML file of settings; options override it.", group="Run"),
         "set_": _option(
             list[str] | None,
-            "Any setting as section.key=value; repeatable. --dry-run prints all settings.",
+            "Any setting, such as optim.beta1=0.95; repeatable. --dry-run prints all settings.",
             "--set",
-            panel="Run",
+            group="Advanced",
+            metavar="SECTION.KEY=VALUE",
         ),
-        "dry_run": _option(
-            bool, "Check everything, print the settings and an estimate, and exit.", "--dry-run", panel="Run"
-        ),
-        "debug": Debug,
+        "debug": _option(bool, "Show the traceback when something fails.", "--debug", group="Advanced"),
     }
 
 

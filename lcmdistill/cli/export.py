@@ -19,32 +19,34 @@ else:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
-    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="Output format.")],
     output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"],
-        typer.Option(help="What the weights are cast to; diffusers-lora, peft and onnx are fp32."),
+        typer.Option(help="Data type of the written weights; diffusers-lora, peft and onnx are always fp32."),
     ] = "fp16",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Guidance baked into a single file (omega + 1).  [default: the run's own]", callback=finite),
+        typer.Option(
+            help="Guidance baked into a single file (omega + 1).  [default: the run's value]", callback=finite
+        ),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="onnx: int8 for the weights of matrix products and what they are multiplied with."),
+        typer.Option(help="onnx: dynamic int8 quantization of the weights and activations of matrix products."),
     ] = None,
     weights: Annotated[
-        Literal["last", "best"], typer.Option(help="Those of the run's end, or of its best validation.")
+        Literal["last", "best"], typer.Option(help="Final weights, or those of the best validation.")
     ] = "last",
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reload the file as its consumer does and compare.")
+        bool, typer.Option("--verify/--no-verify", help="Reload the written files as their consumer does, and compare.")
     ] = True,
     push_to_hub: PushToHub = None,
     private: Private = False,
     debug: Debug = False,
 ) -> Path:
-    """Write what a run made for diffusers, ComfyUI, A1111, peft or ONNX, and check that it reads back the same."""
+    """Export a run to diffusers, ComfyUI, A1111, peft or ONNX, and verify the written files."""
     from lcmdistill.export.registry import export as write_export
     from lcmdistill.hub import client as hub
     from lcmdistill.hub import publish

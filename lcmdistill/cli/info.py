@@ -13,7 +13,7 @@ def info(
     ],
     debug: Debug = False,
 ) -> None:
-    """Say what a model, a run or a LoRA is: family, prediction type, schedule, sizes, licence, and what made it."""
+    """Describe a model, a run or a LoRA: family, prediction type, schedule, sizes, license, and what created it."""
     from lcmdistill.report.info import describe
 
     rows = describe(model)

@@ -19,52 +19,54 @@ def sample(
         typer.Argument(help="Run folder, pipeline folder or hub id.  [default: the newest run under runs/]"),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--model", help="The same as MODEL: what the LoRAs of --lora are put on.")
+        str | None, typer.Option("--model", help="Base model for --lora (same as the MODEL argument).")
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA file or folder (kohya, diffusers, peft); repeatable: a style with an LCM-LoRA."),
+        typer.Option(
+            help="LoRA file or folder (kohya, diffusers, peft); repeatable, such as a style LoRA with an LCM-LoRA."
+        ),
     ] = None,
     lora_scale: Annotated[
-        list[float] | None, typer.Option(help="Weight of each --lora, in their order.  [default: 1]")
+        list[float] | None, typer.Option(help="Weight of each --lora, in order.  [default: 1]")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one per line.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=1000,
-            help="Network evaluations per image; 1 to 8 for a student.  [default: the method's, such as 4]",
+            min=1, max=1000, help="Sampling steps; students need 1 to 8.  [default: the method's, usually 4]"
         ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance in diffusers' convention (omega + 1).  [default: the run's own, else 8.5; with a LoRA 1]",
+            help="Guidance in diffusers' convention (omega + 1).  [default: the run's value, otherwise 8.5; 1 with a LoRA]",
             callback=finite,
         ),
     ] = None,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="What not to draw; for latent students of --guidance free, and of cd, ct and ict."),
+        typer.Option(help="Negative prompt. Only for students trained with --guidance free, or with cd, ct or ict."),
     ] = None,
     eta: Annotated[
         float | None,
-        typer.Option(help="gamma of TCD: the share of fresh noise in a step, 0 to 1.  [default: 0.3, of TCD students]"),
+        typer.Option(
+            help="Stochasticity of TCD (gamma): the share of fresh noise per step, 0 to 1.  [default: 0.3 for TCD students]"
+        ),
     ] = None,
     clip_skip: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Layers of CLIP to skip, as diffusers counts: 1 is A1111's clip skip 2, and 3 of SDXL.  "
-            "[default: the run's own]",
+            help="Number of CLIP layers to skip, counted as in diffusers: 1 is A1111's clip skip 2, or 3 for SDXL.  "
+            "[default: the run's value]",
         ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
     ] = 0,
-    num_images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     resolution: Annotated[
         int | None, typer.Option(min=8, help="Side of a square in pixels.  [default: the run's resolution]")
     ] = None,
@@ -74,9 +76,9 @@ def sample(
     height: Annotated[
         int | None, typer.Option(min=8, help="Image height in pixels.  [default: the run's resolution]")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Inpainting models: the image to paint into.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Inpainting models: an image, white where it is painted.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once; the images do not depend on it.")] = 4,
+    image: Annotated[Path | None, typer.Option(help="Inpainting models: the input image.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Inpainting models: the mask; white areas are repainted.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated at once; does not change the images.")] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
     device: Device = "auto",
     precision: Annotated[
@@ -96,7 +98,7 @@ def sample(
     from lcmdistill.utils.logging import progress
 
     if model and base:
-        raise UsageError("MODEL and --model say the same; give one of them")
+        raise UsageError("pass either MODEL or --model, not both")
     if len(lora_scale or ()) > len(lora or ()):
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
     if not all(math.isfinite(scale) for scale in lora_scale or ()):

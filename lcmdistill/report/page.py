@@ -82,7 +82,9 @@ def _templates() -> "Environment":
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    environment.globals |= {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    environment.globals |= {
+        name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")
+    }
     return environment
 
 

@@ -98,14 +98,12 @@ def _distill(
     config, is_main, world = requested, accelerator.is_main_process, accelerator.num_processes
     folder = Path(config.run.output or "")
     if finished(config):
-        check_run(config)
         if is_main:
             logger.info(f"{folder} is already finished ({config.optim.max_train_steps} steps); nothing to do")
         return folder
 
     # Check everything before anything is written.
     if is_main:
-        check_run(config)
         check_tracker(config.run.report_to)
         logger.info(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
     teacher = load_teacher(**asdict(config.teacher))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -153,12 +152,6 @@ def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, argum
     assert re.search(r"; see .*lcmdistill.* --help$", sentence(error))
 
 
-def test_a_bare_command_shows_the_help(command: Command) -> None:
-    code, _, told = command()
-    assert code == 2
-    assert all(name in told for name in ("Usage:", "distill-lora", "export"))
-
-
 def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for the launcher to end them; if it does not, the error is one that they alone have met."""
     waited: list[float] = []
@@ -268,21 +261,6 @@ def process(*arguments: str, **environment: str) -> tuple[subprocess.CompletedPr
         timeout=120,
     )
     return ended, time.monotonic() - began
-
-
-def test_help_is_told_at_once() -> None:
-    """Half a second of the processor's time, however busy the machine is."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended, _ = process("--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.returncode == 0
-    assert "distill" in ended.stdout
-    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 0.5
-    for name in ("distill", "sample"):
-        code = f"import sys; sys.argv = ['lcmdistill', '{name}', '--help']; from lcmdistill.cli import app; app()"
-        watch = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
-        ended = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
-        assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
 
 
 @pytest.mark.parametrize(

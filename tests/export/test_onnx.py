@@ -21,6 +21,7 @@ from lcmdistill.export.verify import network_output
 from lcmdistill.hub.model_card import put_export_card
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.finished_runs import finished_run
+from tests.support.teachers import build_teacher
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -31,13 +32,20 @@ OPTIONS: dict[str, Any] = {"dtype": "fp16", "guidance_scale": None, "verify": Tr
 
 
 @pytest.fixture(scope="module")
-def full_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(small_teacher, "full", tmp_path_factory.mktemp("full") / "run")
+def shallow_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with one cross-attention layer on the way down only: tracing takes seconds per layer."""
+    blocks = {"mid_block_type": None, "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    return build_teacher(tmp_path_factory.mktemp("shallow") / "shallow", **blocks)
 
 
 @pytest.fixture(scope="module")
-def lora_run(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(small_teacher, "lora", tmp_path_factory.mktemp("lora") / "run")
+def full_run(shallow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(shallow_teacher, "full", tmp_path_factory.mktemp("full") / "run")
+
+
+@pytest.fixture(scope="module")
+def lora_run(shallow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(shallow_teacher, "lora", tmp_path_factory.mktemp("lora") / "run")
 
 
 @pytest.fixture(scope="module")

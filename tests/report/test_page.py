@@ -285,11 +285,11 @@ def test_the_command_line_evaluates_and_reports(
     code, out, err = command("evaluate", "one", "two", *few)
     assert (code, err.count("Error")) == (0, 0)
     assert "student-02-g4" in out
-    assert "look at one/report.html" in out
-    assert "side by side: comparison.html" in out
+    assert "report: one/report.html" in out
+    assert "comparison: comparison.html" in out
     check_page(tmp_path / "comparison.html")
     (tmp_path / "one" / "report.html").unlink()
-    assert command("report", "one")[:2] == (0, "look at one/report.html, and the plots in one/README.md\n")
+    assert command("report", "one")[:2] == (0, "report: one/report.html, and the plots in one/README.md\n")
     assert (tmp_path / "one" / "report.html").is_file()
 
 
@@ -298,10 +298,10 @@ def test_the_output_of_a_comparison_is_checked_first(command: Command, small_run
         shutil.copytree(small_run, tmp_path / name)
     (tmp_path / "file").write_text("")
     for more, message in (
-        (["one", "two", "--output", "two"], "--output two is a folder; name a file, such as two/comparison.html"),
+        (["one", "two", "--output", "two"], "--output two is a folder; specify a file, such as two/comparison.html"),
         (["one", "two", "--output", "file/c.html"], "--output file/c.html cannot be created"),
         (["one", "--output", "c.html"], "--output is for several runs; the page of one is one/report.html"),
-        (["one", "./one"], "a run is named twice"),
+        (["one", "./one"], "a run is listed twice"),
     ):
         code, out, err = command("evaluate", *more)
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -323,7 +323,10 @@ def test_a_run_given_as_a_dot_keeps_its_name(
     [
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["report", "nowhere"], "nowhere is not a run folder"),
-        (["evaluate", "nowhere", "--steps", "a"], "--steps is 'a'; it must be numbers with commas, such as 1,2,4,8"),
+        (
+            ["evaluate", "nowhere", "--steps", "a"],
+            "--steps is 'a'; it must be comma-separated numbers, such as 1,2,4,8",
+        ),
         (["evaluate", "nowhere", "--steps", "0,1"], "--steps is '0,1'; each number must be from 1 to 1000"),
         (["evaluate", "nowhere", "--guidance-scale", ""], "--guidance-scale is ''; each number must be from 1 to 1000"),
         (["evaluate", "nowhere", "--guidance-scale", "nan"], "each number must be from 1 to 1000"),

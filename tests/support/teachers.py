@@ -58,24 +58,25 @@ def fill(module: Any, seed: int) -> None:
         parameter.data.copy_(is_gain + scale * draws)
 
 
-def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def build_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **unet_options: Any) -> Path:
     """A random SD-shaped pipeline of about 0.1M parameters at 16 px, saved as a diffusers folder."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     library: Any = diffusers  # whose annotations are narrower than what it takes
-    unet = library.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet_config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    unet = library.UNet2DConditionModel(**{**unet_config, **unet_options})
     vae = library.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -38,6 +38,15 @@ def tcd_lora(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, imag
     return distill(resolve({}, {**SMALL, **settings, "run.output": str(folder / "tcd-lora")}))
 
 
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, image_folder: Path) -> Path:
+    """The folder of a finished run with the settings of `train_run`. Tests read it only."""
+    folder = tmp_path_factory.mktemp("plain")
+    settings = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),)}
+    settings |= {"data.cache_dir": str(folder / "cache"), "run.output": str(folder / "run")}
+    return distill(resolve({}, {**SMALL, **settings}))
+
+
 @pytest.fixture
 def train_run(tmp_path: Path, train_settings: dict[str, Any]) -> Runner:
     """Run a small distillation into tmp_path / name. Keys are spelled with a double underscore."""

@@ -69,18 +69,29 @@ def test_an_excessive_learning_rate_ends_the_run(train_run: Runner) -> None:
         train_run(optim__learning_rate=1e30, optim__max_train_steps=6)
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
-    options = {"optim__batch_size": 2, "optim__gradient_accumulation_steps": 2, "optim__learning_rate": 1e-4}
-    one = train_run("one", **{**options, "optim__gradient_accumulation_steps": 4})
-    config = (one / "config.toml").read_text()
-    (tmp_path / "config.toml").write_text(config)
+def distill_with_two_processes(config: Path, output: Path) -> str:
+    """Run a configuration with half of its accumulation in two processes, and return their output."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "lcmdistill", "distill", "--config", str(tmp_path / "config.toml")]
-    command += ["--gradient-accumulation-steps", "2", "--output", str(tmp_path / "two")]
-    for _ in range(2):  # the second time it finds that it has finished
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert ended.returncode == 0, ended.stderr
-    assert "nothing to do" in ended.stdout
+    command = [*launch, "-m", "lcmdistill", "distill", "--config", str(config), "--output", str(output)]
+    ended = subprocess.run(
+        [*command, "--gradient-accumulation-steps", "2"], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_leave_a_finished_run_as_it_is(train_run: Runner, tmp_path: Path) -> None:
+    one = train_run("one", optim__batch_size=2, optim__gradient_accumulation_steps=4)
+    for _ in range(2):
+        output = distill_with_two_processes(one / "config.toml", tmp_path / "two")
+    assert "nothing to do" in output
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(train_run: Runner, tmp_path: Path) -> None:
+    options = {"optim__batch_size": 2, "optim__gradient_accumulation_steps": 4, "optim__learning_rate": 1e-4}
+    one = train_run("one", **options)
+    distill_with_two_processes(one / "config.toml", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
     for mine, its in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert [v or 0 for v in mine["loss_by_noise"]] == pytest.approx(

@@ -22,7 +22,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
-def stepped(run: Trainer, steps: int = 3) -> tuple[list[float], list[torch.Tensor]]:
+def stepped(run: Trainer, steps: int = 2) -> tuple[list[float], list[torch.Tensor]]:
     """The losses of a run's next steps, and what is trained after them."""
     losses = [float(loss) for loss, _ in itertools.islice(run.steps(), steps)]
     return losses, list(run.train_step.student.trainable.values())
@@ -49,7 +49,7 @@ def stepped(run: Trainer, steps: int = 3) -> tuple[list[float], list[torch.Tenso
 def test_work_ahead_gives_what_work_in_order_gives(own: Settings, speed_settings: Settings) -> None:
     if own.get("objective__name") in ("cd", "ct"):
         speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
-    own = {"optim__batch_size": 16, "optim__gradient_accumulation_steps": 2, **own}
+    own = {"optim__batch_size": 8, "optim__gradient_accumulation_steps": 2, **own}
     own |= {"optim__learning_rate": 1e-6}  # at which what rounding leaves does not grow
     run, again, whole = (built(speed_settings, **own) for _ in range(3))
     assert isinstance(run.order, Prefetcher)
@@ -88,8 +88,9 @@ def test_what_fails_while_it_is_asked_ahead_ends_the_step(speed_settings: Settin
         stepped(run)
 
 
-@pytest.mark.parametrize("target", ["ema", "live"])
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "lcf"])
+@pytest.mark.parametrize(
+    ("name", "target"), [*((name, "ema") for name in OBJECTIVES if name != "lcf"), ("lcm", "live"), ("ct", "live")]
+)
 def test_an_adapter_beside_its_target_s_learns_recomputed_or_not(
     name: str, target: str, speed_settings: Settings
 ) -> None:

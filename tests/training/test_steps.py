@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lcmdistill.config.schema import OptimConfig
+from lcmdistill.config.toml import read_toml
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, TeacherNetwork
 from lcmdistill.objectives import lcm
@@ -74,7 +75,7 @@ def gradient_norms() -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("limit", [1.0, 0.01, 0.0])
 def test_clipping_clips_what_the_optimiser_gets(train_run: Runner, gradient_norms: list[float], limit: float) -> None:
-    folder = train_run(optim__max_grad_norm=limit, optim__learning_rate=1e-6)
+    folder = train_run(optim__max_grad_norm=limit, optim__learning_rate=1e-6, optim__max_train_steps=2)
     told = [line["grad_norm"] for line in metrics(folder)]
     assert max(told) > 0.1  # so that there is something to clip
     expected = [min(norm, limit) if limit else norm for norm in told]
@@ -138,8 +139,8 @@ def test_captions_are_dropped_at_their_rate(
         return teacher_step(self, teacher, schedule, batch, rng)
 
     monkeypatch.setattr(LatentConsistency, "teacher_step", noting)
-    train_run(data__caption_drop=share, optim__batch_size=24)
-    assert len(dropped) == 4 * 24
+    train_run(data__caption_drop=share, optim__batch_size=24, optim__max_train_steps=2)
+    assert len(dropped) == 2 * 24
     assert low <= sum(dropped) / len(dropped) <= high
 
 
@@ -153,29 +154,28 @@ def test_the_target_is_the_student_s_moving_average(train_run: Runner) -> None:
         torch.testing.assert_close(target[name], 0.75 * start[name] + 0.25 * value)
 
 
-def test_a_run_leaves_global_random_state_alone_and_does_not_read_it(train_run: Runner) -> None:
-    first = train_run("first")
+def test_a_run_leaves_global_random_state_alone_and_does_not_read_it(train_run: Runner, plain_run: Path) -> None:
     state = torch.get_rng_state()
     torch.rand(7)
     moved = torch.get_rng_state()
-    assert_same(train_run("second"), first)
+    assert_same(train_run(), plain_run)
     assert torch.equal(torch.get_rng_state(), moved)
     torch.set_rng_state(state)
 
 
-def test_seeds_differ(train_run: Runner) -> None:
-    assert losses(train_run("a")) != losses(train_run("b", run__seed=1))
+def test_seeds_differ(train_run: Runner, plain_run: Path) -> None:
+    assert losses(plain_run) != losses(train_run(run__seed=1))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_runs_on_the_cpu(train_run: Runner, precision: str) -> None:
-    exact = losses(train_run("fp32"))
+def test_half_precision_runs_on_the_cpu(train_run: Runner, plain_run: Path, precision: str) -> None:
+    exact = losses(plain_run)
     half = losses(train_run(precision, run__precision=precision))
     assert half == pytest.approx(exact, rel=0.2)
     assert half != exact
 
 
-def test_a_run_leaves_everything_that_is_promised(train_run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train_run(
         optim__max_train_steps=5,
         run__validate_every=2,
@@ -221,12 +221,9 @@ def test_a_run_leaves_everything_that_is_promised(train_run: Runner, capsys: pyt
     assert re.search(r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left 0:00:00", told)
 
 
-def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(train_run: Runner, tmp_path: Path) -> None:
-    from lcmdistill.config.toml import read_toml
-
-    first = train_run("first")
-    again = distill(resolve(read_toml(first / "config.toml"), {"run.output": str(tmp_path / "again")}))
-    assert_same(first, again)
+def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(plain_run: Path, tmp_path: Path) -> None:
+    again = distill(resolve(read_toml(plain_run / "config.toml"), {"run.output": str(tmp_path / "again")}))
+    assert_same(plain_run, again)
 
 
 def test_nothing_is_drawn_for_validation_if_nothing_is_asked_for(train_run: Runner) -> None:
@@ -253,7 +250,7 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(train_run: Runner, m
 
 
 def test_a_line_of_metrics_tells_where_the_time_went(train_run: Runner) -> None:
-    folder = train_run(run__validate_every=2)
+    folder = train_run(run__validate_every=2, run__validation_prompts=("red heart",))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "loss" in line):
         phases = {key.removeprefix("seconds_"): value for key, value in line.items() if key.startswith("seconds_")}

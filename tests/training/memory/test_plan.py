@@ -145,7 +145,7 @@ def test_auto_plans_for_the_free_memory_of_a_gpu_and_not_on_a_cpu(
     assert not none.fits
 
 
-def test_a_planned_run_reports_its_plan_and_learns_the_same(
+def test_a_planned_run_reports_its_plan_learns_the_same_and_resumes_bit_for_bit(
     planned_run: PlannedRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A sum taken in other parts is rounded otherwise, which AdamW makes grow, on some processors to 1.2e-4 at its usual rate.
@@ -158,12 +158,8 @@ def test_a_planned_run_reports_its_plan_and_learns_the_same(
     assert said["optim.batch_size"] < 4
     assert "  optim.batch_size = " in told
     assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
-
-
-def test_a_planned_run_resumes_bit_for_bit(planned_run: PlannedRunner) -> None:
-    whole_run = planned_run("whole")
-    planned_run("parts", optim__max_train_steps=2)
-    assert_same(whole_run, planned_run("parts"))
+    planned_run("parts", **rate, optim__max_train_steps=2)
+    assert_same(capped, planned_run("parts", **rate))
 
 
 @pytest.mark.slow

@@ -1,0 +1,27 @@
+"""`lcmdistill report`."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcmdistill.cli._options import Debug, with_name
+
+logger = logging.getLogger(__name__)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, finished or not.")],
+    debug: Debug = False,
+) -> Path:
+    """Regenerate RUN/report.html (training, validation, evaluation) and the model card's plots."""
+    from lcmdistill.hub.model_card import update_run_card
+    from lcmdistill.report.card import write_card_plots
+    from lcmdistill.report.page import write_report
+
+    run = with_name(run)
+    page, has_plots = write_report(run), bool(write_card_plots(run))
+    card = f", and the plots in {run / 'README.md'}" if has_plots and update_run_card(run) else ""
+    logger.info(f"report: {page}{card}")
+    return page

@@ -1,0 +1,59 @@
+"""`--help`: instant, and grouped in plain text."""
+
+import re
+import resource
+import subprocess
+import sys
+
+from tests.support.teachers import Command
+from tests.support.training import ROOT
+
+
+def test_the_help_of_training_lists_its_options_by_group(command: Command) -> None:
+    """In plain text of 80 columns, the same in a pipe, with the options that most users need first."""
+    code, text, _ = command("distill", "--help")
+    assert code == 0
+    assert re.findall(r"^(\w.*):$", text, flags=re.MULTILINE) == [
+        "Most used",
+        "Model",
+        "Data",
+        "Method",
+        "Optimization",
+        "Run",
+        "Advanced",
+        "Options",
+    ]
+    first = text[text.index("Most used:") : text.index("Model:")]
+    assert re.findall(r"^  (--[a-z-]+)", first, flags=re.MULTILINE) == [
+        "--teacher",
+        "--data",
+        "--output",
+        "--max-train-steps",
+        "--memory",
+        "--dry-run",
+    ]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    assert "\nLoRA:\n" in command("distill-lora", "--help")[1]
+
+
+def test_a_bare_command_shows_the_help(command: Command) -> None:
+    code, _, told = command()
+    assert code == 2
+    assert all(name in told for name in ("Usage:", "distill-lora", "export"))
+
+
+def test_help_takes_half_a_second_and_no_torch() -> None:
+    """Half a second of the processor's time, however busy the machine is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "lcmdistill", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 0
+    assert "distill" in ended.stdout
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 0.5
+    for name in ("distill", "sample"):
+        code = f"import sys; sys.argv = ['lcmdistill', '{name}', '--help']; from lcmdistill.cli import app; app()"
+        watch = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+        ended = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
