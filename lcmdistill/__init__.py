@@ -7,7 +7,9 @@ The public API is one function per command of the command line, with the same na
     run = lcmdistill.distill(teacher="tiny", max_train_steps=20)
     images = lcmdistill.sample(run, steps=4, prompt="red apple, food")
 
-Importing this module does not import torch.
+Importing this module does not import torch. Every function raises `lcmdistill.utils.errors.UsageError` for what the caller
+can correct (an unknown option, a value that is not allowed, a folder that is not a run), `RunError` for another failure, and
+`Interrupted` after Ctrl-C, when everything is saved.
 """
 
 import sys
@@ -41,13 +43,7 @@ AnyPath = str | PathLike[str]
 
 
 def run(config: "RunConfig") -> Path:
-    """Run or resume the distillation that a configuration describes, and return the run folder.
-
-    Raises:
-        UsageError: The user can correct the configuration.
-        RunError: The run failed for another reason.
-        Interrupted: Ctrl-C or SIGTERM, after everything was saved.
-    """
+    """Run or resume the distillation that a configuration describes, and return the run folder."""
     import os
 
     from lcmdistill.hub.publish import publish_run
@@ -72,31 +68,13 @@ def distill(*, settings: Mapping[str, Any] | None = None, **options: Any) -> Pat
 
     Returns:
         The run folder. With dry_run=True nothing is trained, and the folder may not exist.
-
-    Raises:
-        UsageError: An option or setting is unknown, or has a value that is not allowed.
-        RunError: The run failed for another reason.
-        Interrupted: Ctrl-C, after everything was saved.
     """
-    return _call("distill", dict(**options, set=_assignments(settings)))
+    return _call("distill", settings=settings, **options)
 
 
 def distill_lora(*, settings: Mapping[str, Any] | None = None, **options: Any) -> Path:
-    """Train an LCM-LoRA for a teacher, like `lcmdistill distill-lora`. The same call resumes a run.
-
-    Args:
-        settings: Settings without an option of their own, such as {"optim.beta1": 0.95}.
-        **options: The options of `lcmdistill distill-lora --help` with underscores, such as teacher, rank or output.
-
-    Returns:
-        The run folder. With dry_run=True nothing is trained, and the folder may not exist.
-
-    Raises:
-        UsageError: An option or setting is unknown, or has a value that is not allowed.
-        RunError: The run failed for another reason.
-        Interrupted: Ctrl-C, after everything was saved.
-    """
-    return _call("distill-lora", dict(**options, set=_assignments(settings)))
+    """Train an LCM-LoRA for a teacher, like `lcmdistill distill-lora`. Called like `distill`, with rank, alpha and so on."""
+    return _call("distill-lora", settings=settings, **options)
 
 
 def sample(
@@ -123,12 +101,9 @@ def sample(
 
     Returns:
         The images in order, each with its `image` (a PIL image), `prompt` and `seed`.
-
-    Raises:
-        UsageError: The model cannot be found or loaded, or an option is unknown or has no effect on this model.
     """
-    named = {"model": model, "prompt": prompt, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-    return _call("sample", {**options, **named, "output": output})
+    options |= {"model": model, "prompt": prompt, "steps": steps, "guidance_scale": guidance_scale}
+    return _call("sample", **options, seed=seed, output=output)
 
 
 def evaluate(runs: AnyPath | Sequence[AnyPath], **options: Any) -> "list[Results]":
@@ -141,16 +116,13 @@ def evaluate(runs: AnyPath | Sequence[AnyPath], **options: Any) -> "list[Results
 
     Returns:
         The results of each run, in order.
-
-    Raises:
-        UsageError: A folder is not a finished run, or an option is unknown or has a value that is not allowed.
     """
-    return _call("evaluate", {**options, "runs": runs})
+    return _call("evaluate", runs=runs, **options)
 
 
 def report(run: AnyPath) -> Path:
     """Write the report of a run, finished or not, and return the path of its HTML page."""
-    return _call("report", {"run": run})
+    return _call("report", run=run)
 
 
 def export(run: AnyPath, *, format: str, output: AnyPath, **options: Any) -> Path:
@@ -164,12 +136,8 @@ def export(run: AnyPath, *, format: str, output: AnyPath, **options: Any) -> Pat
 
     Returns:
         The path that was written.
-
-    Raises:
-        UsageError: The run cannot be exported in this format, or an option is unknown or not allowed.
-        RunError: The written files do not give the run's values.
     """
-    return _call("export", {**options, "run": run, "format": format, "output": output})
+    return _call("export", run=run, format=format, output=output, **options)
 
 
 def info(model: AnyPath) -> dict[str, str]:
@@ -180,31 +148,16 @@ def info(model: AnyPath) -> dict[str, str]:
 
 
 def load_run(run: AnyPath) -> "RunConfig":
-    """Return the settings that a run folder records.
-
-    Raises:
-        UsageError: The folder is not a run, or its config.toml is not valid.
-    """
+    """Return the settings that a run folder records."""
     from lcmdistill.objectives.recorded import require_run_config
 
     return require_run_config(Path(run))
 
 
-def _assignments(settings: Mapping[str, Any] | None) -> list[str]:
-    """Return settings as the values of --set. Strings are written as they are, other values as TOML."""
-    import tomli_w
-
-    texts = {key: value if isinstance(value, str) else "none" for key, value in (settings or {}).items()}
-    for key, value in (settings or {}).items():
-        if value is not None and not isinstance(value, str):
-            texts[key] = tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
-    return [f"{key}={text}" for key, text in texts.items()]
-
-
-def _call(command: str, options: Mapping[str, Any]) -> Any:
+def _call(command: str, settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
     from lcmdistill.cli import call
 
-    return call(command, options)
+    return call(command, options, settings)
 
 
 def __getattr__(name: str) -> Any:

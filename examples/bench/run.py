@@ -48,7 +48,7 @@ from lcmdistill.training.distributed import make_accelerator
 from lcmdistill.training.prefetch import Prefetcher
 from lcmdistill.training.trainer import Trainer, make_trainer
 from lcmdistill.utils.atomic import write_text
-from lcmdistill.utils.device import compute_dtype, peak_memory, pick_device
+from lcmdistill.utils.device import GIB, compute_dtype, peak_memory, pick_device
 from lcmdistill.utils.runtime import thread_environment
 
 HERE = Path(__file__).parent
@@ -400,12 +400,12 @@ def table(found: dict[str, Any]) -> str:
     """A result as markdown."""
     if "rows" in found:
         lines = [
-            f"Peak memory, GB ({found['device']}):\n",
+            f"Peak memory, GiB ({found['device']}):\n",
             "| | batch | plain loop | lcmdistill | ratio |",
             "|---|---|---|---|---|",
         ]
         for name, kind, batch, one, other in found["rows"]:
-            cells = [f"{value / 1e9:.2f}" if value else "does not fit" for value in (one, other)]
+            cells = [f"{value / GIB:.2f}" if value else "does not fit" for value in (one, other)]
             cells.append(f"{other / one:.2f}" if one and other else "")
             lines.append(f"| {name} {kind} | {batch} | {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -413,11 +413,11 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['name']}, {found['device']}, {found['dtype']}, batch {found['batch']}, {found['rounds']} steps each in turn; "
         f"mean loss {mean['product']:.6f}, the plain loop's {mean['naive']:.6f}, at most {found['loss_apart']:.1e} apart:\n",
-        "| | samples/s | times the plain loop | of the matmul rate | peak memory, GB |",
+        "| | samples/s | times the plain loop | of the matmul rate | peak memory, GiB |",
         "|---|---|---|---|---|",
     ]
     for side, its in found["sides"].items():
-        cells = f"{its['samples_per_s']:.1f} | {its['ratio']:.2f} | {its['of_matmul']:.0%} | {its['peak'] / 1e9:.1f}"
+        cells = f"{its['samples_per_s']:.1f} | {its['ratio']:.2f} | {its['of_matmul']:.0%} | {its['peak'] / GIB:.1f}"
         lines.append(f"| {SIDES[side]} | {cells} |")
     names = [SIDES[side] for side in found["sides"]]
     lines += ["", f"| milliseconds of a step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]

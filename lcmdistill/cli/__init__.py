@@ -76,13 +76,14 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def call(name: str, options: Mapping[str, Any]) -> Any:
+def call(name: str, options: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
     """Call a command as a function, with the checks and defaults of its command line.
 
     Args:
         name: The command, such as "distill-lora".
         options: The value of each option or argument, by its name with underscores. None is the default; a sequence
             repeats the option.
+        settings: The values of --set, by setting.
 
     Returns:
         What the command returns.
@@ -107,6 +108,7 @@ def call(name: str, options: Mapping[str, Any]) -> Any:
             words += (parameter.opts if value else parameter.secondary_opts)[:1]
         else:
             words += [f"{parameter.opts[0]}={each}" for each in values]
+    words += [f"--set={key}={_toml(value)}" for key, value in (settings or {}).items()]
     try:
         result = command.main(args=[*words, "--", *positional], standalone_mode=False)
     except PARSER_ERROR as error:
@@ -114,6 +116,17 @@ def call(name: str, options: Mapping[str, Any]) -> Any:
     if result == 130:
         raise KeyboardInterrupt
     return result
+
+
+def _toml(value: Any) -> str:
+    """Return a value as --set takes it: strings as they are, None as "none", other values as TOML."""
+    import tomli_w
+
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
 
 
 def _public_name(parameter: Any) -> str:

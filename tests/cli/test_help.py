@@ -4,9 +4,11 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.support.teachers import Command
-from tests.support.training import ROOT
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_help_of_training_lists_its_options_by_group(command: Command) -> None:
