@@ -1,4 +1,4 @@
-"""Micro-batches of prepared samples: read ahead of the computation, and completed by a step's own draws."""
+"""Micro-batches of prepared samples: read ahead of the computation, then completed by the random draws of a step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,21 +16,25 @@ Read = tuple[Tensor, Tensor, Conditioning]
 "(mean, std, conditioning), as LatentDataset reads them"
 
 
-def read_ahead(dataset: LatentDataset, wanted: Iterable[Sequence[int]]) -> Iterator[Read]:
-    """What `dataset.read` gives of each of the wanted lists of indices; a thread reads the next while one is computed."""
-    # One core: with helpers of its own the threads would be more than the cores, and OpenMP puts all of them to sleep at once.
+def read_ahead(dataset: LatentDataset, index_lists: Iterable[Sequence[int]]) -> Iterator[Read]:
+    """Yield `dataset.read` of each list of indices. A thread reads the next one while the caller computes."""
+    # One OpenMP thread: with more, there are more threads than cores, and OpenMP suspends all of them at once.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         reading = None
-        for indices in chain(wanted, [None]):
+        for indices in chain(index_lists, [None]):
             done, reading = reading, None if indices is None else thread.submit(dataset.read, list(indices))
             if done is not None:
                 yield done.result()
 
 
 def batch_of(read: Read, rng: Rng, null: Conditioning, caption_drop: float) -> Batch:
-    """Latents drawn from their posteriors, on the rng's device; of a share of them the caption is the empty one.
+    """Return a batch on the rng's device: latents drawn from their posteriors, some with the empty prompt.
 
-    null: the empty prompt, B = 1; caption_drop: 0 to 1.
+    Args:
+        read: What `read_ahead` yields.
+        rng: The draws of the micro-batch.
+        null: The empty prompt, B = 1.
+        caption_drop: The fraction of captions that the empty prompt replaces, 0 to 1.
     """
     mean, std, cond = read
     mean, std = copy_to_device(mean, rng.device), copy_to_device(std, rng.device)

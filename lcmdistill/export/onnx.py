@@ -31,18 +31,27 @@ from lcmdistill.utils.errors import UsageError
 OPSET = 20
 
 BOUNDS = {None: 1e-4, "int8": 0.08}
-"""the largest difference allowed, as a part of the largest value, by what was quantized; the tiny teacher's int8 is off by
-.042, with weights of five bits by .11, with one wrong scale in its middle by .1"""
+"""The largest difference allowed, relative to the largest value, by quantization. In int8 the tiny teacher differs by .042;
+with weights of five bits it would differ by .11, with one wrong scale by .1."""
 
 BATCHES = (1, 2, 3)
 
 INT8_OPERATORS = ["MatMul", "Gemm"]
-"convolutions stay in fp32: onnxruntime's int8 ones took 3 to 10 times as long on a CPU, and were 4 times as far off"
+"Convolutions stay in fp32: in int8, onnxruntime took 3 to 10 times as long on a CPU, with 4 times the error."
 
 
 @dataclass(frozen=True)
 class Part:
-    """One graph. axes: the dynamic axes of each input; example: inputs for a batch and a size of latents."""
+    """One graph.
+
+    Attributes:
+        folder: Its folder in the export.
+        module: The module to trace.
+        config: The config to write next to the graph.
+        axes: The dynamic axes of each input.
+        outputs: The names of the outputs.
+        example: Returns inputs for a batch size and a size of latents.
+    """
 
     folder: str
     module: nn.Module
@@ -53,7 +62,7 @@ class Part:
 
 
 class Case(NamedTuple):
-    """Inputs of one graph, and what torch gives for them."""
+    """Inputs of one graph, and the outputs of torch for them."""
 
     folder: str
     inputs: Mapping[str, Tensor]
@@ -61,7 +70,7 @@ class Case(NamedTuple):
 
 
 class _UNet(nn.Module):
-    """added_cond_kwargs, a dict to diffusers, as plain inputs. Their order is that of `network_inputs`."""
+    """A U-Net with diffusers' added_cond_kwargs as plain inputs, in the order of `network_inputs`."""
 
     def __init__(self, family: TeacherFamily, unet: Any) -> None:
         super().__init__()
@@ -84,7 +93,7 @@ class _UNet(nn.Module):
 
 
 class _TextEncoder(nn.Module):
-    """outputs: the names of what it gives; "hidden_states.0" is the first layer's input."""
+    """A text encoder with named outputs; "hidden_states.0" is the input of the first layer."""
 
     def __init__(self, encoder: Any, outputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -113,7 +122,7 @@ def need_onnx() -> None:
 
 
 def parts_of(pipeline: Any, guidance_scale: float) -> list[Part]:
-    """U-Net, text encoders and VAE decoder of a diffusers pipeline, in fp32 on the CPU. guidance_scale: of the examples."""
+    """Return U-Net, text encoders and VAE decoder of a pipeline, in fp32 on the CPU. guidance_scale: of the examples."""
     family = family_of(pipeline)
     encoders = ((name, getattr(pipeline, name).float().eval()) for name in family.text_encoders)
     return [
@@ -160,24 +169,26 @@ def _vae_decoder(vae: Any) -> Part:
 
 
 def _sizes(unet: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two small sizes of latents that the U-Net can halve at each of its levels; the first is not square."""
+    """Return two small sizes of latents that the U-Net can halve at each level; the first is not square."""
     side = smallest_side(unet)
     return (side, 2 * side), (side, side)
 
 
 def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
-    """Write graphs, configs, tokenizer and scheduler into an existing folder.
+    """Write graphs, configs, tokenizer and scheduler into an existing folder, without the VAE encoder and a safety checker.
 
-    quantize: "int8" for int8 weights in every matrix product, quantized activations with them. A U-Net must have its LoRA
-    fused. The encoder of the VAE and a safety checker are left out.
+    Args:
+        pipeline: The pipeline; a LoRA must be merged into its U-Net.
+        folder: The folder.
+        quantize: "int8" for int8 weights and activations in every matrix product, otherwise None.
     """
     size = _sizes(pipeline.unet)[0]
     for part in parts_of(pipeline, 1.0):
         (folder / part.folder).mkdir()
-        with _quietly(), tempfile.TemporaryDirectory(dir=folder) as passing:
-            _trace(part, size, (Path(passing) if quantize else folder / part.folder) / "model.onnx")
+        with _quietly(), tempfile.TemporaryDirectory(dir=folder) as temporary:
+            _trace(part, size, (Path(temporary) if quantize else folder / part.folder) / "model.onnx")
             if quantize:
-                _to_int8(Path(passing) / "model.onnx", folder / part.folder / "model.onnx")
+                _to_int8(Path(temporary) / "model.onnx", folder / part.folder / "model.onnx")
         config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
         text = json.dumps(config, indent=2, sort_keys=True, default=list)
         (folder / part.folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -189,7 +200,7 @@ def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
 
 
 def _index(pipeline: Any) -> dict[str, Any]:
-    """model_index.json: optimum's class for this model; the parts are named for diffusers' OnnxStableDiffusionPipeline."""
+    """Return model_index.json: optimum's class for this model, and parts named as in diffusers' OnnxStableDiffusionPipeline."""
     import diffusers
 
     family, graph, absent = family_of(pipeline), ["diffusers", "OnnxRuntimeModel"], [None, None]
@@ -210,13 +221,16 @@ def _index(pipeline: Any) -> dict[str, Any]:
 
 
 def _tokenizers(pipeline: Any) -> list[str]:
-    """The names of a pipeline's tokenizers, one for each text encoder."""
+    """Return the names of a pipeline's tokenizers, one per text encoder."""
     return [name.replace("text_encoder", "tokenizer") for name in family_of(pipeline).text_encoders]
 
 
 @torch.no_grad()
 def _trace(part: Part, size: tuple[int, int], path: Path) -> None:
-    """Trace with a batch of 2: an axis of length 1 would be taken for a constant. Weights over 2 GB go to a file beside."""
+    """Trace a part with a batch of 2, because an axis of length 1 would become a constant.
+
+    Weights above 2 GB are written to a file next to the graph.
+    """
     inputs = part.example(2, size)
     if "timestep" in inputs:
         inputs["timestep"] = inputs["timestep"][:1]
@@ -236,7 +250,7 @@ def _trace(part: Part, size: tuple[int, int], path: Path) -> None:
 
 
 def _open_timestep(model: Any) -> None:
-    """Let `timestep` be (1,) or (B,): the graph broadcasts it to the batch, and only its declaration is too narrow."""
+    """Allow `timestep` of shape (1,) or (B,): the graph broadcasts it, and only the declared shape is too narrow."""
     import onnx_ir
 
     for value in model.graph.inputs:
@@ -253,14 +267,14 @@ def _to_int8(source: Path, path: Path) -> None:
         op_types_to_quantize=INT8_OPERATORS,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        reduce_range=True,  # weights of seven bits: eight overflow on processors without VNNI, and are 4 times as far off
+        reduce_range=True,  # 7-bit weights: 8-bit ones overflow on processors without VNNI, with 4 times the error
         use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
     )
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The exporter and the quantizer report on their own business; what goes wrong is raised all the same."""
+    """Silence the messages of the exporter and the quantizer. Errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "root", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     try:
@@ -276,7 +290,7 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def cases_of(pipeline: Any, guidance_scale: float) -> list[Case]:
-    """What every part of a pipeline gives in torch, at three batch sizes and two sizes of latents, in fp32."""
+    """Return the outputs of every part of a pipeline in torch, in fp32, at three batch sizes and two sizes of latents."""
     cases = []
     for part in parts_of(pipeline, guidance_scale):
         for batch in BATCHES:
@@ -288,9 +302,16 @@ def cases_of(pipeline: Any, guidance_scale: float) -> list[Case]:
 
 
 def verify_onnx(folder: Path, cases: Sequence[Case], quantize: str | None, what: object) -> str:
-    """Run each graph in onnxruntime; a sentence with the largest difference from torch, as a part of the largest value.
+    """Run each graph in onnxruntime, and return a sentence with the largest relative difference from torch.
 
-    cases: of the pipeline that it was made of, its LoRA, if any, on and not fused. Raises RunError above BOUNDS[quantize].
+    Args:
+        folder: The folder of the graphs.
+        cases: Of the exported pipeline, with its LoRA applied but not merged.
+        quantize: The quantization, which determines the bound.
+        what: The export, for messages.
+
+    Raises:
+        RunError: A difference is above BOUNDS[quantize].
     """
     import onnxruntime
 

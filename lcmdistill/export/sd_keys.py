@@ -1,9 +1,9 @@
 """The keys of the original Stable Diffusion checkpoints, derived from the configs of diffusers' modules.
 
-Dict of tensors in, dict of tensors out. A place says where a diffusers module lives in the original layout; a key takes
-its innermost module's place and keeps the rest of its name. Works on the meta device too.
+Dict of tensors in, dict of tensors out. A table of `places` maps diffusers modules to modules of the original layout. A key
+takes the place of its innermost module and keeps the rest of its name. This also works on the meta device.
 
-The names are those of CompVis' latent-diffusion (U-Net, VAE), OpenAI's CLIP as transformers has it, and OpenCLIP.
+The names are those of CompVis' latent-diffusion (U-Net, VAE), OpenAI's CLIP as in transformers, and OpenCLIP.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,18 +40,18 @@ OPENCLIP_LAYER = {
 }
 
 SD2_LAYERS_READ = 23
-"of the 24 layers in SD2's original file; diffusers' folders hold only these"
+"number of text encoder layers that are used, of the 24 in SD2's original file; diffusers' folders contain only these"
 
 
 def original_unet(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A UNet2DConditionModel's weights below `model.diffusion_model.`; config: its own. Raises RunError on a stray key."""
+    """Return the weights of a UNet2DConditionModel under `model.diffusion_model.`. config: of the same network."""
     return _placed(state, unet_places(config), "model.diffusion_model.")
 
 
 def original_vae(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """An AutoencoderKL's weights below `first_stage_model.`; config: its own. Raises RunError on a stray key."""
+    """Return the weights of an AutoencoderKL under `first_stage_model.`. config: of the same VAE."""
     tensors = _placed(state, vae_places(config), "first_stage_model.")
-    # The original's attention is made of 1x1 convolutions where diffusers has linear layers.
+    # The original attention consists of 1x1 convolutions, that of diffusers of linear layers.
     return {
         key: value[:, :, None, None] if ".attn_1." in key and value.ndim == 2 else value
         for key, value in tensors.items()
@@ -59,22 +59,31 @@ def original_vae(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def original_clip(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
-    """A CLIPTextModel's weights as SD1 and SDXL's first encoder have them; prefix: up to `transformer.` included.
+    """Return the weights of a CLIPTextModel as in SD1 and in SDXL's first encoder.
 
-    Written with the `text_model.` that some versions of transformers leave out of their own keys.
+    Args:
+        state: The weights. Some versions of transformers omit `text_model.` from their keys; the result has it.
+        config: The encoder's config.
+        prefix: The prefix of the keys, up to and including `transformer.`.
     """
     flat = _without_wrapper(state)
     tensors = _placed(
         flat, {name: name for name in ("embeddings", "encoder", "final_layer_norm")}, f"{prefix}text_model."
     )
     positions = flat["embeddings.position_embedding.weight"]
-    # A buffer of the original file; sd-scripts calls a file without it invalid, newer transformers do not keep it.
+    # A buffer of the original file. sd-scripts rejects a file without it, and newer transformers do not save it.
     ids = torch.arange(positions.shape[0], device=positions.device)[None]
     return {**tensors, f"{prefix}text_model.embeddings.position_ids": ids}
 
 
 def original_openclip(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
-    """A CLIP text model's weights as OpenCLIP names them: SDXL's second encoder; prefix: up to `model.` included."""
+    """Return the weights of a CLIP text model under OpenCLIP's names, as in SDXL's second encoder.
+
+    Args:
+        state: The weights.
+        config: The encoder's config.
+        prefix: The prefix of the keys, up to and including `model.`.
+    """
     fused = _fused_attention(_without_wrapper(state))
     tensors = _placed(fused, openclip_places(config.num_hidden_layers), prefix)
     projection = f"{prefix}text_projection"
@@ -84,15 +93,23 @@ def original_openclip(state: Mapping[str, Tensor], config: Any, prefix: str) -> 
 
 
 def original_sd2_text(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
-    """SD2's text encoder, with the last layer and the projection that its original file has and nothing reads.
+    """Return the weights of SD2's text encoder, with the unused last layer and projection of the original file.
 
-    Programs take the output of the layer before the last. diffusers drops the last one; in its place comes a layer of
-    zeros, which with its residual connections hands its input on unchanged. Raises UsageError above 23 layers.
+    Programs use the output of the second to last layer, and diffusers drops the last one. It is written as a layer of zeros,
+    which passes its input on unchanged through its residual connections.
+
+    Args:
+        state: The weights.
+        config: The encoder's config.
+        prefix: The prefix of the keys, up to and including `model.`.
+
+    Raises:
+        UsageError: The encoder has more than 23 layers.
     """
     layers = config.num_hidden_layers
     if layers > SD2_LAYERS_READ:
         raise UsageError(
-            f"the text encoder has {layers} layers, and of an SD2 file only the first {SD2_LAYERS_READ} are read"
+            f"the text encoder has {layers} layers, but programs read only the first {SD2_LAYERS_READ} of an SD2 file"
         )
     tensors = original_openclip(state, config, prefix)
     if layers == SD2_LAYERS_READ:
@@ -116,7 +133,7 @@ TEXT_STYLES: dict[str, Callable[[Mapping[str, Tensor], Any, str], dict[str, Tens
 
 
 def unet_places(config: Any) -> dict[str, str]:
-    """diffusers module -> original module, from the block types and the layers per block."""
+    """Return the place of each diffusers module, from the block types and the layers per block."""
     places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     places |= _inside("time_embedding", "time_embed", EMBEDDING) | _inside("add_embedding", "label_emb.0", EMBEDDING)
     places |= _inside("mid_block.resnets.0", "middle_block.0", RESNET)
@@ -126,7 +143,7 @@ def unet_places(config: Any) -> dict[str, str]:
 
 
 def _unet_down_places(config: Any) -> dict[str, str]:
-    """Input blocks are numbered through: one for each layer, and one for each downsampler."""
+    """Return the places of the input blocks, which are numbered consecutively: one per layer, one per downsampler."""
     places, number, kinds = {}, 0, config.down_block_types
     for i, layers in enumerate(_layers(config)):
         for j in range(layers):
@@ -141,7 +158,7 @@ def _unet_down_places(config: Any) -> dict[str, str]:
 
 
 def _unet_up_places(config: Any) -> dict[str, str]:
-    """Output blocks are numbered through, one for each layer; an upsampler is the last part of its block's last layer."""
+    """Return the places of the output blocks: one number per layer; an upsampler is the last part of its block's last layer."""
     places, number, kinds = {}, 0, config.up_block_types
     for i, layers in enumerate(reversed(_layers(config))):
         attends = kinds[i] == "CrossAttnUpBlock2D"
@@ -156,7 +173,7 @@ def _unet_up_places(config: Any) -> dict[str, str]:
 
 
 def vae_places(config: Any) -> dict[str, str]:
-    """diffusers module -> original module; the original counts the decoder's blocks from the image inwards."""
+    """Return the place of each diffusers module. The original counts the decoder's blocks from the image inwards."""
     places = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half in ("encoder", "decoder"):
         places |= _inside(half, half, {"conv_in": "conv_in", "conv_out": "conv_out", "conv_norm_out": "norm_out"})
@@ -176,7 +193,7 @@ def vae_places(config: Any) -> dict[str, str]:
 
 
 def openclip_places(layers: int) -> dict[str, str]:
-    """transformers' CLIP text module -> OpenCLIP's; two of the originals are bare tensors, hence the whole keys."""
+    """Return the OpenCLIP place of each CLIP text module. Two originals are bare tensors, hence the whole keys."""
     places = {
         "embeddings.token_embedding": "token_embedding",
         "embeddings.position_embedding.weight": "positional_embedding",
@@ -193,18 +210,22 @@ def _inside(module: str, original: str, parts: Mapping[str, str]) -> dict[str, s
 
 
 def _layers(config: Any) -> list[int]:
-    """The layers of each down block."""
+    """Return the number of layers of each down block."""
     layers = config.layers_per_block
     return [layers] * len(config.down_block_types) if isinstance(layers, int) else list(layers)
 
 
 def _placed(state: Mapping[str, Tensor], places: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
-    """Every tensor under its original key. Raises RunError if a key has no place, or two share one."""
+    """Return every tensor under its original key.
+
+    Raises:
+        RunError: A key has no place, or two keys share one.
+    """
     keys = {key: _original_key(key, places) for key in state}
-    stray = sorted(key for key, original in keys.items() if original is None)
-    if stray:
+    missing = sorted(key for key, original in keys.items() if original is None)
+    if missing:
         raise RunError(
-            f"{len(stray)} of {len(keys)} weights have no place in the original layout ({prefix}...), among them {stray[0]}"
+            f"{len(missing)} of {len(keys)} weights have no place in the original layout ({prefix}...), among them {missing[0]}"
         )
     tensors = {f"{prefix}{keys[key]}": value for key, value in state.items()}
     if len(tensors) < len(keys):
@@ -222,12 +243,12 @@ def _original_key(key: str, places: Mapping[str, str]) -> str | None:
 
 
 def _without_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's text keys without `text_model.`, which is there or not with the class and the version of transformers."""
+    """Return the keys without `text_model.`, which depends on the class and on the version of transformers."""
     return {key.removeprefix("text_model."): value for key, value in state.items()}
 
 
 def _fused_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value of every layer as the one `in_proj` of torch's MultiheadAttention, in this order."""
+    """Merge query, key and value of every layer into the `in_proj` of torch's MultiheadAttention, in this order."""
     projections = {key for key in state if key.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
     fused = {key: value for key, value in state.items() if key not in projections}
     for key in projections:

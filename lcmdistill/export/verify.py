@@ -1,4 +1,4 @@
-"""How far an export is from what it was made of: fixed inputs for every part of a pipeline, bounds, the comparison.
+"""Compare an export with the trained student: fixed inputs for every part of a pipeline, bounds, the comparison.
 
 Everything is computed in fp32 on the CPU. Shapes: B batch, C channels, h w latent size, L tokens, D width of the prompt's
 embedding, P of the pooled one, W of omega's.
@@ -18,11 +18,11 @@ from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import RunError
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""of the largest difference that passes, as a part of the reference's largest magnitude; half precisions round the weights
-(small models are off by up to .002 and .02), a weight in the wrong place is off by about 1"""
+"""The largest difference allowed, relative to the reference's largest magnitude. Half precision rounds the weights: small
+models differ by up to .002 (fp16) and .02 (bf16). A weight in the wrong place causes a difference of about 1."""
 
 Outputs = Mapping[str, Sequence[Tensor]]
-"part of a pipeline -> what it gives on fixed inputs"
+"part of a pipeline -> its outputs on fixed inputs"
 
 
 def network_inputs(
@@ -59,7 +59,7 @@ def network_inputs(
 
 
 def smallest_side(network: Any) -> int:
-    """The side of the smallest latents, in pixels of theirs, that leaves a U-Net's innermost level more than one."""
+    """Return the side of the smallest latents that leave more than one element per axis at a U-Net's innermost level."""
     return 2 ** len(network.config.get("block_out_channels", (0, 0)))
 
 
@@ -70,12 +70,12 @@ def network_output(family: TeacherFamily, network: Any, inputs: Mapping[str, Ten
 
 
 def network_outputs(family: TeacherFamily, network: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
-    """Return the network's outputs only, which is all that a LoRA changes."""
+    """Return the outputs of the network only, the one part that a LoRA changes."""
     return {"network": [network_output(family, network, network_inputs(family, network, guidance_scale))]}
 
 
 def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Tensor]]:
-    """Return outputs of a pipeline's network, of its VAE in both directions, and of its text encoders."""
+    """Return the outputs of a pipeline's network, VAE (both directions) and text encoders."""
     outputs = network_outputs(family_of(pipeline), network_of(pipeline), guidance_scale)
     if "vae" in pipeline.components:
         outputs["VAE"] = _vae_both_ways(pipeline.vae)
@@ -103,20 +103,27 @@ def _text_encoding(encoder: Any) -> list[Tensor]:
 
 
 def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference of some tensors, each as a part of the largest value that is expected of it."""
+    """Return the largest difference between tensors, each relative to the largest expected value."""
     pairs = zip(got, expected, strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)
 
 
 def check_close(got: Outputs, expected: Outputs, bound: float, what: object) -> str:
-    """A sentence with the largest difference, as a part of the largest value. Raises RunError above the bound.
+    """Return a sentence with the largest relative difference.
 
-    what: the file or folder that the outputs are of.
+    Args:
+        got: The outputs of the export.
+        expected: The outputs of the trained student.
+        bound: The largest difference allowed, relative to the largest expected value.
+        what: The exported file or folder, for messages.
+
+    Raises:
+        RunError: A difference is above the bound.
     """
-    off = {part: difference(got[part], values) for part, values in expected.items()}
-    for part, value in off.items():
+    differences = {part: difference(got[part], values) for part, values in expected.items()}
+    for part, value in differences.items():
         if not value <= bound:  # a NaN is above any bound
             raise RunError(
-                f"{what} does not give the trained model's output: its {part} is off by {value:.2g}, allowed is {bound:.2g}"
+                f"{what} does not reproduce the trained model: its {part} differs by {value:.2g} (allowed {bound:.2g})"
             )
-    return f"{what}: reloaded, largest difference {max(off.values()):.2g} of the largest value (allowed {bound:.2g})"
+    return f"{what}: reloaded, largest difference {max(differences.values()):.2g} of the largest value (allowed {bound:.2g})"

@@ -68,8 +68,8 @@ def sentence(error: str) -> str:
         (["--learning-rate", "nan"], "optim.learning_rate is nan; it must be a finite number"),
         (["--device", "gpu"], "unknown --device 'gpu'"),
         (["--device", "cuda:99"], "--device cuda:99 is not available: "),
-        (["--output", "thesis"], "--output thesis holds files that no run of lcmdistill made"),
-        (["--output", "file.txt"], "--output file.txt is a file; name a folder"),
+        (["--output", "thesis"], "--output thesis contains files that are not from lcmdistill"),
+        (["--output", "file.txt"], "--output file.txt is a file; specify a folder"),
         (["--output", "file.txt/x"], "--output file.txt/x cannot be created: "),
         (["--set", "student.kind=lora"], "student.kind is not for --set: distill trains a full student, distill-lora"),
         (
@@ -119,9 +119,7 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
     assert command(*options, "--max-train-steps", 1)[0] == 0
     code, _, error = command(*options, "--max-train-steps", 2, "--learning-rate", "3e-4")
     assert code == 2
-    expected = (
-        "out holds a run with optim.learning_rate = 0.001, and this command says 0.0003; repeat the first command"
-    )
+    expected = "out contains a run with optim.learning_rate = 0.001 (this command: 0.0003); use the original settings to resume"
     assert sentence(error).startswith(expected)
 
 

@@ -136,7 +136,7 @@ def test_a_run_at_the_teacher_s_own_resolution_resumes(
     assert "resuming from step-00000002" in told
     code, _, error = command(*options, "--resolution", 32, "--max-train-steps", 5)
     assert code == 2
-    assert "holds a run with data.resolution = 16, and this command says 32" in error
+    assert "contains a run with data.resolution = 16 (this command: 32)" in error
 
 
 def test_a_resolution_that_was_chosen_is_not_forgotten(
@@ -147,7 +147,7 @@ def test_a_resolution_that_was_chosen_is_not_forgotten(
     assert command(*options, "--resolution", 32, "--max-train-steps", 2)[0] == 0
     code, _, error = command(*options)
     assert code == 2
-    assert "holds a run with data.resolution = 32, and this command says 16" in error
+    assert "contains a run with data.resolution = 32 (this command: 16)" in error
 
 
 def test_values_are_put_in_by_their_names() -> None:

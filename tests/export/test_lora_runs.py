@@ -170,7 +170,7 @@ def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, mon
         return {k: v for k, v in whole(lora, dtype).items() if not k.endswith(".alpha")}
 
     monkeypatch.setattr(lora_files, "kohya_tensors", without_alpha)
-    with pytest.raises(RunError, match="does not give the trained model's output"):
+    with pytest.raises(RunError, match="does not reproduce the trained model"):
         exporting.export(lora_run, "kohya", tmp_path / "a.safetensors", dtype="fp32", guidance_scale=None, verify=True)
     assert not list(tmp_path.iterdir()), "a file that failed its check must not stay"
 
@@ -199,7 +199,7 @@ def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
         return {k: v * ("lora_up" not in k) for k, v in whole(lora, dtype).items()}
 
     monkeypatch.setattr(lora_files, "kohya_tensors", without_ups)
-    with pytest.raises(RunError, match="does not give the trained model's output"):
+    with pytest.raises(RunError, match="does not reproduce the trained model"):
         exporting.export(lora_run, "kohya", tmp_path / "lost.safetensors", **options)
 
 

@@ -177,7 +177,7 @@ def test_int8_is_smaller_and_stays_within_its_own_bound(
         assert quantized.stat().st_size < whole.stat().st_size
     # it really computes in int8: the fp32 bound does not hold
     cases = onnx_files.cases_of(load_trained_student(full_run).pipeline(), 4.0)
-    with pytest.raises(RunError, match="does not give the trained model's output"):
+    with pytest.raises(RunError, match="does not reproduce the trained model"):
         onnx_files.verify_onnx(output, cases, None, output)
 
 
@@ -249,7 +249,7 @@ def test_int8_of_a_trained_model_passes_and_a_broken_one_does_not(
             value.CopyFrom(onnx.numpy_helper.from_array(other, value.name))
     onnx.save(model, path)
     cases = onnx_files.cases_of(load_trained_student(trained_run).pipeline(), 4.0)
-    with pytest.raises(RunError, match="its unet is off by"):
+    with pytest.raises(RunError, match="its unet differs by"):
         onnx_files.verify_onnx(tmp_path / "broken", cases, "int8", "it")
 
 
@@ -315,6 +315,6 @@ def test_an_export_that_fails_its_check_leaves_nothing(
 
     monkeypatch.setattr(onnx_files, "write_onnx", other)
     monkeypatch.setitem(onnx_files.BOUNDS, None, 1e-12)
-    with pytest.raises(RunError, match=r"onnx does not give the trained model's output: its unet is off by .* 1e-12"):
+    with pytest.raises(RunError, match=r"onnx does not reproduce the trained model: its unet differs by .* 1e-12"):
         export.export(full_run, "onnx", tmp_path / "onnx", **OPTIONS)
     assert list(tmp_path.iterdir()) == []

@@ -177,7 +177,7 @@ def test_a_curriculum_is_as_long_as_the_run_and_keeps_its_length(
     assert require_run_config(folder).objective.curriculum_steps == 4
     method_run("ct", optim__max_train_steps=6)
     assert require_run_config(folder).objective.curriculum_steps == 4
-    with pytest.raises(UsageError, match=r"objective\.curriculum_steps = 4, and this command says 9"):
+    with pytest.raises(UsageError, match=r"objective\.curriculum_steps = 4 \(this command: 9\)"):
         method_run("ct", optim__max_train_steps=8, objective__curriculum_steps=9)
 
 

@@ -254,7 +254,7 @@ def test_a_run_is_not_resumed_on_other_data(train_run: Runner, image_folder: Pat
     before = result(folder)
     (data / "new.webp").write_bytes((data / "00.webp").read_bytes())
     with pytest.raises(
-        UsageError, match=r"was begun when --data .*data held something else: its files .* have changed"
+        UsageError, match=r"--data .*data or the teacher\'s weights changed .* since the run in .*run started"
     ):
         train_run(data__sources=(str(data),), optim__max_train_steps=6)
     assert result(folder) == before
@@ -301,14 +301,14 @@ def test_a_changed_setting_is_refused_by_name(
     train_run: Runner, plain_run: Path, changes: dict[str, Any], key: str
 ) -> None:
     before = (plain_run / "config.toml").read_bytes()
-    with pytest.raises(UsageError, match=re.escape(f"{plain_run} holds a run with {key} = ")):
+    with pytest.raises(UsageError, match=re.escape(f"{plain_run} contains a run with {key} = ")):
         train_run(str(plain_run), optim__max_train_steps=6, **changes)
     assert (plain_run / "config.toml").read_bytes() == before
 
 
 def test_a_schedule_with_an_end_cannot_be_made_longer(train_run: Runner) -> None:
     train_run(optim__lr_scheduler="linear")
-    with pytest.raises(UsageError, match=r"holds a run with optim\.max_train_steps = 4, and this command says 6"):
+    with pytest.raises(UsageError, match=r"contains a run with optim\.max_train_steps = 4 \(this command: 6\)"):
         train_run(optim__lr_scheduler="linear", optim__max_train_steps=6)
 
 

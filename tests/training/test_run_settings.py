@@ -21,14 +21,14 @@ def test_a_foreign_folder_is_refused(train_run: Runner, tmp_path: Path, content:
     name = "thesis.txt" if content is None else "config.toml"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text(content or "hello")
-    with pytest.raises(UsageError, match="holds files that no run of lcmdistill made"):
+    with pytest.raises(UsageError, match="contains files that are not from lcmdistill"):
         train_run()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
 def test_a_file_as_output_is_refused(train_run: Runner, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("hello")
-    with pytest.raises(UsageError, match="is a file; name a folder"):
+    with pytest.raises(UsageError, match="is a file; specify a folder"):
         train_run()
 
 

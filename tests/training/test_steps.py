@@ -184,7 +184,7 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
         run__validation_prompts=("grinning face", "red heart"),
     )
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".asked.json",
+        ".requested.json",
         ".data.json",
         ".finished",
         "README.md",

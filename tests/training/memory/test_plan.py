@@ -175,7 +175,7 @@ def test_a_run_can_resume_with_another_plan(planned_run: PlannedRunner) -> None:
 @pytest.mark.slow
 def test_another_global_batch_is_refused(planned_run: PlannedRunner) -> None:
     planned_run(optim__max_train_steps=2)
-    with pytest.raises(UsageError, match=r"holds a run with optim\.batch_size"):
+    with pytest.raises(UsageError, match=r"contains a run with optim\.batch_size"):
         planned_run(optim__batch_size=8)
 
 
