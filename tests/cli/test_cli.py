@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcmdistill import cli
+from lcmdistill.cli import _errors
 from lcmdistill.config.toml import read_toml
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import checkpoint, preflight
@@ -153,7 +153,7 @@ def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, argum
 def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for the launcher to end them; if it does not, the error is one that they alone have met."""
     waited: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(_errors.time, "sleep", waited.append)
     arguments = ["distill", "--data", "no-such-data"]
     monkeypatch.setenv("RANK", "0")
     first = sentence(command(*arguments)[2])

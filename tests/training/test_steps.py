@@ -184,9 +184,9 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
         run__validation_prompts=("grinning face", "red heart"),
     )
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".requested.json",
         ".data.json",
         ".finished",
+        ".requested.json",
         "README.md",
         "card.json",
         "checkpoints",
