@@ -4,7 +4,7 @@ from typing import Any
 
 from lcmdistill.config.schema import TargetKind
 
-# What a bare command means for a teacher known by name. Any other starts from the dataclasses' defaults and `Teacher.usual`.
+# Defaults of a teacher known by name. Any other teacher has those of the dataclasses and `Teacher.usual`.
 ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "data.sources": ("tiny",),
@@ -24,8 +24,8 @@ ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {
     "ssd1b": {"data.resolution": 1024},
 }
 
-# What `distill-lora` means on top of that, for any teacher and for one known by name. The public LoRA script keeps no EMA,
-# and the LCM-LoRA report fixes omega, which an adapter has no input for.
+# Additional defaults of `distill-lora`, for any teacher and for those known by name. The public LoRA script keeps no EMA,
+# and the LCM-LoRA report fixes omega, because an adapter has no input for it.
 LORA_DEFAULTS: dict[str, Any] = {
     "student.target": TargetKind.live,
     "objective.w_min": 7.5,

@@ -1,4 +1,4 @@
-"""The range of guidance that a run was trained with, in the paper's convention (omega) and in diffusers' (omega + 1)."""
+"""The range of guidance in training, in the paper's convention (omega) and in diffusers' (omega + 1)."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from lcmdistill.config.schema import RunConfig
 
 
 class OmegaRange(NamedTuple):
-    """The smallest and the largest omega of a run; diffusers' guidance_scale is one more."""
+    """The smallest and largest omega of a run; diffusers' guidance_scale is omega + 1."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class OmegaRange(NamedTuple):
 
 
 def omega_range(config: RunConfig) -> OmegaRange | None:
-    """Return the omegas of a run; None if its objective leaves guidance free, so that CFG acts on the student."""
+    """Return the range of a run; None if its objective does not distill guidance, so that CFG acts on the student."""
     objective = config.objective
     if getattr(objective, "guidance", None) == "free" or not hasattr(objective, "w_min"):
         return None

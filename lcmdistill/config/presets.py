@@ -1,4 +1,4 @@
-"""Published settings by name, told as differences against the defaults. No torch here."""
+"""Published settings by name, as differences from the defaults. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,14 +34,14 @@ class Preset:
     both: Mapping[str, Any] = field(default_factory=dict)
 
     def values(self, kind: str) -> Mapping[str, Any] | None:
-        """What the preset says to `distill` (kind "full") or `distill-lora` ("lora"); None if it is not for it."""
-        own = self.lora if kind == "lora" else self.full
-        return None if own is None else {**self.both, **own}
+        """Return the preset's settings for `distill` (kind "full") or `distill-lora` ("lora"), or None if it has none."""
+        values = self.lora if kind == "lora" else self.full
+        return None if values is None else {**self.both, **values}
 
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
-        "Luo et al. 2023, arXiv:2310.04378, 512 px; the batch of 72 is that of one process",
+        "Luo et al. 2023, arXiv:2310.04378, 512 px; the batch of 72 is per process",
         both={
             "objective.skip": 20,
             "objective.times": "all",
@@ -90,7 +90,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "lcm-lora": Preset(
-        "Luo et al. 2023b, arXiv:2311.05556; the learning rate, which it does not give, is the public script's",
+        "Luo et al. 2023b, arXiv:2311.05556; the learning rate, which it does not state, is that of the public script",
         lora={
             "objective.w_min": 7.5,
             "objective.w_max": 7.5,
@@ -102,7 +102,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "fast": Preset(
-        "a first look, of no paper: a fifth of the steps, and half the teacher's own drawing",
+        "a first look, not from a paper: a fifth of the steps, and half the steps for the teacher's images",
         both={
             "data.teacher_steps": 10,
             "optim.max_train_steps": 200,

@@ -63,7 +63,7 @@ def help_text(key: str, objectives: Mapping[str, str], kind: str = "full") -> st
 
 
 def settings_table(objectives: Mapping[str, str]) -> str:
-    """Return all settings as Markdown tables, a section each."""
+    """Return all settings as Markdown tables, one per section."""
     parts = []
     for section in ("teacher", "student", "objective", "data", "optim", "run"):
         rows = ["| Setting | Default | Description |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The configuration: one frozen tree, from defaults < preset < file < flags, and back to TOML. No torch: --help is instant."""
+"""Resolve the configuration, one frozen tree, from defaults < preset < file < flags. No torch, so that --help is instant."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,7 @@ from lcmdistill.utils.errors import UsageError
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """One --set argument, `section.key=value`. The value is TOML where it parses, else a string."""
+    """Parse a --set argument, `section.key=value`. The value is TOML if it parses, otherwise a string."""
     key, sign, value = text.partition("=")
     if not sign or "." not in key:
         raise UsageError(f"--set {text!r} is not of the form section.key=value, such as optim.learning_rate=1e-5")
@@ -32,11 +32,16 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def resolve(
     file: Mapping[str, Any], flags: Mapping[str, Any], preset: str | None = None, *, objectives: Mapping[str, Any]
 ) -> RunConfig:
-    """Defaults < the teacher's defaults < preset < file < flags, checked key by key and field by field.
+    """Return the configuration from defaults < the teacher's defaults < preset < file < flags, with every key checked.
 
-    file, flags: {"section.key": value}; preset: one of PRESETS; objectives: name -> class, the
-    registry of a layer above. Raises UsageError naming the key, what was got and what is
-    allowed.
+    Args:
+        file: {"section.key": value} of a config file.
+        flags: {"section.key": value} of the command line.
+        preset: A key of PRESETS.
+        objectives: {name: class}; the registry of a higher layer.
+
+    Raises:
+        UsageError: A key is unknown, or a value is not allowed.
     """
     chosen = {**file, **flags}
     name = choose("objective.name", str(chosen.pop("objective.name", RunConfig.objective_name)), tuple(objectives))
@@ -55,8 +60,8 @@ def resolve(
     if unknown:
         section, _, key = unknown[0].partition(".")
         if section == "objective" and any(key in {f.name for f in dataclasses.fields(o)} for o in objectives.values()):
-            own = ", ".join(f.name for f in dataclasses.fields(objectives[name]))
-            raise UsageError(f"objective.{key} is no setting of {name}, which has {own}")
+            known = ", ".join(f.name for f in dataclasses.fields(objectives[name]))
+            raise UsageError(f"objective.{key} is not a setting of {name}, which has {known}")
         if unknown[0] in RENAMED:
             raise UsageError(f"{unknown[0]} is now called {RENAMED[unknown[0]]}; rename it")
         raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
@@ -68,7 +73,7 @@ def resolve(
         )
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
     if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
-        raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; give it as --data")
+        raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; pass it as --data")
     if config.teacher.allow_pickle and "teacher.allow_pickle" not in flags:
         raise UsageError(
             "teacher.allow_pickle opens files that can run any code and is not taken from a file; add --set "
@@ -90,14 +95,14 @@ def _preset_values(preset: str | None, kind: str) -> Mapping[str, Any]:
 
 
 def preset_changes(flags: Mapping[str, Any], preset: str, *, objectives: Mapping[str, Any]) -> list[str]:
-    """What a preset says otherwise than the defaults do for the same teacher, objective and command: "key: old -> new"."""
-    about = {k: v for k, v in flags.items() if k in ("teacher.model", "objective.name", "student.kind")}
-    usual, said = (flatten(resolve({}, about, each, objectives=objectives)) for each in (None, preset))
-    return [f"{key}: {usual.get(key)} -> {value}" for key, value in said.items() if usual.get(key) != value]
+    """Return how a preset differs from the defaults of the same teacher, objective and command: "key: old -> new"."""
+    model = {k: v for k, v in flags.items() if k in ("teacher.model", "objective.name", "student.kind")}
+    usual, preset_values = (flatten(resolve({}, model, each, objectives=objectives)) for each in (None, preset))
+    return [f"{key}: {usual.get(key)} -> {value}" for key, value in preset_values.items() if usual.get(key) != value]
 
 
 def has_key(config: RunConfig, dotted: str) -> bool:
-    """Whether "section.key" is a setting of this run: objectives differ in theirs."""
+    """Return whether "section.key" is a setting of this run; objectives have different ones."""
     section, _, key = dotted.partition(".")
     return hasattr(getattr(config, section, None), key)
 
@@ -114,7 +119,7 @@ def keys_with(config: RunConfig, declared: str) -> set[str]:
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The same configuration with {"section.key": value} in place of its own."""
+    """Return a configuration with other values of some settings, {"section.key": value}."""
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         changed = dataclasses.replace(getattr(config, section), **{key: value})
@@ -131,13 +136,13 @@ def _defaults_of_run(folder: Path, objectives: Mapping[str, Any]) -> dict[str, A
     alias = {k: v for k, v in ALIAS_DEFAULTS.get(config.teacher.model, {}).items() if k != "data.sources"}
     inherited = ("data.resolution", "objective.w_min", "objective.w_max")
     recorded = {key: value for key, value in flatten(config).items() if key in inherited}
-    # The other methods that know guidance start from a teacher, and no teacher is a run's student.
+    # Other methods with guidance start from a teacher, and a run's student is not a teacher.
     return alias | recorded | ({"objective.guidance": "free"} if omega_range(config) is None else {})
 
 
 def _closest(dotted: str, sections: Mapping[str, type]) -> str:
     every = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
-    # A right key in a wrong section is the commonest slip, initials such as lr the next.
+    # The most common mistake is a right key in a wrong section; the next is initials, such as lr.
     key = dotted.split(".")[-1]
     near = [k for k in every if k.split(".")[1] == key]
     near = near or [k for k in every if "_" in k and "".join(w[0] for w in k.split(".")[1].split("_")) == key]
@@ -162,7 +167,7 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 
 def _check(config: RunConfig) -> None:
-    """Ranges that a type does not show."""
+    """Check what the types do not express."""
     if (memory := config.run.memory) not in ("auto", "off") and not _is_positive(memory):
         raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GiB, such as 12")
     for section, cls in SECTIONS.items():
@@ -173,14 +178,14 @@ def _check(config: RunConfig) -> None:
             f"student.alpha is {config.student.alpha:g}; it must be above 0: the update is scaled by alpha / r"
         )
     if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
-        raise UsageError(f"teacher.drop is {unknown[0]!r}; what can be left out is safety_checker")
+        raise UsageError(f"teacher.drop is {unknown[0]!r}; only safety_checker can be dropped")
     if getattr(config.objective, "guidance", None) == "free" and not config.data.caption_drop:
         raise UsageError(
-            "objective.guidance is free and data.caption_drop 0; drop some captions, such as 0.1, so that the empty prompt, "
-            "from which guidance pulls away, is trained too"
+            "objective.guidance is free and data.caption_drop is 0; set it to 0.1, for example, because guidance needs the "
+            "empty prompt to be trained too"
         )
     if not config.data.sources:
-        raise UsageError("data.sources is empty; name a folder, shards, or teacher")
+        raise UsageError("data.sources is empty; specify a folder, shards, or teacher")
     if config.data.prompts is not None and "teacher" not in config.data.sources:
         named = ", ".join(config.data.sources)
-        raise UsageError(f"--prompts is what --data teacher draws, and the data are {named}; add --data teacher")
+        raise UsageError(f"--prompts is for --data teacher, and the data are {named}; add --data teacher")

@@ -21,13 +21,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read ({error.strerror}); give an existing TOML file") from error
+        raise UsageError(f"--config {path} cannot be read ({error.strerror}); specify an existing TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise UsageError(f"{path}: {section!r} stands outside a section; sections are {known_sections()}")
+            raise UsageError(f"{path}: {section!r} is outside a section; sections are {known_sections()}")
         for key, value in values.items():
             if isinstance(value, dict):
                 raise UsageError(f"{path}: [{section}.{key}] is a table in a table; sections are not nested")

@@ -83,7 +83,7 @@ def render_card(
     grids = sorted((run / "samples").glob("step-*.png"))
     samples = [] if facts.family.in_pixels else sorted((run / "samples").glob("sample-*.png"))
     measured = _measured(run, config)
-    shown = [*grids[-1:], *samples, *(run / each["file"] for each in (measured or {}).get("plots", ()))]
+    pictures = [*grids[-1:], *samples, *(run / each["file"] for each in (measured or {}).get("plots", ()))]
     command = "" if export else f"lcmdistill sample {quote(public_path(run))} --steps {usage.steps}"
     if command and (facts.classes or not facts.family.in_pixels):
         command += f' --prompt "{facts.classes[0] if facts.classes else "a prompt"}"'
@@ -108,7 +108,7 @@ def render_card(
         guidance=_guidance(config, facts, exporter),
         settings=settings_to_toml(settings).strip(),
     )
-    return Card(f"{str(card).rstrip()}\n", {f"samples/{path.name}": path for path in shown})
+    return Card(f"{str(card).rstrip()}\n", {f"samples/{path.name}": path for path in pictures})
 
 
 def _run_export(config: RunConfig, run: Path, facts: SamplingFacts) -> tuple[str, str, str]:

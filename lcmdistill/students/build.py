@@ -32,11 +32,11 @@ def make_student(
         same_dropout: Whether the target has the student's dropout.
     """
     if config.kind == "lora":
-        return _lora(teacher, config, dtype, seed, checkpointing, same_dropout)
-    return _full(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
+        return _lora_student(teacher, config, dtype, seed, checkpointing, same_dropout)
+    return _full_student(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
 
 
-def _full(
+def _full_student(
     teacher: Teacher,
     config: StudentConfig,
     dtype: torch.dtype,
@@ -45,6 +45,7 @@ def _full(
     omega: Omega,
     same_dropout: bool,
 ) -> Student:
+    """Build a trainable copy of the teacher's network, and its EMA if the target is one."""
     add_omega = config.omega_init if omega == "input" else None
     network = full_student(teacher.network, add_omega, seed).to(teacher.network.device)
     if config.start == "scratch":
@@ -70,9 +71,10 @@ def _full(
     )
 
 
-def _lora(
+def _lora_student(
     teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool, same_dropout: bool
 ) -> Student:
+    """Add one or two adapters to the teacher's network; student, teacher and target are views of that network."""
     network = teacher.network.to(dtype).train()
     if checkpointing:
         # The backward pass recomputes with the adapter selected last, which is the student's in every objective.

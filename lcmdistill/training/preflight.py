@@ -210,17 +210,21 @@ def dry_run(config: RunConfig) -> None:
         f"the student, {'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
     )
     log_plan(plan or Plan(config, (), needed))
-    asked, forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)
+    forwards, seconds_forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)
     draws = config.data.teacher_cache_samples
-    of_teacher = 0 if draws else asked["teacher"]
+    by_teacher = 0 if draws else forwards["teacher"]
     # A backward pass takes twice as long as a forward pass.
-    seconds = forward * (3 * asked["student"] + of_teacher + asked["target"]) * config.optim.gradient_accumulation_steps
+    seconds = (
+        seconds_forward
+        * (3 * forwards["student"] + by_teacher + forwards["target"])
+        * config.optim.gradient_accumulation_steps
+    )
     if draws:
-        outputs = draws * asked["teacher"] * sum(report.kept for report in reports)
+        outputs = draws * forwards["teacher"] * sum(report.kept for report in reports)
         size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
         logger.info(
             f"cached teacher outputs: {outputs:,}, estimated to take "
-            f"{outputs / config.optim.batch_size * forward / 3600:.2f} h and {outputs * size / 1e9:.2f} GB on disk"
+            f"{outputs / config.optim.batch_size * seconds_forward / 3600:.2f} h and {outputs * size / 1e9:.2f} GB on disk"
         )
     hours = seconds * config.optim.max_train_steps / 3600
     logger.info(

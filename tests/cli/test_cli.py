@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lcmdistill import cli
 from lcmdistill.cli import _errors
 from lcmdistill.config.toml import read_toml
 from lcmdistill.teachers.loading import load_teacher

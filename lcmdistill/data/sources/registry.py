@@ -17,7 +17,7 @@ SOURCES = LazyRegistry(
         "folder": "lcmdistill.data.sources.image_folder:ImageFolder",
     }
 )
-"the sources, in the order in which they are asked whether a word is theirs"
+"the sources, in the order in which they try to parse a word"
 
 
 def make_source(

@@ -170,8 +170,8 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     student = _student(config, teacher, dtype)
     # With cached outputs the teacher is not on the device, unless a LoRA is on its weights.
     answered = config.data.teacher_cache_samples > 0
-    beside = [] if answered and config.student.kind == "full" else [student.teacher]
-    modules = nn.ModuleList([student.online, *beside, student.target])
+    teacher_network = [] if answered and config.student.kind == "full" else [student.teacher]
+    modules = nn.ModuleList([student.online, *teacher_network, student.target])
     trained, live = list(student.trainable.values()), Live()
     sizes = {"student": live.hold(trained), "target": live.hold(student.averaged.values())}
     sizes["frozen"] = live.hold([*modules.parameters(), *modules.buffers()])
@@ -180,7 +180,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     if answered:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
     objective = config.objective
-    if getattr(objective, "lpips_weights", None):  # its network is small beside the others
+    if getattr(objective, "lpips_weights", None):  # its network is small compared with the others
         objective = dataclasses.replace(objective, distance="l2", lpips_weights=None)
     with live, _fused_attention():
         if (
