@@ -1,9 +1,9 @@
-"""The yardstick: latent consistency distillation as the public example scripts do it, one plain loop, the same mathematics.
+"""The baseline: latent consistency distillation in one plain loop, like the public example scripts, with the same mathematics.
 
-Every image goes through the VAE, and every caption through the text encoder, at every step of every epoch; the teacher is
-asked twice; the EMA takes two launches a parameter; the loss is fetched at every step; frozen weights stay in fp32. A LoRA's
-teacher is a second U-Net. Nothing of lcmdistill's schedules, solvers, objectives and steps is used: only the way that a
-family's U-Net is called (`call`), and the draws that both sides are given, so that their losses can be compared.
+At every step, images go through the VAE and captions through the text encoder, the teacher runs twice, the EMA takes two
+kernel launches per parameter, and the loss is fetched. Frozen weights stay in fp32. The teacher of a LoRA is a second U-Net.
+It uses nothing of lcmdistill's schedules, solvers, objectives and steps. Shared are only the way that a family's U-Net is
+called (`call`), and the random draws, so that the losses can be compared.
 """
 
 import copy
@@ -24,9 +24,9 @@ Clock = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Draws:
-    """A step's samples and draws: pixels and captions, noise of the posterior and of diffusion, times, omega.
+    """The samples and draws of a step: pixels and captions, noise of the posterior and of diffusion, times, omega.
 
-    latents: what a VAE of random weights shall have answered.
+    latents: the latents to use instead of the output of a VAE with random weights.
     """
 
     pixels: Tensor
@@ -53,10 +53,10 @@ def naive_steps(
     dtype: torch.dtype,
     clock: Clock,
 ) -> Iterator[float]:
-    """Train, and yield each step's loss. lora: its rank, None for a full student with an EMA target."""
+    """Train, and yield the loss of each step. lora: the rank; None for a full student with an EMA target."""
     device = teacher.device
     config = {k: v for k, v in teacher.config.items() if k != "_use_default_values"}
-    with device:  # where weights are drawn the fastest
+    with device:  # where weights are initialized fastest
         student = type(teacher).from_config(config if lora else {**config, "time_cond_proj_dim": 256})
     student.load_state_dict(teacher.state_dict(), strict=False)
     if lora:
@@ -81,7 +81,7 @@ def naive_steps(
         scaled = (t.float() * 10.0)[:, None, None, None]
         return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
 
-    def ask(network: Any, z: Tensor, t: Tensor, c: dict[str, Tensor], w: Tensor | None) -> Tensor:
+    def run(network: Any, z: Tensor, t: Tensor, c: dict[str, Tensor], w: Tensor | None) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return call(network, z, t, c, w).float()
 
@@ -93,25 +93,25 @@ def naive_steps(
             c = encode(draws.captions)
             empty = {name: value.expand(len(latents), *value.shape[1:]) for name, value in null.items()}
         t, s, w = draws.t.to(device), draws.s.to(device), draws.omega.to(device)
-        told = None if lora else w
+        w_input = None if lora else w
         noisy = at(alphas, t) * latents + at(sigmas, t) * draws.noise.to(device)
         c_skip, c_out = boundary(t)
         with clock("student, forward and backward"):
-            eps = ask(student, noisy, t, c, told)
+            eps = run(student, noisy, t, c, w_input)
             x0 = (noisy - at(sigmas, t) * eps) / at(alphas, t)
             prediction = c_skip * noisy + c_out * x0
         with clock("teacher"), torch.no_grad():
-            answers = []
+            outputs = []
             for prompt in (c, empty):
-                eps = ask(teacher, noisy, t, prompt, None)
-                answers.append(((noisy - at(sigmas, t) * eps) / at(alphas, t), eps))
-            (x0_cond, eps_cond), (x0_null, eps_null) = answers
+                eps = run(teacher, noisy, t, prompt, None)
+                outputs.append(((noisy - at(sigmas, t) * eps) / at(alphas, t), eps))
+            (x0_cond, eps_cond), (x0_null, eps_null) = outputs
             omega = w[:, None, None, None]
             x0 = x0_cond + omega * (x0_cond - x0_null)
             eps = eps_cond + omega * (eps_cond - eps_null)
             earlier = at(alphas, s) * x0 + at(sigmas, s) * eps
         with clock("target"), torch.no_grad():
-            eps = ask(target, earlier, s, c, told)
+            eps = run(target, earlier, s, c, w_input)
             c_skip, c_out = boundary(s)
             goal = c_skip * earlier + c_out * (earlier - at(sigmas, s) * eps) / at(alphas, s)
         with clock("student, forward and backward"):
@@ -130,5 +130,5 @@ def naive_steps(
 
 @contextmanager
 def untimed(part: str) -> Iterator[None]:
-    """A clock that does not look."""
+    """Time nothing."""
     yield
