@@ -96,7 +96,7 @@ def product(name: str, device: torch.device, **more: Any) -> tuple[Trainer, Teac
 
 
 def images_and_draws(name: str, config: RunConfig, teacher: Teacher) -> Iterator[Draws]:
-    """Yield lcmdistill's samples and draws for the plain loop, which decodes images at every step; in full size, random images."""
+    """Yield lcmdistill's samples and draws for the plain loop, which decodes images at every step; random ones in full size."""
     seed, side, batch, schedule = config.run.seed, config.data.resolution, config.optim.batch_size, teacher.schedule
     size, members = 64, []
     if name == "tiny":
