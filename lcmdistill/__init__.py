@@ -81,7 +81,7 @@ def sample(
     model: AnyPath | None = None,
     *,
     prompt: str | Sequence[str] | None = None,
-    steps: int = 4,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     output: AnyPath = "samples",
@@ -92,7 +92,7 @@ def sample(
     Args:
         model: A run folder, a pipeline folder, a single file or a hub id. None is the newest run under runs/.
         prompt: One prompt or several. None uses a bundled list.
-        steps: The number of sampling steps.
+        steps: The number of sampling steps. None is the number of the method, usually 4.
         guidance_scale: The guidance scale in diffusers' convention. None is the scale that the run recommends.
         seed: The seed of the first image. The following images count up.
         output: The folder for the PNG files and grid.png.

@@ -34,9 +34,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="File of prompts, one per line.")] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=1000, help="Sampling steps; students need 1 to 8.  [default: the method's, usually 4]"
-        ),
+        typer.Option(min=1, max=1000, help="Sampling steps; students need 1 to 8.  [default: the method's, usually 4]"),
     ] = None,
     guidance_scale: Annotated[
         float | None,
