@@ -148,6 +148,25 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     assert header["modelspec.description"].startswith("TCD student distilled from small")
 
 
+def test_a_pcm_lora_is_sampled_by_plain_ddim(method_run: MethodRunner) -> None:
+    run = method_run("pcm", student__kind="lora", student__rank=4, objective__phases="2", optim__max_train_steps=1)
+    found = find_model(str(run))
+    assert (found.steps, found.is_baked, found.scheduler) == (2, True, "DDIMScheduler")
+    with safe_open(found.loras[0], framework="pt") as file:
+        header = file.metadata()
+    assert header["modelspec.usage_hint"].startswith("Euler sampler, 2 steps, CFG 1")
+    assert header["modelspec.description"].startswith("PCM-LoRA distilled from")
+    for student in (
+        load_student(found.path, torch.device("cpu"), found.loras, scheduler=found.scheduler),
+        load_student(str(found.teacher), torch.device("cpu"), found.loras),  # as --model BASE --lora FILE
+    ):
+        config = student.scheduler.config
+        assert type(student.scheduler).__name__ == "DDIMScheduler"
+        assert (config.timestep_spacing, config.set_alpha_to_one) == ("trailing", True)
+        student.scheduler.set_timesteps(2)
+        assert student.scheduler.timesteps.tolist() == [999, 499]
+
+
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_what_users_are_told_names_the_method_s_own_sampler(objective: str, kind: str) -> None:
