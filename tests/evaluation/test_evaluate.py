@@ -37,11 +37,23 @@ def evaluated(tmp_path: Path, small_run: Path, small_features: Path, image_folde
             shutil.copytree(small_run, run)
         given = {**OPTIONS, "features": small_features, "real": str(image_folder), **changes}
         evaluate([run], EvaluationOptions(**given))
-        found = read_results(run)
-        assert found is not None
-        return found
+        return results_of(run)
 
     return evaluated
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, small_run: Path, small_features: Path, image_folder: Path) -> Path:
+    """A copy of the small run that is evaluated with OPTIONS. Tests copy it or only read it."""
+    run = shutil.copytree(small_run, tmp_path_factory.mktemp("swept") / "run")
+    evaluate([run], EvaluationOptions(**OPTIONS, features=small_features, real=str(image_folder)))
+    return run
+
+
+def results_of(run: Path) -> Results:
+    results = read_results(run)
+    assert results is not None
+    return results
 
 
 def numbers_of(results: Results) -> dict[str, Any]:
@@ -49,8 +61,8 @@ def numbers_of(results: Results) -> dict[str, Any]:
     return {name: cell["numbers"] for name, cell in results.cells.items()}
 
 
-def test_a_sweep_has_a_point_for_each_combination(evaluated: Evaluated):
-    found = evaluated()
+def test_a_sweep_has_a_point_for_each_combination(swept: Path):
+    found = results_of(swept)
     expected = {f"student-{n:02d}-g{g}" for n in (1, 2) for g in (2, 4)} | {"teacher-50-g4", "teacher-50-g2"}
     expected |= {f"{sampler}-{n:02d}-g4" for sampler in ("teacher", "trailing") for n in (1, 2)}
     assert set(found.cells) == expected
@@ -66,20 +78,20 @@ def test_a_sweep_has_a_point_for_each_combination(evaluated: Evaluated):
     assert len(found.previews("student", 1, 4.0)) == 5
 
 
-def test_every_metric_is_described(evaluated: Evaluated):
-    kid = evaluated().metrics["kid"]
+def test_every_metric_is_described(swept: Path):
+    kid = results_of(swept).metrics["kid"]
     assert kid["label"] == "KID (small)"
     assert (kid["measured_on"], kid["published"]) == ("small, 8 features", "not comparable")
     assert kid["compared_with"].startswith("10 real images of ")
-    for name, metric in evaluated().metrics.items():
+    for name, metric in results_of(swept).metrics.items():
         assert metric["better"] in ("lower", "higher", "one")
         assert all(metric[key] for key in ("label", "description", "measured_on", "compared_with", "published")), name
 
 
 def test_a_second_sweep_generates_nothing_and_gives_the_same_numbers(
-    evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
+    evaluated: Evaluated, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    first = evaluated()
+    first = results_of(shutil.copytree(swept, tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "sweep.json"}
     for name in ("student_latents", "teacher_latents"):
         monkeypatch.setattr(sweep, name, lambda *args, **options: pytest.fail("generated again"))
@@ -108,8 +120,10 @@ def test_numbers_repeat_and_do_not_depend_on_the_batch_size(evaluated: Evaluated
     assert max(float((other - latents[0]).abs().max()) for other in latents[2:]) < 1e-4 * scale
 
 
-def test_an_interrupted_sweep_resumes(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    whole = numbers_of(evaluated("whole"))
+def test_an_interrupted_sweep_resumes(
+    evaluated: Evaluated, swept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    whole = numbers_of(results_of(swept))
     generate, calls = sweep.student_latents, []
 
     def cut_off(*args: Any, **options: Any) -> torch.Tensor:
@@ -158,14 +172,14 @@ def test_too_many_steps_are_refused_before_anything_is_generated(evaluated: Eval
         evaluated(steps=(2, 60))
 
 
+@pytest.mark.usefixtures("swept")
 def test_teacher_latents_serve_every_run(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch):
-    evaluated("one")
     monkeypatch.setattr(sweep, "teacher_latents", lambda *args, **options: pytest.fail("generated again"))
     evaluated("two")
 
 
-def test_other_weights_are_sampled_again(evaluated: Evaluated, tmp_path: Path):
-    first = numbers_of(evaluated())
+def test_other_weights_are_sampled_again(evaluated: Evaluated, swept: Path, tmp_path: Path):
+    first = numbers_of(results_of(shutil.copytree(swept, tmp_path / "run")))
     noise_weights(tmp_path / "run", 0.3)
     second = numbers_of(evaluated())
     assert second["teacher-50-g4"] == first["teacher-50-g4"]
@@ -209,9 +223,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
         patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
         for name in ("equal", "broken"):
             evaluate([folder / name], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
-            results = read_results(folder / name)
-            assert results is not None
-            found.append(results)
+            found.append(results_of(folder / name))
     return found[0], found[1]
 
 
@@ -264,9 +276,7 @@ def degraded(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathF
             patched.setattr(sweep, "student_latents", degraded_latents)
             patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
             evaluate([run], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
-        results = read_results(run)
-        assert results is not None
-        found[degrade.__name__] = results
+        found[degrade.__name__] = results_of(run)
     return found
 
 

@@ -2,10 +2,8 @@
 
 import base64
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -178,21 +176,20 @@ def assert_the_token_stayed_in_its_header(stub: StubHub) -> None:
 
 
 def test_a_training_uploads_its_lora_and_card(
-    stub: StubHub, tmp_path: Path, small_teacher: Path, image_folder: Path
+    online: StubHub,
+    tmp_path: Path,
+    small_teacher: Path,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "runs" / "mine"
-    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    environment = {key: value for key, value in os.environ.items() if key not in offline}
-    environment |= {"HF_ENDPOINT": stub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    environment |= {"HF_HOME": str(tmp_path / "hub"), "LCMDISTILL_CACHE": str(tmp_path / "cache")}
     words = ["distill-lora", *small(small_teacher, image_folder, run), "--rank", "4", "--push-to-hub", "me/my-lora"]
-    result = subprocess.run(
-        [sys.executable, "-m", "lcmdistill", *words], capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"uploaded: {stub.endpoint}/me/my-lora" in result.stdout
+    assert command(monkeypatch, *words) == 0
+    output, errors = capfd.readouterr()
+    assert f"uploaded: {online.endpoint}/me/my-lora" in output
 
-    (files,) = stub.repos.values()
+    (files,) = online.repos.values()
     assert sorted(files) == ["README.md", "mine.safetensors"]
     assert files["mine.safetensors"] == (run / "lora" / "mine.safetensors").read_bytes()
     card = files["README.md"].decode()
@@ -202,11 +199,11 @@ def test_a_training_uploads_its_lora_and_card(
     assert str(run) not in card.partition("## Configuration")[0]
 
     assert 'push_to_hub = "me/my-lora"' in (run / "config.toml").read_text()
-    asked = [request.path for request in stub.requests if request.headers.get("authorization")]
-    assert asked[:3] == ["/api/whoami-v2", "/api/models/me/my-lora", "/api/repos/create"]
-    assert "to me/my-lora, a new public repository (--private makes it private)" in result.stdout
-    assert_the_token_stayed_in_its_header(stub)
-    assert TOKEN not in result.stdout + result.stderr
+    paths = [request.path for request in online.requests if request.headers.get("authorization")]
+    assert paths[:3] == ["/api/whoami-v2", "/api/models/me/my-lora", "/api/repos/create"]
+    assert "to me/my-lora, a new public repository (--private makes it private)" in output
+    assert_the_token_stayed_in_its_header(online)
+    assert TOKEN not in output + errors
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
 

@@ -98,7 +98,8 @@ def test_a_clip_skip_that_cannot_be_is_refused(folders: dict[str, Path]) -> None
 def test_a_run_samples_with_the_layers_that_it_was_trained_with(
     kind: str, folders: dict[str, Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:
-    sets = [f"--set={key}={value}" for key, value in {**SMALL, "data.resolution": 32, "run.validate_every": 4}.items()]
+    settings = {**SMALL, "data.resolution": 32, "run.validate_every": 1, "run.validation_prompts": '["a cat"]'}
+    sets = [f"--set={key}={value}" for key, value in {**settings, "optim.max_train_steps": 1}.items()]
     name = "distill-lora" if kind == "lora" else "distill"
     rank = ["--rank", 2] if kind == "lora" else []
     base = [name, "--teacher", folders["sdxl"], "--data", image_folder, "--output", tmp_path / "run", *sets, *rank]
@@ -153,9 +154,8 @@ def test_a_safety_checker_goes_along_unless_it_is_dropped_by_name(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("latents have nothing to be checked")
 
-    sets = [
-        f"--set={key}={value}" for key, value in {**SMALL, "run.validate_every": 2, "data.teacher_steps": 1}.items()
-    ]
+    settings = {**SMALL, "run.validate_every": 1, "run.validation_prompts": '["a cat"]', "data.teacher_steps": 1}
+    sets = [f"--set={key}={value}" for key, value in {**settings, "optim.max_train_steps": 1}.items()]
     base = ["distill", "--teacher", checked, "--data", image_folder, "--data", "teacher", *sets]
     with monkeypatch.context() as patched:
         patched.setattr(StableDiffusionSafetyChecker, "forward", never)

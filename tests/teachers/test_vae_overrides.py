@@ -128,7 +128,10 @@ def test_what_is_no_vae_of_the_teacher_s_is_refused_in_one_sentence(
 def test_a_run_carries_its_vae_and_is_not_resumed_with_another(
     other: Path, small_teacher: Path, image_folder: Path, tmp_path: Path, command: Command
 ) -> None:
-    sets = [f"--set={key}={value}" for key, value in {**SMALL, "run.validate_every": 2}.items()]
+    sets = [
+        f"--set={key}={value}"
+        for key, value in {**SMALL, "run.validate_every": 4, "run.validation_prompts": '["a cat"]'}.items()
+    ]
     base = ["distill", "--teacher", small_teacher, "--data", image_folder, "--output", tmp_path / "run", *sets]
     code, _, error = command(*base, "--vae", other / "vae")
     assert (code, error) == (0, ""), error

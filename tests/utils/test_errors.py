@@ -30,7 +30,7 @@ def test_an_unknown_home_folder_is_named() -> None:
     assert (code, sentence) == (1, "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches")
 
 
-@pytest.mark.parametrize("arguments", ["--help", "info {run}", "info nothing-there"])
+@pytest.mark.parametrize("arguments", ["--help", "info {run}/pipeline", "info nothing-there"])
 @pytest.mark.parametrize(
     "surroundings",
     ["mkdir gone; cd gone; rmdir ../gone; {command}", "env -u HOME {command}", "{command} >&-", "{command} | true"],
