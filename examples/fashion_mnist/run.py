@@ -30,7 +30,7 @@ RUNS = {
 
 
 def run(*command: object) -> None:
-    """Run one step in a process of its own."""
+    """Run one step in a separate process."""
     print("$", *command, flush=True)
     done = subprocess.run([sys.executable, *map(str, command)], env=FASTER | QUIET | dict(os.environ))
     if done.returncode:
@@ -49,9 +49,9 @@ def main() -> None:
     package = () if a.package is None else ("--package", a.package)
     run(HERE / "data.py", *work, *package)
     run(HERE / "train_teacher.py", *work, *package, "--output", teacher, "--steps", a.teacher_steps)
-    for name, told in RUNS.items():
+    for name, options in RUNS.items():
         data = ("--data", a.work / "shards", "--output", a.work / name)
-        run("-m", "lcmdistill", "distill", "--teacher", teacher, *data, *TRAINING.split(), *told.split())
+        run("-m", "lcmdistill", "distill", "--teacher", teacher, *data, *TRAINING.split(), *options.split())
     results = ("--runs", *(a.work / name for name in RUNS), "--count", a.count, "--output", a.work / "results")
     run(HERE / "evaluate.py", *work, "--teacher", teacher, *results)
 

@@ -145,7 +145,7 @@ class Training:
         write_pipeline(self.average, self.a.output)
 
     def preview(self) -> None:
-        """A picture of what it draws, a column a class, beside the checkpoints."""
+        """Write a picture of samples, one column per class, next to the checkpoints."""
         pixels = draw(denoiser(self.average), torch.arange(len(LABELS)).repeat(4))
         rows = [[_image(pixels[len(LABELS) * i + j]) for j in range(len(LABELS))] for i in range(4)]
         grid(rows, columns=LABELS).save(self.folder / f"preview-{self.step:06d}.png")

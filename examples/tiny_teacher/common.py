@@ -68,7 +68,7 @@ class WeightAverage:
 
 
 def save_aside(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint beside its place, then move it there in one step."""
+    """Write a checkpoint under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
     torch.save(state, aside)

@@ -186,7 +186,7 @@ def _hash(salt: str, text: str) -> str:
 def main() -> None:
     """Fetch the images and write the shards and the held-out captions."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--work", type=Path, default=Path("work"), help="where packages and checkpoints are kept")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder for packages and checkpoints")
     parser.add_argument("--shards", type=Path, required=True, help="folder for the webdataset shards")
     parser.add_argument("--prompts", type=Path, required=True, help="file for the held-out captions")
     arguments = parser.parse_args()

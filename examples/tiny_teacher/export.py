@@ -40,7 +40,7 @@ def write_pipeline(
     _write_classic_tokenizer(folder / "tokenizer")
     for config in folder.glob("*/config.json"):
         _edit(config, _name_or_path=None)
-    # transformers loads what this says unless asked otherwise; diffusers loads the other parts in single precision.
+    # transformers loads in this dtype by default; diffusers loads the other parts in single precision.
     _edit(folder / "text_encoder" / "config.json", dtype="float32")
     for path in folder.glob("*/*.safetensors"):
         path.chmod(0o644)
@@ -54,7 +54,7 @@ def _prefix_text_keys(path: Path) -> None:
 
 
 def _write_classic_tokenizer(folder: Path) -> None:
-    """Add vocab.json, merges.txt, and the special tokens beside tokenizer.json, for older transformers."""
+    """Add vocab.json, merges.txt, and the special tokens next to tokenizer.json, for older transformers."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
@@ -67,5 +67,5 @@ def _write_classic_tokenizer(folder: Path) -> None:
 def _edit(path: Path, **changes: str | None) -> None:
     """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes
-    kept = {key: value for key, value in content.items() if key not in changes or value is not None}
-    path.write_text(json.dumps(kept, indent=2) + "\n")
+    merged = {key: value for key, value in content.items() if key not in changes or value is not None}
+    path.write_text(json.dumps(merged, indent=2) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # On a small machine: keep freed memory instead of giving it back after every step, and let waiting threads sleep
-# instead of spin, so that a training beside other work slows down by its share and not tenfold.
+# instead of spin, so that other load slows a training down by its share, not tenfold.
 FASTER = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
@@ -26,7 +26,7 @@ FASTER = {
 
 
 def run(script: str, *arguments: object) -> None:
-    """Run one step in a process of its own."""
+    """Run one step in a separate process."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, check=True, env=FASTER | os.environ)

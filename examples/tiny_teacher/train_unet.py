@@ -113,7 +113,7 @@ def sample(
 class Trainer:
     """The joint training of U-Net and text encoder, with checkpoints, previews, and exports.
 
-    It runs in one or more processes that draw their own parts of every batch and average their gradients: on few
+    It runs in one or more processes that sample their own parts of every batch and average their gradients: on few
     cores, processes of one thread each are faster than threads, which wait for each other after every operation.
     """
 
@@ -222,7 +222,7 @@ class Trainer:
         save_grid(to_uint8(images), 8, path)
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline folder beside its place, then move it there; files the folder had besides stay."""
+        """Write the pipeline folder under a temporary name, then move its files; other files of the folder stay."""
         aside = folder.with_name(folder.name + ".writing")
         shutil.rmtree(aside, ignore_errors=True)
         unet, text = self.averaged()
