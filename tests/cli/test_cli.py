@@ -101,13 +101,13 @@ def test_wrong_usage_ends_in_one_sentence(
     assert sentence(error).startswith(message)
 
 
-def test_cuda_that_is_not_there_is_told(command: Command, options: list[Any]) -> None:
+def test_missing_cuda_is_reported(command: Command, options: list[Any]) -> None:
     code, _, error = command(*options, "--device", "cuda")
     assert code == 2
     assert sentence(error) == "--device cuda is not available: torch finds no CUDA GPU; use --device cpu or auto"
 
 
-def test_an_output_that_cannot_be_written_is_told(
+def test_an_output_that_is_not_writable_is_reported(
     command: Command, options: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
@@ -151,7 +151,7 @@ def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, argum
     assert re.search(r"; see .*lcmdistill.* --help$", sentence(error))
 
 
-def test_of_several_processes_the_first_one_tells(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_of_several_processes_reports(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for the launcher to end them; if it does not, the error is one that they alone have met."""
     waited: list[float] = []
     monkeypatch.setattr(_errors.time, "sleep", waited.append)
@@ -266,7 +266,7 @@ def process(*arguments: str, **environment: str) -> tuple[subprocess.CompletedPr
     ("given", "expected"),
     [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
-def test_how_threads_wait_is_set_before_torch_makes_any(given: dict[str, str], expected: str | None) -> None:
+def test_the_spin_count_is_set_before_torch_is_imported(given: dict[str, str], expected: str | None) -> None:
     told = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     code = f"import os, sys; from lcmdistill import cli; cli.app = lambda **_: {told}; cli.main()"
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
@@ -276,7 +276,7 @@ def test_how_threads_wait_is_set_before_torch_makes_any(given: dict[str, str], e
 
 
 @pytest.mark.parametrize("offline", [pytest.param("1", marks=pytest.mark.slow), "0"])
-def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path, offline: str) -> None:
+def test_an_unreachable_hub_is_reported_within_seconds(tmp_path: Path, offline: str) -> None:
     arguments = ["distill", "--teacher", "owner/no-such-teacher", "--output", str(tmp_path / "out")]
     nowhere = {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     ended, seconds = process(*arguments, **nowhere)
@@ -350,7 +350,7 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     assert re.sub(r"(?m)^# .*\n", "", written).strip() == toml.strip()
 
 
-def test_a_dry_run_of_a_run_that_was_begun_says_so(command: Command, options: list[Any], tmp_path: Path) -> None:
+def test_a_dry_run_of_a_started_run_reports_it(command: Command, options: list[Any], tmp_path: Path) -> None:
     assert command(*options, "--max-train-steps", 1)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     code, told, _ = command(*options, "--dry-run")

@@ -85,7 +85,7 @@ def test_a_preset_can_leave_a_key_to_the_teacher() -> None:
     assert "objective.w_min" in resolve({}, {}, "paper").chosen
 
 
-def test_a_preset_is_told_as_a_difference(command: Command, small_teacher: Path, image_folder: Path) -> None:
+def test_a_preset_is_shown_as_a_difference(command: Command, small_teacher: Path, image_folder: Path) -> None:
     assert preset_changes({"student.kind": "lora"}, "lcm-lora") == []
     assert "optim.learning_rate: 1e-06 -> 8e-06" in preset_changes({"optim.learning_rate": 1.0}, "paper")
     assert "optim.learning_rate: 0.0001 -> 8e-06" in preset_changes({"teacher.model": "tiny"}, "paper")
@@ -103,7 +103,7 @@ def test_a_preset_is_told_as_a_difference(command: Command, small_teacher: Path,
     assert error.startswith("Error: --preset lcm-lora is not for distill; choose from paper, diffusers, fast")
 
 
-def test_a_teacher_s_resolution_is_its_own_where_nobody_chose(small_teacher: Path) -> None:
+def test_the_default_resolution_is_the_teacher_s(small_teacher: Path) -> None:
     teacher = load_teacher(str(small_teacher))
     assert teacher.usual["data.resolution"] == 16  # 8 latent pixels, a factor of 2
     bare, told = (resolve({}, {"teacher.model": str(small_teacher), **more}) for more in ({}, {"data.resolution": 512}))

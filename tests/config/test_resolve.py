@@ -230,7 +230,7 @@ def test_a_command_is_taken_from_the_command_line_only() -> None:
     assert resolve({}, dict([parse_assignment("data.sources=pipe:cat a.tar")])).data.sources == ("pipe:cat a.tar",)
 
 
-def test_prompts_are_for_the_teacher_s_own_draws() -> None:
+def test_prompts_are_for_the_teacher_s_own_images() -> None:
     with pytest.raises(UsageError, match="--prompts is for --data teacher, and the data are tiny, a; add --data"):
         resolve({}, {"data.prompts": "mine.txt", "data.sources": ["tiny", "a"]})
     with pytest.raises(UsageError, match="the data are tiny; add"):

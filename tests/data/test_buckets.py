@@ -159,7 +159,7 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
     assert len({cache_of(str(data), each, teacher, 0) for each in (config, *others)}) == 3
 
 
-def test_a_batch_of_a_bucket_is_told_its_sizes(folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
+def test_a_batch_of_a_bucket_has_its_sizes(folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
     """SDXL: original size as (height, width), crop as (top, left), and the bucket's size."""
     teacher = load_teacher(str(folders["sdxl"]))
     config = config_for(shapes_folder, tmp_path / "cache", buckets=("32x32", "40x24", "24x40"))
@@ -177,7 +177,7 @@ def test_a_batch_of_a_bucket_is_told_its_sizes(folders: dict[str, Path], shapes_
             assert np.abs(np.array([top, left]) - middle).max() <= 1
 
 
-def test_what_a_teacher_draws_stands_among_the_squares(
+def test_what_a_teacher_generates_counts_as_square(
     folders: dict[str, Path], shapes_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
@@ -334,7 +334,7 @@ def test_captions_that_are_cut_are_counted(family: str, tokens: int, folders: di
         assert f"3 captions are truncated to {tokens} tokens" in str(report)
 
 
-def test_a_long_prompt_is_told_once_when_sampling(small_run: Path, tmp_path: Path, command: Command) -> None:
+def test_a_long_prompt_is_reported_once_when_sampling(small_run: Path, tmp_path: Path, command: Command) -> None:
     base = ["sample", small_run, "--steps", 1, "--output", tmp_path / "out", "--prompt", "a cat"]
     assert "tokens" not in command(*base)[1]
     _, told, error = command(*base, "--prompt", "x" * 100, "--num-images", 3)

@@ -62,7 +62,7 @@ def test_a_source_is_encoded_once(
     assert (len(dataset), dataset.reports[0].kept, dataset.reports[0].rejected) == (10, 10, (("no image", 1),))
 
 
-def test_progress_is_told_within_a_chunk(
+def test_progress_is_reported_within_a_chunk(
     tmp_path: Path, teacher: Teacher, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "PIXELS_PER_BATCH", 4 * 16**2)
@@ -289,7 +289,7 @@ def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
     assert many.items() > few.items()
 
 
-def test_what_a_count_leaves_out_is_said(tmp_path: Path, spec: str) -> None:
+def test_what_a_count_excludes_is_reported(tmp_path: Path, spec: str) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for i in range(3):

@@ -35,7 +35,7 @@ EACH_ASKING = [
 
 
 @pytest.mark.parametrize(("name", "guidance"), EACH_ASKING)
-def test_a_kept_answer_is_the_teacher_s_own(name: str, guidance: str, speed_settings: Settings) -> None:
+def test_a_cached_teacher_output_equals_the_teacher_s(name: str, guidance: str, speed_settings: Settings) -> None:
     """At the same draws the loss is what the live teacher makes of it, but for the 11 bits that are kept."""
     own = {"objective__guidance": guidance}
     if name == "cd":
@@ -86,7 +86,7 @@ def test_every_epoch_meets_another_draw_and_then_the_first_again() -> None:
     assert cached_noise_index(1, range(4), 4, 6, 3) == [0, 0, 1, 1]
 
 
-def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
+def test_teacher_outputs_are_computed_once_for_every_omega_and_adapter(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built(speed_settings, data__teacher_cache_samples=2)
@@ -108,7 +108,7 @@ def test_answers_are_asked_once_and_serve_every_omega_and_adapters(
     assert len(list(folder.parent.iterdir())) == 5
 
 
-def test_answers_that_were_removed_while_they_were_asked_are_missed(
+def test_teacher_outputs_removed_during_caching_are_noticed(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked_in_vain(*given: Any, **told: Any) -> Path:
@@ -124,7 +124,7 @@ def test_answers_that_were_removed_while_they_were_asked_are_missed(
 
 
 @pytest.mark.parametrize("kind", ["latents", "answers"])
-def test_a_file_that_a_power_cut_left_short_is_made_anew(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
+def test_a_truncated_file_is_made_again(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
     told = {**speed_settings, "data.teacher_cache_samples": 1, "optim.max_train_steps": 1}
     distill(resolve({}, told))
     (file,) = Path(speed_settings["data.cache_dir"], kind).rglob("*.safetensors")
@@ -142,7 +142,7 @@ def test_a_dry_run_tells_what_asking_beforehand_takes(
     assert re.search(r"cached teacher outputs: 24,000, .* [\d.]+ h and 0.01 GB on disk", capsys.readouterr().out)
 
 
-def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_path: Path) -> None:
+def test_a_run_on_cached_teacher_outputs_resumes_bit_for_bit(speed_settings: Settings, tmp_path: Path) -> None:
     told = {**speed_settings, "data.teacher_cache_samples": 2, "optim.max_train_steps": 4, "run.checkpoint_every": 2}
     whole = distill(resolve({}, {**told, "run.output": str(tmp_path / "whole")}))
     for steps in (2, 4):
@@ -164,7 +164,7 @@ def test_a_run_on_kept_answers_resumes_to_the_bit(speed_settings: Settings, tmp_
         ({"data.teacher_cache_samples": -1}, "must be at least 0"),
     ],
 )
-def test_what_cannot_be_asked_beforehand_is_refused(told: Settings, said: str, speed_settings: Settings) -> None:
+def test_what_cannot_be_cached_is_refused(told: Settings, said: str, speed_settings: Settings) -> None:
     kept = {k: v for k, v in speed_settings.items() if "w_m" not in k or "objective.name" not in told}
     with pytest.raises(UsageError, match=said):
         distill(resolve({}, {**kept, "data.teacher_cache_samples": 2, **told}))

@@ -86,7 +86,7 @@ def test_a_verdict_follows_the_numbers(modules: Any, figure: str, place: int, ch
     assert not other
 
 
-def test_numbers_that_are_not_there_cannot_be_drawn(
+def test_missing_numbers_cannot_be_plotted(
     modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = modules

@@ -35,7 +35,7 @@ def loaded(name: str, folder: Path) -> Any:
     return pipeline
 
 
-def test_a_bare_call_draws_at_the_resolution_that_was_trained(
+def test_a_bare_call_generates_at_the_trained_resolution(
     small_teacher: Path, tmp_path: Path, image_folder: Path
 ) -> None:
     own = {"teacher.model": str(small_teacher), "data.sources": (str(image_folder),), "data.resolution": 24}
@@ -47,7 +47,7 @@ def test_a_bare_call_draws_at_the_resolution_that_was_trained(
 
 
 @pytest.mark.parametrize("name", ["DiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionPipeline"])
-def test_diffusers_loads_it_and_draws_in_few_steps(small_run: Path, name: str) -> None:
+def test_diffusers_loads_it_and_generates_in_few_steps(small_run: Path, name: str) -> None:
     pipeline = loaded(name, small_run / "pipeline")
     kind = "StableDiffusionPipeline" if name == "StableDiffusionPipeline" else "LatentConsistencyModelPipeline"
     assert type(pipeline).__name__ == kind

@@ -59,7 +59,7 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory, small_teacher: Path, imag
     return run
 
 
-def test_a_run_leaves_a_kohya_file_and_a_card(lora_run: Path):
+def test_a_run_writes_a_kohya_file_and_a_card(lora_run: Path):
     (path,) = (lora_run / "lora").glob("*.safetensors")
     tensors = load_file(path)
     assert all(key.startswith("lora_unet_") for key in tensors)
@@ -106,7 +106,7 @@ def test_the_code_on_a_card_runs(lora_run: Path, small_teacher: Path, tmp_path: 
         ("/opt/models/my model.safetensors", "my model.safetensors", None),
     ],
 )
-def test_others_are_told_a_name_and_a_licence_and_no_folder_of_this_machine(
+def test_published_files_have_a_name_and_a_license_and_no_local_path(
     lora_run: Path, tmp_path: Path, small_teacher: Path, alias: str, stands_for: str, licence: str | None
 ):
     alias = str(small_teacher) if alias == "small" else alias
@@ -230,7 +230,7 @@ def test_formats_that_a_lora_run_cannot_be(lora_run: Path, tmp_path: Path):
         exporting.export(lora_run, "pipeline", tmp_path / "a", dtype="fp16", guidance_scale=None, verify=True)
 
 
-def test_a_half_precision_pipeline_draws_without_naming_a_dtype(lora_run: Path, tmp_path: Path):
+def test_a_half_precision_pipeline_generates_without_a_dtype(lora_run: Path, tmp_path: Path):
     from diffusers import DiffusionPipeline
 
     exporting.export(lora_run, "fused", tmp_path / "half", dtype="fp16", guidance_scale=None, verify=True)
@@ -259,7 +259,7 @@ def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_
     assert find_model(str(run)).loras == (str(run / "lora" / "renamed.safetensors"),)
 
 
-def test_a_lora_beside_a_runs_own_is_not_drawn_with_it(lora_run: Path, tmp_path: Path):
+def test_another_lora_in_a_run_folder_is_not_used(lora_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(lora_run, run)
     for words, said in [
@@ -327,7 +327,7 @@ def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
     ],
 )
 @pytest.mark.parametrize("name", ["kohya", "diffusers-lora", "peft"])
-def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
+def test_a_lora_is_sampled_with_the_scheduler_of_its_header(
     first: str | None,
     second: str | None,
     own: str,
@@ -360,7 +360,7 @@ def test_a_lora_is_drawn_with_the_scheduler_that_its_header_names(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_best_validation_s_weights_are_exported_where_they_are_asked_for(
+def test_the_best_validation_s_weights_are_exported_on_request(
     kind: str, lora_run: Path, small_run: Path, tmp_path: Path, command: Command
 ):
     from lcmdistill.training.best import keep_best

@@ -143,9 +143,7 @@ def assert_close(got: Any, expected: torch.Tensor) -> None:
 @needs_onnx
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_lora_is_fused_and_diffusers_onnx_pipeline_draws_with_it(
-    lora_run: Path, lora_export: tuple[Path, str]
-) -> None:
+def test_a_lora_is_fused_and_diffusers_onnx_pipeline_generates(lora_run: Path, lora_export: tuple[Path, str]) -> None:
     from diffusers import OnnxStableDiffusionPipeline
 
     folder, product = lora_export[0], load_trained_student(lora_run)
@@ -285,7 +283,7 @@ def test_pictures_of_int8_are_those_of_fp32(trained_run: Path, int8_export: tupl
 
 
 @pytest.mark.parametrize("absent", ["onnx", "onnxscript", "onnxruntime"])
-def test_absent_packages_are_told_in_one_sentence(
+def test_missing_packages_are_one_sentence(
     absent: str, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, absent, None)

@@ -60,7 +60,7 @@ def test_every_export_gives_the_trained_output(
 
 
 @pytest.mark.parametrize("family", ["inpainting", "pixart", "pixel"])
-def test_what_is_a_pipeline_and_no_file(family: str, command: Command, tmp_path: Path) -> None:
+def test_a_pipeline_without_a_single_file_layout(family: str, command: Command, tmp_path: Path) -> None:
     build = build_pixel if family == "pixel" else FAMILY_BUILDERS[family]
     run = finished_run(build(tmp_path / "models" / "teacher"), "full", tmp_path / "run")
     words = ["export", run, "--format", "pipeline", "--output", tmp_path / "out", "--dtype", "fp32"]
@@ -76,7 +76,7 @@ def test_what_is_a_pipeline_and_no_file(family: str, command: Command, tmp_path:
 
 @each_family
 @pytest.mark.parametrize("kind", list(FORMATS))
-def test_a_single_file_tells_what_it_is(
+def test_a_single_file_states_what_it_is(
     family: str, kind: str, runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
 ) -> None:
     path = tmp_path / "my model.safetensors"
@@ -88,7 +88,7 @@ def test_a_single_file_tells_what_it_is(
     assert ("guidance 4 (omega 3) is baked in" in header["modelspec.usage_hint"]) == (kind == "full")
 
 
-def test_a_guidance_that_the_student_never_saw_is_told(
+def test_a_guidance_scale_outside_the_trained_range_is_reported(
     runs: dict[tuple[str, str], Path], tmp_path: Path, command: Command
 ) -> None:
     words = ["export", runs["sd1", "full"], "--format", "single-file", "--no-verify"]
@@ -147,7 +147,7 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
         ),
     ],
 )
-def test_what_cannot_be_exported_is_said_at_once(
+def test_what_cannot_be_exported_is_refused_at_once(
     kind: str, words: list[str], said: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").mkdir()
@@ -169,7 +169,7 @@ def stopped_by(number: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("name", ["fused", "kohya"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
+def test_a_stopped_export_leaves_nothing_that_looks_complete(
     name: str,
     number: signal.Signals,
     runs: dict[tuple[str, str], Path],
@@ -189,7 +189,7 @@ def test_an_export_that_is_stopped_leaves_nothing_that_looks_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "kohya"])
-def test_an_export_that_is_killed_leaves_nothing_that_looks_whole(
+def test_a_killed_export_leaves_nothing_that_looks_complete(
     name: str, runs: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     output = tmp_path / ("out.safetensors" if name == "kohya" else "out")

@@ -309,7 +309,7 @@ def test_a_token_that_the_hub_does_not_know_is_refused(online: StubHub, monkeypa
     assert "hf_another" not in str(caught.value)
 
 
-def test_a_hub_out_of_reach_is_told_in_one_sentence(online: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_sentence(online: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RunError, match=r"^--push-to-hub: cannot check the login at http://127.0.0.1:9: [^\n]+$"):
         hub.check_login("me/mine")

@@ -182,7 +182,7 @@ def test_an_end_is_any_step_up_to_s(schedule: NoiseSchedule) -> None:
 
 
 @on_a_skipping_grid
-def test_networks_are_asked_at_the_right_times_and_omega(objective: str) -> None:
+def test_networks_are_called_at_the_right_times_and_omega(objective: str) -> None:
     schedule = smooth_schedule(1000)
     asked = asked_of(objective, schedule, skip=50)
     ((t, w),), ((s, target_w),) = asked["student"], asked["target"]
@@ -201,7 +201,7 @@ def test_networks_are_asked_at_the_right_times_and_omega(objective: str) -> None
 
 
 @having["guidance"]
-def test_with_free_guidance_nobody_is_told_omega_and_the_teacher_is_asked_once(objective: str) -> None:
+def test_with_free_guidance_omega_is_absent_and_the_teacher_runs_once(objective: str) -> None:
     asked = asked_of(objective, smooth_schedule(1000), guidance="free")
     of_teacher, (student,), (target,) = asked["teacher"], asked["student"], asked["target"]
     assert student[1] is None

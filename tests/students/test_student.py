@@ -153,7 +153,7 @@ def dtypes_of(module: AutocastNetwork, call: Any) -> dict[str, torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_network_computes_in_the_dtype_and_answers_in_fp32(teacher: Teacher, dtype: torch.dtype) -> None:
+def test_each_network_computes_in_the_dtype_and_returns_fp32(teacher: Teacher, dtype: torch.dtype) -> None:
     student, (z, t, c) = student_of(teacher, dtype), inputs()
     assert {p.dtype for p in student.teacher.parameters()} == {dtype}
     assert {p.dtype for p in student.online.parameters()} == {torch.float32}  # master weights

@@ -129,7 +129,7 @@ def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: in
 
 
 @each_family
-def test_the_network_is_asked_as_the_pipeline_asks_it(family: str, folders: dict[str, Path]) -> None:
+def test_the_network_is_called_like_the_pipeline_calls_it(family: str, folders: dict[str, Path]) -> None:
     teacher = load_teacher(str(folders[family]))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
@@ -282,7 +282,7 @@ def test_each_sample_keeps_its_own_sizes(folders: dict[str, Path], tmp_path: Pat
     assert torch.equal(dropped["pooled"][1], cond["pooled"][1])
 
 
-def test_what_the_teacher_draws_is_whole(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_teacher_generates_is_complete(folders: dict[str, Path], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     teacher = load_teacher(str(folders["sdxl"]))

@@ -126,7 +126,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(small_teacher: Path) -> None:
     assert teacher.encode_prompts([long])["prompt_embeds"].shape == (1, 77, 16)
 
 
-def test_a_draw_is_the_pipeline_s_and_leaves_its_scheduler_alone(small_teacher: Path) -> None:
+def test_a_sample_equals_the_pipeline_s_and_keeps_its_scheduler(small_teacher: Path) -> None:
     teacher = load_teacher(str(small_teacher))
     before = teacher.pipeline.scheduler
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -197,7 +197,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_pickle_is_refused_unless_asked_for(tmp_path: Path, small_teacher: Path, part: str) -> None:
+def test_a_pickle_is_refused_unless_allowed(tmp_path: Path, small_teacher: Path, part: str) -> None:
     folder = pickled(small_teacher, tmp_path / "teacher", part)
     with pytest.raises(UsageError, match=rf"{part} holds pickled weights only.*teacher\.allow_pickle=true"):
         load_teacher(str(folder))

@@ -39,7 +39,7 @@ def guided(teacher: Teacher, latents: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_the_teacher_and_its_student_draw_with_as_many_layers(
+def test_the_teacher_and_its_student_sample_with_as_many_layers(
     family: str, zeros: bool, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     index = "model_index.json"

@@ -119,7 +119,7 @@ def edm_sampler(unet: Any, labels: Tensor | None, latents: Tensor, steps: int) -
 
 @pytest.mark.parametrize("steps", [2, 6, 18])
 @pytest.mark.parametrize("labels", [LABELS, ()], ids=["classes", "unconditional"])
-def test_a_teacher_draws_as_edm_does(tmp_path: Path, labels: tuple[str, ...], steps: int) -> None:
+def test_a_teacher_samples_like_edm(tmp_path: Path, labels: tuple[str, ...], steps: int) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", labels)))
     start, classes = noise(3, 1, 8, 8), torch.tensor([2, 0, 3]) if labels else None
     drawn = teacher.generate_latents(["bag", "coat", ""], start, steps=steps, guidance_scale=1.0, scheduler="any")
@@ -180,7 +180,7 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [LABELS, ()], ids=["classes", "unconditional"])
-def test_a_teacher_without_data_draws_its_own_classes(tmp_path: Path, labels: tuple[str, ...]) -> None:
+def test_a_teacher_without_data_generates_its_own_classes(tmp_path: Path, labels: tuple[str, ...]) -> None:
     teacher = load_teacher(str(build_pixel(tmp_path / "t", labels)))
     own: dict[str, Any] = {"resolution": 8, "teacher_steps": 3, "guidance_scale": 1.0, "max_samples": 7}
     config = DataConfig(sources=("teacher",), cache_dir=str(tmp_path / "cache"), **own)

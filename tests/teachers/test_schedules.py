@@ -88,7 +88,7 @@ def test_an_epsilon_teacher_whose_schedule_ends_in_noise_is_refused(small_teache
 
 
 @pytest.mark.parametrize("zero_snr", [True, False])
-def test_a_teacher_is_drawn_from_where_its_noise_starts(
+def test_a_teacher_is_sampled_from_the_start_of_its_noise(
     zero_snr: bool, small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With zero-terminal SNR at T - 1 whatever spacing its folder says; else as the folder says."""

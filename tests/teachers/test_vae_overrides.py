@@ -172,9 +172,7 @@ def test_a_vae_computes_in_fp32_whatever_stands_around_it(small_teacher: Path) -
     assert told.fingerprint(with_network=False) != teacher.fingerprint(with_network=False)
 
 
-def test_a_vae_that_overflows_in_fp16_is_fine_unless_told(
-    small_teacher: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_vae_that_overflows_in_fp16_works_by_default(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     """As SDXL's own does: activations beyond 65504 that a norm brings back."""
     folder = tmp_path / "teacher"
     shutil.copytree(small_teacher, folder)

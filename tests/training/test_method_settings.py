@@ -86,9 +86,7 @@ def test_lcf_starts_at_the_lcm_that_it_is_given(method_run: MethodRunner, small_
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_lcf_leaves_guidance_free_where_the_lcm_s_is(
-    method_run: MethodRunner, command: Command, tmp_path: Path
-) -> None:
+def test_lcf_keeps_free_guidance(method_run: MethodRunner, command: Command, tmp_path: Path) -> None:
     start = method_run("lcm", "free", objective__guidance="free", optim__max_train_steps=1)
     folder = method_run("lcf", "tuned", teacher__model=str(start / "pipeline"), optim__max_train_steps=1)
     config = require_run_config(folder)
@@ -124,7 +122,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
     assert "omega 5" not in card
 
 
-def test_a_tcd_student_is_no_lcm_though_it_is_told_omega(method_run: MethodRunner) -> None:
+def test_a_tcd_student_with_an_omega_input_is_not_an_lcm(method_run: MethodRunner) -> None:
     of_tcd = method_run("tcd", "of-tcd", optim__max_train_steps=1)
     with pytest.raises(UsageError, match="of-tcd is a TCD student, whose map is another; name a run"):
         method_run("lcf", teacher__model=str(of_tcd))
@@ -229,7 +227,7 @@ def test_what_has_no_teacher_is_not_measured_against_one(method_run: MethodRunne
 
 
 @pytest.mark.parametrize(("objective", "forwards"), [("lcf", 4), ("tcd", 6), ("ct", 4)])
-def test_a_dry_run_tells_the_method_s_settings(
+def test_a_dry_run_prints_the_method_s_settings(
     command: Command, small_teacher: Path, small_run: Path, image_folder: Path, objective: str, forwards: int
 ) -> None:
     start = small_run if objective == "lcf" else small_teacher

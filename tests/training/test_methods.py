@@ -115,7 +115,7 @@ def test_tcd_s_map_is_the_scheduler_s_step(kind: Any) -> None:
         torch.testing.assert_close(schedule.diffuse(x0, eps, end), noised, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tcd_lora_is_drawn_by_its_scheduler(tcd_lora: Path, command: Command, tmp_path: Path) -> None:
+def test_a_tcd_lora_is_sampled_by_its_scheduler(tcd_lora: Path, command: Command, tmp_path: Path) -> None:
     found = find_model(str(tcd_lora))
     student = load_student(
         found.path, torch.device("cpu"), found.loras, options=found.options, scheduler=found.scheduler
@@ -169,7 +169,7 @@ def test_a_pcm_lora_is_sampled_by_plain_ddim(method_run: MethodRunner) -> None:
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_users_are_told_names_the_method_s_own_sampler(objective: str, kind: str) -> None:
+def test_usage_instructions_name_the_method_s_sampler(objective: str, kind: str) -> None:
     flags = {"student.kind": kind, "teacher.model": "sd15", "run.validation_guidance_scale": 2.0}
     config = resolve({}, {**flags, "objective.name": objective})
     cards = {use["name"]: use for use in uses(Path("runs/x"), config, 4)}

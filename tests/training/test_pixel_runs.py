@@ -91,7 +91,7 @@ def finished_run(folder: Path, teacher: Path, objective: str = "cd", **more: Any
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("labels", [LABELS, ()], ids=["classes", "unconditional"])
-def test_plain_diffusers_draws_the_trained_consistency_function(
+def test_plain_diffusers_samples_the_trained_consistency_function(
     tmp_path: Path, labels: tuple[str, ...], steps: int
 ) -> None:
     """The run's pipeline against Song et al. 2023, Alg. 1, written on f as it is trained."""
@@ -175,7 +175,7 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
         ({"objective.distance": "lpips", "objective.lpips_weights": __file__}, "does not hold AlexNet's weights"),
     ],
 )
-def test_what_pixel_space_has_no_use_for_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+def test_what_has_no_effect_in_pixel_space_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
     model = str(build_pixel(tmp_path / "t"))
     teacher = load_teacher(model)
     config = resolve_run_defaults(resolve({}, {"teacher.model": model, "objective.name": "cd", **own}), 1, teacher)
@@ -183,7 +183,7 @@ def test_what_pixel_space_has_no_use_for_is_refused(tmp_path: Path, own: dict[st
         validate_for_teacher(config, teacher)
 
 
-def test_a_name_that_is_no_class_and_another_size_are_refused(tmp_path: Path, command: Command) -> None:
+def test_an_unknown_class_and_another_size_are_refused(tmp_path: Path, command: Command) -> None:
     run = finished_run(tmp_path / "run", build_pixel(tmp_path / "t"))
     code, _, error = command("sample", run, "--prompt", "a cat")
     assert (code, error.strip()) == (

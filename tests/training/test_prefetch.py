@@ -67,7 +67,9 @@ def test_work_ahead_gives_what_work_in_order_gives(own: Settings, speed_settings
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_what_threads_would_share_is_left_whole(speed_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_threads_would_share_stays_in_order(
+    speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An adapter is switched on and off in one network; a large network needs no threads of its own."""
     assert isinstance(built(speed_settings).order, Prefetcher)
     assert not isinstance(built(speed_settings, student__kind="lora").order, Prefetcher)
@@ -76,7 +78,7 @@ def test_what_threads_would_share_is_left_whole(speed_settings: Settings, monkey
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_what_fails_while_it_is_asked_ahead_ends_the_step(speed_settings: Settings) -> None:
+def test_an_error_of_work_ahead_ends_the_step(speed_settings: Settings) -> None:
     run = built(speed_settings)
 
     def broken(*_: Any) -> Any:
@@ -91,7 +93,7 @@ def test_what_fails_while_it_is_asked_ahead_ends_the_step(speed_settings: Settin
 @pytest.mark.parametrize(
     ("name", "target"), [*((name, "ema") for name in OBJECTIVES if name != "lcf"), ("lcm", "live"), ("ct", "live")]
 )
-def test_an_adapter_beside_its_target_s_learns_recomputed_or_not(
+def test_an_adapter_next_to_its_target_learns_recomputed_or_not(
     name: str, target: str, speed_settings: Settings
 ) -> None:
     """Whichever adapter was switched on last is the one that a network has gradients for, and that a recomputation meets."""
@@ -133,7 +135,7 @@ def test_one_micro_batch_is_read_ahead_by_a_thread() -> None:
     assert len(dataset.read_by) <= 5 + 2
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_where_its_data_are_wanted() -> None:
+def test_an_error_of_the_thread_is_raised_where_its_data_are_used() -> None:
     dataset: Any = Recorded()
     reads = read_ahead(dataset, [[1], [13], [2]])
     next(reads)

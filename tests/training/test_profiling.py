@@ -183,7 +183,7 @@ def test_a_line_of_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 9])
-def test_a_trace_holds_the_asked_for_steps_with_their_phases(
+def test_a_trace_has_the_requested_steps_with_their_phases(
     steps: int, small_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(small_teacher, run__profile=2)

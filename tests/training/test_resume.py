@@ -146,7 +146,7 @@ def test_the_weights_of_the_best_validation_are_kept(train_run: Runner, monkeypa
         assert found is None
 
 
-def test_what_a_student_draws_at_first_is_drawn_once(
+def test_the_images_before_training_are_generated_once(
     train_run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []

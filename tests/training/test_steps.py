@@ -95,7 +95,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule: Any, expe
     assert [learning_rate_at(step, optim) / 2.0 for step in range(8)] == pytest.approx(expected)
 
 
-def test_a_run_uses_and_tells_its_learning_rates(train_run: Runner) -> None:
+def test_a_run_uses_and_logs_its_learning_rates(train_run: Runner) -> None:
     rates: list[float] = []
     handle = register_optimizer_step_pre_hook(lambda opt, args, options: rates.append(opt.param_groups[0]["lr"]))
     folder = train_run(optim__lr_scheduler="cosine", optim__warmup_steps=2)
@@ -104,7 +104,7 @@ def test_a_run_uses_and_tells_its_learning_rates(train_run: Runner) -> None:
     assert [line["learning_rate"] for line in metrics(folder)] == rates
 
 
-def test_the_loss_is_told_by_how_noisy_its_samples_were(train_run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_logged_by_noise_level(train_run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told adds up to the loss, and stands where the objective has really looked."""
     times: list[Tensor] = []
     draw = lcm.sample_times
@@ -154,7 +154,7 @@ def test_the_target_is_the_student_s_moving_average(train_run: Runner) -> None:
         torch.testing.assert_close(target[name], 0.75 * start[name] + 0.25 * value)
 
 
-def test_a_run_leaves_global_random_state_alone_and_does_not_read_it(train_run: Runner, plain_run: Path) -> None:
+def test_a_run_neither_reads_nor_changes_global_random_state(train_run: Runner, plain_run: Path) -> None:
     state = torch.get_rng_state()
     torch.rand(7)
     moved = torch.get_rng_state()
@@ -226,7 +226,7 @@ def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(plain_ru
     assert_same(plain_run, again)
 
 
-def test_nothing_is_drawn_for_validation_if_nothing_is_asked_for(train_run: Runner) -> None:
+def test_nothing_is_generated_without_validation(train_run: Runner) -> None:
     assert list((train_run(run__validate_every=0) / "samples").iterdir()) == []
 
 
@@ -249,7 +249,7 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(train_run: Runner, m
         train_run(run__report_to="wandb")
 
 
-def test_a_line_of_metrics_tells_where_the_time_went(train_run: Runner) -> None:
+def test_a_line_of_metrics_has_the_seconds_of_each_phase(train_run: Runner) -> None:
     folder = train_run(run__validate_every=2, run__validation_prompts=("red heart",))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "loss" in line):

@@ -71,7 +71,7 @@ def test_the_loss_is_the_objective_s_own(objective: str) -> None:
     assert torch.equal(found, expected) or objective == "tcd"  # whose oracle needs the end of each trajectory
 
 
-def test_an_objective_that_asks_its_target_elsewhere_is_found_out() -> None:
+def test_an_objective_that_runs_its_target_elsewhere_is_detected() -> None:
     class Elsewhere(type(made("lcm"))):
         def loss(self, student: Any, target: Any, schedule: Any, batch: Any, state: Any) -> Tensor:
             return target(state.z_t, state.t, batch.cond, state.w).x0.mean((1, 2, 3))

@@ -93,7 +93,7 @@ def test_a_shard_that_is_missing_among_many_is_found_before_anything_is_read(tmp
         ("pipe:true", r"not a complete tar archive \(ReadError\)"),
     ],
 )
-def test_a_transport_that_fails_leaves_no_cache_that_looks_whole(
+def test_a_failed_transfer_leaves_no_cache_that_looks_complete(
     tmp_path: Path, server: str, small_teacher: Path, monkeypatch: pytest.MonkeyPatch, spec: str, reason: str
 ) -> None:
     monkeypatch.setattr(cache, "CHUNK", 4)

@@ -120,7 +120,7 @@ MARKS: list[tuple[str, dict[str, str], str, str]] = [
 
 
 @pytest.mark.parametrize(("marks", "metadata", "prediction_type", "why"), MARKS)
-def test_what_a_file_says_of_itself_is_heard(
+def test_the_metadata_of_a_file_is_used(
     marks: str, metadata: dict[str, str], prediction_type: str, why: str, full_size: dict[str, dict[str, Any]]
 ) -> None:
     layout, *more = marks.split()
@@ -164,7 +164,7 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) 
         load_teacher(str(tmp_path / "a.safetensors"))
 
 
-def test_what_is_missing_of_a_file_is_told(tmp_path: Path, command: Command) -> None:
+def test_the_missing_part_of_a_file_is_reported(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "a.safetensors"
     save_file({U: torch.zeros(8, 4, 3, 3), C: torch.zeros(1), "first_stage_model.x": torch.zeros(1)}, path)
     assert command("info", path)[0] == 0

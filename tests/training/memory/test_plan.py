@@ -179,7 +179,7 @@ def test_another_global_batch_is_refused(planned_run: PlannedRunner) -> None:
         planned_run(optim__batch_size=8)
 
 
-def test_a_run_that_cannot_fit_is_refused_in_a_sentence(planned_run: PlannedRunner, tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_is_refused_in_one_sentence(planned_run: PlannedRunner, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--memory 0\.6 leaves 0\.00 GiB .* this run needs at least .*adapter"):
         planned_run(run__memory="0.6")
     assert not (tmp_path / "run").exists()
