@@ -22,7 +22,6 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {
         "objective.w_min": 3.0,
         "objective.w_max": 4.0,
-        "student.target": "live",
         "optim.learning_rate": 5e-6,
     }
 )
