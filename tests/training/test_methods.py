@@ -36,7 +36,7 @@ LEFT = {
 
 # Recorded when the layers below were proven; a refactoring that moves them has changed what is computed.
 GOLDEN = {
-    "pcm": [0.04964058, 0.05227975, 0.06226448, 0.07538782],
+    "pcm": [0.04964058, 0.05172992, 0.05916056, 0.07412531],
     "lcm": [0.1452281, 0.1921108, 0.1353092, 0.5790436],
     "lcf": [0.1671074, 0.186042, 0.1257128, 0.363804],
     "tcd": [0.0736863, 0.1075352, 0.1064253, 0.4328819],
