@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from lcmdistill.data.survey import usable_count
 from lcmdistill.objectives.recorded import has_trained_student, load_run_config, resumable_config
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, write_record
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError, disk_error
 from lcmdistill.utils.logging import LOG_FILE
 from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoint_step, checkpoints, step_name
 
-_MARK, _DATA, _REQUESTED = ".finished", ".data.json", ".requested.json"
+_MARK, _REQUESTED = ".finished", ".requested.json"
 
 FREE_GUIDANCE_SCALE = 2.0
 "the guidance scale for sampling if CFG acts on the student; high values oversaturate at so few steps"
@@ -73,8 +74,11 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
 
 def _requested(folder: Path) -> dict[str, Any]:
     """Return the settings that the command of a started run requested, where the memory plan changed them."""
-    path = folder / _REQUESTED
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and resumable_config(folder) else {}
+    try:
+        values = json.loads((folder / _REQUESTED).read_text(encoding="utf-8")) if resumable_config(folder) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # no file, or a damaged one: then the settings must be equal
+    return values if isinstance(values, dict) else {}
 
 
 def finished(config: RunConfig) -> bool:
@@ -83,7 +87,7 @@ def finished(config: RunConfig) -> bool:
     saved, mark = checkpoints(folder / "checkpoints"), folder / _MARK
     if not saved or checkpoint_step(saved[-1]) < config.optim.max_train_steps or not has_trained_student(folder):
         return False
-    return mark.is_file() and mark.read_text(encoding="utf-8") == saved[-1].name
+    return mark.is_file() and mark.read_bytes() == saved[-1].name.encode()
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -108,9 +112,9 @@ def check_run(config: RunConfig) -> None:
     unsettled = keys_with(config, "decided_by_teacher") - config.chosen | {
         k for k, v in _requested(folder).items() if now[k] == v
     }
-    keys = sorted(
-        k for k in {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled if now.get(k) != before.get(k)
-    )
+    same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
+    immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled - same_data
+    keys = sorted(k for k in immutable if now.get(k) != before.get(k))
     keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:
         keys.append("optim.max_train_steps")
@@ -123,27 +127,20 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def open_run(config: RunConfig, data: Mapping[str, str], requested: RunConfig) -> None:
+def open_run(config: RunConfig, data: Sequence[RecordedSource], requested: RunConfig) -> None:
     """Create the run folder and write the resolved configuration. Only the main process calls it.
 
     Args:
         config: The resolved configuration.
-        data: The fingerprint of each source, recorded for resuming.
+        data: What each source holds, recorded for resuming.
         requested: The configuration before memory was planned.
 
     Raises:
         UsageError: The run was started with other data, or the folder cannot be created.
     """
     folder = Path(config.run.output or "")
-    record = folder / _DATA
-    if resumable_config(folder) and record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [spec for spec, fingerprint in data.items() if before.get(spec) != fingerprint]
-        if changed:
-            raise UsageError(
-                f"--data {changed[0]} or the teacher's weights changed (names, sizes, dates) since the run in {folder} "
-                "started; restore them to resume, or use another --output"
-            )
+    if resumable_config(folder):
+        check_record(folder, data, config.teacher.model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.toml", to_toml(config))  # first: it marks the folder as a run, to be resumed
@@ -153,7 +150,7 @@ def open_run(config: RunConfig, data: Mapping[str, str], requested: RunConfig) -
         if disk_error(error):
             raise
         raise UsageError(f"--output {folder} cannot be created ({error.strerror}); choose another folder") from error
-    write_text(record, json.dumps(data, indent=2) + "\n")
+    write_record(folder, data)
     wanted, now = flatten(requested), flatten(config)
     write_text(
         folder / _REQUESTED,

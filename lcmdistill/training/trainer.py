@@ -18,7 +18,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import evict_lru
-from lcmdistill.data.latent_cache import cache_folder, cache_root
+from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
@@ -38,6 +38,7 @@ from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
+from lcmdistill.training.run_data import record_of
 from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
@@ -122,8 +123,7 @@ def _distill(
     accelerator.wait_for_everyone()
     sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=config.run.seed)
     if is_main:
-        data, seed = config.data, config.run.seed
-        open_run(config, {each.word: cache_folder(each, data, teacher, seed).name for each in sources}, requested)
+        open_run(config, record_of(sources, config, teacher), requested)
         held.enter_context(log_file(folder))
 
     # Set up: data, reference images, networks.
@@ -148,6 +148,7 @@ def _distill(
     trainer.needed = plan and plan.needed
     if is_main:
         used = [*dataset.folders, *trainer.train_step.cache_folders]
+        used += validator.cache_entries(trainer.train_step.student.network) if validator is not None else []
         evict_lru(cache_root(config.data), config.data.cache_limit * 1e9, used)
     if checkpoint := load_latest_checkpoint(folder / "checkpoints"):
         trainer.restore(checkpoint)

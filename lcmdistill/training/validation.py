@@ -1,7 +1,5 @@
 """The validation grid: fixed prompts and fixed noise, sampled every few steps with the EMA student."""
 
-import contextlib
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from lcmdistill.sampling.prompts import PREVIEW_STEPS, STEPS, default_prompts
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.utils.atomic import atomic_file, write_text
+from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -110,8 +108,12 @@ class Validator:
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, on_progress=tell)
 
-        file = self._cache / f"validation-{digest(self._reference_key)}.safetensors"
-        self._reference = DecodedImages(teacher, cached_latents(file, generate).latents, self._batch_size)
+        latents = cached_latents(self._reference_file, generate).latents
+        self._reference = DecodedImages(teacher, latents, self._batch_size)
+
+    def cache_entries(self, network: Any) -> list[Path]:
+        """Return the entries of the cache that the run uses. network: the student's."""
+        return [self._reference_file, self._initial_cache(network)] if self._reference_key else []
 
     def draw(self, step: int, network: Any, metrics: Metrics | None) -> dict[str, float]:
         """Generate the grid of a training step, and log its numbers as "val/rmse_4" and the like.
@@ -130,7 +132,7 @@ class Validator:
         moved = [part for name, part in parts.items() if part.device != device and name != "safety_checker"]
         for part in moved:
             part.to(device)
-        cache = None if step else self._initial_cache(network)
+        cache = None if step else claim_folder(self._initial_cache(network))
         columns, numbers = [], {}
         for n in self._steps:
             generate = partial(self._latents, pipeline, n)
@@ -138,8 +140,9 @@ class Validator:
             decoded = DecodedImages(teacher, latents, self._batch_size)
             images = decoded.images(range(len(self._prompts)))
             columns.append([images[i] for i in range(len(self._prompts))])
-            values = self._numbers(decoded, cache / f"{n}.json" if cache else None)
-            numbers |= {f"val/{name}_{n}": value for name, value in values.items()}
+            if self._reference is not None:
+                values = compute_metrics(decoded, self._reference, self._prompts, BASIC_METRICS)
+                numbers |= {f"val/{name}_{n}": value for name, value in values.items()}
         for part in moved:
             part.to("cpu")
         rows = [list(row) for row in zip(*columns, strict=True)]
@@ -179,22 +182,15 @@ class Validator:
             batch_size=self._batch_size,
         )
 
+    @property
+    def _reference_file(self) -> Path:
+        """The cache file of the reference images."""
+        return self._cache / f"validation-{digest(self._reference_key)}.safetensors"
+
     def _initial_cache(self, network: Any) -> Path:
         """Return the cache folder of the student's images before training, by everything that decides them."""
         config = self._config
         settings = {key: v for key, v in flatten(config).items() if key.startswith(("student.", "objective."))}
         sampling = [config.run.validation_guidance_scale, str(network.dtype), network.device.type, self._trained_steps]
         versions = [FORMAT, METRICS_VERSION, sorted(BASIC_METRICS)]
-        return claim_folder(self._cache / f"beginning-{digest([*versions, self._reference_key, settings, sampling])}")
-
-    def _numbers(self, images: DecodedImages, cache: Path | None) -> dict[str, float]:
-        """Return the basic metrics of one step count; empty without reference images."""
-        if self._reference is None:
-            return {}
-        if cache:
-            with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file is computed again
-                return json.loads(cache.read_text(encoding="utf-8"))
-        numbers = compute_metrics(images, self._reference, self._prompts, BASIC_METRICS)
-        if cache:
-            write_text(cache, json.dumps(numbers), shared=True)
-        return numbers
+        return self._cache / f"beginning-{digest([*versions, self._reference_key, settings, sampling])}"

@@ -254,7 +254,7 @@ def test_a_run_is_not_resumed_on_other_data(train_run: Runner, image_folder: Pat
     before = result(folder)
     (data / "new.webp").write_bytes((data / "00.webp").read_bytes())
     with pytest.raises(
-        UsageError, match=r"--data .*data or the teacher\'s weights changed .* since the run in .*run started"
+        UsageError, match=r"--data .*data changed \(names, sizes, dates\) since the run in .*run started; restore it"
     ):
         train_run(data__sources=(str(data),), optim__max_train_steps=6)
     assert result(folder) == before
