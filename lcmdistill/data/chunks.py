@@ -122,23 +122,29 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def is_complete(path: Path) -> bool:
-    """Return whether a file of a cache exists and holds what was written to it.
+def read_intact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return what `write_tensors` wrote to a file, and its metadata; None if the file is missing or damaged.
 
-    All of it is read, so ask once per file. A damaged file is logged, as it will be made again.
+    All of it is read and compared with its digest. A damaged file is logged, as it will be made again.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            values = read_metadata(file)
-            expected = values.pop("digest")
-            if _digest(((name, file.get_tensor(name)) for name in file.keys()), values) == expected:  # noqa: SIM118
-                return True
+            metadata = read_metadata(file)
+            expected = metadata.pop("digest")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _digest(tensors.items(), metadata) == expected:
+                return tensors, metadata
     except FileNotFoundError:
-        return False
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+        return None
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
         pass  # shorter than its header says, or a header that is damaged
     logger.warning(f"{path} is damaged; it will be made again")
-    return False
+    return None
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a file of a cache exists and holds what was written to it. All of it is read, so ask once per file."""
+    return read_intact(path) is not None
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]) -> str:

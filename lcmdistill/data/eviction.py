@@ -5,6 +5,7 @@ mark: a marker file in a folder, the program's own metadata in a tensor file.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ _DIGEST = "[0-9a-f]{24}"
 _ENTRIES = {
     "latents": _DIGEST,
     "answers": _DIGEST,
-    "evaluation": rf"(?:validation-)?{_DIGEST}\.safetensors|beginning-{_DIGEST}",
+    "evaluation": rf"(?:validation-|trajectory-)?{_DIGEST}\.safetensors|beginning-{_DIGEST}",
 }
 "folders of a cache, and the names of their entries; each entry serves some runs and can be made again"
 
@@ -34,9 +35,10 @@ _DOOMED = ".{}.old"
 
 
 def claim_folder(folder: Path) -> Path:
-    """Make a folder of the cache, marked as one that may be removed, and return it."""
+    """Make a folder of the cache, marked as one that may be removed and as used now, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
+    os.utime(folder)
     return folder
 
 
@@ -54,6 +56,7 @@ def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
     Returns:
         How many bytes were removed.
     """
+    _report_unmarked(root)
     protected = {path.resolve() for path in needed}
     for path in protected:
         with contextlib.suppress(FileNotFoundError):
@@ -77,6 +80,23 @@ def cache_evicted_error(folder: Path) -> RunError:
         f"{folder}: cache files were deleted while this run filled it, by another run's eviction or by hand; "
         "raise data.cache_limit, and run the same command again"
     )
+
+
+def _report_unmarked(root: Path) -> None:
+    """Log folders that an earlier version of this program filled: without the marker nothing shows whose they are."""
+    folders = (
+        path for kind in _ENTRIES for path in sorted((root / kind).glob("*")) if re.fullmatch(_DIGEST, path.name)
+    )
+    unmarked = [path for path in folders if not (path / MARKER).exists() and any(map(is_ours, _first_chunk(path)))]
+    if unmarked:
+        logger.warning(
+            f"{root}: {len(unmarked)} cache folders of an earlier version take {sum(map(_size, unmarked)) / 1e9:.1f} GB, and "
+            f"data.cache_limit does not apply to them; delete them if they are not needed, such as {unmarked[0]}"
+        )
+
+
+def _first_chunk(folder: Path) -> Iterator[Path]:
+    return itertools.islice(folder.glob("[0-9]*.safetensors"), 1)
 
 
 def _entries(root: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from lcmdistill.data.survey import GIVE_UP_AFTER, SourceReport, no_usable_sample
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.errors import UsageError
+
+_CHUNK_NAME = re.compile("[0-9]{8,}-[0-9]{8,}")
 
 _LAYOUT = 3
 "layout of a chunk's file: a new number makes new folders, so that no old chunk is taken for a new one"
@@ -106,7 +109,8 @@ def prepare(
     chunks = chunk_paths(folder, config.max_samples)
     # Each rank checks its own share, and each file once.
     complete = {path: is_complete(path) for path in chunks if _span(path)[0] // CHUNK % world == rank}
-    if _whole(folder, config.max_samples).is_file() and _unbroken(chunks) and all(complete.values()):
+    is_marked = _whole(folder, config.max_samples).is_file() and bool(chunks)  # all chunks may have been deleted
+    if is_marked and _unbroken(chunks) and all(complete.values()):
         return folder
     members = enumerate(source.members(config.max_samples))
     num_kept, rejected, sizes = 0, Counter(), buckets_for(source, config, teacher.multiple)
@@ -146,7 +150,9 @@ def mark_complete(folder: Path, count: int | None) -> None:
 def chunk_paths(folder: Path, count: int | None) -> list[Path]:
     """Return the chunk files that together cover members 0 .. count, the longest of those that start at the same place."""
     by_start: dict[int, tuple[int, Path]] = {}
-    for path in sorted(folder.glob("[0-9]*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
+        if not _CHUNK_NAME.fullmatch(path.stem):  # such as a copy that somebody made by hand
+            continue
         start, end = _span(path)
         if count is None or end <= count:
             by_start[start] = max(by_start.get(start, (0, path)), (end, path))

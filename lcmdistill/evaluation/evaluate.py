@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lcmdistill.config.guidance import omega_range
-from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import is_generated
 from lcmdistill.data.sources.teacher import read_prompts
@@ -149,7 +149,7 @@ def _evaluate_run(
     )
     logger.info(f"{run.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
     logger.info(f"{len(sweep.points())} points, {sweep.evaluations} network evaluations, {_estimate(pair, sweep)}")
-    cache = cache_root(DataConfig(cache_dir=config.data.cache_dir)) / "evaluation"
+    cache = cache_root(config.data) / "evaluation"
     with progress("evaluating", sweep.evaluations) as bar:
         done, last = 0, ""
 
@@ -161,8 +161,9 @@ def _evaluate_run(
                 logger.info(f"generating {point.name}")
                 last = point.name
 
-        sweep_run(folder, cache, sweep, pair, metrics, metrics_key, on_progress)
-        write_curve(folder, cache, sweep, pair)
+        used = sweep_run(folder, cache, sweep, pair, metrics, metrics_key, on_progress)
+        used.append(write_curve(folder, cache, sweep, pair))
+    evict_lru(cache.parent, config.data.cache_limit * 1e9, used)
     more = {
         "is_baked": run.is_baked,
         "held_out": not teacher.in_pixels,

@@ -39,7 +39,7 @@ IMAGES = 8
 DECIMALS = 4
 
 
-def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> None:
+def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> Path:
     """Write RUN/evaluation/consistency.json unless it is up to date.
 
     Its points are [noise level, student's error, teacher's error], from clean to noise. The teacher's error is that of its
@@ -51,6 +51,9 @@ def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> N
         cache: The folder of the teacher's trajectories.
         sweep: The sweep that the run is evaluated with.
         pair: The teacher and the student.
+
+    Returns:
+        The file of `cache` that holds the trajectories.
     """
     scale = sweep.guidance_scales[0]
     indices, noise = next(batches(pair.noise, IMAGES))
@@ -61,14 +64,15 @@ def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> N
         "points": POINTS,
     }
     key, path = digest([trajectory_key, pair.student_fingerprint]), folder / "consistency.json"
-    if recorded_key(path) == key:
-        return
     file = cache / f"trajectory-{digest(trajectory_key)}.safetensors"
+    if recorded_key(path) == key:
+        return file
     followed = cached_latents(file, lambda: trajectory(pair.teacher, prompts, noise, scale, pair.dtype)).latents
     assert isinstance(followed, Tensor)
     student = x0_network(pair.teacher, network_of(pair.pipeline), pair.dtype)
     points = errors(pair.teacher, student, prompts, followed, scale)
     write_text(path, json.dumps({"key": key, "images": len(prompts), "points": points}, indent=1) + "\n")
+    return file
 
 
 def x0_network(teacher: Teacher, network: Any, dtype: torch.dtype) -> Network:

@@ -5,6 +5,7 @@ preview images. The teacher's latents are stored next to the latent cache and se
 Shapes: N images, C h w latents, H W pixels.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,10 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import read_metadata, write_tensors
+from lcmdistill.data.chunks import read_intact, write_tensors
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
@@ -191,17 +191,13 @@ class GeneratedLatents(NamedTuple):
 
 
 def cached_latents(path: Path, generate: Callable[[], LatentSet], conditions: str = "") -> GeneratedLatents:
-    """Read latents from a file, or generate and write them atomically. An unreadable file is generated again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = read_metadata(file), sorted(file.keys())
-            tensors = [file.get_tensor(name) for name in names]
-            latents = tensors[0] if names == ["latents"] else tensors
-            cached = GeneratedLatents(latents, float(metadata["seconds"]), metadata.get("how", ""))
-        os.utime(path)  # eviction removes the least recently used files first
-        return cached
-    except (FileNotFoundError, SafetensorError, LookupError, ValueError):
-        pass
+    """Read latents from a file, or generate and write them atomically. A damaged file is logged and generated again."""
+    if (cached := read_intact(path)) is not None:
+        tensors, metadata = cached
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # eviction removes the least recently used files first
+        latents = tensors.get("latents", [tensors[name] for name in sorted(tensors)])
+        return GeneratedLatents(latents, float(metadata["seconds"]), metadata.get("how", ""))
     start = time.perf_counter()
     latents = generate()
     seconds = time.perf_counter() - start
@@ -269,7 +265,7 @@ def sweep_run(
     metrics: Mapping[str, Metric],
     metrics_key: Any,
     on_progress: Callable[[SweepPoint, int], None],
-) -> None:
+) -> list[Path]:
     """Generate and measure every point that has no results yet.
 
     Args:
@@ -280,6 +276,9 @@ def sweep_run(
         metrics: The metrics to compute.
         metrics_key: Everything that decides the metrics' numbers, except their code.
         on_progress: Called with the point and the number of images that a batch added.
+
+    Returns:
+        The files of `cache` that the sweep uses.
     """
     references: dict[float, DecodedImages] = {}
 
@@ -322,6 +321,7 @@ def sweep_run(
     for path in (folder / "latents").glob("*.safetensors"):
         if path not in current:  # of other weights or other prompts
             path.unlink()
+    return [path for path in current if path.parent == cache]
 
 
 def recorded_key(path: Path) -> str | None:

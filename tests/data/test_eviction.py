@@ -35,7 +35,7 @@ def test_the_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
 
 def test_what_evaluations_generated_counts_and_is_removed(tmp_path: Path) -> None:
     home, digest = tmp_path / "evaluation", "a" * 24
-    files = [home / f"{digest}.safetensors", home / f"validation-{digest}.safetensors"]
+    files = [home / f"{name}{digest}.safetensors" for name in ("", "trajectory-", "validation-")]
     for path in files:
         write_tensors(path, {"latents": torch.zeros(500)})
     beginning = claim_folder(home / f"beginning-{digest}")
@@ -45,9 +45,9 @@ def test_what_evaluations_generated_counts_and_is_removed(tmp_path: Path) -> Non
     sizes = [path.stat().st_size for path in files]
     assert evict_lru(tmp_path, sum(sizes) + 2000, []) == 0
     assert evict_lru(tmp_path, sum(sizes) + 1999, []) == 2000
-    assert evict_lru(tmp_path, sum(sizes) - 1, [files[1]]) == sizes[0]
-    assert sorted(home.iterdir()) == [files[1]]
-    assert evict_lru(tmp_path, 0, []) == sizes[1]
+    assert evict_lru(tmp_path, sizes[2], [files[2]]) == sizes[0] + sizes[1]
+    assert sorted(home.iterdir()) == [files[2]]
+    assert evict_lru(tmp_path, 0, []) == sizes[2]
 
 
 @pytest.mark.parametrize("is_marked", [False, True])
@@ -73,6 +73,23 @@ def test_a_name_without_the_mark_is_not_enough(tmp_path: Path) -> None:
     (tmp_path / "latents" / ("1" * 24)).symlink_to(elsewhere)
     assert evict_lru(tmp_path, 0, []) == 0
     assert (folder.is_dir(), file.is_file(), (elsewhere / "0.safetensors").is_file()) == (True, True, True)
+
+
+def test_claiming_a_folder_again_marks_it_as_used(tmp_path: Path) -> None:
+    used, unused = entry(tmp_path, "latents", 0, age=5), entry(tmp_path, "latents", 1)
+    assert claim_folder(used) == used
+    assert evict_lru(tmp_path, 1500, []) == 1000
+    assert (used.is_dir(), unused.is_dir()) == (True, False)
+
+
+def test_folders_of_an_earlier_version_are_reported_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no marker, so that nothing but their content shows whose they are."""
+    for name in ("0" * 24, "cats"):
+        write_tensors(tmp_path / "latents" / name / "00000000-00000128.safetensors", {"mean": torch.zeros(500)})
+    entry(tmp_path, "latents", 1)
+    assert evict_lru(tmp_path, 0, []) == 1000
+    assert "1 cache folders of an earlier version take 0.0 GB, and data.cache_limit does not apply" in caplog.text
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
 def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
@@ -101,9 +118,11 @@ def test_a_run_evicts_others_and_keeps_what_it_needs(speed_settings: Settings, t
     cache = Path(speed_settings["data.cache_dir"])
     other = entry(cache, "latents", 0)
     settings = {**speed_settings, "data.teacher_cache_samples": 1, "data.cache_limit": 1e-9}
+    settings |= {"run.validate_every": 4, "run.validation_prompts": ("red heart",)}
     distill(resolve({}, settings))
     assert not other.exists()
-    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    assert {path.parent.parent.name for path in files} == {"latents", "answers"}
+    files = {path: path.stat().st_ino for path in cache.rglob("*.safetensors")}
+    assert {path.relative_to(cache).parts[0] for path in files} == {"latents", "answers", "evaluation"}
+    assert {path.parent.name.split("-")[0] for path in files} >= {"evaluation", "beginning"}
     distill(resolve({}, {**settings, "run.output": str(tmp_path / "again")}))
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == files
+    assert {path: path.stat().st_ino for path in cache.rglob("*.safetensors")} == files

@@ -256,6 +256,14 @@ def test_members_that_were_removed_from_a_cache_are_missed(
         mark_complete(folder, 11)
 
 
+def test_files_of_other_names_are_no_chunks(tmp_path: Path, teacher: Teacher, spec: str, small_chunks: None) -> None:
+    config = config_for(spec, tmp_path / "cache")
+    folder = prepared(spec, config, teacher, 0)
+    for name in ("00000000-00000004 (copy)", "0-4", "00000000", "notes"):
+        shutil.copy(folder / "00000000-00000004.safetensors", folder / f"{name}.safetensors")
+    assert len(LatentDataset([prepared(spec, config, teacher, 0)], [None])) == 10
+
+
 @pytest.mark.parametrize("metadata", [False, True])
 def test_a_choice_from_a_folder_is_of_all_of_it_and_a_larger_one_adds_to_it(
     tmp_path: Path, teacher: Teacher, small_chunks: None, monkeypatch: pytest.MonkeyPatch, metadata: bool

@@ -152,15 +152,17 @@ def with_own_cache(small_run: Path, run: Path, cache: Path) -> None:
 
 
 def test_damaged_files_are_made_again(evaluated: Evaluated, small_run: Path, tmp_path: Path):
-    """Half a file of latents, of numbers and of the curve, as a full disk or a power cut may leave."""
+    """Half a file of latents, of numbers and of the curve, as a full disk or a power cut may leave, or a flipped bit."""
     with_own_cache(small_run, tmp_path / "run", tmp_path / "cache")
     first = evaluated(guidance_scales=(4.0,), num_images=2)
     numbers, points = numbers_of(first), first.consistency
     kept = [*(first.folder / "latents").iterdir(), *(tmp_path / "cache" / "evaluation").iterdir()]
     assert len(kept) > 7
     kept += [first.folder / "cells" / "student-02-g4" / "numbers.json", first.folder / "consistency.json"]
-    for path in kept:
-        path.write_bytes(path.read_bytes()[:50])
+    for i, path in enumerate(kept):
+        raw = path.read_bytes()
+        is_flipped = path.suffix == ".safetensors" and i % 2
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 64]) if is_flipped else raw[:50])
     (first.folder / "cells" / "teacher-50-g4" / "numbers.json").unlink()
     again = evaluated(guidance_scales=(4.0,), num_images=2)
     assert (numbers_of(again), again.consistency) == (numbers, points)
@@ -174,8 +176,15 @@ def test_too_many_steps_are_refused_before_anything_is_generated(evaluated: Eval
 
 @pytest.mark.usefixtures("swept")
 def test_teacher_latents_serve_every_run(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch):
+    evictions: list[tuple[Path, float, list[Path]]] = []
+    monkeypatch.setattr(program, "evict_lru", lambda *arguments: evictions.append(arguments))
     monkeypatch.setattr(sweep, "teacher_latents", lambda *args, **options: pytest.fail("generated again"))
     evaluated("two")
+    ((cache, limit, needed),) = evictions  # the cache is kept under its limit, and what was just used stays
+    assert limit == 200e9
+    assert {path.parent for path in needed if path.is_file()} == {cache / "evaluation"}
+    assert sum(path.name.startswith("trajectory-") for path in needed) == 1
+    assert len(needed) == len(set(needed)) == 1 + 2 + 4  # the teacher's at two guidance scales, and at few steps
 
 
 def test_other_weights_are_sampled_again(evaluated: Evaluated, swept: Path, tmp_path: Path):
