@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
 from lcmdistill.data.sources.base import Member, SourceOptions, file_stamp
-from lcmdistill.data.sources.webdataset import Shards, check_file, expand, read_shard_file, read_shard_stream
+from lcmdistill.data.sources.webdataset import (
+    ShardEndError,
+    Shards,
+    check_file,
+    expand,
+    read_shard_file,
+    read_shard_stream,
+)
 from lcmdistill.utils.errors import RunError, UsageError
 
 _SCHEMES = ("http://", "https://", "gs://", "hf://")
@@ -106,8 +113,9 @@ def _fetched_members(url: str) -> Iterator[Member]:
             raise
         except Exception as error:
             _exhaust(stream)  # where the transport itself failed, its own error says more
+            reason = str(error) if isinstance(error, ShardEndError) else type(error).__name__
             raise RunError(
-                f"--data {url} cannot be read: what it sends is not a complete tar archive ({type(error).__name__})"
+                f"--data {url} cannot be read: what it sends is not a complete tar archive ({reason})"
             ) from error
         _exhaust(stream)
 

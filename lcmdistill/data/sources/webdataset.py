@@ -1,24 +1,43 @@
 """Webdataset shards as a source: tar archives in which the files of a sample share their name up to the first dot."""
 
+import bz2
+import gzip
 import io
 import json
+import logging
+import lzma
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
-from lcmdistill.data.sources.base import CAPTION_SUFFIXES, TAR_SUFFIXES, Member, Source, SourceOptions, file_stamp
+from lcmdistill.data.sources.base import (
+    CAPTION_SUFFIXES,
+    TAR_SUFFIXES,
+    Member,
+    Source,
+    SourceOptions,
+    caption_of,
+    file_stamp,
+)
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 _META = re.compile(r"__[^/]*__($|/)")
 "names of files about the shard itself, which webdataset reserves"
 
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
-"first bytes of the compressed archives that tarfile reads"
+_DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+"first bytes of compressed archives; tarfile's own decompression does not compare gzip's checksum"
 
 _KNOWN = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json")
 
@@ -61,6 +80,15 @@ class Shards(Source):
             yield from read_shard_file(Path(url))
 
 
+@cache
+def _note_scattered(path: Path) -> None:
+    """Log once what a shard's order is good for, and what not."""
+    logger.info(
+        f"{path}: the files of a sample are not side by side; they were joined by their names (other programs need such a "
+        "shard sorted: tar --sort=name)"
+    )
+
+
 def shards_in(folder: Path) -> tuple[str, ...]:
     """Return the shards of a folder in the order of their names."""
     return tuple(sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES)))
@@ -82,10 +110,10 @@ def check_file(word: str, url: str) -> None:
 def read_shard_file(path: Path) -> Iterator[Member]:
     """Yield the members of a shard on disk; whatever cannot be read of it is yielded as a member with a problem."""
     with path.open("rb") as stream:
-        compressed = stream.read(6).startswith(_COMPRESSED)
+        decompress = _decompressor(stream.read(6))
         stream.seek(0)
         problems: list[str] = []
-        samples = _streamed(stream, problems) if compressed else _indexed(stream, problems)
+        samples = _streamed(decompress(stream), problems) if decompress else _indexed(stream, problems, path)
         try:
             for sample in samples:
                 yield from _drain(problems)
@@ -103,10 +131,32 @@ def read_shard_stream(stream: io.BufferedIOBase) -> Iterator[Member]:
         tarfile.ReadError: If the archive ends early.
     """
     problems: list[str] = []
-    for sample in _streamed(stream, problems, strict=True):
+    start = stream.read(6)
+    decompress, whole = _decompressor(start), io.BufferedReader(_Rejoined(start, stream))
+    for sample in _streamed(decompress(whole) if decompress else whole, problems, strict=True):
         yield from _drain(problems)
         yield from _sample_members(*sample)
     yield from _drain(problems)
+
+
+def _decompressor(start: bytes) -> Callable[[Any], Any] | None:
+    return next((each for signature, each in _DECOMPRESSORS.items() if start.startswith(signature)), None)
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream of which the first bytes were read already."""
+
+    def __init__(self, start: bytes, stream: io.BufferedIOBase) -> None:
+        self._start, self._stream = start, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._start[: len(buffer)] or self._stream.read1(len(buffer))
+        self._start = self._start[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _Header(tarfile.TarInfo):
@@ -132,6 +182,16 @@ NOT_ADJACENT = "files of a sample are not side by side in a compressed or remote
 
 NAMED_TWICE = "file named twice in a shard"
 
+NOT_THE_END = (
+    "data after the end-of-archive mark of a shard (a damaged part, or several archives in one file): not read"
+)
+
+NO_FILES = "shard without files"
+
+MANY_ZEROS = "shard ends in zeros: the rest may be missing (an incomplete download)"
+
+BAD_CHECKSUM = "checksum of a compressed shard does not match: any sample of it may be damaged"
+
 
 def _samples_files(headers: Iterator[tarfile.TarInfo]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield (key, rest of the name, header) of the files that belong to samples."""
@@ -146,21 +206,25 @@ def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield header
 
 
-def _indexed(stream: Any, problems: list[str]) -> Iterator[tuple[str, Files]]:
+def _indexed(stream: Any, problems: list[str], path: Path) -> Iterator[tuple[str, Files]]:
     """Yield the samples of an uncompressed shard, their files joined wherever they stand in it."""
     samples: dict[str, Files] = {}
+    last, is_scattered = None, False
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
         try:
             for key, rest, header in _samples_files(_headers(archive)):
-                files = samples.setdefault(key, {})
+                is_scattered = is_scattered or (key in samples and key != last)
+                files, last = samples.setdefault(key, {}), key
                 if rest in files:
                     problems.append(NAMED_TWICE)
                 else:
                     files[rest] = lambda header=header: _content(archive, header)
-            if not getattr(archive, "has_ended", False):
-                problems.append(ENDS_EARLY)
+            stream.seek(archive.offset)
+            _check_end(archive, stream, problems)
         except Exception as error:  # what stands before the damage is used
             problems.append(_unreadable(error))
+        if is_scattered:
+            _note_scattered(path)
         at_end, problems[:] = list(problems), []
         yield from samples.items()
         problems += at_end
@@ -171,9 +235,9 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
 
     strict: raise tarfile.ReadError for an archive that ends early, rather than note it as a problem.
     """
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
         done: set[str] = set()
-        current, files, is_damaged = "", {}, False
+        current, files = "", {}
         try:
             for key, rest, header in _samples_files(_headers(archive)):
                 if key != current:
@@ -189,20 +253,51 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
                     content = _content(archive, header)
                     files[rest] = lambda content=content: content
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue] (tarfile keeps all headers otherwise)
+            _check_end(archive, archive.fileobj, problems)
         except Exception as error:  # what stands before the damage is used
             if strict:
                 raise
-            is_damaged = True
             problems.append(_unreadable(error))
         if files:
             yield current, files
-        if not is_damaged and not getattr(archive, "has_ended", False):
-            if strict:
-                raise tarfile.ReadError(ENDS_EARLY)
-            problems.append(ENDS_EARLY)
+
+
+class ShardEndError(tarfile.ReadError):
+    """An archive that does not end as one does. The message is a short reason."""
+
+
+def _check_end(archive: tarfile.TarFile, rest: Any, problems: list[str]) -> None:
+    """Check that an archive has ended with its mark, and that only a few zeros follow. All of `rest` is read.
+
+    Args:
+        archive: The archive, whose headers were read.
+        rest: The stream behind the mark.
+        problems: What is odd, but may be meant, is added to it.
+
+    Raises:
+        ShardEndError: If the mark is missing, or data follow it.
+        Exception: Whatever the decompression of the rest raises, such as for a checksum that does not match.
+    """
+    if not getattr(archive, "has_ended", False):
+        raise ShardEndError(ENDS_EARLY)
+    has_data, size = False, 0
+    while block := rest.read(1 << 20):
+        has_data, size = has_data or block.count(0) != len(block), size + len(block)
+    if has_data:
+        raise ShardEndError(NOT_THE_END)
+    if archive.offset == 0:
+        problems.append(NO_FILES)
+    elif size > tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE:
+        problems.append(MANY_ZEROS)
 
 
 def _unreadable(error: Exception) -> str:
+    if isinstance(error, ShardEndError):
+        return str(error)
+    if isinstance(error, EOFError) or "unexpected end of data" in str(error):
+        return ENDS_EARLY
+    if isinstance(error, gzip.BadGzipFile) and "CRC" in str(error):
+        return BAD_CHECKSUM
     return f"unreadable part of a shard ({type(error).__name__})"
 
 
@@ -259,8 +354,8 @@ def _member(key: str, files: Files) -> Member:
         elif meta is None:
             return Member(key, None, None, problem="unreadable JSON")
         else:
-            caption = meta.get("caption", meta.get("text"))
-        return Member(key, files[image_suffix](), caption if isinstance(caption, str) else None, meta or {})
+            caption = caption_of(meta, "caption", "text")
+        return Member(key, files[image_suffix](), caption, meta or {})
     except TextEncodingError as error:
         return Member(key, None, None, problem=f"caption: {error}")
     except Exception as error:
