@@ -19,7 +19,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: The file is absent, is not TOML, or nests its sections.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write the mark
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); specify an existing TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

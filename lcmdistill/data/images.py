@@ -11,16 +11,16 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 _FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "BMP": (".bmp", ".dib"),
-    "AVIF": (".avif",),
+    "AVIF": (".avif", ".avifs"),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
-    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "TGA": (".tga",),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
     "QOI": (".qoi",),
     "HEIF": (".heic", ".heif", ".hif"),
     "JXL": (".jxl",),
@@ -32,9 +32,16 @@ Pillow hands some other formats to programs outside, such as PostScript to Ghost
 _PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener"), "JXL": ("pillow_jxl", None)}
 "formats that Pillow reads once a package is imported, and the function of it that registers them"
 
-_SUFFIXES_NEVER_READ = (".psd", ".svg", ".eps", ".exr", ".hdr", ".ico", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+_NEVER_READ = (
+    "psd psb xcf svg eps ps wmf emf exr hdr pfm fits ico cur icns dds pcx sgi rgb rgba bw ras xbm xpm bpg "
+    "dng cr2 cr3 nef nrw arw sr2 orf rw2 raf pef"
+)
+"suffixes of other image formats"
 
-IMAGE_SUFFIXES = (*(suffix for each in _FORMATS.values() for suffix in each), *_SUFFIXES_NEVER_READ)
+IMAGE_SUFFIXES = (
+    *(suffix for each in _FORMATS.values() for suffix in each),
+    *(f".{name}" for name in _NEVER_READ.split()),
+)
 "every suffix that is taken for an image, decodable here or not, in lower case"
 
 _SIGNATURES = (
@@ -43,8 +50,8 @@ _SIGNATURES = (
     (b"%PDF", "PDF"),
     (b"8BPS", "PSD"),
     (b"<svg", "SVG"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JXL"),
+    (b"\0\0\0\x0cJXL ", "JXL"),
 )
 "first bytes of formats that are not decoded, whatever the file's name"
 
@@ -111,7 +118,7 @@ def open_image(source: bytes | Path, background: str = "white") -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("image too large") from error
     except UnidentifiedImageError as error:
-        name = _signature(raw)
+        name = _unsupported_format(raw)
         raise ImageError(f"image format not supported ({name})" if name else "corrupt image") from error
     except MemoryError:
         raise
@@ -119,11 +126,12 @@ def open_image(source: bytes | Path, background: str = "white") -> Image.Image:
         raise ImageError("corrupt image") from error
 
 
-def _signature(raw: bytes) -> str | None:
+def _unsupported_format(raw: bytes) -> str | None:
     """Return the name of a known format that is not decoded here, by its first bytes."""
+    name = next((name for start, name in _SIGNATURES if raw.startswith(start)), None)
     if raw[4:8] == b"ftyp" and raw[8:12] in _HEIF_BRANDS:
-        return "AVIF" if raw[8:11] == b"avi" else "HEIF"
-    return next((name for start, name in _SIGNATURES if raw.startswith(start)), None)
+        name = "AVIF" if raw[8:11] == b"avi" else "HEIF"
+    return None if name in supported_formats() else name
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -145,7 +153,10 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "F":
         raise ImageError("image format not supported (floating-point pixels)")
     if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        deep, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((deep // 257).clip(0, 255).astype(np.uint8))
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")

@@ -11,11 +11,14 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
 )
 
 
+NOT_TEXT = "text is not UTF-8, nor UTF-16 with a byte order mark"
+
+
 class TextEncodingError(ValueError):
     """Text whose encoding is unknown. The message is a short reason; `line` is the line where decoding failed."""
 
     def __init__(self, line: int) -> None:
-        super().__init__("text is not UTF-8, nor UTF-16 with a byte order mark")
+        super().__init__(NOT_TEXT)
         self.line = line
 
 
@@ -28,8 +31,7 @@ def decode_text(raw: bytes) -> str:
     Raises:
         TextEncodingError: If the encoding is unknown.
     """
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), None)
-    encoding = encoding or _utf16_byte_order(raw) or "utf-8"
+    encoding = _encoding(raw)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -37,6 +39,28 @@ def decode_text(raw: bytes) -> str:
     if "\0" in text:
         raise TextEncodingError(text.count("\n", 0, text.index("\0")) + 1)
     return text
+
+
+def decode_table(raw: bytes) -> str:
+    """Return the text of a file with a sample per line, as `decode_text` does, but without giving up for a single line.
+
+    Bytes that are not UTF-8 become lone surrogates. `is_decoded` finds the lines that hold some.
+
+    Raises:
+        TextEncodingError: If the encoding of the whole file is unknown.
+    """
+    encoding = _encoding(raw)
+    return raw.decode(encoding, "surrogateescape") if encoding.startswith("utf-8") else decode_text(raw)
+
+
+def is_decoded(text: str) -> bool:
+    """Return whether a part of what `decode_table` returned is text."""
+    return "\0" not in text and not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _encoding(raw: bytes) -> str:
+    mark = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), None)
+    return mark or _utf16_byte_order(raw) or "utf-8"
 
 
 def _utf16_byte_order(raw: bytes) -> str | None:

@@ -70,7 +70,7 @@ def check_sample(
     if member.problem:
         return Rejected(member.problem)
     try:
-        caption = " ".join((member.caption or "").split())
+        caption = " ".join((member.caption or "").replace("\ufeff", "").split())  # byte order marks that others decoded
         caption.encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which no tokenizer takes
         return Rejected("caption is not valid Unicode")

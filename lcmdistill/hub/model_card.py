@@ -224,8 +224,11 @@ def _measured(run: Path, config: RunConfig) -> dict[str, Any] | None:
 
 def _prompt(picture: Path) -> str:
     """Return the prompt that a sample picture carries."""
-    with Image.open(picture) as image:
-        return str(image.info.get("prompt", ""))
+    try:
+        with Image.open(picture, formats=("PNG",)) as image:
+            return str(image.info.get("prompt", ""))
+    except OSError:  # damaged: its prompt is not known
+        return ""
 
 
 def model_card(config: RunConfig, folder: Path, teacher: Teacher) -> str:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results
 
@@ -42,9 +42,11 @@ def _change(some: list[Path], others: list[Path]) -> float | None:
     """Return the mean absolute difference of images of the same prompts, in [0, 1]; None without images."""
     if not some or len(some) != len(others):
         return None
-    return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in zip(some, others, strict=True)]))
+    try:
+        return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in zip(some, others, strict=True)]))
+    except (ImageError, OSError):  # a damaged picture, which the report leaves out
+        return None
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return np.asarray(open_image(path), dtype=np.float32) / 255

@@ -2,10 +2,15 @@
 
 import base64
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from lcmdistill.data.images import ImageError, open_image
+
+logger = logging.getLogger(__name__)
 
 MAX_GRIDS = 12
 "validation grids on a page"
@@ -32,10 +37,13 @@ class Picture:
     name: str = ""
 
 
-def embedded(path: Path, alt: str) -> Picture:
-    """Embed a WebP or PNG file unchanged."""
-    with Image.open(path) as image:
-        width, height = image.size
+def embedded(path: Path, alt: str) -> Picture | None:
+    """Embed a WebP or PNG file unchanged. A damaged one is logged, and None is returned."""
+    try:
+        width, height = open_image(path).size
+    except (ImageError, OSError) as error:
+        logger.warning(f"{path} is left out of the report: {error}")
+        return None
     kind = path.suffix.removeprefix(".")
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return Picture(f"data:image/{kind};base64,{data}", alt, width, height)
@@ -50,9 +58,8 @@ def validation_grids(folder: Path) -> list[Picture]:
     for path in paths:
         step = int(path.stem.removeprefix("step-"))
         try:
-            with Image.open(path) as image:
-                small = image.convert("RGB")
-        except OSError:
+            small = open_image(path)
+        except (ImageError, OSError):
             continue  # an interrupted run may leave half a file
         small.thumbnail((_GRID_WIDTH, 10 * _GRID_WIDTH), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

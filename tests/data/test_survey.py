@@ -38,7 +38,8 @@ def test_bad_files_of_a_folder_are_counted_with_their_reasons(tmp_path: Path) ->
     rows = [{"file_name": f"{i}.png", "text": "a"} for i in (0, 3, 4)]
     rows += [{"file_name": "1.png"}, {"file_name": "1.png", "text": 7}, {"text": "a"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert reasons(tmp_path) == {"kept": 1, "corrupt image": 1, "image file missing": 2, "no caption": 2}
+    expected = {"kept": 1, "corrupt image": 1, "image file missing": 2, "no caption": 2}
+    assert reasons(tmp_path) == {**expected, "image without a row in the metadata file": 1}
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
@@ -49,7 +50,7 @@ def test_a_truncated_shard_gives_what_it_has_and_the_next_one_is_read(tmp_path: 
     (tmp_path / name).write_bytes(whole[:cut])
     write_tar(tmp_path / "b.tar", good(range(100, 103)))
     found = reasons(tmp_path)
-    unreadable = [reason for reason in found if reason.startswith("unreadable part of a shard")]
+    unreadable = [reason for reason in found if reason.startswith(("unreadable part of a shard", "shard ends early"))]
     assert 3 < found["kept"] < 20
     assert 1 <= sum(found[reason] for reason in unreadable) <= 2  # of the member that is cut, and of the rest
     assert captions(tmp_path)[-3:] == ["picture 100", "picture 101", "picture 102"]
@@ -92,5 +93,9 @@ def test_a_source_without_anything_usable_fails_within_seconds(tmp_path: Path, k
 
 def test_an_empty_source_says_so(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(UsageError, match=r"none of 1 samples can be used \(1 x shard without files\)"):
+        surveyed(DataConfig(sources=(str(tmp_path),)), seconds=60)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(UsageError, match="is empty; it needs images with captions"):
         surveyed(DataConfig(sources=(str(tmp_path),)), seconds=60)

@@ -221,6 +221,9 @@ def test_unreadable_parts_are_skipped(evaluated_run: Path, tmp_path: Path):
     pictures = sorted((run / "samples").glob("step-*.png"))
     pictures[0].write_bytes(pictures[0].read_bytes()[:200])
     shutil.copy(pictures[1], run / "samples" / "step-mine.png")
+    previews = sorted((run / "evaluation" / "cells").rglob("*.webp"))
+    for path, damaged in zip(previews, (b"", b"%!PS-Adobe-3.0", previews[2].read_bytes()[:99]), strict=False):
+        path.write_bytes(damaged)
     line = {"step": 5, "loss": 0.5, "grad_norm": float("inf"), "learning_rate": 1e-3, "samples_per_s": 1.0}
     line |= {"loss_by_noise": [float("nan")] + 9 * [None]}
     with (run / "metrics.jsonl").open("a") as metrics:

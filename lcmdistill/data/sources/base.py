@@ -105,6 +105,11 @@ class Source(ABC):
         """Raise UsageError or RunError where the source is missing or cannot be reached."""
 
 
+def caption_of(values: Mapping[str, Any], *keys: str) -> str | None:
+    """Return the caption in the metadata of a sample: the first value of some keys that is text, None if there is none."""
+    return next((value for key in keys if isinstance(value := values.get(key), str)), None)
+
+
 def file_stamp(path: Path, *, with_time: bool = True) -> tuple[int, int]:
     """Return the size and the modification time of a file: what a fingerprint notes of it, (-1, 0) if it is missing."""
     try:

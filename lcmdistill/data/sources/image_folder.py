@@ -1,8 +1,5 @@
 """Image folders as a source: images with caption files, or with metadata files in the layout of Hugging Face's imagefolder."""
 
-import csv
-import io
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -12,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
-from lcmdistill.data.sources.base import CAPTION_SUFFIXES, Member, Source, SourceOptions, file_stamp
-from lcmdistill.data.text import TextEncodingError, decode_text, split_lines
+from lcmdistill.data.sources.base import CAPTION_SUFFIXES, Member, Source, SourceOptions, caption_of, file_stamp
+from lcmdistill.data.sources.metadata_files import metadata_rows
+from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.utils.errors import UsageError
 
@@ -23,12 +21,21 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class _Entry:
-    """One image of a folder. caption_file: None if there is none; row: of a metadata file, None if there is no such file."""
+    """One image of a folder.
+
+    Attributes:
+        name: Its path below the root.
+        image: Its file; the metadata file where the row is damaged.
+        caption_file: None if there is none.
+        row: Of a metadata file; None if there is no such file.
+        problem: Why it cannot be used, where that is known already.
+    """
 
     name: str
     image: Path
     caption_file: Path | None = None
     row: dict[str, Any] | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class ImageFolder(Source):
 
     def count(self) -> int:
         """See `Source.count`."""
-        return len(self.entries)
+        return len(self.entries) + len(self.left_over)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return names, sizes and times of every file that is read, wherever it lies."""
@@ -76,10 +83,16 @@ class ImageFolder(Source):
             random.Random(derive_seed(self.seed, "choice")).shuffle(entries)
         for entry in entries:
             yield _member(entry)
+        for name, problem in self.left_over:
+            yield Member(name, None, None, problem=problem)
 
     @cached_property
     def folders(self) -> list[tuple[Path, list[str]]]:
-        """The root and all folders below it, each with the names of its files."""
+        """The root and all folders below it that can be read, each with the names of its files."""
+        return [(folder, names) for folder, names in self._walked if names is not None]
+
+    @cached_property
+    def _walked(self) -> list[tuple[Path, list[str] | None]]:
         return list(_walk(self.root))
 
     @cached_property
@@ -92,16 +105,44 @@ class ImageFolder(Source):
         described: list[Path] = []
         rows: list[_Entry] = []
         plain: list[_Entry] = []
-        in_rows: set[Path] = set()
+        in_rows: set[str] = set()
         for folder, names in self.folders:
             if metadata := _metadata_of(names):
                 described.append(folder)
-                entries = [_row_entry(row, folder, self.root) for row in _metadata_rows(folder / metadata)]
-                rows += [entry for entry in entries if entry.image not in in_rows]
-                in_rows |= {entry.image for entry in entries}
+                entries = [
+                    _row_entry(row, problem, folder / metadata, self.root)
+                    for row, problem in metadata_rows(
+                        folder / metadata, str((folder / metadata).relative_to(self.root))
+                    )
+                ]
+                rows += [entry for entry in entries if os.path.normpath(entry.image) not in in_rows]
+                in_rows |= {os.path.normpath(entry.image) for entry in entries}
             elif not any(folder.is_relative_to(above) for above in described):
                 plain += _plain_entries(folder, names, self.root)
         return (*rows, *sorted(plain, key=lambda entry: entry.image))
+
+    @cached_property
+    def left_over(self) -> list[tuple[str, str]]:
+        """(name, reason) of what is not used: images that no metadata file names, captions without an image, closed folders.
+
+        Of the images as many are left out as there are damaged rows, which are counted themselves.
+        """
+        used = {os.path.normpath(entry.image) for entry in self.entries}
+        captioned = {os.path.splitext(entry.image)[0] for entry in self.entries}
+        described = [folder for folder, names in self.folders if _metadata_of(names)]
+        images: list[tuple[str, str]] = []
+        others: list[tuple[str, str]] = []
+        for folder, names in self._walked:
+            if names is None:
+                others.append((str(folder.relative_to(self.root)), "unreadable folder"))
+            has_metadata = any(folder.is_relative_to(above) for above in described)
+            for path in (folder / name for name in names or ()):
+                name, (stem, suffix) = str(path.relative_to(self.root)), os.path.splitext(path)
+                if _is_image(path.name) and os.path.normpath(path) not in used:
+                    images.append((name, "image without a row in the metadata file"))
+                elif not has_metadata and suffix.lower() in CAPTION_SUFFIXES and stem not in captioned:
+                    others.append((name, "no image"))
+        return images[sum(entry.problem is not None for entry in self.entries) :] + others
 
 
 def _plain_entries(folder: Path, names: list[str], root: Path) -> list[_Entry]:
@@ -115,17 +156,19 @@ def _plain_entries(folder: Path, names: list[str], root: Path) -> list[_Entry]:
     return entries
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def _walk(root: Path) -> Iterator[tuple[Path, list[str] | None]]:
     """Yield a folder and all below it, in the order of their names. Each is visited once, so that links cannot loop.
 
-    Linked folders come last: a folder that is also reachable without a link keeps its own name.
+    Linked folders come last: a folder that is also reachable without a link keeps its own name. The names of the files are
+    None for a folder that cannot be read.
     """
     visited: set[Path] = set()
     waiting = [root]
     while waiting:
         links: list[Path] = []
         for start in sorted(waiting):
-            for name, folders, files in os.walk(start):
+            closed: list[OSError] = []
+            for name, folders, files in os.walk(start, onerror=closed.append):
                 here = Path(name)
                 if here.resolve() in visited:
                     folders.clear()
@@ -134,6 +177,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
                 folders.sort()
                 links += [here / each for each in folders if (here / each).is_symlink()]
                 yield here, sorted(files)
+            yield from ((Path(error.filename), None) for error in closed)
         waiting = [link for link in links if link.resolve() not in visited]
 
 
@@ -145,21 +189,25 @@ def _metadata_of(names: list[str]) -> str | None:
     return next((name for name in _METADATA if name in names), None)
 
 
-def _row_entry(row: dict[str, Any], folder: Path, root: Path) -> _Entry:
+def _row_entry(row: dict[str, Any], problem: str | None, metadata: Path, root: Path) -> _Entry:
     """Return a row's entry; `file_name` is relative to the metadata's folder, and may lead out of it."""
-    name = str(row.get("file_name") or "")
+    folder, name = metadata.parent, str(row.get("file_name") or "")
+    if problem:
+        return _Entry(problem, metadata, row=row, problem=problem)
     return _Entry(str(folder.relative_to(root) / name) if name else "", folder / name, row=row)
 
 
 def _member(entry: _Entry) -> Member:
     """Return the member of an image; what cannot be read of it is the member's problem."""
-    caption, problem, row = None, None, entry.row or {}
+    caption, problem, row = None, entry.problem, entry.row or {}
     try:
         if entry.row is not None:
-            caption = row.get("text", row.get("caption"))
+            caption = caption_of(row, "text", "caption")
         elif entry.caption_file is not None:
             caption = decode_text(entry.caption_file.read_bytes())
-        if not entry.name or not entry.image.is_file():
+        if problem:
+            pass
+        elif not entry.name or not entry.image.is_file():
             problem = "image file missing"
         elif entry.image.suffix.lower() in IMAGE_SUFFIXES:
             problem = unsupported_reason(entry.image.suffix.lower())
@@ -167,48 +215,4 @@ def _member(entry: _Entry) -> Member:
         problem = f"caption: {error}"
     except (OSError, ValueError) as error:  # a name that is too long, or holds what no file name may
         problem = f"unreadable file ({type(error).__name__})"
-    return Member(entry.name, entry.image, caption if isinstance(caption, str) else None, row, problem)
-
-
-def _metadata_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metadata file.
-
-    Raises:
-        UsageError: If it cannot be parsed; the message names file and line.
-    """
-    try:
-        text = decode_text(path.read_bytes())
-    except TextEncodingError as error:
-        raise UsageError(f"{path}, line {error.line}: {error}; save it as UTF-8") from error
-    return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
-
-
-def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(split_lines(text), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UsageError(
-                f'{path}, line {number}: not a JSON object such as {{"file_name": "a.png", "text": "a cat"}}'
-            )
-        rows.append(row)
-    return rows
-
-
-def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.reader.line_num}: not valid CSV ({error})") from error
-    if "file_name" not in (reader.fieldnames or ()):
-        raise UsageError(
-            f"{path}, line 1: no column file_name, but {', '.join(reader.fieldnames or ()) or 'nothing'}; "
-            "name the columns file_name and text, separated by commas"
-        )
-    return rows
+    return Member(entry.name, entry.image, caption, row, problem)
