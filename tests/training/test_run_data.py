@@ -86,7 +86,7 @@ def test_prompts_may_be_spelled_otherwise(run: Path, teacher: Teacher, tmp_path:
     with pytest.raises(UsageError, match=r"holds a run with data\.prompts = "):
         check_run(changed(run, "teacher"))
     prompts.write_text("a cat\na cow")
-    with pytest.raises(UsageError, match="--data teacher changed .* since the run in .*run started"):
+    with pytest.raises(UsageError, match=r"--data teacher changed .* since the run in .*run started"):
         reopen(run, teacher, "teacher", prompts=str(prompts))
 
 
