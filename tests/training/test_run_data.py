@@ -67,7 +67,7 @@ def test_other_data_are_refused(run: Path, image_folder: Path, tmp_path: Path) -
     copy = shutil.copytree(image_folder, tmp_path / "copy", copy_function=shutil.copy2)
     next(copy.glob("*.txt")).write_text("another caption")
     for sources in ((str(copy),), (str(image_folder), str(image_folder)), ("tiny",)):
-        with pytest.raises(UsageError, match=r"holds a run with data\.sources = .*, and this command says"):
+        with pytest.raises(UsageError, match=r"contains a run with data\.sources = .* \(this command: "):
             check_run(changed(run, *sources))
     with pytest.raises(UsageError, match="does not exist"):
         check_run(changed(run, "no-such-data"))
@@ -81,9 +81,9 @@ def test_prompts_may_be_spelled_otherwise(run: Path, teacher: Teacher, tmp_path:
     other.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\na dog")
     check_run(changed(run, "teacher", prompts=str(other)))
     other.write_text("a cat\na cow")
-    with pytest.raises(UsageError, match=r"holds a run with data\.prompts = "):
+    with pytest.raises(UsageError, match=r"contains a run with data\.prompts = "):
         check_run(changed(run, "teacher", prompts=str(other)))
-    with pytest.raises(UsageError, match=r"holds a run with data\.prompts = "):
+    with pytest.raises(UsageError, match=r"contains a run with data\.prompts = "):
         check_run(changed(run, "teacher"))
     prompts.write_text("a cat\na cow")
     with pytest.raises(UsageError, match=r"--data teacher changed .* since the run in .*run started"):
@@ -115,7 +115,7 @@ def test_a_damaged_record_is_reported_and_repaired(
     (run / FILE).write_bytes(_damaged(damage, whole))
     assert read_record(run) is None
     check_run(changed(run))
-    with pytest.raises(UsageError, match=r"holds a run with data\.sources = "):
+    with pytest.raises(UsageError, match=r"contains a run with data\.sources = "):
         check_run(changed(run, f"{image_folder}/"))
     reopen(run, teacher)
     assert f"{FILE} is damaged: whether the data have changed" in caplog.text
