@@ -66,6 +66,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "teacher.variant",
         "teacher.prediction_type",
         "teacher.vae",
+        "teacher.text_encoder",
+        "teacher.base",
         "teacher.clip_skip",
         "teacher.drop",
     ),

@@ -92,6 +92,10 @@ class TeacherConfig:
     "Override the teacher's prediction type if its files are wrong or do not state it."
     vae: str | None = setting(None, unset="the teacher's own")
     "Replacement for the teacher's VAE: a diffusers folder, a hub id, or a .safetensors file."
+    text_encoder: tuple[str, ...] | None = setting(None, unset="the teacher's own")
+    "Replacement for the teacher's text encoders, one each: a diffusers folder, a hub id, or a .safetensors file."
+    base: str | None = setting(None, unset="none")
+    "Model that supplies the parts which a .safetensors file lacks, such as VAE and text encoders for a U-Net."
     vae_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the VAE. SDXL's own VAE overflows in fp16."
     vae_tiling: bool = False

@@ -28,7 +28,6 @@ from lcmdistill.export.base import (
     unverified,
 )
 from lcmdistill.export.sampling_facts import SamplingFacts
-from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.objectives.lcm import LatentConsistency
@@ -37,6 +36,7 @@ from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
 from lcmdistill.teachers.registry import family_of, family_of_folder
+from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import RunError, UsageError
 

@@ -178,6 +178,10 @@ def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
         lines.append(f"skips {skip} of CLIP's last layers (`clip_skip={skip}`, A1111's clip skip {theirs}): {how}")
     if config.teacher.vae:
         lines.append(f"uses the VAE `{public_name(config.teacher.vae)}` instead of the teacher's")
+    for encoder in config.teacher.text_encoder or ():
+        lines.append(f"uses the text encoder `{public_name(encoder)}` instead of the teacher's")
+    if config.teacher.base:
+        lines.append(f"takes the parts that the teacher's file lacks from `{public_name(config.teacher.base)}`")
     if "safety_checker" in (config.teacher.drop or ()):
         lines.append("without the teacher's safety checker")
     return lines

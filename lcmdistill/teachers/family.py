@@ -59,7 +59,8 @@ class SingleFileLayout:
         default_prediction: The prediction type of a file that does not specify it.
         prediction_marks: {part of a ModelSpec architecture: the prediction type that it implies}.
         sample_sizes: {prediction type: latent size}, where it differs from the bundled config's.
-        flat_text_keys: Whether some files lack the `text_model.` in the keys of their text encoder.
+        takes_sizes: Whether the U-Net takes pooled embeddings and image sizes.
+        has_linear_projections: Whether the U-Net's attention blocks begin and end with linear layers, not with convolutions.
     """
 
     key: str
@@ -74,7 +75,8 @@ class SingleFileLayout:
     default_prediction: str = "epsilon"
     prediction_marks: Mapping[str, str] = field(default_factory=dict)
     sample_sizes: Mapping[str, int] = field(default_factory=dict)
-    flat_text_keys: bool = False
+    takes_sizes: bool = False
+    has_linear_projections: bool = False
 
 
 @dataclass(frozen=True)

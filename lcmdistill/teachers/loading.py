@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
@@ -16,7 +16,10 @@ from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_
 from lcmdistill.teachers.registry import family_of_class, supported_classes
 from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import load_single_file
+from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
 from lcmdistill.utils.errors import RunError, UsageError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_pipeline(
@@ -27,6 +30,8 @@ def load_pipeline(
     allow_pickle: bool = False,
     prediction_type: str | None = None,
     vae: str | None = None,
+    text_encoder: Sequence[str] | None = None,
+    base: str | None = None,
     vae_dtype: str = "fp32",
     vae_tiling: bool = False,
     clip_skip: int | None = None,
@@ -41,6 +46,8 @@ def load_pipeline(
         allow_pickle: Whether to open pickled weights.
         prediction_type: What the network predicts, where its files are wrong or do not specify it.
         vae: A VAE to use instead of the pipeline's own, see `replace_vae`.
+        text_encoder: Text encoders to use instead of the pipeline's own, see `replace_text_encoders`.
+        base: The model that the parts come from which a single file lacks.
         vae_dtype: What the VAE computes in, see `configure_vae`.
         vae_tiling: Whether the VAE works in tiles.
         clip_skip: How many of CLIP's last layers to skip.
@@ -50,16 +57,60 @@ def load_pipeline(
         UsageError: There is no such model, it is incomplete, or its weights are pickles.
         RunError: The hub cannot be reached.
     """
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_weight_bar
+
+    # Bars over a handful of local files carry no information; the hub's download bars stay.
+    disable_progress_bar()
+    disable_weight_bar()
     allow_pickle = allow_pickle or pickles_allowed()
-    pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
-    _check_finite(model, pipeline)
+    if base is not None and not _is_file(model):
+        raise UsageError(f"--base is for single files that lack parts, and {model} is not a file; remove the option")
+    if _is_file(model):
+        pipeline = _open_file(model, revision, prediction_type, base, allow_pickle, vae, text_encoder)
+    else:
+        pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
     make_sample_size_plain(pipeline)
     if vae is not None:
         replace_vae(pipeline, vae, allow_pickle=allow_pickle)
+    if text_encoder:
+        replace_text_encoders(pipeline, text_encoder, allow_pickle=allow_pickle)
+    _check_finite(model, pipeline)
     configure_vae(pipeline, vae_dtype, tiling=vae_tiling)
     if clip_skip is not None:
         skip_last_layers(pipeline, clip_skip)
     return pipeline
+
+
+def _is_file(model: str) -> bool:
+    """Return whether a model is a single file. Pickles are refused elsewhere."""
+    path = Path(resolve_alias(model)).expanduser()
+    return path.is_file() and path.suffix not in PICKLES
+
+
+def _open_file(
+    model: str,
+    revision: str | None,
+    prediction_type: str | None,
+    base: str | None,
+    allow_pickle: bool,
+    vae: str | None,
+    text_encoder: Sequence[str] | None,
+) -> Any:
+    path = Path(resolve_alias(model)).expanduser()
+    if revision is not None:
+        raise _no_revisions(model, revision)
+    encoders = inspect_checkpoint(path, read_header(path)).layout.text_encoders if text_encoder else ()
+    return load_single_file(
+        path,
+        prediction_type,
+        base=None if base is None else lambda: load_pipeline(base, allow_pickle=allow_pickle),
+        replaced=[*encoders, *(["vae"] if vae else [])],
+    )
+
+
+def _no_revisions(model: str, revision: str) -> UsageError:
+    return UsageError(f"--revision is {revision!r}, and {model} is a local path without revisions; remove the option")
 
 
 def _open_pipeline(
@@ -73,18 +124,11 @@ def _open_pipeline(
     import diffusers
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_weight_bar
 
-    # Bars over a handful of local files carry no information; the hub's download bars stay.
-    disable_progress_bar()
-    disable_weight_bar()
     name = resolve_alias(model)
     local = Path(name).expanduser()
     if revision is not None and local.exists():
-        raise UsageError(
-            f"--revision is {revision!r}, and {model} is a local path without revisions; remove the option"
-        )
+        raise _no_revisions(model, revision)
     if (local / "pipeline" / "model_index.json").is_file():
         local = local / "pipeline"  # of a run's folder
     if local.is_dir():
@@ -97,12 +141,10 @@ def _open_pipeline(
                 f"{local} is a LoRA run; merge it with its base first: lcmdistill export {local} --format fused "
                 "--output PATH"
             )
-    elif local.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    elif local.suffix in PICKLES:
         raise UsageError(
             f"{model} is a pickle, which can run any code when opened; use a .safetensors file or a diffusers folder"
         )
-    elif local.is_file():
-        return load_single_file(local, prediction_type)
     elif is_local(name):
         raise UsageError(
             f"there is no model {model!r}; specify an existing diffusers folder or .safetensors file, a hub id like "
@@ -210,7 +252,7 @@ def _check_weights(model: str, pipeline: Any) -> None:
         if isinstance(part, ModelMixin):
             missing = [key for key, value in part.state_dict().items() if value.is_meta]
         elif name.startswith("text_encoder") and part is not None:
-            missing = _missing_text_weights(part)
+            missing = missing_text_weights(part)
         else:
             continue
         if missing:
@@ -218,28 +260,6 @@ def _check_weights(model: str, pipeline: Any) -> None:
                 f"{model} cannot be loaded as a diffusers pipeline: the file of its {name} lacks {len(missing)} weights of "
                 f"the right shape, such as {missing[0]}"
             )
-
-
-def _missing_text_weights(encoder: Any) -> list[str]:
-    """Return the weights of a text encoder that its safetensors files lack; [] if it was read from a pickle."""
-    prefixes = ("text_model.", f"{encoder.base_model_prefix}.")
-    stored: dict[str, list[int]] = {}
-    for path in Path(encoder.config._name_or_path).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored |= {_bare(key, prefixes): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    if not stored:
-        return []
-    state = {_bare(key, prefixes): value for key, value in encoder.state_dict().items()}
-    # Compared by memory, since shared embeddings have several names and a file holds one of them.
-    loaded = {value.data_ptr() for key, value in state.items() if stored.get(key) == list(value.shape)}
-    return [key for key, value in state.items() if value.data_ptr() not in loaded]
-
-
-def _bare(key: str, prefixes: Sequence[str]) -> str:
-    """Return a key without the wrapper prefixes that some versions of transformers write."""
-    for prefix in prefixes:
-        key = key.removeprefix(prefix)
-    return key
 
 
 def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception:

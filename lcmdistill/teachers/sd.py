@@ -30,7 +30,6 @@ SD1 = SingleFileLayout(
     width=768,
     architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
     base_versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
-    flat_text_keys=True,
 )
 
 SD2 = SingleFileLayout(
@@ -46,6 +45,7 @@ SD2 = SingleFileLayout(
     default_prediction="v_prediction",
     prediction_marks={"-768-v": "v_prediction", "v2-512": "epsilon"},
     sample_sizes={"epsilon": 64},  # the 512 px base
+    has_linear_projections=True,
 )
 
 

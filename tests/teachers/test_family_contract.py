@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcmdistill.export.sd_keys import TEXT_STYLES
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_class
+from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.pixel_models import build_pixel

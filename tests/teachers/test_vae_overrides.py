@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lcmdistill.config.schema import DataConfig
-from lcmdistill.export.sd_keys import original_vae
 from lcmdistill.sampling.generate import generate, load_student
 from lcmdistill.teachers import overrides as pieces
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.single_file.sd_keys import original_vae
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.data import cache_of, prepared
 from tests.support.models import opened, small_vae

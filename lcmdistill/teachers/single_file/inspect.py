@@ -1,7 +1,8 @@
 """Recognize single-file checkpoints by the names and shapes of their tensors, without loading them or importing torch.
 
 The keys are those of the original programs: `model.diffusion_model.` for the U-Net, `first_stage_model.` for the VAE, and
-`cond_stage_model.` (Stable Diffusion 1 and 2) or `conditioner.embedders.` (XL) for the text encoders.
+`cond_stage_model.` (Stable Diffusion 1 and 2) or `conditioner.embedders.` (XL) for the text encoders. Files of a U-Net only may
+lack the prefix, or have the keys of diffusers.
 """
 
 import json
@@ -14,6 +15,11 @@ from lcmdistill.teachers.registry import single_file_layouts
 from lcmdistill.utils.errors import UsageError
 
 UNET = "model.diffusion_model."
+
+VAE = "first_stage_model."
+
+REFINER_WIDTH = 1280
+"the width of the cross-attention of SDXL's refiner"
 
 REFINER = "conditioner.embedders.0.model."
 "what the text encoder's keys of SDXL's refiner begin with"
@@ -37,22 +43,50 @@ class Header:
 
 
 @dataclass(frozen=True)
+class UnetKeys:
+    """How the keys of a file's U-Net are written.
+
+    Attributes:
+        prefix: What precedes them.
+        is_diffusers: Whether they are diffusers' names instead of the original program's.
+    """
+
+    prefix: str
+    is_diffusers: bool
+
+    def named(self, original: str, diffusers: str) -> str:
+        """Return the key of one weight, given its name in both layouts."""
+        return f"{self.prefix}{diffusers if self.is_diffusers else original}"
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """What a single-file checkpoint is.
 
     Attributes:
         family: The family that opens it.
         layout: The layout of its keys.
+        unet: How the keys of its U-Net are written.
+        parts: The components of the pipeline that it holds: "unet", "vae" and text encoders.
         prediction_type: What its network predicts.
+        states_prediction: Whether the file itself states that.
         zero_snr: Whether its schedule ends in pure noise.
         why: How each of these was recognized, in words.
     """
 
     family: TeacherFamily
     layout: SingleFileLayout
+    unet: UnetKeys
+    parts: tuple[str, ...]
     prediction_type: str
+    states_prediction: bool
     zero_snr: bool
     why: str
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The components that the pipeline needs and the file lacks, text encoders first."""
+        return tuple(part for part in (*self.layout.text_encoders, "vae") if part not in self.parts)
 
 
 def read_header(path: Path) -> Header:
@@ -92,53 +126,93 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     names = header.tensors
     if is_lora(header):
         raise UsageError(f"{path} is a LoRA; specify the checkpoint that it belongs to")
-    if not any(name.startswith(f"{UNET}input_blocks.") for name in names):
+    unet = _unet_keys(names)
+    if unet is None:
         raise UsageError(
             f"{path} holds no Stable Diffusion U-Net ({UNET}input_blocks...); use a whole checkpoint of Stable Diffusion 1, 2 "
             "or XL, or a diffusers folder"
         )
-    matches = [(family, layout) for family, layout in _by_marker() if any(n.startswith(layout.marker) for n in names)]
-    if not matches:
-        what = "is SDXL's refiner" if any(name.startswith(REFINER) for name in names) else "holds no known text encoder"
-        raise UsageError(f"{path} {what}; use a whole checkpoint of Stable Diffusion 1, 2 or XL base")
-    if not any(name.startswith("first_stage_model.") for name in names):
-        raise UsageError(f"{path} holds no VAE (first_stage_model...); use a checkpoint that includes its VAE")
+    width = next((s[1] for n, (_, s) in names.items() if n.endswith("attn2.to_k.weight")), 0)
+    layout = _layout_of(names, unet)
+    if any(name.startswith(REFINER) for name in names) or (layout.takes_sizes and width == REFINER_WIDTH):
+        raise UsageError(f"{path} is SDXL's refiner; use a checkpoint of Stable Diffusion 1, 2 or XL base")
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
         raise UsageError(f"{path} was trained on EDM's noise levels, which are not supported for teachers with a VAE")
-    channels = names.get(f"{UNET}input_blocks.0.0.weight", ("", (0, 0)))[1][1]
-    match = next(((family, layout) for family, layout in matches if family.input_channels == channels), None)
+    channels = names.get(unet.named("input_blocks.0.0.weight", "conv_in.weight"), ("", (0, 0)))[1][1]
+    families = [(family, each) for family, each in single_file_layouts() if each.key == layout.key]
+    match = next((each for each in families if each[0].input_channels == channels), None)
     if match is None:
         raise UsageError(f"{path}: its U-Net takes {channels} channels; supported are 4, and 9 (inpainting)")
     family, layout = match
-    prediction_type, reason = _prediction_type(header, layout)
-    width = next((s[1] for n, (_, s) in names.items() if n.endswith("attn2.to_k.weight")), 0)
+    prefixes = {"vae": VAE, **{part: prefix for part, (prefix, _) in layout.text_encoders.items()}}
+    held = [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)]
+    prediction_type, reason, is_stated = _prediction_type(header, layout)
     name = f"{layout.title}{' inpainting' * family.takes_mask}"
-    parts = [f"{name} ({layout.text_title}, cross-attention {width} wide, {channels} channels)"]
+    text = layout.text_title if set(held) & set(layout.text_encoders) else "no text encoder"
+    parts = [f"{name} ({text}{', no VAE' * ('vae' not in held)}, cross-attention {width} wide, {channels} channels)"]
     parts.append(f"{prediction_type} ({reason})")
     zero_snr = "ztsnr" in names
     parts += ["zero-terminal SNR (it holds a ztsnr marker)"] if zero_snr else []
-    return CheckpointInfo(family, layout, prediction_type, zero_snr, ", ".join(parts))
+    return CheckpointInfo(
+        family=family,
+        layout=layout,
+        unet=unet,
+        parts=("unet", *held),
+        prediction_type=prediction_type,
+        states_prediction=is_stated,
+        zero_snr=zero_snr,
+        why=", ".join(parts),
+    )
 
 
-def _by_marker() -> list[tuple[TeacherFamily, SingleFileLayout]]:
-    """Return families and layouts, those with the most text encoders first: a file of two may also hold one's keys."""
-    return sorted(single_file_layouts(), key=lambda pair: -len(pair[1].text_encoders))
+def _unet_keys(names: Mapping[str, object]) -> UnetKeys | None:
+    """Return how the keys of a U-Net are written; None if the file holds none.
+
+    Without a prefix, a U-Net must have its second half too: files of a ControlNet have the first one.
+    """
+    for keys, halves in (
+        (UnetKeys(UNET, False), ("input_blocks.",)),
+        (UnetKeys(UNET, True), ("down_blocks.",)),
+        (UnetKeys("", False), ("input_blocks.", "output_blocks.")),
+        (UnetKeys("", True), ("down_blocks.", "up_blocks.")),
+    ):
+        if all(any(name.startswith(keys.prefix + half) for name in names) for half in halves):
+            return keys
+    return None
 
 
-def _prediction_type(header: Header, layout: SingleFileLayout) -> tuple[str, str]:
-    """Return a checkpoint's prediction type, and how it was recognized."""
+def _layout_of(names: Mapping[str, tuple[str, tuple[int, ...]]], unet: UnetKeys) -> SingleFileLayout:
+    """Return the layout of a checkpoint: by its text encoders if it has them, otherwise by its U-Net."""
+    layouts = {layout.key: layout for _, layout in single_file_layouts()}
+    # Those with the most text encoders first: a file of two may also hold one's keys.
+    for layout in sorted(layouts.values(), key=lambda each: -len(each.text_encoders)):
+        if any(name.startswith(layout.marker) for name in names):
+            return layout
+    takes_sizes = unet.named("label_emb.0.0.weight", "add_embedding.linear_1.weight") in names
+    projections = [s for n, (_, s) in names.items() if n.startswith(unet.prefix) and n.endswith(".proj_in.weight")]
+    is_linear = takes_sizes or (bool(projections) and len(projections[0]) == 2)
+    return next(
+        layout
+        for layout in layouts.values()
+        if (layout.takes_sizes, layout.has_linear_projections) == (takes_sizes, is_linear)
+    )
+
+
+def _prediction_type(header: Header, layout: SingleFileLayout) -> tuple[str, str, bool]:
+    """Return a checkpoint's prediction type, how it was recognized, and whether the file itself states it."""
     stated = header.metadata.get("modelspec.prediction_type", "")
     architecture = header.metadata.get("modelspec.architecture", "")
     if "v_pred" in header.tensors:
-        return "v_prediction", "it holds a v_pred marker"
+        return "v_prediction", "it holds a v_pred marker", True
     if stated in ("v", "v_prediction", "epsilon"):
-        return "epsilon" if stated == "epsilon" else "v_prediction", "its header says so"
+        return "epsilon" if stated == "epsilon" else "v_prediction", "its header says so", True
     for mark, prediction_type in layout.prediction_marks.items():
         if mark in architecture:
-            return prediction_type, f"its header says {architecture}"
+            return prediction_type, f"its header says {architecture}", True
     if layout.default_prediction == "v_prediction":
         return (
             "v_prediction",
             "assumed, as most models of its kind predict v; a 512 px base needs --prediction-type epsilon",
+            False,
         )
-    return "epsilon", "not specified in the file; if it predicts v, use --prediction-type v_prediction"
+    return "epsilon", "not specified in the file; if it predicts v, use --prediction-type v_prediction", False

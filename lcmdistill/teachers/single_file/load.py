@@ -1,86 +1,150 @@
 """Load single-file checkpoints, as A1111, ComfyUI and Civitai share them, without a network: the configs are bundled.
 
-diffusers reads the weights. A temporary folder supplies what the file itself lacks: the configs of its layout, CLIP's
-vocabulary, and what the keys imply about prediction type, schedule and input channels.
+A temporary folder supplies what the file itself lacks: the configs of its layout, CLIP's vocabulary, and what the keys imply
+about prediction type, schedule and input channels.
 """
 
 import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import CheckpointInfo, inspect_checkpoint, read_header
+from lcmdistill.teachers.single_file.unet_blocks import with_counted_blocks
 from lcmdistill.utils.errors import UsageError
 
 CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
 
 
-def load_single_file(path: Path, prediction_type: str | None = None, configs: Path | None = None) -> Any:
+def load_single_file(
+    path: Path,
+    prediction_type: str | None = None,
+    configs: Path | None = None,
+    *,
+    base: Callable[[], Any] | None = None,
+    replaced: Collection[str] = (),
+) -> Any:
     """Load a checkpoint as a diffusers pipeline in fp32 without a safety checker.
 
     Args:
         path: A .safetensors file.
         prediction_type: Replaces what the file specifies.
         configs: A diffusers folder that replaces the layout's configs.
+        base: Loads the pipeline that the parts come from which the file lacks.
+        replaced: Components that the caller replaces. Those that the file lacks remain on the meta device.
 
     Raises:
-        UsageError: The file is not a Stable Diffusion checkpoint, or it lacks weights.
+        UsageError: The file is not a Stable Diffusion checkpoint, or it lacks parts or weights.
     """
+    header = read_header(path)
+    info = inspect_checkpoint(path, header)
+    missing = [part for part in info.missing if part not in replaced]
+    if base is None and missing:
+        options = ["--text-encoder"] * (missing != ["vae"]) + ["--vae"] * ("vae" in missing)
+        raise UsageError(
+            f"{path} holds no {' and no '.join(missing)}; pass {' and '.join(options)}, or --base MODEL for all parts that it "
+            "lacks"
+        )
+    if base is not None and not info.missing:
+        raise UsageError(f"{path} holds all parts of a pipeline, so --base has no effect; remove the option")
+    if base is not None:
+        return _onto_base(path, info, base(), prediction_type)
+    with _config_folder(info, prediction_type, configs or CONFIGS / info.layout.key) as folder:
+        return _assemble(path, info, folder)
+
+
+def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
+    """Return the pipeline of a diffusers folder without weights, with the parts that a file holds."""
     import diffusers
     import torch
 
-    header = read_header(path)
-    info = inspect_checkpoint(path, header)
-    layout, marker = info.layout, info.layout.marker
-    has_flat_keys = layout.flat_text_keys and not any(n.startswith(f"{marker}text_model.") for n in header.tensors)
-    pipeline_class: Any = getattr(diffusers, info.family.pipeline_classes[0])
-    options = dict(info.family.single_file_options)
-    with _config_folder(info, prediction_type, configs or CONFIGS / layout.key) as folder:
-        try:
-            if has_flat_keys:
-                options["text_encoder"] = _flat_text_encoder(path, marker, folder / "text_encoder")
-            pipeline = pipeline_class.from_single_file(
-                str(path), config=str(folder), local_files_only=True, **dtype_option(torch.float32), **options
-            )
-        except Exception as error:  # a loader raises whatever it meets in files of another kind
-            reason = str(error).strip().split("\n")[0]
-            if "meta tensor" in reason:  # a weight that the file lacks
-                reason = "weights are missing, or it has fewer blocks than its base (SSD-1B: use its diffusers folder)"
-            raise UsageError(f"{path} was detected as {info.why} but could not be loaded: {reason}") from error
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            missing = [name for name, value in part.named_parameters() if value.is_meta]
-            if missing:
-                raise UsageError(
-                    f"{path} lacks {len(missing)} weights of its {type(part).__name__}, such as {missing[0]}"
-                )
+    parts: dict[str, Any] = {"unet": _unet_config(path, info, json.loads((folder / "unet" / "config.json").read_text("utf-8")))}
+    for part in ("vae", *info.layout.text_encoders):
+        parts[part] = folder / part
+    modules = {name: _empty(info, name, config) for name, config in parts.items()}
+    _fill(path, info, modules)
+    kind: Any = getattr(diffusers, info.family.pipeline_classes[0])
+    pipeline = kind.from_pretrained(str(folder), local_files_only=True, **info.family.single_file_options, **modules)
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    assert all(isinstance(module, torch.nn.Module) for module in modules.values())
     return pipeline
 
 
-def _flat_text_encoder(path: Path, prefix: str, config: Path) -> Any:
-    """Return CLIP in fp32 from keys without the `text_model.` that diffusers expects; missing weights stay on meta.
+def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str | None) -> Any:
+    """Return a base's pipeline with the parts that a file holds. The base's schedule stays unless the file states another."""
+    family = family_of_class(type(base).__name__)
+    layout = family.layout_of(base.unet.config) if family is not None and family.layout_of else None
+    if family is None or layout is None or (family.key, layout.key) != (info.family.key, info.layout.key):
+        title = layout.title if layout else type(base).__name__
+        raise UsageError(f"{path} is {info.layout.title} and --base is {title}; use a base of the same kind")
+    modules = {"unet": _empty(info, "unet", _unet_config(path, info, dict(base.unet.config)))}
+    modules |= {part: _empty(info, part, getattr(base, part).config) for part in info.parts if part != "unet"}
+    _fill(path, info, modules)
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    base.register_modules(**modules)
+    changes = {"prediction_type": prediction_type or info.prediction_type} if info.states_prediction else {}
+    changes |= {"prediction_type": prediction_type} if prediction_type else {}
+    changes |= {"rescale_betas_zero_snr": True} if info.zero_snr else {}
+    base.scheduler = type(base.scheduler).from_config({**base.scheduler.config, **changes})
+    return base
 
-    Stable Diffusion's first files had such keys, and so have models that were merged from them.
+
+def _unet_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a file's U-Net: the published one, or a base's, with the blocks that the file has."""
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    config |= {"time_cond_proj_dim": None}
+    if info.unet.is_diffusers:
+        return config
+    return with_counted_blocks(config, read_header(path).tensors, info.unet.prefix)
+
+
+def _empty(info: CheckpointInfo, part: str, config: Any) -> Any:
+    """Return a part without weights: they are on the meta device, its buffers are not.
+
+    Args:
+        info: What the file is.
+        part: The name of the component.
+        config: Its config, or the folder of one.
     """
-    import torch
-    from safetensors import safe_open
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
 
-    encoder: Any = CLIPTextModel(CLIPTextConfig.from_pretrained(config)).eval()
-    state = {name: torch.empty_like(value, device="meta") for name, value in encoder.state_dict().items()}
-    with safe_open(path, "pt") as file:
-        stored = set(file.keys())
-        for name in state:
-            if (key := prefix + name.removeprefix("text_model.")) in stored:
-                state[name] = file.get_tensor(key).float()
-    encoder.load_state_dict(state, assign=True)
-    return encoder
+    with init_empty_weights():
+        if part in info.layout.text_encoders:
+            text: Any = config
+            if isinstance(config, Path):
+                text = transformers.CLIPTextConfig.from_pretrained(config)
+            has_projection = info.layout.text_encoders[part][1] == "openclip"
+            kind = transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel
+            return kind(text)
+        kind: Any = getattr(diffusers, info.family.network_class if part == "unet" else "AutoencoderKL")
+        return kind.from_config(kind.load_config(config) if isinstance(config, Path) else config)
+
+
+def _fill(path: Path, info: CheckpointInfo, modules: dict[str, Any]) -> None:
+    """Load the weights of the modules that a file holds. Raises UsageError for weights that are missing or not read."""
+    from lcmdistill.teachers.single_file.weights import TEXT_SOURCES, CheckpointFile, unet_sources, vae_sources
+
+    file = CheckpointFile(path, read_header(path))
+    sources = {"unet": unet_sources(modules["unet"], info.unet)}
+    if "vae" in info.parts:
+        sources["vae"] = vae_sources(modules["vae"])
+    for part, (prefix, style) in info.layout.text_encoders.items():
+        if part in info.parts:
+            sources[part] = TEXT_SOURCES[style](modules[part], prefix)
+    titles = {"unet": info.family.network_label, "vae": "VAE"}
+    for part, each in sources.items():
+        file.fill(modules[part], each, titles.get(part, part))
+    file.refuse_unread(info.unet.prefix, sources["unet"], titles["unet"])
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcmdistill.export.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.export.single_file import write_single_file
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file import load as single_file
 from lcmdistill.teachers.single_file.inspect import Header, inspect_checkpoint
 from lcmdistill.teachers.single_file.load import CONFIGS, load_single_file, write_vocabulary
+from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import (
     BUILDERS,
@@ -139,9 +139,9 @@ U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transf
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
     ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; specify the checkpoint"),
     ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
-    ({U: (8, 4, 3, 3)}, "holds no known text encoder"),
+    ({U: (8, 4, 3, 3)}, "holds no text_encoder and no vae; pass --text-encoder and --vae"),
     ({U: (8, 4, 3, 3), "conditioner.embedders.0.model.x": (1,)}, "is SDXL's refiner"),
-    ({U: (8, 4, 3, 3), C: (1,)}, "holds no VAE"),
+    ({U: (8, 4, 3, 3), C: (1,)}, "holds no vae; pass --vae, or --base MODEL"),
     ({U: (8, 8, 3, 3), C: (1,), "first_stage_model.x": (1,)}, "takes 8 channels"),
     ({U: (8, 4, 3, 3), C: (1,), "first_stage_model.x": (1,), "edm_mean": (1,)}, "EDM's noise levels"),
 ]
@@ -236,11 +236,16 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path: Path, small_teacher: Pat
     tensors = load_file(tmp_path / "a.safetensors")
     lost = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match=r"b.safetensors lacks 1 weights of its CLIPTextModel, such as .*final_layer"):
+    with pytest.raises(
+        UsageError,
+        match=r"b.safetensors lacks .*final_layer_norm.weight, in total 1 of the \d+ weights of its text_encoder",
+    ):
         load_single_file(tmp_path / "b.safetensors", configs=small_teacher)
     lost = "model.diffusion_model.middle_block.1.norm.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "c.safetensors")
-    with pytest.raises(UsageError, match=r"c.safetensors .*: weights are missing, or it has fewer blocks"):
+    with pytest.raises(
+        UsageError, match=r"c.safetensors lacks model.diffusion_model.middle_block.1.norm.weight, in total 1 of"
+    ):
         load_single_file(tmp_path / "c.safetensors", configs=small_teacher)
 
 
@@ -260,5 +265,8 @@ def test_a_text_encoder_named_as_in_2022_is_read(tmp_path: Path, small_teacher: 
     )
     lost = "cond_stage_model.transformer.final_layer_norm.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match=r"b.safetensors lacks 1 weights of its CLIPTextModel, such as .*final_layer"):
+    with pytest.raises(
+        UsageError,
+        match=r"b.safetensors lacks .*final_layer_norm.weight, in total 1 of the \d+ weights of its text_encoder",
+    ):
         load_single_file(tmp_path / "b.safetensors", configs=small_teacher)

@@ -221,7 +221,7 @@ def _placed(state: Mapping[str, Tensor], places: Mapping[str, str], prefix: str)
     Raises:
         RunError: A key has no place, or two keys share one.
     """
-    keys = {key: _original_key(key, places) for key in state}
+    keys = {key: original_key(key, places) for key in state}
     missing = sorted(key for key, original in keys.items() if original is None)
     if missing:
         raise RunError(
@@ -233,7 +233,8 @@ def _placed(state: Mapping[str, Tensor], places: Mapping[str, str], prefix: str)
     return tensors
 
 
-def _original_key(key: str, places: Mapping[str, str]) -> str | None:
+def original_key(key: str, places: Mapping[str, str]) -> str | None:
+    """Return the original key of a diffusers key; None if its module has no place."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         place = places.get(".".join(parts[:n]))

@@ -9,8 +9,14 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lcmdistill.export.sd_keys import original_clip, original_openclip, original_sd2_text, original_unet, original_vae
 from lcmdistill.export.single_file import original_tensors
+from lcmdistill.teachers.single_file.sd_keys import (
+    original_clip,
+    original_openclip,
+    original_sd2_text,
+    original_unet,
+    original_vae,
+)
 from tests.support.models import BUILDERS, AutoencoderKL, UNet, models_of, opened, text_config
 
 
