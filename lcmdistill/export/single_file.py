@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from lcmdistill.export.base import (
     sampler_lines,
     unverified,
 )
+from lcmdistill.export.client_sampling import check_sampling, sample_as_trained
 from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
@@ -251,6 +253,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
     path, pipeline = request.output, student.pipeline()
     require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
     expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
+    latents = sample_as_trained(pipeline, request.guidance_scale) if request.verify else None
     merge_adapter(student, pipeline)
     bakes = has_omega_input(pipeline.unet)
     usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
@@ -270,11 +273,15 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
                 f" The student was trained with guidance scales of {omegas.scale} and never saw "
                 f"{request.guidance_scale:g}."
             )
-        if not request.verify:
+        if latents is None:
             return f"{unverified(path)}; {use}"
         del pipeline
-        outputs = pipeline_outputs(read_back(partial, configs), request.guidance_scale)
-        return f"{check_close(outputs, expected, BOUNDS[request.dtype], path)}; {use}"
+        loaded, bound = read_back(partial, configs), BOUNDS[request.dtype]
+        close = check_close(pipeline_outputs(loaded, request.guidance_scale), expected, bound, path)
+        with safe_open(partial, "pt") as file:
+            keys = set(file.keys())
+        sampled = check_sampling(loaded, request.guidance_scale, latents, student.facts, keys, bound)
+        return f"{close}, {sampled}; {use}"
 
 
 def python_code(usage: Usage) -> str:

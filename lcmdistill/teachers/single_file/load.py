@@ -64,7 +64,9 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
     import diffusers
     import torch
 
-    parts: dict[str, Any] = {"unet": _unet_config(path, info, json.loads((folder / "unet" / "config.json").read_text("utf-8")))}
+    parts: dict[str, Any] = {
+        "unet": _unet_config(path, info, json.loads((folder / "unet" / "config.json").read_text("utf-8")))
+    }
     for part in ("vae", *info.layout.text_encoders):
         parts[part] = folder / part
     modules = {name: _empty(info, name, config) for name, config in parts.items()}
