@@ -51,6 +51,20 @@ test-oldest: ## run the tests with the oldest allowed version of every dependenc
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[onnx,tensorboard]' pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n auto --dist loadfile -m "not slow"
 
+# Two environments, because sd-scripts needs older versions than ComfyUI and InvokeAI. InvokeAI and lycoris-lora come without
+# their dependencies. Then run, with checkouts of the public repositories:
+# LCMDISTILL_COMFYUI=DIR LCMDISTILL_SD_SCRIPTS=DIR .venv/bin/python -m pytest -m slow tests/slow/clients
+COMFYUI_NEEDS := einops torchsde scipy aiohttp pydantic-settings comfy-kitchen psutil tqdm pyyaml pillow transformers safetensors toml
+SD_SCRIPTS_NEEDS := transformers==4.54.1 diffusers==0.32.1 einops toml imagesize opencv-python-headless voluptuous accelerate tqdm
+clients: ## build the environments of the other programs' tests (tests/slow/clients)
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check $(COMFYUI_NEEDS)
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lycoris-lora==4.1.3 InvokeAI==6.14.2
+	test -x .venv-sd-scripts/bin/python || $(PYTHON) -m venv .venv-sd-scripts
+	.venv-sd-scripts/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
+	.venv-sd-scripts/bin/python -m pip install --quiet --disable-pip-version-check $(SD_SCRIPTS_NEEDS)
+
 test-slow: setup ## run the slow tests
 	$(PY) -m pytest -m slow
 
@@ -68,4 +82,4 @@ fashion: setup ## run Consistency Models on Fashion-MNIST: teacher, CD, CT, KID 
 bench: setup ## compare a training step with a plain loop: speed, memory (BENCH=tiny, sd15, sdxl, memory)
 	$(PY) examples/bench/run.py $(BENCH)
 
-.PHONY: help setup demo quality test test-oldest test-slow lint type bench fashion
+.PHONY: help setup demo quality test test-oldest clients test-slow lint type bench fashion

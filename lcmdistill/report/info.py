@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.students.lora_kinds import kinds_of, split_key
 from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
@@ -13,6 +14,17 @@ from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_
 from lcmdistill.utils.errors import RunError, UsageError
 
 Row = tuple[str, str]
+
+RANK_FIRST = (".hada_w1_b", ".lokr_w1_b", ".lokr_w2_b")
+"LyCORIS' tensors whose first side is the rank"
+
+OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "bundle_emb": "textual inversions",
+    ".oft_blocks": "OFT",
+    ".on_input": "(IA)^3",
+}
+"{part of a key: the kind of adapter}, of kinds that cannot be loaded"
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -87,7 +99,9 @@ def _checkpoint(path: Path, header: Header) -> list[Row]:
 
 
 def _lora(path: Path, header: Header) -> list[Row]:
-    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith(LORA_DOWNS)}
+    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith((*LORA_DOWNS, *RANK_FIRST))}
+    names = header.tensors
+    kinds = kinds_of(names) + [kind for part, kind in OTHER_KINDS.items() if any(part in name for name in names)]
     adapter = path.with_name("adapter_config.json")
     metadata = header.metadata
     if adapter.is_file():
@@ -97,26 +111,24 @@ def _lora(path: Path, header: Header) -> list[Row]:
         kind, config = "diffusers", json.loads(metadata["lora_adapter_metadata"])
         alpha, base = config.get("unet.lora_alpha"), metadata.get("ss_sd_model_name")
     else:
-        kind = "kohya" if any(key.endswith(".lora_down.weight") for key in downs) else "diffusers"
+        is_kohya = bool(kinds) or any(key.endswith(".lora_down.weight") for key in downs)
+        kind = "kohya" if is_kohya else "diffusers"
         alpha, base = metadata.get("ss_network_alpha"), metadata.get("ss_sd_model_name")
-    in_file = "in its tensors" if f"{_stem(downs)}.alpha" in header.tensors else "none"
+    in_file = "in its tensors" if any(name.endswith(".alpha") for name in names) else "none"
+    layers = len({split_key(name)[0] for name in names}) if kinds and kind == "kohya" else len(downs)
     ranks = sorted({shape[0] for shape in downs.values()})
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
     fits = {layout.width: layout.title for _, layout in single_file_layouts()}
     guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
     return [
-        ("type", f"LoRA, {kind} keys, on {len(downs)} layers"),
-        ("rank", ", ".join(map(str, ranks))),
+        ("type", f"LoRA, {''.join(f'{each}, ' for each in kinds)}{kind} keys, on {layers} layers"),
+        ("rank", ", ".join(map(str, ranks)) or "none"),
         ("alpha", in_file if alpha is None else str(alpha)),
         ("base", str(base or "not specified")),
         ("fits", metadata.get("modelspec.architecture", guess)),
         ("weights", _size(header.tensors)),
         ("license", metadata.get("modelspec.license", "not specified")),
     ]
-
-
-def _stem(downs: Mapping[str, Any]) -> str:
-    return next(iter(downs), "").removesuffix(".lora_down.weight").removesuffix(".lora_A.weight")
 
 
 def _size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -153,13 +153,13 @@ def load_student(
         sampled = (scheduler_options_of(lora) for lora in loras if scheduler_of(lora) == scheduler)
         pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, next(sampled, {}))
         names = [f"lora_{i}" for i in range(len(loras))]
-        for name, lora in zip(names, loras, strict=True):
-            load_lora(pipeline, lora, name)
         weights = [*scales, *[1.0] * (len(loras) - len(scales))]
-        if hasattr(pipeline, "set_adapters"):
-            pipeline.set_adapters(names, weights)
-        else:
-            choose_adapters(network_of(pipeline), names, weights)
+        each = zip(names, loras, weights, strict=True)
+        adapters = {name: weight for name, lora, weight in each if load_lora(pipeline, lora, name, weight)}
+        if adapters and hasattr(pipeline, "set_adapters"):
+            pipeline.set_adapters(list(adapters), list(adapters.values()))
+        elif adapters:
+            choose_adapters(network_of(pipeline), list(adapters), list(adapters.values()))
     pipeline.to(device, dtype)
     if "vae" in pipeline.components:
         pipeline.vae.float()  # SDXL's VAE overflows in fp16; `vae_dtype` selects what it computes in

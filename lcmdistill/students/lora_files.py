@@ -3,7 +3,8 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmdistill.students.lora import LoraLayer, put_lora
+from lcmdistill.students.lora_kinds import kinds_of
+from lcmdistill.students.lycoris import merge_lycoris
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_lora_header
@@ -40,13 +43,17 @@ def alpha_of(lora: Lora) -> float:
     return next(iter(lora.values())).alpha
 
 
-def load_lora(pipeline: Any, lora: str, name: str) -> None:
+def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
     """Load a LoRA into a pipeline's network and text encoders.
 
     Args:
         pipeline: The pipeline to change.
-        lora: A kohya or diffusers file, or a diffusers or peft folder.
+        lora: A kohya, LyCORIS or diffusers file, or a diffusers or peft folder.
         name: The adapter's name.
+        scale: How strongly a file acts that is merged into the weights. Adapters are scaled by the caller.
+
+    Returns:
+        Whether the LoRA became an adapter; if not, it was merged.
 
     Raises:
         UsageError: The file does not exist, holds no LoRA, or has layers that the model lacks.
@@ -58,21 +65,39 @@ def load_lora(pipeline: Any, lora: str, name: str) -> None:
     adapter = file.with_name("adapter_config.json")
     peft_lora = from_peft(weights, _config_of(adapter, lora), lora) if adapter.is_file() else None
     weights = weights if peft_lora is None else kohya_tensors(peft_lora, torch.float32)
+    if family.uses_peft_only and peft_lora is None:
+        raise UsageError(f"--lora {lora} is not a peft folder, the only kind that a {type(network).__name__} takes")
+    if kinds_of(weights):
+        merge_lycoris(pipeline, family.lora_prefixes, weights, lora, scale)
+        return False
     _check_fit(pipeline, family, weights, lora)
     if family.uses_peft_only:
-        if peft_lora is None:
-            raise UsageError(f"--lora {lora} is not a peft folder, the only kind that a {type(network).__name__} takes")
+        assert peft_lora is not None
         put_lora(network, peft_lora, name)
-        return
+        return True
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
     source: Any = _even(weights) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_load_reports():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are intended
             pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+    return True
+
+
+@contextmanager
+def _without_load_reports() -> Iterator[None]:
+    """Silence transformers, which lists every weight of an adapted text encoder as missing, although all are in place."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def scheduler_of(lora: str) -> str | None:
@@ -276,10 +301,7 @@ _SUFFIXES = (
 
 # Words in the keys of other kinds of adapters, for messages.
 _OTHER_KINDS = {
-    "dora_scale": " of a DoRA",
     "lora_magnitude_vector": " of a DoRA",
-    "hada_": " of a LoHa",
-    "lokr_": " of a LoKr",
     "bundle_emb": " of textual inversions",
 }
 

@@ -11,7 +11,13 @@ from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import read_header
-from lcmdistill.teachers.single_file.weights import CheckpointFile, Sources, clip_sources, openclip_sources
+from lcmdistill.teachers.single_file.weights import (
+    CheckpointFile,
+    Sources,
+    clip_sources,
+    openclip_sources,
+    without_weights,
+)
 from lcmdistill.utils.errors import RunError, UsageError
 
 CLIP_PREFIXES = ("", "transformer.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
@@ -94,15 +100,12 @@ def _load(word: str, name: str, current: Any, allow_pickle: bool) -> Any:
 
 def _from_file(path: Path, current: Any) -> Any:
     """Return the text encoder of a file, with the current one's config: under transformers' names or OpenCLIP's."""
-    from accelerate import init_empty_weights
-
     if path.suffix != ".safetensors":
         raise UsageError(f"--text-encoder {path} is not a .safetensors file; a pickle can run any code when opened")
     if not hasattr(current.config, "max_position_embeddings"):
         raise UsageError(f"--text-encoder {path}: files are read for CLIP only; pass the folder of the text encoder")
     header = read_header(path)
-    with init_empty_weights():
-        encoder = type(current)(current.config)
+    encoder = without_weights(lambda: type(current)(current.config))
     choices = [clip_sources(encoder, prefix) for prefix in CLIP_PREFIXES]
     choices += [openclip_sources(encoder, prefix) for prefix in OPENCLIP_PREFIXES]
 

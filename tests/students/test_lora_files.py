@@ -232,7 +232,7 @@ def test_another_kind_of_peft_adapter_is_refused(small_teacher: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [("dora_scale", " of a DoRA"), ("hada_w1_a", " of a LoHa"), ("lora_mid.weight", ""), ("diff_b", "")],
+    [("lora_magnitude_vector", " of a DoRA"), ("oft_blocks", ""), ("on_input", "")],
 )
 def test_tensors_beyond_a_plain_lora_are_refused_by_name(
     suffix: str, kind: str, small_teacher: Path, tmp_path: Path

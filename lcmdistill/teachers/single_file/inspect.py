@@ -28,6 +28,9 @@ LORA_DOWNS = (".lora_down.weight", ".lora_A.weight", "lora.down.weight", ".lora_
 
 LORA_ENDS = (*LORA_DOWNS, ".lora_up.weight", ".lora_B.weight", "lora.up.weight", ".lora_linear_layer.up.weight")
 
+LYCORIS_ENDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".w_norm", ".diff", ".oft_blocks", ".on_input")
+"an end that the layers of each other kind of LoRA have"
+
 
 @dataclass(frozen=True)
 class Header:
@@ -113,8 +116,8 @@ def read_header(path: Path) -> Header:
 
 
 def is_lora(header: Header) -> bool:
-    """Return whether a file holds low-rank updates instead of a model."""
-    return any(name.endswith(LORA_ENDS) for name in header.tensors)
+    """Return whether a file holds updates of layers instead of a model."""
+    return any(name.endswith((*LORA_ENDS, *LYCORIS_ENDS)) for name in header.tensors)
 
 
 def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:

@@ -63,13 +63,16 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
     """Return the pipeline of a diffusers folder without weights, with the parts that a file holds."""
     import diffusers
     import torch
+    import transformers
 
-    parts: dict[str, Any] = {
-        "unet": _unet_config(path, info, json.loads((folder / "unet" / "config.json").read_text("utf-8")))
-    }
-    for part in ("vae", *info.layout.text_encoders):
-        parts[part] = folder / part
-    modules = {name: _empty(info, name, config) for name, config in parts.items()}
+    modules = {}
+    for part in ("unet", "vae", *info.layout.text_encoders):
+        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        if part in info.layout.text_encoders:
+            modules[part] = _empty(getattr(transformers, config["architectures"][0]), config)
+        else:
+            config = _unet_config(path, info, config) if part == "unet" else config
+            modules[part] = _empty(getattr(diffusers, config["_class_name"]), config)
     _fill(path, info, modules)
     kind: Any = getattr(diffusers, info.family.pipeline_classes[0])
     pipeline = kind.from_pretrained(str(folder), local_files_only=True, **info.family.single_file_options, **modules)
@@ -86,8 +89,9 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     if family is None or layout is None or (family.key, layout.key) != (info.family.key, info.layout.key):
         title = layout.title if layout else type(base).__name__
         raise UsageError(f"{path} is {info.layout.title} and --base is {title}; use a base of the same kind")
-    modules = {"unet": _empty(info, "unet", _unet_config(path, info, dict(base.unet.config)))}
-    modules |= {part: _empty(info, part, getattr(base, part).config) for part in info.parts if part != "unet"}
+    modules = {"unet": _empty(type(base.unet), _unet_config(path, info, dict(base.unet.config)))}
+    for part in info.parts[1:]:
+        modules[part] = _empty(type(getattr(base, part)), getattr(base, part).config)
     _fill(path, info, modules)
     for module in modules.values():
         module.eval().requires_grad_(False)
@@ -108,28 +112,19 @@ def _unet_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> di
     return with_counted_blocks(config, read_header(path).tensors, info.unet.prefix)
 
 
-def _empty(info: CheckpointInfo, part: str, config: Any) -> Any:
-    """Return a part without weights: they are on the meta device, its buffers are not.
+def _empty(kind: Any, config: Any) -> Any:
+    """Return a part of a class without weights.
 
     Args:
-        info: What the file is.
-        part: The name of the component.
-        config: Its config, or the folder of one.
+        kind: The class, of diffusers or of transformers.
+        config: Its config.
     """
-    import diffusers
-    import transformers
-    from accelerate import init_empty_weights
+    from lcmdistill.teachers.single_file.weights import without_weights
 
-    with init_empty_weights():
-        if part in info.layout.text_encoders:
-            text: Any = config
-            if isinstance(config, Path):
-                text = transformers.CLIPTextConfig.from_pretrained(config)
-            has_projection = info.layout.text_encoders[part][1] == "openclip"
-            kind = transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel
-            return kind(text)
-        kind: Any = getattr(diffusers, info.family.network_class if part == "unet" else "AutoencoderKL")
-        return kind.from_config(kind.load_config(config) if isinstance(config, Path) else config)
+    if hasattr(kind, "from_config"):
+        return without_weights(lambda: kind.from_config(config))
+    text = kind.config_class(**config) if isinstance(config, dict) else config
+    return without_weights(lambda: kind(text))
 
 
 def _fill(path: Path, info: CheckpointInfo, modules: dict[str, Any]) -> None:

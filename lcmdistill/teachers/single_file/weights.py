@@ -4,10 +4,11 @@ A weight has several possible keys: the original program's, those of older files
 files that hold one part only. `Source` says how the stored tensor becomes the weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -37,6 +38,23 @@ class Source(NamedTuple):
     key: str
     part: int | None = None
     transposed: bool = False
+
+
+def without_weights(make: Callable[[], Any]) -> Any:
+    """Return a module whose parameters are on the meta device, and whose buffers are not.
+
+    Raises:
+        ValueError: It has a buffer other than CLIP's positions, which are no weights and are in few files.
+    """
+    with torch.device("meta"):
+        module = make()
+    for name, buffer in list(module.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        if last != "position_ids":
+            raise ValueError(f"{name} is a buffer of unknown content")
+        positions = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+        module.get_submodule(owner).register_buffer(last, positions, persistent=False)
+    return module
 
 
 Sources = Mapping[str, Sequence[Source]]

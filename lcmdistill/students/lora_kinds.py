@@ -1,0 +1,28 @@
+"""The kinds of LoRA beyond the plain one, by the keys of their tensors. Nothing here imports torch."""
+
+from collections.abc import Iterable
+
+KINDS = {
+    "lora": ("lora_up.weight", "lora_down.weight"),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "DoRA": ("dora_scale",),
+    "Tucker": ("lora_mid.weight",),
+    "norms": ("w_norm", "b_norm"),
+    "full differences": ("diff", "diff_b"),
+}
+"what the tensors of a layer are called, by kind; several kinds may act on one layer"
+
+ENDS = {"alpha", *(part for parts in KINDS.values() for part in parts)}
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Return the kinds beyond plain LoRA in a file, by its keys."""
+    ends = {split_key(name)[1] for name in names}
+    return [kind for kind, parts in KINDS.items() if kind != "lora" and ends & set(parts)]
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Return a layer's name and the end of a key; the end is "" if it is unknown."""
+    stem, _, end = key.partition(".")
+    return stem, end if end in ENDS else ""

@@ -1,0 +1,161 @@
+"""LoRA files beyond plain LoRA, merged into the weights: DoRA, LoHa, LoKr, Tucker convolutions, norms and full differences.
+
+The layouts and the arithmetic are those of LyCORIS 4.1 (Yeh et al. 2023, arXiv:2309.14859). An update of several factors is
+scaled by alpha / r; `tests/slow/clients` compares every kind with lycoris-lora.
+
+Shapes: O outputs and I inputs of a layer, r rank, k its kernel.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmdistill.students.lora_kinds import KINDS, split_key
+from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
+from lcmdistill.utils.errors import UsageError
+
+PREFIXES = {"lycoris_": "unet"}
+"the prefixes of LyCORIS' own wrapper, besides those of kohya"
+
+Layer = dict[str, Tensor]
+"the tensors of one layer, by the end of their key"
+
+
+def merge_lycoris(
+    pipeline: Any, prefixes: Mapping[str, str], weights: Mapping[str, Tensor], lora: str, scale: float
+) -> None:
+    """Merge a file with kohya's keys into the weights of a pipeline.
+
+    Args:
+        pipeline: The pipeline to change.
+        prefixes: {prefix of a key: the component it belongs to}.
+        weights: The file's tensors.
+        lora: Its name in messages.
+        scale: How strongly it acts; 1 as trained.
+
+    Raises:
+        UsageError: The file holds tensors of an unknown kind, or layers that the model lacks or has in other shapes.
+    """
+    layers: dict[str, Layer] = {}
+    unknown = [key for key in weights if not split_key(key)[1]]
+    if unknown:
+        raise UsageError(
+            f"--lora {lora} holds {len(unknown)} tensors of a kind that is not supported, such as {unknown[0]}; supported "
+            f"besides LoRA are {', '.join(kind for kind in KINDS if kind != 'lora')}: merge it into its base instead"
+        )
+    for key, value in weights.items():
+        stem, end = split_key(key)
+        layers.setdefault(stem, {})[end] = value.float()
+    modules = {
+        prefix: _modules(getattr(pipeline, part, None)) for prefix, part in (*prefixes.items(), *PREFIXES.items())
+    }
+    targets = {stem: _module_of(stem, modules) for stem in layers}
+    absent = [stem for stem, module in targets.items() if module is None]
+    if absent:
+        raise UsageError(
+            f"--lora {lora} does not fit this model: {len(absent)} of its layers are absent, such as {absent[0]}; it was made "
+            "for another base"
+        )
+    merged = {stem: _merged(targets[stem], layer, stem, lora, scale) for stem, layer in layers.items()}
+    with torch.no_grad():
+        for stem, parameters in merged.items():
+            for name, value in parameters.items():
+                getattr(targets[stem], name).copy_(value)
+
+
+def _modules(part: Any) -> dict[str, Any]:
+    """Return {a layer's path with _, also of the original layout: the layer} of a network or text encoder; {} for None."""
+    if part is None:
+        return {}
+    named = {path.removesuffix(".base_layer"): module for path, module in part.named_modules() if _has_weight(module)}
+    flat = {path.replace(".", "_").removeprefix("text_model_"): module for path, module in named.items()}
+    if "down_block_types" in part.config:
+        places = unet_places(part.config)
+        for path, module in named.items():
+            if original := original_key(f"{path}.weight", places):
+                flat[original.removesuffix(".weight").replace(".", "_")] = module
+    return flat
+
+
+def _has_weight(module: Any) -> bool:
+    return isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+
+
+def _module_of(stem: str, modules: Mapping[str, Mapping[str, Any]]) -> Any:
+    for prefix, known in modules.items():
+        if stem.startswith(prefix):
+            module = known.get(re.sub(r"^text_model_", "", stem.removeprefix(prefix)))
+            if module is not None:
+                return module
+    return None
+
+
+def _merged(module: Any, layer: Layer, stem: str, lora: str, scale: float) -> dict[str, Tensor]:
+    """Return a layer's new parameters."""
+    try:
+        weight, parameters = module.weight.detach().float(), dict[str, Tensor]()
+        update = _update(layer, weight)
+        if "dora_scale" in layer:
+            parameters["weight"] = weight + scale * (_decomposed(weight + update, layer["dora_scale"]) - weight)
+        elif "w_norm" in layer or layer.keys() - {"b_norm", "diff_b", "alpha"}:
+            parameters["weight"] = weight + scale * update
+        if bias := layer.keys() & {"b_norm", "diff_b"}:
+            parameters["bias"] = module.bias.detach().float() + scale * layer[bias.pop()]
+    except (RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(
+            f"--lora {lora} does not fit this model: {stem} has tensors of other shapes, or too few ({reason}); it was made "
+            "for another base, or it is damaged"
+        ) from error
+    return parameters
+
+
+def _update(layer: Layer, weight: Tensor) -> Tensor:
+    """Return the difference of a layer's weight, in its shape."""
+    for name in ("w_norm", "diff"):
+        if name in layer:
+            return layer[name].reshape(weight.shape)
+    if any(name.startswith("hada") for name in layer):
+        first, second = (_factors(layer, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+        rank = len(layer["hada_w1_b"])
+        update = first * second
+    elif any(name.startswith("lokr") for name in layer):
+        first = layer.get("lokr_w1")
+        first = layer["lokr_w1_a"] @ layer["lokr_w1_b"] if first is None else first
+        second = layer.get("lokr_w2")
+        second = _factors(layer, "lokr_w2_a", "lokr_w2_b", "lokr_t2") if second is None else second
+        # Without factors there is no rank, and LyCORIS ignores alpha.
+        ranks = [layer[name].shape[1] for name in ("lokr_w1_a",) if name in layer]
+        ranks += [len(layer["lokr_w2_b"])] if "lokr_w2_b" in layer else []
+        rank = ranks[0] if ranks else None
+        update = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
+    elif "lora_up.weight" in layer:
+        up, down = layer["lora_up.weight"], layer["lora_down.weight"]
+        rank = len(down)
+        if "lora_mid.weight" in layer:
+            update = torch.einsum("oj,ji...,ic->oc...", up.flatten(1), layer["lora_mid.weight"], down.flatten(1))
+        else:
+            update = up.flatten(1) @ down.flatten(1)
+    else:
+        return torch.zeros_like(weight)
+    factor = 1.0 if rank is None else float(layer.get("alpha", torch.tensor(float(rank)))) / rank
+    return factor * update.reshape(weight.shape)
+
+
+def _factors(layer: Layer, a: str, b: str, tucker: str) -> Tensor:
+    """Return a b, or with Tucker's core t (r, r, k, k) the sum over i, j of a[i, O] t[i, j] b[j, I]."""
+    if tucker in layer:
+        return torch.einsum("ij...,io,jc->oc...", layer[tucker], layer[a], layer[b])
+    return layer[a] @ layer[b].flatten(1)
+
+
+def _decomposed(merged: Tensor, magnitude: Tensor) -> Tensor:
+    """Return a merged weight with DoRA's magnitudes, per output or per input (Liu et al. 2024, Eq. 5)."""
+    axis = 0 if magnitude.shape[0] == merged.shape[0] else 1
+    sides = [side for side in range(merged.ndim) if side != axis]
+    return merged * (
+        magnitude / torch.linalg.vector_norm(merged, dim=sides, keepdim=True).clamp(min=torch.finfo(merged.dtype).tiny)
+    )

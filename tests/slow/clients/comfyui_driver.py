@@ -1,0 +1,118 @@
+"""Run a job in ComfyUI's engine: `python comfyui_driver.py CHECKOUT JOB.json`. It imports nothing of lcmdistill.
+
+A job names a checkpoint, and optionally a LoRA, the settings of the ModelSamplingDiscrete node, a sampler with its steps, and a
+file of noise. The latents, the images and what the engine took the model for are written to the job's output.
+"""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+
+class Anything(types.ModuleType):
+    """A stand-in for packages that the engine imports and these jobs do not call."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(f"{self.__name__}.{name}")
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return Anything("called")
+
+    def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
+        return (object,)
+
+
+class Finder:
+    """Finds every module below the packages that are stood in for."""
+
+    packages = ("torchvision", "torchaudio", "av", "kornia", "spandrel")
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] in self.packages:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        module = Anything(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        return None
+
+
+def main(checkout: str, job_file: str) -> None:
+    """Run one job."""
+    job = json.loads(Path(job_file).read_text())
+    sys.meta_path.insert(0, Finder())  # pyright: ignore[reportArgumentType]
+    sys.path.insert(0, checkout)
+    sys.argv = ["main.py", "--cpu", "--force-fp32"]
+    import comfy.options  # pyright: ignore[reportMissingImports]
+
+    comfy.options.enable_args_parsing()
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+    import comfy.model_sampling  # pyright: ignore[reportMissingImports]
+    import comfy.sample  # pyright: ignore[reportMissingImports]
+    import comfy.samplers  # pyright: ignore[reportMissingImports]
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+    import comfy.utils  # pyright: ignore[reportMissingImports]
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.set_grad_enabled(False)
+    results: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(job["checkpoint"], output_vae=True, output_clip=True)
+    sampling = model.model.model_sampling
+    results["class"] = type(model.model.model_config).__name__
+    results["detected"] = ["v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"]
+    results["detected"].append(bool(sampling.zsnr))
+    if job.get("lora"):
+        lora = comfy.utils.load_torch_file(job["lora"])
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+        results["lora_modules"] = len(comfy.lora.load_lora(lora, keys))
+        model, clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
+    if job.get("node"):
+        kinds = {"eps": comfy.model_sampling.EPS, "v_prediction": comfy.model_sampling.V_PREDICTION}
+        base = comfy.model_sampling.ModelSamplingDiscrete
+        patched = type("Advanced", (base, kinds[job["node"]["sampling"]]), {})
+        model = model.clone()
+        model.add_object_patch("model_sampling", patched(model.model.model_config, zsnr=job["node"]["zsnr"]))
+        sampling = model.get_model_object("model_sampling")
+    tensors["sigmas"] = sampling.sigmas.clone()
+    if job.get("noise"):
+        noise = load_file(job["noise"])["noise"]
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(job[key])) for key in ("prompt", "negative")
+        )
+        for key in ("sampler", "scheduler"):
+            assert job[key] in (comfy.samplers.SAMPLER_NAMES if key == "sampler" else comfy.samplers.SCHEDULER_NAMES)
+        tensors["steps"] = comfy.samplers.calculate_sigmas(sampling, job["scheduler"], job["steps"])
+        latents = comfy.sample.sample(
+            model,
+            noise,
+            job["steps"],
+            job["cfg"],
+            job["sampler"],
+            job["scheduler"],
+            positive,
+            negative,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+        tensors["latents"] = latents
+        tensors["images"] = vae.decode(latents)
+        tensors["embeds"] = positive[0][0]
+    save_file({key: value.float().cpu().contiguous().clone() for key, value in tensors.items()}, job["output"])
+    Path(job["output"]).with_suffix(".json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
