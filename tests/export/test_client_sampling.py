@@ -1,5 +1,6 @@
 """ComfyUI's rules as fixtures: sigmas, times, what a file is taken for; and students that are sampled by them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
+from lcmdistill.config.schema import LORA_MODULES
 from lcmdistill.export.client_sampling import (
     check_sampling,
     comfyui_detects,
@@ -20,8 +22,12 @@ from lcmdistill.export.client_sampling import (
 from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
 from lcmdistill.export.verify import difference
+from lcmdistill.students.lora import LoraLayer
+from lcmdistill.students.lora_files import kohya_tensors
+from lcmdistill.teachers.single_file.load import CONFIGS
+from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import RunError
-from tests.support.models import BUILDERS, opened
+from tests.support.models import BUILDERS, UNet, opened
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -111,3 +117,36 @@ def test_a_file_is_sampled_as_its_instructions_say(layout: str, tmp_path: Path) 
     other = sample_as_trained(pipeline, 1.0)
     said = check_sampling(loaded, 1.0, other, facts, keys, 1e-5)
     assert "because the noise schedule is not Stable Diffusion's" in said
+
+
+DEPTHS = {"transformer_layers_per_block": [1, 1, 2], "reverse_transformer_layers_per_block": [2, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "count"),
+    [
+        ("sd1", {}, 278),
+        ("sd2", {}, 278),
+        ("sdxl", DEPTHS, 258),  # Segmind Vega's depths with SDXL's middle
+        ("sdxl", {**DEPTHS, "mid_block_type": "UNetMidBlock2D"}, 233),  # Segmind Vega
+        ("sdxl", {}, 788),
+    ],
+)
+def test_every_module_of_a_lora_has_a_key_that_clients_know(layout: str, changes: dict[str, Any], count: int) -> None:
+    """ComfyUI and sd-scripts know a module by its path in diffusers, and ComfyUI maps it to the original layout."""
+    config = json.loads((CONFIGS / layout / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet.from_config({**config, **changes})
+    layers = {
+        name: module
+        for name, module in unet.named_modules()
+        if name.endswith(LORA_MODULES) and hasattr(module, "weight")
+    }
+    assert len(layers) == count
+    zero = torch.zeros(1)
+    keys = kohya_tensors({name: LoraLayer(zero, zero, 1.0) for name in layers}, torch.float16)
+    stems = {f"lora_unet_{name.replace('.', '_')}" for name in layers}
+    ends = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(keys) == {f"{stem}.{end}" for stem in stems for end in ends}
+    places = unet_places(unet.config)
+    assert all(original_key(f"{name}.weight", places) for name in layers)
