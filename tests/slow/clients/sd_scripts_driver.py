@@ -5,9 +5,12 @@ It imports nothing of lcmdistill. A LoRA named - is none.
 
 import sys
 
+from stand_ins import Finder  # pyright: ignore[reportMissingImports]
+
 
 def main(checkout: str, checkpoint: str, lora: str, inputs: str, output: str) -> None:
     """Write the outputs of the U-Net, the text encoder and the VAE on fixed inputs, and the number of LoRA modules."""
+    sys.meta_path.insert(0, Finder())  # pyright: ignore[reportArgumentType]
     sys.path.insert(0, checkout)
     import torch
     from library import model_util  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
