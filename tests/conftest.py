@@ -129,6 +129,13 @@ def _charts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _short_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generate the reference images of validations in 10 steps instead of 50. The slow tests override this fixture."""
+    if validation := sys.modules.get("lcmdistill.training.validation"):
+        monkeypatch.setattr(validation, "TEACHER_STEPS", 10)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))
 

@@ -99,11 +99,19 @@ def outputs(pipeline: Any) -> dict[str, list[Tensor]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{family: the folder of a small random pipeline}."""
+    return {family: BUILDERS[family](tmp_path_factory.mktemp(family) / "base") for family in ("sd1", "sdxl")}
+
+
 @pytest.mark.parametrize("write", [kohya, uneven, diffusers, diffusers_2023, diffusers_processors])
 @pytest.mark.parametrize("whole", [True, False], ids=["with the U-Net", "text alone"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_text_encoders_get_their_layers(family: str, whole: bool, write: Key, tmp_path: Path) -> None:
-    folder = BUILDERS[family](tmp_path / "base")
+def test_text_encoders_get_their_layers(
+    family: str, whole: bool, write: Key, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = bases[family]
     encoders = [name for name in ENCODERS if family == "sdxl" or name == "text_encoder"]
     merged, loaded, bare = opened(folder), opened(folder), outputs(opened(folder))
     save_file(styled(merged, [*(["unet"] if whole else []), *encoders], write), tmp_path / "style.safetensors")
