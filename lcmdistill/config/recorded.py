@@ -9,7 +9,10 @@ from typing import Any
 
 from lcmdistill.config.build import build_section, choose, is_known
 from lcmdistill.config.schema import SECTIONS, RunConfig
+from lcmdistill.config.toml import ANY_CHECKSUM, CHECKSUM_LINE
+from lcmdistill.utils.checksums import checksum_of_text
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import looks_like_run
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,12 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
     path = folder / "config.toml"
     flat = _read_flat(path)
     if not flat.keys() >= _OF_A_RUN:
+        if looks_like_run(folder):
+            state = "is not the whole configuration of a run" if path.exists() else "is missing"
+            raise UsageError(
+                f"{path} {state}; restore it, for it decides how the run is resumed and sampled (to use its weights without "
+                f"it, pass {folder / 'pipeline'})"
+            )
         return None
     flat.pop("teacher.allow_pickle", None)
     if old := sorted(RENAMED.keys() & flat.keys()):
@@ -62,6 +71,7 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
             f"{path} was written by an earlier version: {old[0]} is now called {RENAMED[old[0]]}; rename it in that file, "
             "or start the run again in a new folder"
         )
+    _check_whole(path)
     try:
         name = choose("objective.name", str(flat.pop("objective.name")), tuple(objectives))
         sections: dict[str, type] = {**SECTIONS, "objective": objectives[name]}
@@ -73,8 +83,18 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
     return RunConfig(objective_name=name, chosen=frozenset(flat), **built)
 
 
+def _check_whole(path: Path) -> None:
+    """Raise UsageError if a run's configuration does not end in its checksum."""
+    text, _, line = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+    if line not in (f"{CHECKSUM_LINE}{checksum_of_text(text + chr(10))}", f"{CHECKSUM_LINE}{ANY_CHECKSUM}"):
+        raise UsageError(
+            f"{path} was edited or damaged after the run wrote it: its last line is not its checksum; restore the file or, to "
+            f'accept it as it is, make its last line "{CHECKSUM_LINE}{ANY_CHECKSUM}"'
+        )
+
+
 def _read_flat(path: Path) -> dict[str, Any]:
-    """Return a TOML file's values as {"section.key": value}; empty if there is none, or it is not TOML."""
+    """Return a TOML file's values as {"section.key": value}; empty if there is none, or it is not TOML in sections."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):

@@ -9,7 +9,14 @@ from typing import Any
 
 from lcmdistill.config.reference import setting_doc
 from lcmdistill.config.schema import SECTIONS, RunConfig, known_sections
+from lcmdistill.utils.checksums import checksum_of_text
 from lcmdistill.utils.errors import UsageError
+
+CHECKSUM_LINE = "# checksum: "
+"the start of the last line of a run's config.toml"
+
+ANY_CHECKSUM = "any"
+"what a user writes there to accept a file that was edited"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -46,7 +53,10 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Return the configuration as TOML that `--config` reads back to the same tree, each setting under its description."""
+    """Return the configuration as TOML that `--config` reads back to the same tree, each setting under its description.
+
+    The last line is a checksum, by which a run's file shows whether it is whole.
+    """
     import tomli_w
 
     location = f"{type(config.objective).__module__}:{type(config.objective).__qualname__}"
@@ -58,7 +68,8 @@ def to_toml(config: RunConfig) -> str:
             section = name
         lines.append(f"# {setting_doc(dotted, objectives)}")
         lines.append(tomli_w.dumps({key: list(value) if isinstance(value, tuple) else value}).rstrip())
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return f"{text}{CHECKSUM_LINE}{checksum_of_text(text)}\n"
 
 
 def _sorted_sections(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.utils.atomic import atomic_dir
+from lcmdistill.utils.checksums import write_checksums
 
 
 def export_pipeline(student: TrainedStudent, request: ExportRequest) -> str:
@@ -69,9 +70,10 @@ FUSED = Exporter(
 
 
 def save_pipeline(pipeline: Any, folder: Path, card: str) -> None:
-    """Write a pipeline folder and its model card atomically; the weights keep their dtype."""
+    """Write the pipeline folder of a run and its model card atomically, with checksums; the weights keep their dtype."""
     with atomic_dir(folder) as partial:
         write_pipeline(pipeline, partial, card)
+        write_checksums(partial)
 
 
 def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:

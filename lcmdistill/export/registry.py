@@ -17,6 +17,7 @@ from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.utils.atomic import atomic_dir
+from lcmdistill.utils.checksums import write_checksums
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_dir import check_writable
 
@@ -128,10 +129,11 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         with atomic_dir(folder / "lora") as partial:
             if not teacher.family.uses_peft_only:
                 write_kohya(lora, partial / name, header(lora, config, folder.name, teacher.pipeline))
-                return folder / "lora" / name
-            base = public_name(config.teacher.model)
-            write_peft(lora, partial, base, sampling_header(config, teacher.pipeline))  # its only format
-            return folder / "lora"
+            else:  # peft's is its only format
+                base = public_name(config.teacher.model)
+                write_peft(lora, partial, base, sampling_header(config, teacher.pipeline))
+            write_checksums(partial)
+        return folder / "lora" if teacher.family.uses_peft_only else folder / "lora" / name
     network = student.for_export()
     pipeline = student_pipeline(teacher, network, config.data.resolution, objective=config.objective).to("cpu")
     save_pipeline(pipeline, folder / "pipeline", card)

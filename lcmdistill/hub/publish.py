@@ -7,6 +7,7 @@ from pathlib import Path
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import Card, export_card
 from lcmdistill.objectives.recorded import require_run_config
+from lcmdistill.utils.checksums import MANIFEST
 from lcmdistill.utils.run_dir import lora_file
 
 logger = logging.getLogger(__name__)
@@ -58,4 +59,8 @@ def _push(repo: str, files: dict[str, Path | bytes], card: Card, title: str, aga
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }

@@ -17,6 +17,7 @@ from lcmdistill.teachers.registry import family_of_class, supported_classes
 from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
+from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import RunError, UsageError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -132,6 +133,7 @@ def _open_pipeline(
     if (local / "pipeline" / "model_index.json").is_file():
         local = local / "pipeline"  # of a run's folder
     if local.is_dir():
+        verify_checksums(local)
         if (
             (local / "lora").is_dir()
             and not (local / "model_index.json").exists()

@@ -168,6 +168,7 @@ def _distill(
 
     # Finish: the trained student, its documents, then the mark that everything is there.
     if is_main:
+        trainer.writer.close()
         student = trainer.train_step.student
         path = write_trained_student(config, folder, teacher, student, documents.card(config, folder, teacher))
         documents.write(config, folder, teacher)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,11 @@ def atomic_file(destination: Path, *, shared: bool = False) -> Iterator[Path]:
             then has no suffix, so that no process mistakes it for a complete file.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{destination.name}.{os.getpid()}" if shared else f".{destination.stem}.{PARTIAL}{destination.suffix}"
-    partial = destination.with_name(name)
+    partial = destination.with_name(f".{destination.stem}.{PARTIAL}{destination.suffix}")
+    if shared:
+        prefix = f".{destination.name}.{socket.gethostname()}-"
+        _remove_leftovers(destination.parent, prefix)
+        partial = destination.with_name(f"{prefix}{os.getpid()}")
     try:
         yield partial
         _sync(partial)
@@ -77,6 +81,27 @@ def atomic_file(destination: Path, *, shared: bool = False) -> Iterator[Path]:
         _sync_folder(destination.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed processes of this machine left of a shared file: their ids follow the prefix."""
+    for name in os.listdir(folder):
+        process = name.removeprefix(prefix)
+        if process != name and process.isdecimal() and not _is_alive(int(process)):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this machine may be running."""
+    if os.name != "posix":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

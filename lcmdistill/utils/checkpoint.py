@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_sibling, restore_replaced
+from lcmdistill.utils.checksums import checksum
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints, step_name
 
@@ -68,7 +68,7 @@ def save_checkpoint(
         for group, tensors in groups.items():
             file = partial / f"{group}.safetensors"
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
-            checksums[file.name] = _checksum(file)
+            checksums[file.name] = checksum(file)
         torch.save({"step": step, **state, "checksums": checksums}, partial / "state.pt")
     return path
 
@@ -107,8 +107,8 @@ def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
 def _read(path: Path) -> tuple[Groups, dict[str, Any]]:
     """Return (groups, state). A checkpoint that an older version wrote has no checksums to verify."""
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    for name, checksum in state.pop("checksums", {}).items():
-        if _checksum(path / name) != checksum:
+    for name, expected in state.pop("checksums", {}).items():
+        if checksum(path / name) != expected:
             raise EOFError(f"{name} does not match its checksum")
     return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
 
@@ -138,12 +138,3 @@ def prune(folder: Path, keep: int, last: int | None = None) -> None:
     for suffix in (PARTIAL, REPLACED, REMOVED):
         for path in folder.glob(f".step-*.{suffix}"):  # not of `best`, which another thread may be writing
             shutil.rmtree(path)
-
-
-def _checksum(file: Path) -> str:
-    """Return the CRC-32 of a file, in hexadecimal digits: enough against damage, and fast."""
-    crc = 0
-    with file.open("rb") as handle:
-        while block := handle.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"

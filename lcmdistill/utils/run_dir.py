@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import UsageError, disk_error
 
 try:
@@ -41,12 +42,19 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def looks_like_run(folder: Path) -> bool:
+    """Return whether a folder has files that a run writes besides its configuration."""
+    names = (".data.json", "metrics.jsonl", "pipeline/model_index.json")
+    return any((folder / name).is_file() for name in names) or bool(checkpoints(folder / "checkpoints"))
+
+
 def lora_file(run: Path) -> Path:
     """Return the LoRA file of a run.
 
     Raises:
-        UsageError: There is no LoRA yet, or there are several.
+        UsageError: There is no LoRA yet, there are several, or it is damaged.
     """
+    verify_checksums(run / "lora")
     files = [path for path in sorted((run / "lora").glob("*.safetensors")) if not path.name.startswith(".")]
     if not files:
         raise UsageError(f"the run {run} has no lora/ yet; run its distill-lora command again to finish it")

@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_from_another_starts_from_its_settings(tmp_path: Path
         "objective": {"name": "lcm", "w_min": 1.0, "w_max": 4.0},
         "optim": {"max_train_steps": 10},
     }
-    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree) + "# checksum: any\n")
     config = resolve({}, {"teacher.model": str(tmp_path), "objective.name": "lcf"})
     found = [
         value(config, key) for key in ("data.resolution", "objective.w_min", "objective.w_max", "optim.batch_size")
@@ -117,7 +117,7 @@ def test_fine_tuning_leaves_guidance_as_a_run_has_it(
     tmp_path: Path, told: dict[str, Any], guidance: str, named: str
 ) -> None:
     run = {"teacher": {"model": "sd15"}, "optim": {"max_train_steps": 10}} if told else {}
-    (tmp_path / "config.toml").write_text(tomli_w.dumps({**run, **told}))
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({**run, **told}) + "# checksum: any\n")
     config = resolve({}, {"teacher.model": str(tmp_path / named), "objective.name": "lcf"})
     assert value(config, "objective.guidance") == guidance
     assert value(config, "data.caption_drop") == (0.1 if guidance == "free" else 0.0)

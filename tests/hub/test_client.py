@@ -1,6 +1,7 @@
 """--push-to-hub against a hub on this machine: what arrives, what is refused before training, where the token goes."""
 
 import base64
+import importlib
 import json
 import re
 import shlex
@@ -148,6 +149,8 @@ def online(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> StubHub:
     """huggingface_hub in this process, logged in to the stub."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stub.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    if hasattr(huggingface_hub, "configure_http_backend"):  # before 1.0: sessions remember that they were offline
+        importlib.import_module("huggingface_hub.utils._http").reset_sessions()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

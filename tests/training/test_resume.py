@@ -24,6 +24,7 @@ from lcmdistill.training import trainer as train
 from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import load_best
 from lcmdistill.utils.errors import Interrupted, RunError, UsageError
+from lcmdistill.utils.run_dir import checkpoints
 from tests.support.training import ROOT, Runner, assert_same, losses, metrics, result
 
 
@@ -211,6 +212,16 @@ def test_a_run_that_ended_without_its_pipeline_writes_it(
         with pytest.raises(OSError, match="No space left"):
             train_run("cut")
     assert_same(train_run("cut"), plain_run)
+
+
+def test_a_run_that_was_killed_before_its_last_removal_keeps_no_extra_checkpoint(train_run: Runner) -> None:
+    run = train_run(run__keep_checkpoints=1)
+    (last,) = checkpoints(run / "checkpoints")
+    shutil.copytree(last, last.with_name("step-00000002"))
+    shutil.copytree(last, last.with_name(".step-00000001.removed"))
+    (run / ".finished").unlink()
+    train_run(run__keep_checkpoints=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [last.name]
 
 
 def test_a_pipeline_that_was_deleted_is_written_again(train_run: Runner, plain_run: Path, tmp_path: Path) -> None:

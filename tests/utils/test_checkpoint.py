@@ -1,6 +1,8 @@
 """Atomic writes, and checkpoints: complete or absent, verified, and restored bit for bit."""
 
 import os
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,16 @@ def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pyte
         assert path.read_text() == "other"
     assert path.read_text() == "one"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_of_a_shared_file_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path, host = tmp_path / "it", socket.gethostname()
+    for process in (f"{host}-{ended.pid}", f"{host}-1", f"elsewhere-{ended.pid}"):
+        (tmp_path / f".it.{process}").touch()
+    write_text(path, "new", shared=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f".it.elsewhere-{ended.pid}", f".it.{host}-1", "it"]
 
 
 @pytest.mark.parametrize("way", [atomic_dir, atomic_file])

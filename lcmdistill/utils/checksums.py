@@ -1,0 +1,57 @@
+"""Checksums of files: enough against damage, and fast. They do not protect against intent."""
+
+import json
+import zlib
+from pathlib import Path
+
+from lcmdistill.utils.errors import UsageError
+
+MANIFEST = ".checksums.json"
+"the file in a folder with the checksums of the others"
+
+_NOT_LISTED = ("README.md", MANIFEST)
+"files that may change: a model card belongs to its author"
+
+
+def checksum(file: Path) -> str:
+    """Return the CRC-32 of a file, in hexadecimal digits."""
+    crc = 0
+    with file.open("rb") as handle:
+        while block := handle.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def checksum_of_text(text: str) -> str:
+    """Return the CRC-32 of a text in UTF-8, in hexadecimal digits."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the checksums of all files in a folder, for `verify_checksums`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _NOT_LISTED)
+    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_checksums(folder: Path) -> None:
+    """Check the files of a folder against their recorded checksums; without a record nothing is checked.
+
+    Raises:
+        UsageError: A file is missing or changed; the message names it.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        sums = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error}); remove it to use the folder without a check") from error
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file() or checksum(file) != expected:
+            state = "was changed or damaged after the run wrote it" if file.is_file() else "is missing"
+            raise UsageError(
+                f"{file} {state}; restore it or, for a run, remove {folder} and run its command again (to accept a change, "
+                f"remove {path})"
+            )

@@ -1,0 +1,108 @@
+"""A run is killed right before each of its renames: resumed, it ends bit for bit as ever, with nothing left over."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.runs import distill, resolve
+from tests.support.teachers import SMALL
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is a fork of this one"),
+]
+
+# What a run says about its own time and place: everything else must be equal.
+_OF_THIS_RUN = {"log.txt", "report.html", ".card.json", ".checksums.json"}
+
+
+def in_a_fork(work: Callable[[], Any], kill_at: int) -> tuple[bool, int]:
+    """Do some work in a fork of this process that is killed before its rename number `kill_at`.
+
+    Returns:
+        Whether it was killed, and how many renames it counted otherwise.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        try:
+            count = 0
+
+            def counted(real: Callable[..., None]) -> Callable[..., None]:
+                def rename(*arguments: Any, **options: Any) -> None:
+                    nonlocal count
+                    count += 1
+                    if count == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(*arguments, **options)
+
+                return rename
+
+            os.replace, os.rename = counted(os.replace), counted(os.rename)
+            work()
+            os.write(writer, str(count).encode())
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    count = int(os.read(reader, 20) or b"0")
+    os.close(reader)
+    killed = os.WIFSIGNALED(status)
+    assert killed or os.WEXITSTATUS(status) == 0
+    return killed, count
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a run, by its name: a hash, or for the numbers of a run those that do not depend on time."""
+    found = {}
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found[name] = str([(line["step"], line.get("loss"), line.get("val/ssim_4")) for line in lines])
+        elif path.parent.name == "lora" and path.suffix == ".safetensors":  # whose header has a date
+            tensors = sorted(load_file(path).items())
+            found[name] = hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in tensors)).hexdigest()
+        else:
+            found[name] = "" if path.name in _OF_THIS_RUN else hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_kill_before_any_rename_changes_nothing(
+    kind: str, small_teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "its-cache"
+    settings: dict[str, Any] = {**SMALL, "student.kind": kind, "teacher.model": str(small_teacher)}
+    settings |= {"data.sources": (str(image_folder),), "run.output": str(folder), "data.cache_dir": str(cache)}
+    settings |= {"run.validate_every": 2, "run.keep_checkpoints": 1, "run.validation_prompts": ("red heart",)}
+    settings |= {"student.rank": 4} if kind == "lora" else {}
+
+    def work() -> None:
+        distill(resolve({}, settings))
+
+    killed, renames = in_a_fork(work, 0)
+    assert not killed
+    expected, expected_cache = contents(folder), contents(cache)
+    assert renames > 15
+    for kill_at in range(1, renames + 1):
+        shutil.rmtree(folder)
+        shutil.rmtree(cache)
+        assert in_a_fork(work, kill_at)[0], f"rename {kill_at} of {renames} was not reached"
+        assert not in_a_fork(work, 0)[0]
+        assert contents(folder) == expected, f"after a kill before rename {kill_at} of {renames}"
+        assert set(contents(cache)) == set(expected_cache), f"after a kill before rename {kill_at} of {renames}"
