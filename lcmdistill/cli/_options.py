@@ -1,6 +1,5 @@
 """Options of the commands. Those of the training commands have the texts, types and defaults of config/schema.py."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -37,10 +36,10 @@ def finite(value: float | None) -> float | None:
     """Return a guidance scale.
 
     Raises:
-        UsageError: The value is infinite or NaN.
+        UsageError: The value is not a number, or larger than any network can use.
     """
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"--guidance-scale is {value}; it must be a finite number")
+    if value is not None and not abs(value) <= 1000:
+        raise UsageError(f"--guidance-scale is {value}; it must be a number from -1000 to 1000")
     return value
 
 

@@ -31,6 +31,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=2,
+            max=10**6,
             help="Images per combination of steps and guidance; prompts repeat.  [default: 16; 32 for small networks]",
         ),
     ] = None,
@@ -53,7 +54,7 @@ def evaluate(
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the start noise, the same for all combinations.")
     ] = 2026,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images generated at once; results differ only by rounding.")
+        int, typer.Option(min=1, max=65536, help="Images generated at once; results differ only by rounding.")
     ] = 16,
     output: Annotated[
         Path | None,

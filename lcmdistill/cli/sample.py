@@ -64,19 +64,24 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next ones count up.")
     ] = 0,
-    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=10**6, help="Images per prompt.")] = 1,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Side of a square in pixels.  [default: the run's resolution]")
+        int | None,
+        typer.Option(min=8, max=16384, max=16384, help="Side of a square in pixels.  [default: the run's resolution]"),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(min=8, help="Image width in pixels.  [default: the run's resolution]")
+        int | None,
+        typer.Option(min=8, max=16384, max=16384, help="Image width in pixels.  [default: the run's resolution]"),
     ] = None,
     height: Annotated[
-        int | None, typer.Option(min=8, help="Image height in pixels.  [default: the run's resolution]")
+        int | None,
+        typer.Option(min=8, max=16384, max=16384, help="Image height in pixels.  [default: the run's resolution]"),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Inpainting models: the input image.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Inpainting models: the mask; white areas are repainted.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images generated at once; does not change the images.")] = 4,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65536, help="Images generated at once; does not change the images.")
+    ] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
     device: Device = "auto",
     precision: Annotated[

@@ -97,7 +97,7 @@ def _read_flat(path: Path) -> dict[str, Any]:
     """Return a TOML file's values as {"section.key": value}; empty if there is none, or it is not TOML in sections."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+    except ValueError:
         return {}
     sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -13,7 +13,7 @@ from lcmdistill.config.defaults import ALIAS_DEFAULTS, LORA_ALIAS_DEFAULTS, LORA
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.recorded import RENAMED, read_run_config
-from lcmdistill.config.schema import SECTIONS, RunConfig, TeacherConfig, known_sections
+from lcmdistill.config.schema import MOST, SECTIONS, RunConfig, TeacherConfig, known_sections
 from lcmdistill.config.toml import flatten
 from lcmdistill.utils.errors import UsageError
 
@@ -25,7 +25,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text!r} is not of the form section.key=value, such as optim.learning_rate=1e-5")
     try:
         return key.strip(), tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or a number of thousands of digits
         return key.strip(), value.strip()
 
 
@@ -159,7 +159,11 @@ def _is_positive(text: str) -> bool:
 
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     least, most, below = (bounds.get(name) for name in ("least", "most", "below"))
-    if value is None or least is None:
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, int) and most is None and abs(value) > MOST:
+        raise UsageError(f"{key} is {value}; it must be at most {MOST}")
+    if least is None:
         return
     if value < least or (most is not None and value > most) or (below is not None and value >= below):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -168,6 +172,8 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 def _check(config: RunConfig) -> None:
     """Check what the types do not express."""
+    for name, value in vars(config.objective).items():
+        _check_bounds(f"objective.{name}", value, {})
     if (memory := config.run.memory) not in ("auto", "off") and not _is_positive(memory):
         raise UsageError(f"run.memory is {memory!r}; it must be auto, off, or a number of GiB, such as 12")
     for section, cls in SECTIONS.items():

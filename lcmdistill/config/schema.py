@@ -65,15 +65,19 @@ LORA_MODULES = (
 )
 
 
+MOST = 10**9
+"the largest whole number that a setting accepts: none is meant to be larger, and libraries fail on some that are"
+
+
 def setting(default: Any, **properties: Any) -> Any:
     """Return a field with properties that other parts of the program ask for.
 
     Args:
         default: The default value.
-        **properties: `unset` (what the default None means, for help texts); `least`, `most` (bounds, included);
-            `below` (a bound, excluded); `mutable_on_resume` (a resumed run may be given another value);
-            `decided_by_teacher` (the teacher's files decide unless it is set); `decided_by_memory_plan` (`run.memory` may
-            change it).
+        **properties: `unset` (what the default None means, for help texts); `least`, `most` (bounds, included; without
+            `most` a whole number is at most MOST); `below` (a bound, excluded); `mutable_on_resume` (a resumed run may be
+            given another value); `decided_by_teacher` (the teacher's files decide unless it is set);
+            `decided_by_memory_plan` (`run.memory` may change it).
     """
     return field(default=default, metadata=properties)
 
@@ -120,7 +124,7 @@ class StudentConfig:
     "A full network (distill) or a LoRA on the teacher (distill-lora). The command decides."
     target: TargetKind = TargetKind.ema
     "Target network: the live student, or an EMA of it."
-    rank: int = setting(64, least=1)
+    rank: int = setting(64, least=1, most=16384)
     "LoRA rank r."
     alpha: float = 64.0
     "LoRA alpha. The update is scaled by alpha / r."
@@ -142,7 +146,7 @@ class DataConfig:
     "Training data: image folder, .tar shards (folder, file, URL or braces), tiny, or teacher to train without a data set."
     prompts: str | None = setting(None, unset="a bundled list")
     "Text file with one prompt per line, for the source teacher."
-    resolution: int = setting(512, least=1, decided_by_teacher=True)
+    resolution: int = setting(512, least=1, most=16384, decided_by_teacher=True)
     "Training resolution in pixels, a multiple of the VAE's factor. Other teachers use their native resolution."
     max_samples: int | None = setting(
         None, least=1, unset="what the run can use, or one per prompt", mutable_on_resume=True
@@ -162,9 +166,9 @@ class DataConfig:
     "Skip images whose metadata state a pwatermark above this value. Images without that entry are kept."
     guidance_scale: float = setting(7.5, decided_by_teacher=True)
     "Guidance scale of the images that the source teacher generates (diffusers' convention, omega + 1)."
-    teacher_steps: int = setting(20, least=1)
+    teacher_steps: int = setting(20, least=1, most=1000)
     "DPM-Solver++ steps of the images that the source teacher generates."
-    teacher_cache_samples: int = 0
+    teacher_cache_samples: int = setting(0, least=0)
     "Noises and times per sample for which teacher outputs are computed beforehand and cached. 0 caches none."
     cache_dir: str | None = setting(None, unset="~/.cache/lcmdistill", mutable_on_resume=True)
     "Folder of cached latents and teacher outputs, shared between runs."
@@ -180,9 +184,9 @@ class OptimConfig:
     "Optimizer: AdamW, or the 8-bit AdamW of bitsandbytes (CUDA only)."
     learning_rate: float = setting(1e-6, least=0)
     "Learning rate (AdamW)."
-    batch_size: int = setting(4, least=1, decided_by_memory_plan=True)
+    batch_size: int = setting(4, least=1, most=65536, decided_by_memory_plan=True)
     "Batch size per process (GPU)."
-    gradient_accumulation_steps: int = setting(3, least=1, decided_by_memory_plan=True)
+    gradient_accumulation_steps: int = setting(3, least=1, most=65536, decided_by_memory_plan=True)
     "Gradient accumulation steps."
     max_train_steps: int = setting(1000, least=1, mutable_on_resume=True)
     "Number of optimizer steps."
@@ -208,7 +212,7 @@ class RunSection:
 
     output: str | None = setting(None, unset="runs/TEACHER-OBJECTIVE, with -lora for a LoRA", mutable_on_resume=True)
     "Output folder of the run."
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, least=0, most=2**63 - 1)
     "Random seed."
     precision: Precision = Precision.auto
     "Mixed precision. auto is bf16 or fp16 on a GPU that supports it, and fp32 on a CPU."
@@ -238,7 +242,7 @@ class RunSection:
         setting("ssim_4", mutable_on_resume=True)
     )
     "Metric that selects checkpoints/best: agreement with the teacher in validation, at that many steps."
-    profile: int = setting(0, mutable_on_resume=True)
+    profile: int = setting(0, least=0, mutable_on_resume=True)
     "Steps to trace with torch.profiler into RUN/profile/, after a warmup of 3. 0 turns it off."
     report_to: Tracker = setting(Tracker.none, mutable_on_resume=True)
     "Experiment tracker, in addition to metrics.jsonl."

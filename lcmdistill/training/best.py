@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lcmdistill.utils.checkpoint import BEST, save_checkpoint
+from lcmdistill.utils.checkpoint import BEST, load_best, save_checkpoint
+from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.metrics_log import read_metrics
 
 PATIENCE = 3
@@ -63,8 +64,7 @@ def keep_best(run: Path, metric: str, step: int, weights: Mapping[str, Tensor]) 
     if not values or values[-1][0] != step:
         return None
     if step and best_of(metric, values)[0] == step:
-        state = {"metric": metric, "value": values[-1][1]}
-        save_checkpoint(run / "checkpoints", step, {"weights": weights}, state, name=BEST)
+        _save_best(run, metric, step, values[-1][1], weights)
     warning = quality_warning(metric, values)
     previous = quality_warning(metric, values[:-1]) if len(values) > 1 else None
     is_new = warning and (previous is None or previous.split(":")[0] != warning.split(":")[0])
@@ -82,6 +82,31 @@ def compared_with_untrained(metric: str, values: Values) -> str | None:
     if better_since is not None:
         return f"better than untrained since step {better_since}"
     return f"not better than untrained ({metric} {values[0][1]:.3g} at step 0, and {values[-1][1]:.3g} now)"
+
+
+def restore_best(run: Path, metric: str, step: int, weights: Mapping[str, Tensor]) -> None:
+    """Save the weights of a resumed step if it is the best and a kill kept `keep_best` from saving them.
+
+    Args:
+        run: The run folder.
+        metric: The metric that decides.
+        step: The step that the run resumes from.
+        weights: The weights at that step.
+    """
+    values = history(run, metric)
+    if not step or not values or best_of(metric, values)[0] != step:
+        return
+    try:
+        saved = load_best(run)
+    except RunError:  # damaged
+        saved = None
+    if saved is None or saved[0] != step:
+        _save_best(run, metric, step, best_of(metric, values)[1], weights)
+
+
+def _save_best(run: Path, metric: str, step: int, value: float, weights: Mapping[str, Tensor]) -> None:
+    state = {"metric": metric, "value": value}
+    save_checkpoint(run / "checkpoints", step, {"weights": weights}, state, name=BEST)
 
 
 def best_checkpoint_advice(run: Path, metric: str) -> str | None:

@@ -28,7 +28,7 @@ from lcmdistill.export.registry import write_trained_student
 from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, keep_best
+from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
 from lcmdistill.training.memory.estimate import Breakdown
@@ -247,8 +247,12 @@ class Trainer:
         memory = MemoryCheck(self.needed if validator is not None else None, self.accelerator.device)
         with progress("distilling", total, enabled=validator is not None) as bar, self.profiler:
             bar.update(self.step)
-            if validator is not None and self._is_due(config.validate_every) and validator.is_missing(self.step):
-                self._validate(validator, metrics)
+            if validator is not None and self._is_due(config.validate_every):
+                if validator.is_missing(self.step):
+                    self._validate(validator, metrics)
+                elif config.best_metric != "none":
+                    student = self.train_step.student
+                    restore_best(self.folder, config.best_metric, self.step, student.averaged or student.trainable)
             count, since = 0, time.monotonic()
             for loss, norm in self.steps():
                 self.losses.append(loss)

@@ -57,6 +57,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
     if isinstance(error, FileNotFoundError) and error.filename is None and not _has_working_directory():
         return "the current folder no longer exists; change to another one and run again", 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"a path or name is too long: {_shortened(str(error.filename))}; choose a shorter one", 1
+    if isinstance(error, UnicodeEncodeError):
+        return f"a name or text is not UTF-8: {_shortened(repr(error.object))}; rename or re-encode it", 1
     text = str(error).strip().split("\n")[0] or "no message"
     if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's
         return "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches", 1
@@ -68,6 +72,10 @@ def explain(error: BaseException) -> tuple[str, int]:
             1,
         )
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _has_working_directory() -> bool:
