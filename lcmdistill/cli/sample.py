@@ -67,15 +67,15 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1, max=10**6, help="Images per prompt.")] = 1,
     resolution: Annotated[
         int | None,
-        typer.Option(min=8, max=16384, max=16384, help="Side of a square in pixels.  [default: the run's resolution]"),
+        typer.Option(min=8, max=16384, help="Side of a square in pixels.  [default: the run's resolution]"),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=8, max=16384, max=16384, help="Image width in pixels.  [default: the run's resolution]"),
+        typer.Option(min=8, max=16384, help="Image width in pixels.  [default: the run's resolution]"),
     ] = None,
     height: Annotated[
         int | None,
-        typer.Option(min=8, max=16384, max=16384, help="Image height in pixels.  [default: the run's resolution]"),
+        typer.Option(min=8, max=16384, help="Image height in pixels.  [default: the run's resolution]"),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Inpainting models: the input image.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Inpainting models: the mask; white areas are repainted.")] = None,

@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.teachers.hub_session import limited_waiting
 from lcmdistill.utils.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 60
+"how long an upload waits for each answer"
 
 
 def check_login(repo: str) -> None:
@@ -29,7 +33,8 @@ def check_login(repo: str) -> None:
     if get_token() is None:
         raise UsageError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN")
     try:
-        me = HfApi().whoami()
+        with limited_waiting():
+            me = HfApi().whoami()
     except Exception as error:
         if _status(error) in (401, 403):
             raise UsageError(f"--push-to-hub: {_endpoint()} rejects the token; run `hf auth login --force`") from None
@@ -79,7 +84,7 @@ def push(repo: str, files: Mapping[str, Path | bytes], message: str, again: str,
 
     operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
     try:
-        with _without_bars():
+        with _without_bars(), limited_waiting(UPLOAD_SECONDS):
             existed = HfApi().repo_exists(repo)
             created = HfApi().create_repo(repo, private=private or None, exist_ok=True)
             is_private = bool(HfApi().model_info(created.repo_id).private)

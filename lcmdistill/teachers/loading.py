@@ -1,7 +1,7 @@
 """Load a teacher by alias, folder, file or hub id, and refuse what is incomplete, unsafe or unknown."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
+from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
 from lcmdistill.teachers.naming import ALIASES, is_local, resolve_alias
 from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_layers
 from lcmdistill.teachers.registry import family_of_class, supported_classes
@@ -157,7 +158,7 @@ def _open_pipeline(
         dropped["requires_safety_checker"] = False
     options = {"variant": variant, "use_safetensors": None if allow_pickle else True, **dropped}
     try:
-        folder = local if local.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, **options))
+        folder = local if local.is_dir() else _download(name, revision, options)
         index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle)
         options |= dtype_option(torch.float32)
         # diffusers finds these only where it knows that all weights are pickles.
@@ -173,6 +174,20 @@ def _open_pipeline(
     if skip := index.get("_clip_skip"):
         pipeline.register_to_config(_clip_skip=skip)  # of a student's pipeline; diffusers does not read this key
     return pipeline
+
+
+def _download(name: str, revision: str | None, options: Mapping[str, Any]) -> Path:
+    """Return the folder of a hub model in the local cache, downloaded if needed and if the hub answers."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        with limited_waiting():
+            return Path(DiffusionPipeline.download(name, revision=revision, **options))
+    except HubStalled as stalled:
+        try:
+            return Path(DiffusionPipeline.download(name, revision=revision, local_files_only=True, **options))
+        except OSError:
+            raise stalled from None
 
 
 def load_teacher(model: str, **options: Any) -> Teacher:
@@ -278,7 +293,8 @@ def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception
     if is_folder:
         return UsageError(f"{model} cannot be loaded as a diffusers pipeline: {first_line}")
     text += str(error.__cause__ or "")  # where older versions of diffusers report the cause
-    unreachable = "not fully cached" in text or "couldn't connect" in text.lower() or "offline" in text.lower()
+    signs = ("not fully cached", "couldn't connect", "offline")
+    unreachable = isinstance(error, HubStalled) or any(sign in text.lower() for sign in signs)
     if unreachable or ("not cached locally" in text and "Not Found" not in text):
         from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 

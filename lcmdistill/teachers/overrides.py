@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.hub_session import limited_waiting
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import read_header
@@ -57,8 +58,19 @@ def replace_vae(pipeline: Any, vae: str, *, allow_pickle: bool = False) -> None:
     pipeline.register_modules(vae=replacement)
 
 
-def _load_vae(vae: str, current: Any, allow_pickle: bool) -> Any:
-    """Return an AutoencoderKL in fp32; `current` is the teacher's, whose config a single file is read with."""
+def _load_vae(vae: str, current: Any, allow_pickle: bool, *, local_only: bool = False) -> Any:
+    """Return an AutoencoderKL in fp32.
+
+    Args:
+        vae: As for `replace_vae`.
+        current: The teacher's VAE, whose config a single file is read with.
+        allow_pickle: Whether to open pickled weights.
+        local_only: Whether to look for a hub id in the local cache only.
+
+    Raises:
+        UsageError: There is no such VAE.
+        RunError: The hub cannot be reached.
+    """
     from diffusers import AutoencoderKL
 
     path, kind = Path(vae).expanduser(), AutoencoderKL
@@ -72,32 +84,36 @@ def _load_vae(vae: str, current: Any, allow_pickle: bool) -> Any:
         name = str(path) if is_folder else vae
         if is_folder and not (path / "config.json").is_file():
             options["subfolder"] = "vae"
-        try:
-            config: Any = kind.load_config(name, **{k: v for k, v in options.items() if k == "subfolder"})
-        except OSError:
-            if is_folder:
-                raise
-            options["subfolder"] = "vae"  # of a whole pipeline on the hub
-            config = kind.load_config(name, subfolder="vae")
-        if (class_name := config.get("_class_name")) != kind.__name__:
-            raise UsageError(f"--vae {vae} is a {class_name}; the latents of a distillation need an AutoencoderKL")
-        return kind.from_pretrained(name, **options)
+        if local_only:
+            options["local_files_only"] = True
+        with limited_waiting():
+            where = {key: options[key] for key in ("subfolder", "local_files_only") if key in options}
+            try:
+                config: Any = kind.load_config(name, **where)
+            except OSError as error:
+                if is_folder or _is_caused_by(error, "HubStalled"):
+                    raise
+                options["subfolder"] = "vae"  # of a whole pipeline on the hub
+                config = kind.load_config(name, **where, subfolder="vae")
+            if (class_name := config.get("_class_name")) != kind.__name__:
+                raise UsageError(f"--vae {vae} is a {class_name}; the latents of a distillation need an AutoencoderKL")
+            return kind.from_pretrained(name, **options)
     except UsageError:
         raise
     except Exception as error:  # a loader raises whatever it meets in files of another kind
         reason = str(error).strip().split("\n")[0]
-        if not path.exists() and _is_unreachable(error):
+        if _is_caused_by(error, "HubStalled") and not local_only:
+            return _load_vae(vae, current, allow_pickle, local_only=True)
+        if not path.exists() and (local_only or _is_caused_by(error, "LocalEntryNotFoundError")):
             raise RunError(f"--vae {vae} is not in the local cache and the hub cannot be reached") from error
         if "meta tensor" in reason:  # a weight that no file holds
             reason = "weights are missing, or their names are unknown"
         raise UsageError(f"--vae {vae} cannot be read as a VAE: {reason}") from error
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
-    """Return whether an error was caused by a file that is not cached and a hub that did not answer."""
-    return error is not None and (
-        type(error).__name__ == "LocalEntryNotFoundError" or _is_unreachable(error.__context__)
-    )
+def _is_caused_by(error: BaseException | None, name: str) -> bool:
+    """Return whether an error of a class is among the causes of another, or is it."""
+    return error is not None and (type(error).__name__ == name or _is_caused_by(error.__context__, name))
 
 
 def _single_file(path: Path, current: Any) -> Any:

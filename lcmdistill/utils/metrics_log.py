@@ -50,7 +50,7 @@ class Metrics:
     def __init__(self, folder: Path, report_to: str, config: Mapping[str, Any], start_step: int) -> None:
         check_tracker(report_to)
         self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        lines = _lines(self._path)
         write_text(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -104,19 +104,33 @@ class Metrics:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl. Incomplete and foreign lines are ignored."""
-    path, lines = run / "metrics.jsonl", []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        lines += [line] if isinstance(line, dict) and "step" in line else []
-    return lines
+    return [line for text in _lines(run / "metrics.jsonl") if (line := _parsed(text)) is not None]
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a line of metrics. An incomplete line counts as later than all others."""
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """Return a line of metrics; None if it is incomplete or damaged. Values of another type than numbers are left out."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        line = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not _is_number(line.get("step")):
+        return None
+    return {key: value for key, value in line.items() if (_is_curve if key == "loss_by_noise" else _is_number)(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and all(each is None or _is_number(each) for each in value)
+
+
+def _step_of(text: str) -> float:
+    """Return the step of a line of metrics. A damaged line counts as later than all others."""
+    line = _parsed(text)
+    return float("inf") if line is None else line["step"]

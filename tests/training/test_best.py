@@ -13,6 +13,7 @@ from lcmdistill.training.best import (
     history,
     keep_best,
     quality_warning,
+    restore_best,
 )
 from lcmdistill.utils.checkpoint import BEST, load_best, prune, save_checkpoint
 from lcmdistill.utils.run_dir import checkpoints
@@ -55,6 +56,21 @@ def test_the_best_is_low_for_a_distance_and_high_for_a_similarity():
 def test_a_drop_and_a_plateau_are_reported(metric: str, values: tuple[float, ...], warning: str | None):
     found = quality_warning(metric, validated(*values))
     assert (found is None) if warning is None else (found or "").startswith(warning)
+
+
+@pytest.mark.parametrize("saved", [None, 100, 200, "damaged"])
+def test_a_resumed_run_saves_the_best_weights_that_a_kill_kept_it_from(tmp_path: Path, saved: int | str | None):
+    run, weights = written(tmp_path / "run", "rmse_4", 0.9, 0.6, 0.5), {"w": torch.ones(2)}
+    if saved is not None:
+        step = saved if isinstance(saved, int) else 100
+        save_checkpoint(run / "checkpoints", step, {"weights": {"w": torch.zeros(2)}}, {}, name=BEST)
+    if saved == "damaged":
+        (run / "checkpoints" / BEST / "state.pt").write_bytes(b"x")
+    restore_best(run, "rmse_4", 100, {"w": torch.full((2,), 7.0)})  # not the best
+    restore_best(run, "rmse_4", 200, weights)
+    best = load_best(run)
+    assert best is not None
+    assert (best[0], float(best[1]["w"][0])) == (200, 0.0 if saved == 200 else 1.0)
 
 
 def test_a_warning_is_reported_once(tmp_path: Path):

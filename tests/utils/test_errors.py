@@ -25,6 +25,15 @@ def test_a_full_disk_in_all_its_forms(number: int, foreign: bool) -> None:
     )
 
 
+def test_paths_that_no_system_takes_are_named_in_short() -> None:
+    name = "x" * 5000
+    sentence, code = explain(OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name))
+    assert (code, sentence) == (1, f"a path or name is too long: {'x' * 60}... (5000 characters); choose a shorter one")
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "a\udcff".encode()
+    assert explain(caught.value) == ("a name or text is not UTF-8: 'a\\udcff'; rename or re-encode it", 1)
+
+
 def test_an_unknown_home_folder_is_named() -> None:
     sentence, code = explain(RuntimeError("Could not determine home directory."))
     assert (code, sentence) == (1, "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches")

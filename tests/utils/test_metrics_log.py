@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from lcmdistill.utils import atomic as checkpoint
-from lcmdistill.utils.metrics_log import Metrics
+from lcmdistill.utils.metrics_log import Metrics, read_metrics
 
 
 def test_metrics_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
@@ -18,6 +18,15 @@ def test_metrics_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 3}\n{"step": 4, "lo')
     Metrics(tmp_path, "none", {}, 2).log(3, {"loss": 4.0})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1, 2, 4]
+
+
+def test_damaged_lines_and_values_are_ignored(tmp_path: Path) -> None:
+    good = '{"step": 1, "loss": 1.0, "loss_by_noise": [1.0, null]}'
+    damaged = ['{"step": "x"}', "[]", "3", '{"st', '{"step": true}', '{"step": 2, "loss": [], "loss_by_noise": 3}']
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join([good, *damaged]).encode() + b"\n\xff\n")
+    assert read_metrics(tmp_path) == [json.loads(good), {"step": 2}]
+    Metrics(tmp_path, "none", {}, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
 
 
 def test_the_metrics_file_is_complete_whenever_the_program_dies(
