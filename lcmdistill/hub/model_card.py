@@ -260,7 +260,8 @@ def update_run_card(run: Path) -> bool:
 def _write_card(config: RunConfig, run: Path, facts: SamplingFacts) -> bool:
     """Write RUN/README.md, unless the user has edited it; return whether it was written."""
     path, card = run / "README.md", render_card(config, run, facts)
-    if path.is_file() and _digest(path.read_text(encoding="utf-8")) != _record(run).get("sha256"):
+    own = (_record(run).get("sha256"), _digest(card.text))  # the second if a kill came between the card and its record
+    if path.is_file() and _digest(path.read_text(encoding="utf-8", errors="replace")) not in own:
         logger.info(f"{path} was edited and is not overwritten; remove it to generate it again")
         written = False
     else:
@@ -279,9 +280,10 @@ def _digest(text: str) -> str:
 def _record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:  # damaged: the card counts as edited
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _recorded_facts(run: Path, config: RunConfig) -> SamplingFacts:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lcmdistill.hub.model_card import RECORD, export_card, update_run_card
+from lcmdistill.hub.model_card import RECORD, export_card, update_run_card, write_run_card
+from lcmdistill.objectives.recorded import require_run_config
+from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.logging import configure_console
+from tests.support.finished_runs import finished_run
 
 
 def test_an_edited_card_is_not_overwritten(
@@ -38,3 +41,11 @@ def test_a_card_without_a_record_is_the_users_own(evaluated_run: Path, tmp_path:
     (run / RECORD).unlink()
     assert not update_run_card(run)
     assert export_card(run, "single-file", "me/mine", "a.safetensors").text == before
+
+
+def test_a_card_whose_record_a_kill_prevented_gets_it(small_teacher: Path, tmp_path: Path) -> None:
+    run = finished_run(small_teacher, "full", tmp_path / "run")
+    record = (run / RECORD).read_bytes()
+    (run / RECORD).unlink()
+    write_run_card(require_run_config(run), run, load_teacher(str(small_teacher)))
+    assert (run / RECORD).read_bytes() == record
