@@ -147,11 +147,9 @@ def test_an_interrupted_sweep_resumes(
 def with_own_cache(small_run: Path, run: Path, cache: Path) -> None:
     """Copy the small run and give it a cache of its own, so that it shares no teacher latents."""
     shutil.copytree(small_run, run)
-    config = (run / "config.toml").read_text()
-    lines = [line for line in config.splitlines() if not line.startswith("cache_dir")]
-    (run / "config.toml").write_text(
-        "\n".join(lines).replace("[data]", f'[data]\ncache_dir = "{cache}"') + "\n# checksum: any\n"
-    )
+    lines = [line for line in (run / "config.toml").read_text().splitlines() if not line.startswith("cache_dir")]
+    text = "\n".join([*lines, "# checksum: any"]).replace("[data]", f'[data]\ncache_dir = "{cache}"')
+    (run / "config.toml").write_text(text)
 
 
 def test_damaged_files_are_made_again(evaluated: Evaluated, small_run: Path, tmp_path: Path):
