@@ -132,7 +132,7 @@ def setting_options(kind: str) -> dict[str, Any]:
             typer.Option(
                 help=help_text(key, OBJECTIVES.locations, kind),
                 rich_help_panel=group,
-                metavar="<str>..." if list in map(get_origin, get_args(option_type(key))) else None,
+                metavar="<str>..." if list in [get_origin(each) for each in get_args(option_type(key))] else None,
             ),
         ]
         for group, keys in GROUPS.items()

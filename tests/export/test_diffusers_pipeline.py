@@ -161,7 +161,7 @@ def test_a_scheduler_is_built_on_any_betas(changes: dict[str, Any]) -> None:
     teacher: Any = DDIMScheduler(
         **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, **changes}
     )
-    scheduler = vp_scheduler(teacher.config, "LCMScheduler")
+    scheduler = vp_scheduler(teacher.config, "LCMScheduler", {})
     torch.testing.assert_close(scheduler.alphas_cumprod, teacher.alphas_cumprod)
     scheduler.set_timesteps(4)
     assert len(scheduler.timesteps) == 4

@@ -33,7 +33,7 @@ on_a_skipping_grid = pytest.mark.parametrize(
 MAPS = ("tcd", "pcm")
 "the objectives whose student predicts the way to a later time, alpha x0 + sigma eps, instead of to the first time"
 
-BAKED = {"pcm": {"w_min": 3.0, "w_max": 3.0}}
+BAKED: dict[str, Any] = {"pcm": {"w_min": 3.0, "w_max": 3.0}}
 "one omega for the objectives whose student receives none: only then is its map exact"
 
 SKIPS = [8, 16, 32, 64]

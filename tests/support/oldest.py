@@ -12,7 +12,8 @@ def lowest_versions(pyproject: str) -> dict[str, str]:
     """Return {package: lowest version} of the lines `package>=version`."""
     project = tomllib.loads(pyproject)["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    found = dict(match.groups() for line in lines if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line)))
+    matches = (re.fullmatch(r"([\w-]+)>=([\d.]+)", line) for line in lines)
+    found = {match[1]: match[2] for match in matches if match}
     return {package: version for package, version in found.items() if package not in {*TOOLS, "torch"}}
 
 

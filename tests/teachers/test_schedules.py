@@ -64,7 +64,7 @@ def test_a_student_s_scheduler_steps_on_the_trained_grid_and_stays_finite(name: 
     if schedule.num_steps != 1000:
         pytest.skip("LCMScheduler's grid of 50 points is that of 1000 steps")
     denoiser, raw = network_denoiser(schedule, "v_prediction")
-    scheduler = vp_scheduler(config, "LCMScheduler")
+    scheduler = vp_scheduler(config, "LCMScheduler", {})
     for steps in (1, 2, 4, 8):
         scheduler.set_timesteps(steps)
         assert set(scheduler.timesteps.tolist()) <= set(ddim_grid(1000, 20).tolist())

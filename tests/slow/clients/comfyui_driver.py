@@ -36,8 +36,8 @@ def main(checkout: str, job_file: str) -> None:
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(job["checkpoint"], output_vae=True, output_clip=True)
     sampling = model.model.model_sampling
     results["class"] = type(model.model.model_config).__name__
-    results["detected"] = ["v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"]
-    results["detected"].append(bool(sampling.zsnr))
+    kind = "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+    results["detected"] = [kind, bool(sampling.zsnr)]
     if job.get("lora"):
         lora = comfy.utils.load_torch_file(job["lora"])
         keys = comfy.lora.model_lora_keys_unet(model.model, {})

@@ -2,7 +2,7 @@
 
 import importlib.machinery
 import types
-from typing import Any
+from typing import Any, cast
 
 
 class Anything(types.ModuleType):
@@ -27,7 +27,7 @@ class Finder:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name.partition(".")[0] in self.packages:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+            return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
     def create_module(self, spec: Any) -> Any:
