@@ -255,7 +255,12 @@ def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_
     student = make_student(teacher, config.student, dtype=torch.float32, seed=0, checkpointing=False)
     exporting.write_trained_student(config, run, teacher, student, "")
     write_run_card(config, run, teacher)
-    assert sorted(path.name for path in (run / "lora").iterdir()) == ["README.md", "renamed.safetensors", "samples"]
+    assert sorted(path.name for path in (run / "lora").iterdir()) == [
+        ".checksums.json",
+        "README.md",
+        "renamed.safetensors",
+        "samples",
+    ]
     assert find_model(str(run)).loras == (str(run / "lora" / "renamed.safetensors"),)
 
 
@@ -287,7 +292,8 @@ def test_a_lora_without_its_checkpoints_is_not_called_unfinished(lora_run: Path,
 def test_a_run_of_a_lora_is_found_with_its_teachers_own_files(lora_run: Path, tmp_path: Path):
     shutil.copytree(lora_run, tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace("[teacher]\n", '[teacher]\nrevision = "r"\nvariant = "fp16"\n'))
+    text = config.read_text().replace("[teacher]\n", '[teacher]\nrevision = "r"\nvariant = "fp16"\n')
+    config.write_text(text + "# checksum: any\n")
     found = find_model(str(tmp_path / "run"))
     usual = {"allow_pickle": False, "vae_dtype": "fp32", "vae_tiling": False}
     options = {key: value for key, value in found.options.items() if value is not None}

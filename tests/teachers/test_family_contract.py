@@ -109,7 +109,7 @@ def test_a_model_of_the_family_behaves_as_described(key: str, folders: dict[str,
     kwargs = family.network_kwargs(family, teacher.network, {"sample": latents, "timestep": t, **inputs})
     with torch.no_grad():
         teacher.network(**kwargs, return_dict=False)
-    scheduler = family.student_scheduler(teacher.schedule, teacher.pipeline.scheduler.config, "LCMScheduler", 50)
+    scheduler = family.student_scheduler(teacher.schedule, teacher.pipeline.scheduler.config, "LCMScheduler", {})
     assert hasattr(scheduler, "step")
     layers = [name for name, _ in teacher.network.named_modules()]
     assert any(layer.endswith(name) for layer in layers for name in family.lora_modules)
