@@ -173,5 +173,8 @@ class Objective(Protocol):
         ...
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: Any) -> Tensor:
-        """Return the loss of each sample, (B,) fp32, with gradients to the student only."""
+        """Return the loss of each sample, (B,) fp32, with gradients to the student only.
+
+        The student comes first: the target network may still be at work in another thread.
+        """
         ...

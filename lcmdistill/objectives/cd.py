@@ -83,7 +83,7 @@ class ConsistencyDistillation:
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
         t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
         with torch.no_grad():
             goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
         return loss_function(self.distance, self.lpips_weights, z_t.device)(prediction, goal)

@@ -80,7 +80,7 @@ class LatentConsistencyFineTuning:
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
         t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
+        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
         with torch.no_grad():
             goal = consistency_function(schedule, z_s, target(z_s, s, c, w).x0, s)
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
         return DISTANCES[self.distance](prediction, goal)

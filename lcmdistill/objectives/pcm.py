@@ -135,9 +135,9 @@ class PhasedConsistency:
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: EndState) -> Tensor:
         t, s, e, z_t, z_s, c = state.t, state.s, state.end, state.z_t, state.z_s, batch.cond
+        prediction = schedule.diffuse(*student(z_t, t, c, None), e)
         with torch.no_grad():
             goal = schedule.diffuse(*target(z_s, s, c, None), e)
-        prediction = schedule.diffuse(*student(z_t, t, c, None), e)
         return DISTANCES[self.distance](prediction, goal)
 
 

@@ -94,7 +94,7 @@ class TrajectoryConsistency:
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: EndState) -> Tensor:
         t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
+        prediction = schedule.diffuse(*student(z_t, t, c, w), state.end)
         with torch.no_grad():
             goal = schedule.diffuse(*target(z_s, s, c, w), state.end)
-        prediction = schedule.diffuse(*student(z_t, t, c, w), state.end)
         return DISTANCES[self.distance](prediction, goal)
