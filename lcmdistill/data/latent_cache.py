@@ -5,9 +5,7 @@ written to a temporary name and renamed. An interrupted preparation therefore co
 work, and a later run with the same teacher, data and transform finds everything ready.
 """
 
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -25,6 +23,7 @@ from lcmdistill.data.sources.base import Source
 from lcmdistill.data.survey import GIVE_UP_AFTER, SourceReport, no_usable_samples_error
 from lcmdistill.data.transforms import Sample, check_sample
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
 
 _CHUNK_NAME = re.compile("[0-9]{8,}-[0-9]{8,}")
@@ -54,8 +53,7 @@ def cache_folder(source: Source, config: DataConfig, teacher: Teacher, seed: int
             cache_key["seed"] = seed
         if sizes := buckets_for(source, config, teacher.multiple):
             cache_key["buckets"] = sizes
-    digest = hashlib.blake2b(json.dumps(cache_key, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return cache_root(config) / "latents" / digest
+    return cache_root(config) / "latents" / digest(cache_key)
 
 
 def cache_root(config: DataConfig) -> Path:

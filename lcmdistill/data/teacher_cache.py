@@ -7,8 +7,6 @@ omega, full students and LoRAs, and every later run on the same data. The price 
 Shapes: n samples of a chunk, d draws per sample, B batch, C h w latents.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives.base import Objective
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.device import copy_to_device
 from lcmdistill.utils.errors import UsageError
 
@@ -126,8 +125,7 @@ def precompute(
     times, _ = objective.sample_timesteps(schedule, Rng(seed, 0, range(len(probed)), device, fixed_draws=probed))
     guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is evaluated, too
     key = {**cache_key, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
-    digest = hashlib.blake2b(json.dumps([key, times.tolist()], sort_keys=True).encode(), digest_size=12).hexdigest()
-    folder = claim_folder(root / "answers" / digest)
+    folder = claim_folder(root / "answers" / digest([key, times.tolist()]))
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
         if number % world == rank and not is_complete(path):

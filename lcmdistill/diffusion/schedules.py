@@ -91,9 +91,8 @@ class VPSchedule:
         these leave is a time step shorter than the others. With more points than steps, the times are fractional, fp32.
         """
         intervals = points - 1
-        share = intervals // sampled_steps(
-            self.num_steps, intervals
-        )  # of the grid, up to the first time that is sampled at
+        # How many intervals lie below the first time that is sampled at.
+        share = intervals // sampled_steps(self.num_steps, intervals)
         i = torch.arange(points, dtype=torch.float64)
         first, exact = i / share * (share * self.num_steps / intervals - 1), i * self.num_steps / intervals - 1
         times = torch.where(i < share, first, exact)

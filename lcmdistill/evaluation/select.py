@@ -28,7 +28,7 @@ from lcmdistill.evaluation.metrics.features import (
 )
 from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_metric, fid_metric, lpips_metric
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
-from lcmdistill.evaluation.sweep import digest
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ def select_metrics(
         network = (ScriptedFeatures(options.features, "--features").to(device), options.features.stem)
     elif has_mobilenet():
         network = (MobileNetV2Features().to(device), "MobileNetV2")
-    asked = options.features is not None or count >= MIN_KID_IMAGES
-    if network and asked:
+    computes_kid = options.features is not None or count >= MIN_KID_IMAGES
+    if network and computes_kid:
         metrics["kid_teacher"] = kid_to_teacher_metric(*network)
-    if options.real and network and asked:
+    if options.real and network and computes_kid:
         real = real_images(options.real, run.config.data.resolution, 2 * count)
         name = f"{len(real)} real images of {options.real}"
         metrics["kid"] = kid_metric(*network, features_of(network[0], real), name)

@@ -6,7 +6,6 @@ Shapes: N images, C h w latents, H W pixels.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -31,6 +30,7 @@ from lcmdistill.evaluation.latents import (
 from lcmdistill.evaluation.metrics.base import ImagePair, Metric
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
+from lcmdistill.utils.checksums import digest
 
 FORMAT = 1
 "version of the generated latents; points of another version are generated again"
@@ -175,11 +175,6 @@ class SamplerPair:
             "resolution": sweep.resolution,
             "where": f"{shape} {self.dtype} {self.pipeline.device.type}",
         }
-
-
-def digest(value: Any) -> str:
-    """Return a short hash of plain values."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 class GeneratedLatents(NamedTuple):

@@ -44,7 +44,7 @@ LIMITS: Mapping[str, Limits] = {
     "ssim": Limits(0.2, math.inf, "unlike the teacher's", unit=""),
     "kid_teacher": Limits(-math.inf, 0.3, "", "of other content than the teacher's", unit=""),
 }
-"calibrated on a ladder of students from untrained to finished, see examples/verdict"
+"set from the numbers in examples/guides/evaluation.md"
 
 ENOUGH, CLOSE = 0.025, 0.1
 "largest gap of a grade: the distance from the student's best, relative to the way to the teacher's single step"

@@ -9,9 +9,9 @@ import torch
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
 from lcmdistill.objectives.base import MethodInfo, StepCounts
+from lcmdistill.objectives.common import most_steps
 from lcmdistill.students.lora import merge_lora
 from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.pipelines import network_of
@@ -148,9 +148,7 @@ class Exporter:
         is_free = omega_range(config) is None
         guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0
         counts = StepCounts(2, 1, 2) if facts.family.in_pixels else method.steps(config.objective)
-        count = min(
-            steps or counts.recommended, facts.scheduler_options.get("original_inference_steps", MAX_SAMPLED_STEPS)
-        )
+        count = min(steps or counts.recommended, most_steps(facts.scheduler_options))
         call = method.pipeline_call(count, guidance)
         if facts.family.in_pixels:
             call = f"pipeline(num_inference_steps={count}{', class_labels=0' if facts.classes else ''})"

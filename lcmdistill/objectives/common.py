@@ -40,6 +40,11 @@ def skipping_grid_options(objective: Any, num_steps: int) -> Mapping[str, Any]:
     return {} if count == MAX_SAMPLED_STEPS else {"original_inference_steps": count}
 
 
+def most_steps(scheduler_options: Mapping[str, Any]) -> int:
+    """Return the largest number of sampling steps of a scheduler with the options of `skipping_grid_options`."""
+    return scheduler_options.get("original_inference_steps", MAX_SAMPLED_STEPS)
+
+
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
     """Draw pairs (t, s) that are k time steps apart; both (B,), and s is never below the first time.
 

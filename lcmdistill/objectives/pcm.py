@@ -15,7 +15,14 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import EndState, MethodInfo, StepCounts
-from lcmdistill.objectives.common import check_decay, check_omega, check_solver, sample_omega, teacher_forwards
+from lcmdistill.objectives.common import (
+    check_decay,
+    check_omega,
+    check_skip,
+    check_solver,
+    sample_omega,
+    teacher_forwards,
+)
 from lcmdistill.utils.device import copy_to_device
 
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
@@ -95,8 +102,7 @@ class PhasedConsistency:
         return {"teacher": teacher_forwards(self.solver, self.guidance), "target": 1, "student": 1}
 
     def check(self, num_steps: int) -> None:
-        if not 1 <= self.skip < num_steps:
-            raise ValueError(f"objective.skip (k) is {self.skip}; it must be from 1 to {num_steps - 1}")
+        check_skip(self.skip, "all", num_steps)  # a phase's grid counts down from its edge, whatever k divides
         try:
             low, high = self.counts
         except ValueError:

@@ -1,7 +1,6 @@
 """Read LoRA files of the common layouts, and load them into a pipeline."""
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmdistill.students.lora import LoraLayer, put_lora
-from lcmdistill.students.lora_kinds import kinds_of
+from lcmdistill.students.lora_kinds import flat_path, kinds_of
 from lcmdistill.students.lycoris import merge_lycoris
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.pipelines import network_of
@@ -239,7 +238,7 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
         if not prefix or not suffix:
             unknown += [] if prefix and key.endswith(".alpha") else [key]
             continue
-        part, path = prefixes[prefix], _flat(key.removeprefix(prefix).removesuffix(suffix))
+        part, path = prefixes[prefix], flat_path(key.removeprefix(prefix).removesuffix(suffix))
         halves.setdefault((part, path), set()).add(axis)
         # diffusers' loader converts names of the original layout.
         if path.startswith(("input_blocks", "middle_block", "output_blocks")):
@@ -272,19 +271,7 @@ def _widths(part: Any) -> dict[str, Sequence[int]]:
     """Return {a layer's path with _: its weight's shape} of a network or text encoder, adapted or not; {} for None."""
     named = [] if part is None else part.named_modules()
     weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
-    return {_flat(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
-
-
-def _flat(path: str) -> str:
-    """Return a path as kohya writes it.
-
-    It lacks the `text_model` that some versions of transformers leave out, and the attention processors of diffusers in 2023.
-    """
-    return re.sub(r"_processor_(to_\w+)_lora$", _without_processor, path.replace(".", "_")).removeprefix("text_model_")
-
-
-def _without_processor(match: re.Match[str]) -> str:
-    return f"_{match[1]}_0" if match[1] == "to_out" else f"_{match[1]}"
+    return {flat_path(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
 
 
 _DOWN_UP = (("down", 1), ("up", 0))

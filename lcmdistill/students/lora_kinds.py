@@ -1,5 +1,6 @@
-"""The kinds of LoRA beyond the plain one, by the keys of their tensors. Nothing here imports torch."""
+"""The keys of LoRA files: the kinds beyond plain LoRA, and the names of layers. Nothing here imports torch."""
 
+import re
 from collections.abc import Iterable
 
 KINDS = {
@@ -26,3 +27,15 @@ def split_key(key: str) -> tuple[str, str]:
     """Return a layer's name and the end of a key; the end is "" if it is unknown."""
     stem, _, end = key.partition(".")
     return stem, end if end in ENDS else ""
+
+
+def flat_path(path: str) -> str:
+    """Return a path as kohya writes it.
+
+    It lacks the `text_model` that some versions of transformers leave out, and the attention processors of diffusers in 2023.
+    """
+    return re.sub(r"_processor_(to_\w+)_lora$", _without_processor, path.replace(".", "_")).removeprefix("text_model_")
+
+
+def _without_processor(match: re.Match[str]) -> str:
+    return f"_{match[1]}_0" if match[1] == "to_out" else f"_{match[1]}"

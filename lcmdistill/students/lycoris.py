@@ -6,14 +6,13 @@ scaled by alpha / r; `tests/slow/clients` compares every kind with lycoris-lora.
 Shapes: O outputs and I inputs of a layer, r rank, k its kernel.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcmdistill.students.lora_kinds import KINDS, split_key
+from lcmdistill.students.lora_kinds import KINDS, flat_path, split_key
 from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 
@@ -71,7 +70,7 @@ def _modules(part: Any) -> dict[str, Any]:
     if part is None:
         return {}
     named = {path.removesuffix(".base_layer"): module for path, module in part.named_modules() if _has_weight(module)}
-    flat = {path.replace(".", "_").removeprefix("text_model_"): module for path, module in named.items()}
+    flat = {flat_path(path): module for path, module in named.items()}
     if "down_block_types" in part.config:
         places = unet_places(part.config)
         for path, module in named.items():
@@ -87,7 +86,7 @@ def _has_weight(module: Any) -> bool:
 def _module_of(stem: str, modules: Mapping[str, Mapping[str, Any]]) -> Any:
     for prefix, known in modules.items():
         if stem.startswith(prefix):
-            module = known.get(re.sub(r"^text_model_", "", stem.removeprefix(prefix)))
+            module = known.get(flat_path(stem.removeprefix(prefix)))
             if module is not None:
                 return module
     return None

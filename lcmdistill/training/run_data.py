@@ -1,12 +1,10 @@
 """Which data a run was started with, recorded by content: on resume the same data may be spelled otherwise, or have moved."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_folder
@@ -14,6 +12,7 @@ from lcmdistill.data.sources.base import Source
 from lcmdistill.data.sources.registry import make_source
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -48,14 +47,14 @@ def record_of(sources: Sequence[Source], config: RunConfig, teacher: Teacher) ->
 def write_record(folder: Path, record: Sequence[RecordedSource]) -> None:
     """Write the record to a run's folder."""
     sources = [asdict(each) for each in record]
-    write_text(folder / FILE, json.dumps({"digest": _digest(sources), "sources": sources}, indent=2) + "\n")
+    write_text(folder / FILE, json.dumps({"digest": digest(sources), "sources": sources}, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> tuple[RecordedSource, ...] | None:
     """Return the record in a run's folder; None if it is missing or damaged."""
     try:
         loaded = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if loaded["digest"] == _digest(loaded["sources"]):
+        if loaded["digest"] == digest(loaded["sources"]):
             return tuple(RecordedSource(**each) for each in loaded["sources"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
@@ -122,8 +121,4 @@ def check_record(folder: Path, record: Sequence[RecordedSource], model: str) -> 
 
 
 def _content(source: Source) -> str:
-    return _digest([source.kind, source.fingerprint()])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return digest([source.kind, source.fingerprint()])

@@ -15,7 +15,6 @@ from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.eviction import claim_folder
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.diffusion.random import derive_seed
-from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
@@ -24,13 +23,15 @@ from lcmdistill.evaluation.latents import (
     teacher_latents,
 )
 from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
-from lcmdistill.evaluation.sweep import FORMAT, METRICS_VERSION, DecodedImages, cached_latents, compute_metrics, digest
+from lcmdistill.evaluation.sweep import FORMAT, METRICS_VERSION, DecodedImages, cached_latents, compute_metrics
+from lcmdistill.objectives.common import most_steps
 from lcmdistill.sampling.png import grid
 from lcmdistill.sampling.prompts import PREVIEW_STEPS, STEPS, default_prompts
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class Validator:
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps
         sampling = objective.info.scheduler_options(objective, num_steps)
-        grid = sampling.get("original_inference_steps", min(MAX_SAMPLED_STEPS, num_steps))
-        self._trained_steps = max(STEPS) if teacher.in_pixels else grid
+        self._trained_steps = max(STEPS) if teacher.in_pixels else min(most_steps(sampling), num_steps)
         self._steps = [n for n in STEPS if n <= self._trained_steps]
         if config.run.validate_every and config.run.best_metric.endswith(
             tuple(f"_{n}" for n in STEPS if n > self._trained_steps)

@@ -1,8 +1,10 @@
-"""Checksums of files: enough against damage, and fast. They do not protect against intent."""
+"""Checksums of files, enough against damage, and fast: they do not protect against intent. Digests of plain values."""
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from lcmdistill.utils.errors import UsageError
 
@@ -25,6 +27,11 @@ def checksum(file: Path) -> str:
 def checksum_of_text(text: str) -> str:
     """Return the CRC-32 of a text in UTF-8, in hexadecimal digits."""
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of plain values, which names caches and records."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

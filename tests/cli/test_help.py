@@ -40,9 +40,9 @@ def test_the_help_of_training_lists_its_options_by_group(command: Command) -> No
 
 
 def test_a_bare_command_shows_the_help(command: Command) -> None:
-    code, _, told = command()
+    code, _, output = command()
     assert code == 2
-    assert all(name in told for name in ("Usage:", "distill-lora", "export"))
+    assert all(name in output for name in ("Usage:", "distill-lora", "export"))
 
 
 def test_help_takes_half_a_second_and_no_torch() -> None:

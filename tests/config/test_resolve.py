@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_from_another_starts_from_its_settings(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("told", "guidance"),
+    ("recorded", "guidance"),
     [
         ({"objective": {"name": "lcm", "w_min": 5.0, "w_max": 15.0, "guidance": "baked"}}, "baked"),
         ({"objective": {"name": "lcm", "w_min": 5.0, "w_max": 15.0, "guidance": "free"}}, "free"),
@@ -114,10 +114,10 @@ def test_a_run_that_goes_on_from_another_starts_from_its_settings(tmp_path: Path
 )
 @pytest.mark.parametrize("named", ["", "pipeline"])
 def test_fine_tuning_leaves_guidance_as_a_run_has_it(
-    tmp_path: Path, told: dict[str, Any], guidance: str, named: str
+    tmp_path: Path, recorded: dict[str, Any], guidance: str, named: str
 ) -> None:
-    run = {"teacher": {"model": "sd15"}, "optim": {"max_train_steps": 10}} if told else {}
-    (tmp_path / "config.toml").write_text(tomli_w.dumps({**run, **told}) + "# checksum: any\n")
+    run = {"teacher": {"model": "sd15"}, "optim": {"max_train_steps": 10}} if recorded else {}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({**run, **recorded}) + "# checksum: any\n")
     config = resolve({}, {"teacher.model": str(tmp_path / named), "objective.name": "lcf"})
     assert value(config, "objective.guidance") == guidance
     assert value(config, "data.caption_drop") == (0.1 if guidance == "free" else 0.0)

@@ -153,7 +153,7 @@ def test_a_run_on_cached_teacher_outputs_resumes_bit_for_bit(speed_settings: Set
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("values", "message"),
     [
         (
             {"objective.solver": "heun"},
@@ -164,8 +164,8 @@ def test_a_run_on_cached_teacher_outputs_resumes_bit_for_bit(speed_settings: Set
         ({"data.teacher_cache_samples": -1}, "must be at least 0"),
     ],
 )
-def test_what_cannot_be_cached_is_refused(told: Settings, said: str, speed_settings: Settings) -> None:
-    kept = {k: v for k, v in speed_settings.items() if "w_m" not in k or "objective.name" not in told}
-    with pytest.raises(UsageError, match=said):
-        distill(resolve({}, {**kept, "data.teacher_cache_samples": 2, **told}))
+def test_what_cannot_be_cached_is_refused(values: Settings, message: str, speed_settings: Settings) -> None:
+    others = {k: v for k, v in speed_settings.items() if "w_m" not in k or "objective.name" not in values}
+    with pytest.raises(UsageError, match=message):
+        distill(resolve({}, {**others, "data.teacher_cache_samples": 2, **values}))
     assert not Path(speed_settings["run.output"]).exists()

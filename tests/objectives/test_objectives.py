@@ -291,6 +291,7 @@ def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
         return network
 
     own.loss(noting("student"), noting("target"), exact.schedule, batch, state)
+    assert list(seen) == ["student", "target"]  # the target may still be at work in another thread
     for role, wanted in (
         ("student", (state.z_t, state.t, batch.cond, state.w)),
         ("target", (state.z_s, state.s, batch.cond, state.w)),

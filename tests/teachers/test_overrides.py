@@ -116,8 +116,8 @@ def test_a_run_samples_with_the_layers_that_it_was_trained_with(
     card = (tmp_path / "run" / "README.md").read_text()
     assert "`clip_skip=1`, A1111's clip skip 3" in card
     assert "clip_skip=1)" in card
-    code, told, _ = command("info", tmp_path / "run")
-    assert "1 (diffusers counting)" in told
+    code, output, _ = command("info", tmp_path / "run")
+    assert "1 (diffusers counting)" in output
 
 
 @pytest.fixture(scope="session")

@@ -8,38 +8,43 @@ import pytest
 from tests.support.clients import ROOT, build_base
 
 
+def environment_python(variable: str, folder: str) -> str:
+    """Return the Python of an environment that `make clients` builds, or skip the test."""
+    python = Path(os.environ.get(variable, ROOT / folder / "bin" / "python"))
+    if not python.exists():
+        pytest.skip(f"there is no {folder}; build it with: make clients")
+    return str(python)
+
+
+def checkout(variable: str, program: str) -> str:
+    """Return the folder of a program's checkout, or skip the test."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not name a checkout of {program}")
+    return os.environ[variable]
+
+
 @pytest.fixture(scope="session")
 def clients_python() -> str:
     """The Python of the environment that `make clients` builds."""
-    python = Path(os.environ.get("LCMDISTILL_CLIENTS_PYTHON", ROOT / ".venv-clients" / "bin" / "python"))
-    if not python.exists():
-        pytest.skip("there is no .venv-clients; build it with: make clients")
-    return str(python)
+    return environment_python("LCMDISTILL_CLIENTS_PYTHON", ".venv-clients")
 
 
 @pytest.fixture(scope="session")
 def sd_scripts_python() -> str:
     """The Python of the environment with the versions that sd-scripts needs, which `make clients` builds."""
-    python = Path(os.environ.get("LCMDISTILL_SD_SCRIPTS_PYTHON", ROOT / ".venv-sd-scripts" / "bin" / "python"))
-    if not python.exists():
-        pytest.skip("there is no .venv-sd-scripts; build it with: make clients")
-    return str(python)
+    return environment_python("LCMDISTILL_SD_SCRIPTS_PYTHON", ".venv-sd-scripts")
 
 
 @pytest.fixture(scope="session")
 def comfyui() -> str:
     """The folder of a checkout of ComfyUI."""
-    if "LCMDISTILL_COMFYUI" not in os.environ:
-        pytest.skip("LCMDISTILL_COMFYUI does not name a checkout of ComfyUI")
-    return os.environ["LCMDISTILL_COMFYUI"]
+    return checkout("LCMDISTILL_COMFYUI", "ComfyUI")
 
 
 @pytest.fixture(scope="session")
 def sd_scripts() -> str:
     """The folder of a checkout of sd-scripts."""
-    if "LCMDISTILL_SD_SCRIPTS" not in os.environ:
-        pytest.skip("LCMDISTILL_SD_SCRIPTS does not name a checkout of sd-scripts")
-    return os.environ["LCMDISTILL_SD_SCRIPTS"]
+    return checkout("LCMDISTILL_SD_SCRIPTS", "sd-scripts")
 
 
 @pytest.fixture(scope="session")
