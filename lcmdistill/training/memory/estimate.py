@@ -192,7 +192,9 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
         batch = Batch(torch.zeros_like(z), c)
         with torch.no_grad():
             state = objective.teacher_step(TeacherNetwork(of_teacher, null), schedule, batch, rng)
-        objective.loss(of_student, of_target, schedule, batch, state).mean().backward()
+            # As in a training step: before the student, whose activations are then not held yet.
+            target = of_target(state.z_s, state.s, batch.cond, state.w)
+        objective.loss(of_student, lambda *_: target, schedule, batch, state).mean().backward()
     count = sum(p.numel() for p in trained)
     activations = live.peak - sum(sizes.values()) - 4 * count
     if config.student.offload_target and config.student.kind == "full":
