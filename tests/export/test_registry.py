@@ -180,7 +180,11 @@ def test_a_stopped_export_leaves_nothing_that_looks_complete(
     for module in (diffusers_pipeline, lora_formats):
         monkeypatch.setattr(module, "check_close", stopped_by(number))
     output = tmp_path / ("out.safetensors" if name == "kohya" else "out")
-    code, _, error = command("export", runs["sd1", "lora"], "--format", name, "--output", output)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, _, error = command("export", runs["sd1", "lora"], "--format", name, "--output", output)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert code == 128 + number
     assert error.count("\n") == 1
     assert "saved files are intact" in error
