@@ -1,14 +1,16 @@
 """The command line: the application, its entry point, and `call`, which runs a command as a function."""
 
-import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lcmdistill import __version__
+from lcmdistill.cli import cache, runs
+from lcmdistill.cli._aliases import option_meant, translate, unknown_command
 from lcmdistill.cli._errors import PARSER_ERROR, parser_sentence, report_error
 from lcmdistill.cli._options import GroupedCommand
 from lcmdistill.cli.distill import distill, distill_lora
@@ -22,7 +24,30 @@ from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import configure_console
 from lcmdistill.utils.runtime import configure_process
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(TyperGroup):
+    """The commands. A word of other programs, such as train, is answered with the command of that meaning."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first argument names."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise unknown_command(args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+
+class Command(GroupedCommand):
+    """A command that also takes the options of other programs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after the command."""
+        return super().parse_args(ctx, translate(args, self.get_params(ctx), f"lcmdistill {self.name}"))
+
+
 app = typer.Typer(
+    cls=Commands,
+    context_settings=HELP,
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
@@ -56,7 +81,9 @@ for name, command in {
     "export": export,
     "info": info,
 }.items():
-    app.command(name, cls=GroupedCommand)(command)
+    app.command(name, cls=Command, context_settings=HELP)(command)
+for group in (runs, cache):
+    group.add_to(app, cls=Command, context_settings=HELP)
 
 
 def main() -> None:
@@ -96,8 +123,8 @@ def call(name: str, options: Mapping[str, Any], settings: Mapping[str, Any] | No
     words, positional = [name], []
     for key, value in options.items():
         if key not in parameters:
-            near = difflib.get_close_matches(key, parameters, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"see lcmdistill {name} --help"
+            near = option_meant(key, parameters, trains="set" in parameters)
+            hint = f"did you mean {near!r}?" if near else f"see lcmdistill {name} --help"
             raise UsageError(f"unknown option {key!r} of {name}; {hint}")
         parameter = parameters[key]
         values = [] if value is None else [value] if isinstance(value, str | PathLike | bool) else value

@@ -14,6 +14,7 @@ from lcmdistill.config.schema import SECTIONS
 from lcmdistill.diffusion import SOLVERS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_names import run_path
 
 Private = Annotated[
     bool,
@@ -43,9 +44,17 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def with_name(run: Path) -> Path:
-    """Return the path of a run folder so that its last part is the folder's name, which "." is not."""
+def run_folder(run: Path) -> Path:
+    """Return the path of a run from its path or its name under runs/; its last part is a name, which "." is not."""
+    run = run_path(str(run))
     return run.resolve() if run.name in ("", "..") else run
+
+
+def model_or_run(model: str | None) -> str | None:
+    """Return a model as it was specified, or the path of the run under runs/ that has this name."""
+    from lcmdistill.teachers.naming import ALIASES
+
+    return model if model is None or model in ALIASES or "://" in model else str(run_path(model))
 
 
 def one_of(registry: Iterable[str]) -> Any:

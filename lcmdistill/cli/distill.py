@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.cli._options import SETTINGS, takes, training_options
+from lcmdistill.cli._options import SETTINGS, model_or_run, takes, training_options
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.toml import read_toml
@@ -35,6 +35,8 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
     """Settle the configuration and run it. options: a training command's own, by name."""
     flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
     flags |= {key: options[name] for name, key in SETTINGS.items() if _is_set(options.get(name))}
+    if "teacher.model" in flags:
+        flags["teacher.model"] = model_or_run(str(flags["teacher.model"]))
     if "student.kind" in flags:
         raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
     flags["student.kind"] = kind

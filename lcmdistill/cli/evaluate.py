@@ -6,14 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lcmdistill.cli._options import Debug, Device, with_name
+from lcmdistill.cli._options import Debug, Device, run_folder
 from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Finished runs, by folder or by name under runs/; several are compared."),
+    ],
     steps: Annotated[
         list[str] | None, typer.Option(help="Comma-separated step counts; repeatable.  [default: 1,2,4,8]")
     ] = None,
@@ -66,7 +69,7 @@ def evaluate(
     debug: Debug = False,
 ) -> list[Any]:
     """Evaluate runs across steps and guidance scales against the teacher on held-out prompts, and write an HTML report."""
-    runs, numbers = [with_name(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
+    runs, numbers = [run_folder(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
     scales = () if guidance_scale is None else _numbers("--guidance-scale", ",".join(guidance_scale))
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is listed twice; list each run once")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lcmdistill.cli._options import Debug, Private, PushToHub, finite, one_of
+from lcmdistill.cli._options import Debug, Private, PushToHub, finite, one_of, run_folder
 from lcmdistill.export import EXPORTERS
 from lcmdistill.utils.errors import UsageError
 
@@ -19,7 +19,7 @@ else:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(help="Finished run: its folder, or its name under runs/.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="Output format.")],
     output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
     dtype: Annotated[
@@ -52,6 +52,7 @@ def export(
     from lcmdistill.hub import publish
     from lcmdistill.hub.model_card import put_export_card
 
+    run = run_folder(run)
     if private and not push_to_hub:
         raise UsageError("--private is for --push-to-hub; remove this option, or add --push-to-hub OWNER/NAME")
     if push_to_hub:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lcmdistill.cli._options import Debug
+from lcmdistill.cli._options import Debug, model_or_run
 
 
 def info(
@@ -16,7 +16,7 @@ def info(
     """Describe a model, a run or a LoRA: family, prediction type, schedule, sizes, license, and what created it."""
     from lcmdistill.report.info import describe
 
-    rows = describe(model)
+    rows = describe(model_or_run(model) or model)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lcmdistill.cli._options import Debug, with_name
+from lcmdistill.cli._options import Debug, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def report(
     from lcmdistill.report.card import write_card_plots
     from lcmdistill.report.page import write_report
 
-    run = with_name(run)
+    run = run_folder(run)
     page, has_plots = write_report(run), bool(write_card_plots(run))
     card = f", and the plots in {run / 'README.md'}" if has_plots and update_run_card(run) else ""
     logger.info(f"report: {page}{card}")

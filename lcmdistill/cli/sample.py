@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lcmdistill.cli._options import Debug, Device, finite
+from lcmdistill.cli._options import Debug, Device, finite, model_or_run
 from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 def sample(
     model: Annotated[
         str | None,
-        typer.Argument(help="Run folder, pipeline folder or hub id.  [default: the newest run under runs/]"),
+        typer.Argument(
+            help="Run (folder, or name under runs/), pipeline folder or hub id.  [default: the newest run under runs/]"
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--model", help="Base model for --lora (same as the MODEL argument).")
@@ -107,7 +109,7 @@ def sample(
     if not all(math.isfinite(scale) for scale in lora_scale or ()):
         raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
     image_and_mask = sampling.read_image_and_mask(image, mask)
-    found = sampling.find_model(model or base)
+    found = sampling.find_model(model_or_run(model or base))
     steps = steps or found.steps
     size = sampling.image_size(found, resolution, width, height)
     loras = [*found.loras, *(lora or ())]

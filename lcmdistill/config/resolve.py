@@ -1,8 +1,8 @@
 """Resolve the configuration, one frozen tree, from defaults < preset < file < flags. No torch, so that --help is instant."""
 
 import dataclasses
-import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.recorded import RENAMED, read_run_config
 from lcmdistill.config.schema import MOST, SECTIONS, RunConfig, TeacherConfig, known_sections
+from lcmdistill.config.synonyms import setting_meant
 from lcmdistill.config.toml import flatten
 from lcmdistill.utils.errors import UsageError
 
@@ -21,7 +22,7 @@ from lcmdistill.utils.errors import UsageError
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Parse a --set argument, `section.key=value`. The value is TOML if it parses, otherwise a string."""
     key, sign, value = text.partition("=")
-    if not sign or "." not in key:
+    if not sign:
         raise UsageError(f"--set {text!r} is not of the form section.key=value, such as optim.learning_rate=1e-5")
     try:
         return key.strip(), tomllib.loads(f"v = {value}")["v"]
@@ -55,6 +56,8 @@ def resolve(
         defaults |= info.free_guidance_defaults
     defaults = {**defaults, **_preset_values(preset, "lora" if is_lora else "full")}
     values = {**{k: v for k, v in defaults.items() if v is not None and is_known(k, sections)}, **chosen}
+    if isinstance(memory := values.get("run.memory"), str):
+        values["run.memory"] = _in_gib(memory)
     built = {section: build_section(section, cls, values) for section, cls in sections.items()}
     unknown = [key for key in values if not is_known(key, sections)]
     if unknown:
@@ -141,13 +144,15 @@ def _defaults_of_run(folder: Path, objectives: Mapping[str, Any]) -> dict[str, A
 
 
 def _closest(dotted: str, sections: Mapping[str, type]) -> str:
-    every = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
-    # The most common mistake is a right key in a wrong section; the next is initials, such as lr.
-    key = dotted.split(".")[-1]
-    near = [k for k in every if k.split(".")[1] == key]
-    near = near or [k for k in every if "_" in k and "".join(w[0] for w in k.split(".")[1].split("_")) == key]
-    near = near or difflib.get_close_matches(dotted, every, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; sections are {known_sections()}"
+    keys = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
+    meant = setting_meant(dotted, keys)
+    return f"; did you mean {meant!r}?" if meant else f"; sections are {known_sections()}"
+
+
+def _in_gib(memory: str) -> str:
+    """Return a value of run.memory without its unit: 12GB, 12 GiB and 12g are 12."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:g|gb|gib)\s*", memory, flags=re.IGNORECASE)
+    return match[1] if match else memory
 
 
 def _is_positive(text: str) -> bool:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lcmdistill.data.chunks import is_ours
@@ -29,6 +30,11 @@ _ENTRIES = {
     "evaluation": rf"(?:validation-|trajectory-)?{_DIGEST}\.safetensors|beginning-{_DIGEST}",
 }
 "folders of a cache, and the names of their entries; each entry serves some runs and can be made again"
+
+KINDS = ("latents", "teacher outputs", "evaluation")
+"what the entries hold"
+
+_KIND_OF = dict(zip(_ENTRIES, KINDS, strict=True))
 
 _DOOMED = ".{}.old"
 "the name of an entry whose removal has started"
@@ -72,6 +78,31 @@ def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
     if removed:
         logger.info(f"{root}: removed {removed / 1e9:.1f} GB, the least recently used (data.cache_limit)")
     return removed
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One entry of a cache: its path, what it holds (a key of KINDS), its bytes, and when a run last used it."""
+
+    path: Path
+    kind: str
+    size: int
+    last_used: float
+
+
+def cache_entries(root: Path) -> list[CacheEntry]:
+    """Return what this program made in a cache, the least recently used first."""
+    entries = [
+        CacheEntry(path, _KIND_OF[path.parent.name], _size(path), time)
+        for path in _entries(root)
+        if (time := _last_used(path)) is not None
+    ]
+    return sorted(entries, key=lambda entry: entry.last_used)
+
+
+def remove_entries(entries: Iterable[CacheEntry]) -> int:
+    """Remove entries of a cache, and return how many bytes that freed."""
+    return sum(entry.size for entry in entries if _remove(entry.path))
 
 
 def cache_evicted_error(folder: Path) -> RunError:

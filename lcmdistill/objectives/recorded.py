@@ -7,6 +7,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
+from lcmdistill.utils.run_names import all_runs, did_you_mean
 
 
 def load_run_config(folder: Path) -> RunConfig | None:
@@ -26,8 +27,10 @@ def require_run_config(folder: Path) -> RunConfig:
     """
     config = load_run_config(folder)
     if config is None:
-        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.toml"))[:3]
-        hint = f"; runs there: {', '.join(near)}" if near else "; pass a run folder such as runs/tiny-lcm"
+        runs = [str(path) for path in all_runs(folder.parent) or all_runs()][:3]
+        hint = did_you_mean(str(folder)) or (
+            f"; runs there: {', '.join(runs)}" if runs else "; pass a run folder such as runs/tiny-lcm"
+        )
         raise UsageError(f"{folder} is not a run folder (no config.toml of a run){hint}")
     return config
 

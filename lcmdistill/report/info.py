@@ -8,10 +8,11 @@ from typing import Any
 
 from lcmdistill.students.lora_kinds import kinds_of, split_key
 from lcmdistill.teachers.folders import WEIGHT_FILE
-from lcmdistill.teachers.naming import ALIASES, license_name, license_of, resolve_alias
+from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.run_names import did_you_mean
 
 Row = tuple[str, str]
 
@@ -59,9 +60,10 @@ def _on_the_hub(model: str) -> list[Row]:
     name = resolve_alias(model)
     if Path(name).is_dir():
         return _pipeline(Path(name))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if is_local(name):
         raise UsageError(
-            f"there is no model {model!r}; specify a folder, a file, a hub id, or one of {', '.join(ALIASES)}"
+            f"there is no model {model!r}{did_you_mean(model)}; specify a folder, a file, a hub id, or one of "
+            f"{', '.join(ALIASES)}"
         )
     from huggingface_hub import try_to_load_from_cache
 

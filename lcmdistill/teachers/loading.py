@@ -20,6 +20,7 @@ from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
 from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.run_names import did_you_mean
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -150,8 +151,8 @@ def _open_pipeline(
         )
     elif is_local(name):
         raise UsageError(
-            f"there is no model {model!r}; specify an existing diffusers folder or .safetensors file, a hub id like "
-            f"owner/name, or one of {', '.join(ALIASES)}"
+            f"there is no model {model!r}{did_you_mean(model)}; specify an existing diffusers folder or .safetensors "
+            f"file, a hub id like owner/name, or one of {', '.join(ALIASES)}"
         )
     dropped: dict[str, Any] = dict.fromkeys(drop)
     if "safety_checker" in drop:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file.inspect import read_header
+from lcmdistill.utils.run_names import names_a_run
 
 ALIASES = {alias: entry.model for family in FAMILIES.values() for alias, entry in family.aliases.items()}
 "short name -> hub id or folder"
@@ -43,7 +44,7 @@ def public_path(folder: Path) -> str:
 
 def is_local(model: str) -> bool:
     """Return whether a model's name is a local path, whether it exists or not."""
-    is_path = model.count("/") != 1 or model.startswith((".", "/", "~"))
+    is_path = model.count("/") != 1 or model.startswith((".", "/", "~")) or names_a_run(model)
     return is_path or Path(model).expanduser().exists()
 
 

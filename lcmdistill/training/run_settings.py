@@ -19,7 +19,7 @@ from lcmdistill.training.run_data import RecordedSource, check_record, is_same_d
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError, disk_error
 from lcmdistill.utils.logging import LOG_FILE
-from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoint_step, checkpoints, step_name
+from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_name
 
 _MARK, _REQUESTED = ".finished", ".requested.json"
 
@@ -84,10 +84,19 @@ def _requested(folder: Path) -> dict[str, Any]:
 def finished(config: RunConfig) -> bool:
     """Return whether a run has all requested steps, and its trained student was written after the last of them."""
     folder = Path(config.run.output or "")
+    step = finished_step(folder)
+    return step is not None and step >= config.optim.max_train_steps
+
+
+def finished_step(folder: Path) -> int | None:
+    """Return the step at which the run in a folder finished; None if it has steps to take, or to write its student."""
     saved, mark = checkpoints(folder / "checkpoints"), folder / _MARK
-    if not saved or checkpoint_step(saved[-1]) < config.optim.max_train_steps or not has_trained_student(folder):
-        return False
-    return mark.is_file() and mark.read_bytes() == saved[-1].name.encode()
+    text = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
+    digits = text.removeprefix("step-")
+    if not digits.isdecimal() or text != step_name(int(digits)) or not has_trained_student(folder):
+        return None
+    # Without checkpoints the run was cleaned after it had finished.
+    return int(digits) if not saved or saved[-1].name == text else None
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -107,6 +116,11 @@ def check_run(config: RunConfig) -> None:
         raise UsageError(f"--output {folder} contains files that are not from lcmdistill; choose a new or empty folder")
     recorded = resumable_config(folder)
     if recorded is None:
+        if (folder / _MARK).is_file() and not finished(config):
+            raise UsageError(
+                f"the checkpoints of the finished run {folder} were removed, so it cannot be trained further; use another "
+                "--output"
+            )
         return
     now, before = flatten(config), flatten(recorded)
     unsettled = keys_with(config, "decided_by_teacher") - config.chosen | {

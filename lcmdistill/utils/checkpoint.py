@@ -121,6 +121,16 @@ def _describe(path: Path, error: BaseException) -> str:
     return f"the checkpoint {path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint."""
+    shutil.rmtree(_hide(path))
+
+
+def _hide(path: Path) -> Path:
+    """Rename a checkpoint before its removal: an interrupted one must not leave a folder that looks complete."""
+    return path.rename(hidden_sibling(path, REMOVED))
+
+
 def prune(folder: Path, keep: int, last: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints, and what interrupted writes and removals left behind.
 
@@ -133,8 +143,7 @@ def prune(folder: Path, keep: int, last: int | None = None) -> None:
     stale = [path for path in saved if last is not None and checkpoint_step(path) > last]
     current = saved[: len(saved) - len(stale)]
     for path in (*stale, *current[:-keep]):
-        # Renamed first: an interrupted removal must not leave a folder that looks complete.
-        path.rename(hidden_sibling(path, REMOVED))
+        _hide(path)
     for suffix in (PARTIAL, REPLACED, REMOVED):
         for path in folder.glob(f".step-*.{suffix}"):  # not of `best`, which another thread may be writing
             shutil.rmtree(path)

@@ -81,6 +81,25 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"--output {path} is not writable: {reason} in {parent}; choose another place") from error
 
 
+def is_in_use(folder: Path) -> bool:
+    """Return whether a run holds the lock of a folder. On a file system without locks it is never known."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created if needed. For the main process, for as long as the run lives.

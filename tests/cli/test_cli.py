@@ -138,7 +138,7 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
             ["sample", "--steps", "0"],
             "'--steps': (it should be greater than or equal to 1, got '0'|0 is not in the range)",
         ),
-        (["no-such-command"], "no such command 'no-such-command'"),
+        (["no-such-command"], "lcmdistill has no command 'no-such-command'; choose from distill, distill-lora, sample"),
         (["export"], "missing argument '(run|RUN)'"),
         (["export", "run", "--output", "x"], "missing option '--format'; choose from: pipeline, fused, kohya"),
         (["distill", "--seed"], "option '--seed' requires an argument"),

@@ -1,0 +1,134 @@
+"""Options and commands as other programs call them: accepted where they mean the same, explained where they do not."""
+
+import re
+from typing import Any
+
+import pytest
+import typer
+
+from lcmdistill.cli import app
+from lcmdistill.cli._aliases import translate
+from lcmdistill.config import synonyms
+from lcmdistill.config.reference import setting_keys
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.utils.errors import UsageError
+from tests.support.teachers import Command
+
+COMMANDS: Any = typer.main.get_command(app)
+SETTINGS = {
+    key
+    for section in ("teacher", "student", "objective", "data", "optim", "run")
+    for key in setting_keys(section, OBJECTIVES.locations)
+}
+
+
+def read(line: str) -> list[str]:
+    """Return the words of a command line after its aliases were replaced."""
+    name, *arguments = line.split()
+    return translate(arguments, COMMANDS.commands[name].params, f"lcmdistill {name}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "read_as"),
+    [
+        ("--lr 1e-4", "--learning-rate 1e-4"),
+        ("--learning_rate=1e-4", "--learning-rate=1e-4"),
+        ("--model sd15", "--teacher sd15"),
+        ("--pretrained-model-name-or-path a/b", "--teacher a/b"),
+        ("--pretrained_model_name_or_path=a/b", "--teacher=a/b"),
+        ("--pretrained_teacher_model a/b", "--teacher a/b"),
+        ("--train-data-dir photos", "--data photos"),
+        ("--instance_data_dir photos", "--data photos"),
+        ("--gradient_accumulation_steps 4", "--gradient-accumulation-steps 4"),
+        ("--train_batch_size 2", "--batch-size 2"),
+        ("--mixed-precision bf16", "--precision bf16"),
+        ("--mixed_precision=no", "--precision=fp32"),
+        ("--fp16", "--precision=fp16"),
+        ("--bf16", "--precision=bf16"),
+        ("--output_dir runs/x", "--output runs/x"),
+        ("--network-dim 32", "--rank 32"),
+        ("--network_alpha 16", "--alpha 16"),
+        ("--lora-rank 32", "--rank 32"),
+        ("--log_with wandb", "--report-to wandb"),
+        ("--hub_model_id me/x", "--push-to-hub me/x"),
+        ("--max_steps 10 --dry_run", "--max-train-steps 10 --dry-run"),
+        ("--prompts --lr", "--prompts --lr"),  # a value, whatever it looks like
+        ("--set optim.beta1=0.9 -- --lr", "--set optim.beta1=0.9 -- --lr"),
+    ],
+)
+def test_a_training_option_of_other_programs(typed: str, read_as: str) -> None:
+    assert " ".join(read(f"distill-lora {typed}")) == read_as
+
+
+@pytest.mark.parametrize(
+    ("typed", "read_as"),
+    [
+        ("--num-inference-steps 4", "--steps 4"),
+        ("--num_inference_steps=4", "--steps=4"),
+        ("--cfg 1.5", "--guidance-scale 1.5"),
+        ("--cfg_scale 1.5", "--guidance-scale 1.5"),
+        ("--num_images_per_prompt 2", "--num-images 2"),
+        ("--pretrained_model_name_or_path sd15", "--model sd15"),
+        ("--bf16", "--precision=bf16"),
+        ("--cpu", "--device=cpu"),
+        ("--outdir x", "--output x"),
+    ],
+)
+def test_a_sampling_option_of_other_programs(typed: str, read_as: str) -> None:
+    assert " ".join(read(f"sample {typed}")) == read_as
+
+
+@pytest.mark.parametrize("word", synonyms.SETTINGS)
+def test_each_word_for_a_setting_is_accepted_or_explained(word: str) -> None:
+    setting = synonyms.SETTINGS[word]
+    assert setting in SETTINGS
+    try:
+        words = read(f"distill-lora --{word.replace('_', '-')} 7")
+    except UsageError as error:
+        assert str(error).endswith(f"; use --set {setting}=7") or word in synonyms.EXPLAINED  # noqa: PT017
+    else:
+        option, value = words
+        assert option in {each for p in COMMANDS.commands["distill-lora"].params for each in p.opts}
+        assert value == "7"
+
+
+@pytest.mark.parametrize("word", synonyms.OPTIONS)
+def test_each_word_for_an_option_is_one_of_some_command(word: str) -> None:
+    options = {each for c in COMMANDS.commands.values() for p in c.params for each in p.opts}
+    assert f"--{synonyms.OPTIONS[word].replace('_', '-')}" in options
+
+
+@pytest.mark.parametrize("word", synonyms.EXPLAINED)
+def test_each_explained_word_ends_in_its_explanation(word: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"has no option --{word}: {synonyms.EXPLAINED[word]}")):
+        read(f"distill --{word} 1")
+
+
+@pytest.mark.parametrize("word", synonyms.COMMANDS)
+def test_each_word_for_a_command_names_it(word: str, command: Command) -> None:
+    code, _, error = command(word)
+    assert code == 2
+    assert error == f"Error: lcmdistill has no command {word!r}; did you mean {synonyms.COMMANDS[word]}?\n"
+    first = synonyms.COMMANDS[word].split()[0]
+    assert first in COMMANDS.commands or first.startswith("--")
+
+
+@pytest.mark.parametrize("option", ["--network-dim", "--rank"])
+def test_a_lora_s_option_is_explained_to_distill(option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option}, which is for lcmdistill distill-lora"):
+        read(f"distill {option} 4")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("learning_rate", "optim.learning_rate"), ("lr", "optim.learning_rate"), ("k", "objective.skip")]
+)
+def test_set_without_a_section_names_it(command: Command, key: str, meant: str) -> None:
+    code, _, error = command("distill", "--teacher", "tiny", "--set", f"{key}=1")
+    assert (code, error) == (2, f"Error: unknown config key {key!r}; did you mean {meant!r}?\n")
+
+
+@pytest.mark.parametrize("words", [["-V"], ["--version"], ["-h"], ["distill", "-h"], ["sample", "-h"]])
+def test_short_options_of_every_command(command: Command, words: list[str]) -> None:
+    code, text, _ = command(*words)
+    assert code == 0
+    assert "lcmdistill" in text
