@@ -122,6 +122,17 @@ def _flops_counted_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure nothing and count no memory for the summary at the start of a run. The tests of the summary override this."""
+    if summary := sys.modules.get("lcmdistill.training.summary"):
+        from lcmdistill.training.cost_time import Rates
+        from lcmdistill.training.memory.estimate import Breakdown
+
+        monkeypatch.setattr(summary, "measure_rates", lambda *_: Rates(0.1, 0.1, 0.1, 0.1, 0.1, 0.1))
+        monkeypatch.setattr(summary, "step_memory", lambda *_, **__: Breakdown(1, 1, 4, 4, 4, 4, 8, 4))
+
+
+@pytest.fixture(autouse=True)
 def _charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the charts of reports, a quarter of a small run. The tests of the report override this fixture."""
     if page := sys.modules.get("lcmdistill.report.page"):

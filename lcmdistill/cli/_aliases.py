@@ -103,5 +103,5 @@ def unknown_command(word: str, commands: Collection[str]) -> UsageError:
     """Return the error for a word that is not a command."""
     near = difflib.get_close_matches(word, commands, n=1)
     meant = synonyms.COMMANDS.get(normalized(word).replace("_", "-")) or (near[0] if near else None)
-    hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(commands)}"
+    hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(commands)}; see lcmdistill --help"
     return UsageError(f"lcmdistill has no command {word!r}; {hint}")

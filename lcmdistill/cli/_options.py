@@ -155,15 +155,16 @@ def training_options(kind: str) -> dict[str, Any]:
     return {
         **setting_options(kind),
         "dry_run": _option(
-            bool, "Check everything, print the settings and an estimate, and exit.", "--dry-run", group="Most used"
+            bool, "Check everything, show what the run does and costs, and exit.", "--dry-run", group="Most used"
         ),
+        "full": _option(bool, "With --dry-run: also print all settings as TOML.", "--full", group="Run"),
         "preset": _option(
             PresetName | None, "Published settings by name; --config and options override them.", group="Run"
         ),
         "config": _option(Path | None, "TOML file of settings; options override it.", group="Run"),
         "set_": _option(
             list[str] | None,
-            "Any setting, such as optim.beta1=0.95; repeatable. --dry-run prints all settings.",
+            "Any setting, such as optim.beta1=0.95; repeatable. --dry-run --full prints all settings.",
             "--set",
             group="Advanced",
             metavar="SECTION.KEY=VALUE",

@@ -46,6 +46,8 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
         raise UsageError(
             f"--config {options['config']} is for {command}: its student.kind is {recorded!r}; run lcmdistill {command}"
         )
+    if options["full"] and not options["dry_run"]:
+        raise UsageError("--full is for --dry-run; remove this option, or add --dry-run")
     preset = options["preset"]
     from lcmdistill.hub.client import check_login
     from lcmdistill.objectives import OBJECTIVES
@@ -67,7 +69,7 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
         check_login(resolved.run.push_to_hub)
     preflight.check_early(resolved)
     if options["dry_run"]:
-        preflight.dry_run(resolved)
+        preflight.dry_run(resolved, full=options["full"])
         return Path(resolved.run.output or "")
     from lcmdistill import run
 

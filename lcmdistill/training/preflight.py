@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -12,26 +11,25 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
-from lcmdistill.data.buckets import bucket_sizes, largest
+from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.sources.registry import is_generated, make_sources
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
-from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.lora import check_layers
-from lcmdistill.students.student import AutocastNetwork
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
 from lcmdistill.teachers.family import needs_caption
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.teachers.registry import family_of_folder
-from lcmdistill.training.memory.estimate import step_memory
-from lcmdistill.training.memory.plan import Plan, log_plan, plan_memory
+from lcmdistill.training.cost_disk import check_space
+from lcmdistill.training.memory.plan import plan_memory
 from lcmdistill.training.optimizer import check_optimizer
 from lcmdistill.training.run_settings import check_run, resolve_run_defaults
-from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
+from lcmdistill.training.summary import estimate_cost, log_summary, output_text
+from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import check_tracker
 
@@ -182,20 +180,24 @@ def _takes_prompts(model: str) -> bool:
         return Path(model).expanduser().exists()
 
 
-def dry_run(config: RunConfig) -> None:
-    """Open the teacher and the data, and log what a run would do: samples, configuration, memory and time."""
+def dry_run(config: RunConfig, *, full: bool = False) -> None:
+    """Open the teacher and the data, and log what a run would do and cost.
+
+    Args:
+        config: The requested configuration.
+        full: Whether to log all settings as TOML, too.
+
+    Raises:
+        UsageError: The run would be refused, such as for want of disk space.
+    """
     device = pick_device(config.run.device)
-    dtype = compute_dtype(config.run.precision, device)
-    folder = Path(config.run.output or "")
-    state = "a run to resume" if resumable_config(folder) else "new"
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
     config = resolve_run_defaults(config, 1, teacher)
     check_run(config)
     validate_for_teacher(config, teacher)
     plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
-    logger.info(settings_to_toml(flatten(config)))
-    logger.info(f"output: {folder} ({state})")
+    logger.info(output_text(config))
     seed = config.run.seed
     sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=seed)
     reports = survey(sources, config.data, seed, seconds=SURVEY_SECONDS, rejects=teacher.rejects, teacher=teacher)
@@ -204,42 +206,10 @@ def dry_run(config: RunConfig) -> None:
         cached = f"; {ready} cached chunks are ready" if ready else ""
         unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
         logger.info(f"data {source.word}: {report}{unused}{cached}")
-    needed = plan.needed if plan else step_memory(config, teacher, dtype)
-    logger.info(
-        f"teacher: {teacher.prediction_type}-predicting {teacher.family.network_label} of {needed.base:,} parameters; "
-        f"the student, {'a LoRA' if config.student.kind == 'lora' else 'a full network'}, trains {needed.trainable:,}"
-    )
-    log_plan(plan or Plan(config, (), needed))
-    forwards, seconds_forward = config.objective.num_forwards, _forward_seconds(config, teacher, device, dtype)
-    draws = config.data.teacher_cache_samples
-    by_teacher = 0 if draws else forwards["teacher"]
-    # A backward pass takes twice as long as a forward pass.
-    seconds = (
-        seconds_forward
-        * (3 * forwards["student"] + by_teacher + forwards["target"])
-        * config.optim.gradient_accumulation_steps
-    )
-    if draws:
-        outputs = draws * forwards["teacher"] * sum(report.kept for report in reports)
-        size = 2 * teacher.example(1, config.data.resolution, "cpu")[0].numel()
-        logger.info(
-            f"cached teacher outputs: {outputs:,}, estimated to take "
-            f"{outputs / config.optim.batch_size * seconds_forward / 3600:.2f} h and {outputs * size / 1e9:.2f} GB on disk"
-        )
-    hours = seconds * config.optim.max_train_steps / 3600
-    logger.info(
-        f"time, estimated from one forward pass: {seconds:.2f} s per step, {hours:.2f} h for "
-        f"{config.optim.max_train_steps} steps"
-    )
-    logger.info("dry run: nothing was written")
-
-
-def _forward_seconds(config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the measured seconds of one forward pass of the teacher's network on a micro-batch."""
-    module = AutocastNetwork(teacher.network.to(device, dtype), teacher.call, dtype)
-    z, t, c = teacher.example(config.optim.batch_size, largest(config.data, teacher.multiple), device)
-    with torch.no_grad():
-        module(z, t, c.values, None)
-        began = time.perf_counter()
-        float(module(z, t, c.values, None).sum())
-    return time.perf_counter() - began
+    kept = [report.kept / (report.kept + report.num_rejected) for report in reports]
+    cost = estimate_cost(config, teacher, sources, device, plan=plan, kept=kept)
+    log_summary(config, teacher, cost, plan)
+    if full:
+        logger.info(settings_to_toml(flatten(config)))
+    check_space(cost.items)
+    logger.info(f"dry run: nothing was written{'' if full else '; add --full for all settings'}")

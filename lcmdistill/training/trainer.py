@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from shlex import quote
 
 import torch
 from torch import Tensor
@@ -30,9 +29,11 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
+from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
+from lcmdistill.training.documents import RunDocuments
 from lcmdistill.training.memory.estimate import Breakdown
-from lcmdistill.training.memory.plan import MemoryCheck, log_plan, plan_memory
+from lcmdistill.training.memory.plan import MemoryCheck, plan_memory
 from lcmdistill.training.micro_batches import NOISE_BINS, bin_by_noise, sample_plan
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
@@ -42,6 +43,7 @@ from lcmdistill.training.run_data import record_of
 from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
+from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.training.train_step import TrainStep
 from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import Checkpoint, load_latest_checkpoint
@@ -55,19 +57,6 @@ logger = logging.getLogger(__name__)
 
 SLOW_DATA = 0.05
 "the share of its time that a run may wait for data without a word about it"
-
-
-@dataclass(frozen=True)
-class RunDocuments:
-    """What the layers above write about a run: each is called with (config, run folder, teacher).
-
-    Attributes:
-        card: Returns the text of the model card for the pipeline folder.
-        write: Writes the run's own documents, once the trained student is there.
-    """
-
-    card: Callable[[RunConfig, Path, Teacher], str] = lambda config, folder, teacher: ""
-    write: Callable[[RunConfig, Path, Teacher], None] = lambda config, folder, teacher: None
 
 
 def distill(config: RunConfig, documents: RunDocuments) -> Path:
@@ -106,7 +95,7 @@ def _distill(
     # Check everything before anything is written.
     if is_main:
         check_tracker(config.run.report_to)
-        logger.info(f"teacher {config.teacher.model}, objective {config.objective_name}, output {folder}")
+        logger.info(output_text(config))
     teacher = load_teacher(**asdict(config.teacher))
     config = resolve_run_defaults(config, world, teacher)
     if is_main:
@@ -115,16 +104,16 @@ def _distill(
     plan = plan_memory(
         config, teacher, accelerator.device, free=min_free_memory(accelerator), world=world, loud=is_main
     )
-    if plan is not None:
-        config = plan.config
-        if is_main:
-            log_plan(plan)
+    config = plan.config if plan is not None else config
     stop.check("stopped before training started; re-run the same command")
     accelerator.wait_for_everyone()
     sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=config.run.seed)
     if is_main:
+        cost = estimate_cost(config, teacher, sources, accelerator.device, plan=plan, world=world)
+        check_space(cost.items)
         open_run(config, record_of(sources, config, teacher), requested)
         held.enter_context(log_file(folder))
+        log_summary(config, teacher, cost, plan, world=world)
 
     # Set up: data, reference images, networks.
     teacher.to(accelerator.device)
@@ -175,9 +164,9 @@ def _distill(
         mark_finished(folder, trainer.step)
         if advice := best_checkpoint_advice(folder, config.run.best_metric):
             logger.info(advice)
-        counts = config.objective.info.steps(config.objective)
-        command = f"lcmdistill sample {quote(str(folder))} --steps {counts.recommended}"
-        logger.info(f"done: {path} generates in {counts.text}; try: {command}")
+        logger.info(f"done: {path} generates in {config.objective.info.steps(config.objective).text}")
+        for line in documents.instructions(config, folder):
+            logger.info(line)
     accelerator.wait_for_everyone()
     return folder
 

@@ -91,7 +91,7 @@ def test_a_preset_is_shown_as_a_difference(command: Command, small_teacher: Path
     assert "optim.learning_rate: 0.0001 -> 8e-06" in preset_changes({"teacher.model": "tiny"}, "paper")
     sets = [f"--set={key}={value}" for key, value in SMALL.items() if not key.startswith("objective.")]
     code, told, error = command(
-        "distill", "--preset", "paper", "--teacher", small_teacher, "--data", image_folder, *sets, "--dry-run"
+        "distill", "--preset", "paper", "--teacher", small_teacher, "--data", image_folder, *sets, "--dry-run", "--full"
     )
     assert (code, error) == (0, "")
     assert "preset paper (Luo et al. 2023" in told
@@ -188,7 +188,7 @@ def test_an_example_runs_as_its_head_says(
         del words[(i := words.index("--teacher")) : i + 2]
     less = ["--teacher", small_teacher, "--resolution", 16, "--device", "cpu", "--set", "teacher.variant=none"]
     less += ["--rank", 4] if kind == "lora" else []
-    code, said, error = command(*words, *less, "--dry-run")
+    code, said, error = command(*words, *less, "--dry-run", "--full")
     assert (code, error) == (0, "")
     assert "nothing was written" in said
     assert json.dumps(file["optim.batch_size"]) in said

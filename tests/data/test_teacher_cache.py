@@ -139,7 +139,9 @@ def test_a_dry_run_tells_what_asking_beforehand_takes(
     speed_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dry_run(resolve({}, {**speed_settings, "data.teacher_cache_samples": 1000}))
-    assert re.search(r"cached teacher outputs: 24,000, .* [\d.]+ h and 0.01 GB on disk", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"caching teacher outputs +[\d.]+ \S+( \d+ s)?  24,000 outputs", said)
+    assert re.search(r"cached teacher outputs +[\d.]+ MB  24,000, unless they are ready", said)
 
 
 def test_a_run_on_cached_teacher_outputs_resumes_bit_for_bit(speed_settings: Settings, tmp_path: Path) -> None:

@@ -232,7 +232,17 @@ def test_a_dry_run_prints_the_method_s_settings(
 ) -> None:
     start = small_run if objective == "lcf" else small_teacher
     code, said, error = command(
-        "distill", "--dry-run", "--objective", objective, "--teacher", start, "--data", image_folder, "--output", "out"
+        "distill",
+        "--dry-run",
+        "--full",
+        "--objective",
+        objective,
+        "--teacher",
+        start,
+        "--data",
+        image_folder,
+        "--output",
+        "out",
     )
     assert code == 0, error
     assert f'name = "{objective}"' in said

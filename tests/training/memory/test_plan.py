@@ -190,7 +190,7 @@ def test_a_dry_run_prints_the_plan_and_the_planned_settings(
 ) -> None:
     sets = [f"--set={key}={value}" for key, value in {**SMALL, "data.resolution": 32}.items()]
     options = ["distill", "--teacher", small_teacher, "--data", image_folder, *sets, "--output", "out"]
-    code, told, error = command(*options, "--memory", TIGHT, "--dry-run")
+    code, told, error = command(*options, "--memory", TIGHT, "--dry-run", "--full")
     assert (code, error) == (0, "")
     assert "leaves 0.01 GiB for tensors" in told
     assert "batch_size = 4\n" not in told

@@ -1,0 +1,261 @@
+"""How long each phase of a run takes, from what its parts take on this device: a forward and a backward pass, the VAE, text.
+
+The parts are measured, a few passes in all. What follows from them are numbers of passes, which the settings decide.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.data.buckets import largest
+from lcmdistill.data.latent_cache import cache_folder, chunk_paths
+from lcmdistill.data.sources.base import Source
+from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.sampling.prompts import STEPS, default_prompts
+from lcmdistill.students.student import AutocastNetwork, guidance_of
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
+from lcmdistill.utils.units import counted
+
+WRITE_RATE = 300e6
+"bytes per second at which checkpoints and pipelines are written and hashed, on an ordinary SSD"
+
+SLOW = 5.0
+"seconds of one pass after which it is not repeated"
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on one device.
+
+    Attributes:
+        forward: One forward pass of the network on one sample of a micro-batch.
+        backward: The backward pass of the same.
+        update: One optimizer step with clipping and the average.
+        encode: The VAE's encoder, per image.
+        decode: The VAE's decoder, per image.
+        caption: The text encoders, per caption.
+    """
+
+    forward: float
+    backward: float
+    update: float
+    encode: float
+    decode: float
+    caption: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: its name, its seconds, and of what they consist."""
+
+    name: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SourceSamples:
+    """How many samples of a source a run prepares: in all, and of these the ones that the cache has already."""
+
+    generated: bool
+    total: int
+    cached: int
+
+    @property
+    def missing(self) -> int:
+        """How many are prepared by this run."""
+        return max(0, self.total - self.cached)
+
+
+def samples_of(
+    sources: Sequence[Source], config: RunConfig, teacher: Teacher, kept: Sequence[float] | None = None
+) -> list[SourceSamples]:
+    """Return how many samples each source gives.
+
+    Args:
+        sources: The run's sources.
+        config: The resolved configuration.
+        teacher: The teacher.
+        kept: The share of each source's members that can be used, if it is known.
+    """
+    found = []
+    for i, source in enumerate(sources):
+        limit, count = config.data.max_samples, source.count()
+        members = limit if count is None or source.is_generated else min(count, limit or count)
+        folder = cache_folder(source, config.data, teacher, config.run.seed)
+        spans = [path.stem.split("-") for path in chunk_paths(folder, limit)]
+        cached = sum(int(end) - int(start) for start, end in spans)
+        total = round((members or count or 0) * (kept[i] if kept else 1.0))
+        found.append(SourceSamples(source.is_generated, total, min(cached, members or 0)))
+    return found
+
+
+def measure_rates(
+    config: RunConfig, teacher: Teacher, device: torch.device, dtype: torch.dtype, trainable: int
+) -> Rates:
+    """Measure what the parts of a run take. The teacher must be on the device.
+
+    Args:
+        config: The resolved configuration.
+        teacher: The teacher.
+        device: The device of the run.
+        dtype: The dtype of autocast.
+        trainable: The number of trained parameters.
+    """
+    batch, size = config.optim.batch_size, largest(config.data, teacher.multiple)
+    module = AutocastNetwork(teacher.network, teacher.call, dtype)
+    z, t, c = teacher.example(batch, size, device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            float(module(z, t, c.values, None).sum())
+
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels, latent = torch.zeros(1, 3, height, width, device=device), torch.zeros_like(z[:1])
+    passed = _seconds(forward)
+    both = _forward_backward(config, module, (z, t, c.values, None), passed)
+    backward = max(both - passed, 0.5 * passed) + (passed if config.run.gradient_checkpointing else 0.0)
+    adapter = ADAPTER if config.student.kind == "lora" else 1.0
+    is_latent = not teacher.in_pixels
+    return Rates(
+        forward=passed / batch,
+        backward=adapter * backward / batch,
+        update=trainable * UPDATE_BYTES / _copy_rate(device),
+        encode=_seconds(lambda: float(teacher.encode_images(pixels)[0].sum())) if is_latent else 0.0,
+        decode=_seconds(lambda: float(teacher.decode(latent).sum())) if is_latent else 0.0,
+        caption=_seconds(lambda: teacher.encode_prompts([""] * 8)) / 8 if is_latent else 0.0,
+    )
+
+
+ADAPTER = 1.35
+"a pass with a LoRA on a network takes so much of a pass without one"
+
+UPDATE_BYTES = 4 * 13
+"bytes that a step moves per trained number: AdamW seven times, clipping three, the average three, 4 bytes each"
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the seconds of a call: the median of three after a first one, or of the first one alone if it is slow."""
+    times = []
+    for _ in range(4):
+        began = clock()
+        run()
+        times.append(clock() - began)
+        if times[-1] > SLOW:
+            return times[-1]
+    return sorted(times[1:])[1]
+
+
+def _forward_backward(config: RunConfig, module: AutocastNetwork, inputs: tuple, forward: float) -> float:
+    """Return the seconds of a forward and a backward pass; by a factor where the device has no room, or is slow."""
+    is_lora = config.student.kind == "lora"
+    factor = 1 + ADAPTER if is_lora else 3.0
+    if forward > SLOW:
+        return factor * forward
+    z, t, c, w = inputs
+    parameters = [] if is_lora else list(module.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    z = z.clone().requires_grad_(True)
+
+    def both() -> None:
+        out = module(z, t, c, w)
+        gradients = torch.autograd.grad(out.square().sum(), [z, *parameters], allow_unused=True)
+        float(next(each for each in gradients if each is not None).sum())
+
+    try:
+        return _seconds(both)
+    except (torch.OutOfMemoryError, MemoryError):
+        return factor * forward
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Return how many bytes per second the device's memory reads and writes."""
+    a = torch.ones(2**22, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / max(_seconds(lambda: float(b.copy_(a)[0])), 1e-9)
+
+
+def phases(
+    config: RunConfig,
+    teacher: Teacher,
+    samples: Sequence[SourceSamples],
+    rates: Rates,
+    *,
+    written: float,
+    world: int = 1,
+) -> list[Phase]:
+    """Return the phases of a run in their order.
+
+    Args:
+        config: The resolved configuration.
+        teacher: The teacher.
+        samples: The samples of each source.
+        rates: What the parts take.
+        written: Bytes of a checkpoint and of the trained student, which are written at the end.
+        world: The number of processes.
+    """
+    data, run, optim = config.data, config.run, config.optim
+    generated = sum(each.missing for each in samples if each.generated) / world
+    encoded = sum(each.missing for each in samples if not each.generated) / world
+    per_image = (2 if data.guidance_scale > 1 else 1) * data.teacher_steps * rates.forward
+    found = []
+    if generated:
+        note = f"{math.ceil(generated):,} images of {data.teacher_steps} steps by the teacher"
+        found.append(Phase("generating latents", generated * (per_image + rates.caption), note))
+    if encoded:
+        found.append(
+            Phase("encoding latents", encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images")
+        )
+    prompts = len(run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+    if run.validate_every and config.objective_name != "lcf":
+        scale = run.validation_guidance_scale or 1.0
+        forwards = TEACHER_STEPS * (2 if scale > 1 or config.objective.omega != "none" else 1)
+        seconds = prompts * (forwards * rates.forward + rates.decode)
+        found.append(Phase("reference images", seconds, f"{prompts} by the teacher in {TEACHER_STEPS} steps; cached"))
+    of_step = {name: count for name, count in config.objective.num_forwards.items() if name != "student"}
+    if data.teacher_cache_samples:
+        outputs = data.teacher_cache_samples * of_step.pop("teacher", 0) * sum(each.total for each in samples) / world
+        found.append(Phase("caching teacher outputs", outputs * rates.forward, f"{math.ceil(outputs):,} outputs"))
+    student = config.objective.num_forwards.get("student", 1)
+    adapter = ADAPTER if config.student.kind == "lora" else 1.0
+    bare, adapted = of_step.pop("teacher", 0), sum(of_step.values())
+    sample = (bare + adapter * (adapted + student)) * rates.forward + student * rates.backward
+    step = optim.gradient_accumulation_steps * optim.batch_size * sample + rates.update
+    left = steps_left(config)
+    found.append(Phase("training", left * step, f"{counted(left, 'step')} of {step:.3g} s"))
+    if count := validations(config, left):
+        baked = guidance_of(teacher, config.student, config.objective.omega) != "free"
+        steps = [n for n in STEPS if n <= teacher.schedule.num_steps]
+        grids = count * VALIDATION
+        image = sum(steps) * rates.forward * (1 if baked else 2) + len(steps) * (rates.decode + rates.caption)
+        found.append(Phase("validation", count * prompts * image + grids, f"{count} x {prompts} prompts"))
+    found.append(Phase("writing the result", written / WRITE_RATE + REPORT, "student, card and report"))
+    return found
+
+
+REPORT, VALIDATION = 2.0, 0.5
+"seconds of the report and the card, and of drawing the grid of a validation"
+
+
+def steps_left(config: RunConfig) -> int:
+    """Return how many steps a run has to take: those after its last checkpoint."""
+    saved = checkpoints(Path(config.run.output or "") / "checkpoints")
+    return max(0, config.optim.max_train_steps - (checkpoint_step(saved[-1]) if saved else 0))
+
+
+def validations(config: RunConfig, steps: int) -> int:
+    """Return how many validations the last `steps` of a run make; the one before training is counted, too."""
+    every, total = config.run.validate_every, config.optim.max_train_steps
+    return (steps == total) + math.ceil(total / every) - (total - steps) // every if every else 0

@@ -1,0 +1,143 @@
+"""What a run costs, before it starts: time of every phase, disk space, memory. --dry-run and every run log the same lines."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lcmdistill.config.schema import RunConfig
+from lcmdistill.data.sources.base import Source
+from lcmdistill.objectives.recorded import resumable_config
+from lcmdistill.teachers.base import Teacher
+from lcmdistill.training.cost_disk import (
+    DiskItem,
+    checkpoint_bytes,
+    disk_items,
+    free_space,
+    result_bytes,
+)
+from lcmdistill.training.cost_time import Phase, SourceSamples, measure_rates, phases, samples_of
+from lcmdistill.training.memory.estimate import Breakdown, step_memory
+from lcmdistill.training.memory.plan import Plan, log_plan
+from lcmdistill.utils.device import compute_dtype
+from lcmdistill.utils.units import counted, duration_text, size_text
+
+logger = logging.getLogger(__name__)
+
+MOST_PASSES = 50
+"passes over the data above which a run is warned"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs.
+
+    Attributes:
+        needed: The memory of a step.
+        samples: The samples of each source.
+        phases: Its phases in order, with their seconds.
+        items: What it writes.
+        passes: How often it visits each sample.
+    """
+
+    needed: Breakdown
+    samples: Sequence[SourceSamples]
+    phases: Sequence[Phase]
+    items: Sequence[DiskItem]
+    passes: float
+
+    @property
+    def seconds(self) -> float:
+        """The estimated time of all phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def estimate_cost(
+    config: RunConfig,
+    teacher: Teacher,
+    sources: Sequence[Source],
+    device: torch.device,
+    *,
+    plan: Plan | None = None,
+    kept: Sequence[float] | None = None,
+    world: int = 1,
+) -> Cost:
+    """Estimate what a run costs. The teacher is moved to the device.
+
+    Args:
+        config: The resolved configuration.
+        teacher: The teacher.
+        sources: The run's sources.
+        device: The device of the run.
+        plan: The memory plan, if there is one.
+        kept: The share of each source's members that can be used, if it is known.
+        world: The number of processes.
+    """
+    dtype = compute_dtype(config.run.precision, device)
+    needed = plan.needed if plan else step_memory(config, teacher, dtype, world=world)
+    teacher.to(device)
+    samples = samples_of(sources, config, teacher, kept)
+    rates = measure_rates(config, teacher, device, dtype, needed.trainable)
+    written = checkpoint_bytes(needed) + result_bytes(config, teacher, needed)
+    optim = config.optim
+    visited = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
+    return Cost(
+        needed=needed,
+        samples=samples,
+        phases=phases(config, teacher, samples, rates, written=written, world=world),
+        items=disk_items(config, teacher, needed, samples),
+        passes=visited / max(1, sum(each.total for each in samples)),
+    )
+
+
+def log_summary(config: RunConfig, teacher: Teacher, cost: Cost, plan: Plan | None, *, world: int = 1) -> None:
+    """Log what is trained from what, and what it costs.
+
+    Args:
+        config: The resolved configuration.
+        teacher: The teacher.
+        cost: What the run costs.
+        plan: The memory plan, if there is one.
+        world: The number of processes.
+    """
+    needed, optim, info = cost.needed, config.optim, config.objective.info
+    is_lora = config.student.kind == "lora"
+    student = f"a LoRA of rank {config.student.rank}" if is_lora else "a full network"
+    logger.info(
+        f"teacher: {config.teacher.model}, {teacher.prediction_type}-predicting {teacher.family.network_label} of "
+        f"{needed.base:,} parameters; the student, {student}, trains {needed.trainable:,}"
+    )
+    logger.info(f"method: {info.title} ({config.objective_name}; {info.paper}), {info.describe(config.objective)}")
+    size = " x ".join(
+        [f"batch {optim.batch_size}", f"{optim.gradient_accumulation_steps} accumulated"]
+        + [counted(world, "process", "processes")] * (world > 1)
+    )
+    logger.info(
+        f"training: {counted(optim.max_train_steps, 'step')} ({size}) at {config.data.resolution} px, learning rate "
+        f"{optim.learning_rate:g}: {cost.passes:.1f} passes over {counted(sum(s.total for s in cost.samples), 'sample')}"
+    )
+    if cost.passes > MOST_PASSES:
+        logger.warning(
+            f"warning: each sample is visited {cost.passes:.0f} times; the student may only learn these images: add --data or "
+            "prompts (--data teacher), or lower --max-train-steps"
+        )
+    log_plan(plan or Plan(config, (), needed))
+    logger.info(f"time, estimated from a few passes on this device: {duration_text(cost.seconds)}")
+    for phase in cost.phases:
+        logger.info(f"  {phase.name:<25} {duration_text(phase.seconds):>12}  {phase.note}".rstrip())
+    total, needed_bytes = sum(item.size for item in cost.items), sum(item.needed for item in cost.items)
+    free = dict(free_space(item.folder) for item in cost.items)
+    logger.info(
+        f"disk: {size_text(total)} at the end, at most {size_text(needed_bytes)} more than now; "
+        f"{' and '.join(size_text(space) for space in free.values())} free"
+    )
+    for item in cost.items:
+        logger.info(f"  {item.name:<25} {size_text(item.size):>12}  {item.note}".rstrip())
+
+
+def output_text(config: RunConfig) -> str:
+    """Return the line that names the run folder and its state."""
+    folder = Path(config.run.output or "")
+    return f"output: {folder} ({'a run to resume' if resumable_config(folder) else 'new'})"
