@@ -147,6 +147,13 @@ def _short_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave flushing to the operating system: a run flushes some 40 files. `utils/test_atomic.py` tests that they are."""
+    if atomic := sys.modules.get("lcmdistill.utils.atomic"):
+        monkeypatch.setattr(atomic, "flush", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCMDISTILL_CACHE", str(tmp_path / "cache"))
 

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, h w latent size.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -128,7 +129,7 @@ class Student:
         for name, copied in self.copies.items():
             copied.copy_(self.averaged[name])
 
-    @property
+    @cached_property
     def has_dropout(self) -> bool:
         """Whether the trained network has active dropout."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.online.modules())

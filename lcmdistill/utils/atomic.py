@@ -12,6 +12,9 @@ from pathlib import Path
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
+flush = os.fsync
+"makes the disk hold what was written to a file descriptor"
+
 PARTIAL, REPLACED = "partial", "old"
 "suffixes of hidden siblings: a folder that is being written, and the one that it replaces"
 
@@ -114,7 +117,7 @@ def _sync(path: Path) -> None:
     """Flush a file to the disk, with the mode of any other new file: safetensors makes its files private."""
     path.chmod(0o666 & ~_UMASK)
     with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+        flush(handle.fileno())
 
 
 def _sync_folder(path: Path) -> None:
@@ -123,7 +126,7 @@ def _sync_folder(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
             raise

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lcmdistill.config.resolve import with_values
 from lcmdistill.evaluation import evaluate as program
-from lcmdistill.evaluation import sweep
+from lcmdistill.evaluation import results as results_module
+from lcmdistill.evaluation import self_consistency, sweep
 from lcmdistill.evaluation.evaluate import evaluate
 from lcmdistill.evaluation.metrics.base import ImagePair
 from lcmdistill.evaluation.metrics.basic import BASIC_METRICS
@@ -101,8 +102,11 @@ def test_a_second_sweep_generates_nothing_and_gives_the_same_numbers(
     assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "sweep.json"} == before
 
 
-def test_numbers_repeat_and_do_not_depend_on_the_batch_size(evaluated: Evaluated, small_run: Path, tmp_path: Path):
+def test_numbers_repeat_and_do_not_depend_on_the_batch_size(
+    evaluated: Evaluated, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """With equal batches every digit repeats. With others, sums are added up in another order and agree to rounding."""
+    shorten_references(monkeypatch)
     found, latents = [], []
     for name, batch_size in (("three", 3), ("again", 3), ("one", 1), ("two", 2)):
         if name in ("three", "one"):  # so that the teacher's batches differ too
@@ -202,6 +206,14 @@ def noise_weights(run: Path, size: float) -> None:
     (run / "pipeline" / ".checksums.json").unlink()
 
 
+def shorten_references(patched: pytest.MonkeyPatch) -> None:
+    """Let the references take 12 steps instead of 50, and the self-consistency curve have 3 points of 2 images."""
+    for module in (sweep, results_module):
+        patched.setattr(module, "TEACHER_STEPS", 12)
+    patched.setattr(self_consistency, "POINTS", 3)
+    patched.setattr(self_consistency, "IMAGES", 2)
+
+
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
     """Results of the tiny teacher's untrained student, which is the teacher, and of one with noise in its weights.
@@ -226,6 +238,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
         shutil.copytree(folder / "equal", folder / "broken")
         noise_weights(folder / "broken", 0.4)
         patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
+        shorten_references(patched)
         for name in ("equal", "broken"):
             evaluate([folder / name], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
             found.append(results_of(folder / name))
@@ -280,6 +293,7 @@ def degraded(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathF
             patched.setenv("LCMDISTILL_CACHE", str(equal.parent / "cache"))
             patched.setattr(sweep, "student_latents", degraded_latents)
             patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
+            shorten_references(patched)
             evaluate([run], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
         found[degrade.__name__] = results_of(run)
     return found

@@ -33,12 +33,10 @@ def stepped(run: Trainer, steps: int = 2) -> tuple[list[float], list[torch.Tenso
     "own",
     [
         # Some of whose pairs end at the first time, where the target is what the teacher's step led to.
-        {"objective__skip": 500},
         {"objective__skip": 500, "objective__guidance": "free", "optim__batch_size": 3},
         {"objective__name": "tcd", "objective__skip": 500, "objective__solver": "heun"},
         {"objective__name": "cd", "objective__scales": 3},
         {"data__teacher_cache_samples": 2, "optim__batch_size": 3},
-        {"data__teacher_cache_samples": 2, "optim__batch_size": 32},
         {"objective__name": "ct"},
         {"objective__name": "ct", "student__target": "live"},
         {"run__gradient_checkpointing": True},

@@ -104,7 +104,7 @@ def test_a_signal_while_the_data_are_prepared_ends_the_run_in_one_sentence(
 
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(train_run: Runner, tmp_path: Path) -> None:
     """kill -9 between two checkpoints, in the middle of whatever it is doing."""
-    changes = {"optim__max_train_steps": 24, "run__checkpoint_every": 3, "run__log_every": 2}
+    changes = {"optim__max_train_steps": 12, "run__checkpoint_every": 3, "run__log_every": 1}
     whole = train_run("whole", **changes)
     config = (whole / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(config)
@@ -113,7 +113,7 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(train_run: Runner, tm
     process = subprocess.Popen([*command, "--output", str(killed)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 8/24"):
+        if line.startswith("step 4/12"):
             process.send_signal(signal.SIGKILL)
             break
     process.communicate(timeout=60)
