@@ -9,6 +9,7 @@ import torch
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.export.a1111_config import needs_config
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
 from lcmdistill.objectives.base import MethodInfo, StepCounts
 from lcmdistill.objectives.common import most_steps
@@ -180,28 +181,31 @@ def comfyui_node(facts: SamplingFacts, separator: str = "") -> str:
     return f"{separator}node ModelSamplingDiscrete set to `{'v_prediction' if is_v else 'eps'}`{zsnr}"
 
 
-def a1111_setup(facts: SamplingFacts, checkpoint: str, separator: str = "") -> str:
+def a1111_setup(facts: SamplingFacts, checkpoint: str, separator: str = "", *, is_written: bool = False) -> str:
     """Return what A1111 needs next to a checkpoint, after a separator, or "".
 
     Args:
         facts: How the student is sampled.
         checkpoint: The checkpoint's name without its ending.
         separator: What precedes the text.
+        is_written: Whether the export writes the configuration file that the checkpoint needs.
     """
     needs = []
-    if facts.layout == "sd1" and facts.prediction_type == "v_prediction":
-        needs.append(f"{checkpoint}.yaml next to the file, a copy of v1-inference.yaml with `parameterization: v`")
+    if needs_config(facts):
+        origin = "written by the export" if is_written else "a copy of v1-inference.yaml with `parameterization: v`"
+        needs.append(f"{checkpoint}.yaml next to the file, {origin}")
     if facts.layout != "sdxl" and facts.zero_snr:
         needs.append("the setting Noise schedule for sampling: Zero Terminal SNR")
     return f"{separator}{' and '.join(needs)}" if needs else ""
 
 
-def sampler_lines(usage: Usage, checkpoint: str) -> tuple[str, str]:
+def sampler_lines(usage: Usage, checkpoint: str, *, is_written: bool = False) -> tuple[str, str]:
     """Return how a student is sampled in ComfyUI and in A1111, with the node and the files that it needs.
 
     Args:
         usage: The facts of the export.
         checkpoint: The name of the checkpoint that is loaded, without its ending.
+        is_written: Whether the export writes the checkpoint's configuration file for A1111.
     """
     method, node = usage.method, comfyui_node(usage.facts, "; ")
     comfy = f"KSampler: sampler {method.comfyui_sampler}, scheduler sgm_uniform, {usage.settings}{node}"
@@ -212,7 +216,7 @@ def sampler_lines(usage: Usage, checkpoint: str) -> tuple[str, str]:
         sampler = method.sampler
         comfy += f"; for the {sampler} sampler with eta {eta:g} install the custom nodes ComfyUI-{sampler}"
         a1111 = f"sampler {sampler} with eta {eta:g}, or LCM if there is no {sampler}, {usage.settings}"
-    return comfy, f"{a1111}{a1111_setup(usage.facts, checkpoint, '; needs ')}"
+    return comfy, f"{a1111}{a1111_setup(usage.facts, checkpoint, '; needs ', is_written=is_written)}"
 
 
 def merge_adapter(student: TrainedStudent, pipeline: Any) -> None:

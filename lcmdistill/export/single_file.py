@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.export.a1111_config import config_text, needs_config
 from lcmdistill.export.bake_guidance import bake_omega
 from lcmdistill.export.base import (
     Exporter,
@@ -39,8 +40,11 @@ from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
 from lcmdistill.teachers.registry import family_of, family_of_folder
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES, original_unet, original_vae
-from lcmdistill.utils.atomic import atomic_file
+from lcmdistill.utils.atomic import atomic_file, write_text
 from lcmdistill.utils.errors import RunError, UsageError
+
+COMPANION = ".yaml"
+"the ending of the configuration file that A1111 reads next to a checkpoint"
 
 
 def layout_of(pipeline: Any) -> SingleFileLayout:
@@ -163,7 +167,7 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
     method = usage.method if usage else LatentConsistency.info
     counts = usage.counts if usage else method.steps(LatentConsistency())
     cfg, options = (usage.guidance_scale, usage.facts.scheduler_options) if usage else (1.0, {})
-    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "FILE", "; A1111: ")
+    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "FILE", "; A1111: ", is_written=True)
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -257,6 +261,12 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
     merge_adapter(student, pipeline)
     bakes = has_omega_input(pipeline.unet)
     usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
+    configuration = config_text(pipeline) if needs_config(student.facts) else None
+    companion = path.with_suffix(COMPANION)
+    if configuration is not None and companion.exists():
+        raise UsageError(
+            f"{companion} exists, and A1111 needs a file of that name for this student; specify a new --output"
+        )
     with atomic_file(path) as partial, configs_of(pipeline) as configs:
         write_single_file(
             pipeline,
@@ -273,15 +283,17 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
                 f" The student was trained with guidance scales of {omegas.scale} and never saw "
                 f"{request.guidance_scale:g}."
             )
-        if latents is None:
-            return f"{unverified(path)}; {use}"
-        del pipeline
-        loaded, bound = read_back(partial, configs), BOUNDS[request.dtype]
-        close = check_close(pipeline_outputs(loaded, request.guidance_scale), expected, bound, path)
-        with safe_open(partial, "pt") as file:
-            keys = set(file.keys())
-        sampled = check_sampling(loaded, request.guidance_scale, latents, student.facts, keys, bound)
-        return f"{close}, {sampled}; {use}"
+        sentence = unverified(path)
+        if latents is not None:
+            del pipeline
+            loaded, bound = read_back(partial, configs), BOUNDS[request.dtype]
+            close = check_close(pipeline_outputs(loaded, request.guidance_scale), expected, bound, path)
+            with safe_open(partial, "pt") as file:
+                keys = set(file.keys())
+            sentence = f"{close}, {check_sampling(loaded, request.guidance_scale, latents, student.facts, keys, bound)}"
+        if configuration is not None:
+            write_text(companion, configuration)
+    return f"{sentence}; {use}"
 
 
 def python_code(usage: Usage) -> str:
@@ -297,7 +309,7 @@ pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{usage.sch
 
 def single_file_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file is used in ComfyUI and A1111."""
-    comfy, a1111 = sampler_lines(usage, usage.file.removesuffix(".safetensors"))
+    comfy, a1111 = sampler_lines(usage, usage.file.removesuffix(".safetensors"), is_written=True)
     return (
         ProgramUse("ComfyUI", (f"Copy {usage.file} to models/checkpoints.", f"Load Checkpoint, {comfy}.")),
         ProgramUse("A1111", (f"Copy {usage.file} to models/Stable-diffusion.", f"Settings: {a1111}.")),

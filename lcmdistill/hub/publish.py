@@ -4,6 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
+from lcmdistill.export.single_file import COMPANION
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import Card, export_card
 from lcmdistill.objectives.recorded import require_run_config
@@ -47,7 +48,8 @@ def publish_export(run: Path, name: str, output: Path, repo: str, *, private: bo
     Raises:
         RunError: The upload failed; the message names the command that uploads again.
     """
-    files: dict[str, Path | bytes] = _files(output) if output.is_dir() else {output.name: output}
+    both = (output, output.with_suffix(COMPANION))
+    files: dict[str, Path | bytes] = _files(output) if output.is_dir() else {p.name: p for p in both if p.is_file()}
     again = ["hf", "upload", repo, str(output), *(["--private"] if private else [])]
     _push(repo, files, export_card(run, name, repo, output.name), output.name, again, private)
 
