@@ -55,7 +55,7 @@ test-oldest: ## run the tests with the oldest allowed version of every dependenc
 # Two environments, because sd-scripts needs older versions than ComfyUI and InvokeAI. InvokeAI and lycoris-lora come without
 # their dependencies. Then run, with checkouts of the public repositories:
 # LCMDISTILL_COMFYUI=DIR LCMDISTILL_SD_SCRIPTS=DIR .venv/bin/python -m pytest -m slow tests/slow/clients
-COMFYUI_NEEDS := einops torchsde scipy aiohttp pydantic-settings comfy-kitchen psutil tqdm pyyaml pillow transformers safetensors toml
+COMFYUI_NEEDS := einops torchsde scipy aiohttp pydantic-settings comfy-kitchen psutil tqdm pyyaml pillow transformers safetensors toml blake3 gguf picklescan deprecated
 SD_SCRIPTS_NEEDS := transformers==4.54.1 diffusers==0.32.1 einops toml imagesize opencv-python-headless voluptuous accelerate tqdm
 clients: ## build the environments of the other programs' tests (tests/slow/clients)
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients

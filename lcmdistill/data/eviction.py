@@ -26,7 +26,7 @@ _DIGEST = "[0-9a-f]{24}"
 
 _ENTRIES = {
     "latents": _DIGEST,
-    "answers": _DIGEST,
+    "teacher-outputs": _DIGEST,
     "evaluation": rf"(?:validation-|trajectory-)?{_DIGEST}\.safetensors|beginning-{_DIGEST}",
 }
 "folders of a cache, and the names of their entries; each entry serves some runs and can be made again"

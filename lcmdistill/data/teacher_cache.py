@@ -125,7 +125,7 @@ def precompute(
     times, _ = objective.sample_timesteps(schedule, Rng(seed, 0, range(len(probed)), device, fixed_draws=probed))
     guidance = getattr(objective, "guidance", "free")  # whether the empty prompt is evaluated, too
     key = {**cache_key, "guidance": guidance, "size": size, "seed": seed, "draws": draws, "caption_drop": caption_drop}
-    folder = claim_folder(root / "answers" / digest([key, times.tolist()]))
+    folder = claim_folder(root / "teacher-outputs" / digest([key, times.tolist()]))
     for number, first in enumerate(range(0, size, CHUNK)):
         path = _path(folder, first)
         if number % world == rank and not is_complete(path):

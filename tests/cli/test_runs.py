@@ -136,7 +136,7 @@ def test_the_cache_is_listed_and_cleared(command: Command, runs: Path, tmp_path:
     record = read_record(runs / "mine")
     assert record
     root = tmp_path / "cache"
-    for kind, name in (("latents", record[0].latents), ("answers", "b" * 24)):
+    for kind, name in (("latents", record[0].latents), ("teacher-outputs", "b" * 24)):
         folder = claim_folder(root / kind / name)
         (folder / "00000000-00000002.safetensors").write_bytes(bytes(2_000_000))
     (root / "latents" / "thesis").mkdir()

@@ -22,7 +22,7 @@ def entry(root: Path, kind: str, number: int, age: int = 0) -> Path:
 
 
 def test_the_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
-    kinds = ("latents", "answers", "latents", "latents")
+    kinds = ("latents", "teacher-outputs", "latents", "latents")
     folders = [entry(tmp_path, kind, age, age) for age, kind in enumerate(kinds)]
     oldest = folders[3]
     assert evict_lru(tmp_path, 2500, [oldest]) == 2000  # the oldest is needed, and the two after it go
@@ -53,7 +53,7 @@ def test_what_evaluations_generated_counts_and_is_removed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("is_marked", [False, True])
 @pytest.mark.parametrize("name", ["cats", "exam 2024", "abc", "0" * 23, "0" * 25, "A" * 24, ".backup.old"])
 def test_folders_of_the_user_are_never_removed(tmp_path: Path, name: str, is_marked: bool) -> None:
-    for kind in ("latents", "answers", "evaluation"):
+    for kind in ("latents", "teacher-outputs", "evaluation"):
         folder = tmp_path / kind / name
         folder.mkdir(parents=True)
         (folder / "mine.bin").write_bytes(bytes(1000))
@@ -122,7 +122,7 @@ def test_a_run_evicts_others_and_keeps_what_it_needs(speed_settings: Settings, t
     distill(resolve({}, settings))
     assert not other.exists()
     files = {path: path.stat().st_ino for path in cache.rglob("*.safetensors")}
-    assert {path.relative_to(cache).parts[0] for path in files} == {"latents", "answers", "evaluation"}
+    assert {path.relative_to(cache).parts[0] for path in files} == {"latents", "teacher-outputs", "evaluation"}
     assert {path.parent.name.split("-")[0] for path in files} >= {"evaluation", "beginning"}
     distill(resolve({}, {**settings, "run.output": str(tmp_path / "again")}))
     assert {path: path.stat().st_ino for path in cache.rglob("*.safetensors")} == files

@@ -1,4 +1,4 @@
-"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+"""Cached latents and teacher outputs: made once, complete or made again, equal to those that a run computes."""
 
 import re
 import shutil
@@ -90,7 +90,7 @@ def test_teacher_outputs_are_computed_once_for_every_omega_and_adapter(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built(speed_settings, data__teacher_cache_samples=2)
-    (folder,) = Path(speed_settings["data.cache_dir"], "answers").iterdir()
+    (folder,) = Path(speed_settings["data.cache_dir"], "teacher-outputs").iterdir()
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert len(files) == 1
     again = built(
@@ -123,7 +123,7 @@ def test_teacher_outputs_removed_during_caching_are_noticed(
     assert built(speed_settings, data__teacher_cache_samples=1).train_step.cache_folders
 
 
-@pytest.mark.parametrize("kind", ["latents", "answers"])
+@pytest.mark.parametrize("kind", ["latents", "teacher-outputs"])
 def test_a_truncated_file_is_made_again(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
     told = {**speed_settings, "data.teacher_cache_samples": 1, "optim.max_train_steps": 1}
     distill(resolve({}, told))

@@ -1,4 +1,4 @@
-"""What makes a step cheap leaves its result alone: answers kept, data read ahead, checkpoints written behind, memory layout."""
+"""What makes a step cheap does not change its result: work ahead, data read ahead, recomputation, adapters next to targets."""
 
 import itertools
 import threading

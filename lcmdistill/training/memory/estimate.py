@@ -169,15 +169,17 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     null, schedule = teacher.encode_prompts([""]).to("meta"), teacher.schedule.to("meta")
     student = _student(config, teacher, dtype)
     # With cached outputs the teacher is not on the device, unless a LoRA is on its weights.
-    answered = config.data.teacher_cache_samples > 0
-    teacher_network = [] if answered and config.student.kind == "full" else [student.teacher]
+    is_cached = config.data.teacher_cache_samples > 0
+    teacher_network = [] if is_cached and config.student.kind == "full" else [student.teacher]
     modules = nn.ModuleList([student.online, *teacher_network, student.target])
     trained, live = list(student.trainable.values()), Live()
     sizes = {"student": live.hold(trained), "target": live.hold(student.averaged.values())}
     sizes["frozen"] = live.hold([*modules.parameters(), *modules.buffers()])
-    doors = [raw_network(module) for module in (student.teacher, student.online, student.target)]
-    of_teacher, of_student, of_target = (x0_eps_network(door, schedule, teacher.prediction_type) for door in doors)
-    if answered:
+    networks = [raw_network(module) for module in (student.teacher, student.online, student.target)]
+    of_teacher, of_student, of_target = (
+        x0_eps_network(network, schedule, teacher.prediction_type) for network in networks
+    )
+    if is_cached:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
     objective = config.objective
     if getattr(objective, "lpips_weights", None):  # its network is small compared with the others
