@@ -84,7 +84,7 @@ def sample(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
-    output: AnyPath = "samples",
+    output: AnyPath | None = None,
     **options: Any,
 ) -> "list[GeneratedImage]":
     """Generate images, like `lcmdistill sample`.
@@ -95,7 +95,7 @@ def sample(
         steps: The number of sampling steps. None is the number of the method, usually 4.
         guidance_scale: The guidance scale in diffusers' convention. None is the scale that the run recommends.
         seed: The seed of the first image. The following images count up.
-        output: The folder for the PNG files and grid.png.
+        output: The folder for the images. None is RUN/images, or images/ for other models.
         **options: The other options of `lcmdistill sample --help` with underscores, such as lora, negative_prompt,
             num_images, width, height, eta, device or precision.
 

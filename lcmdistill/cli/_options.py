@@ -161,7 +161,9 @@ def training_options(kind: str) -> dict[str, Any]:
         "preset": _option(
             PresetName | None, "Published settings by name; --config and options override them.", group="Run"
         ),
-        "config": _option(Path | None, "TOML file of settings; options override it.", group="Run"),
+        "config": _option(
+            Path | None, "TOML file of settings, or a shipped one by name (list); options override it.", group="Run"
+        ),
         "set_": _option(
             list[str] | None,
             "Any setting, such as optim.beta1=0.95; repeatable. --dry-run --full prints all settings.",

@@ -5,7 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from lcmdistill.cli._options import SETTINGS, model_or_run, takes, training_options
+from lcmdistill.config.examples import config_file, describe_examples
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.toml import read_toml
@@ -33,6 +36,10 @@ def _is_set(value: Any) -> bool:
 
 def _train(kind: str, options: dict[str, Any]) -> Path:
     """Settle the configuration and run it. options: a training command's own, by name."""
+    if str(options["config"]) == "list":
+        for name, what, command in describe_examples():
+            print(f"{name}\n    {what}\n    {command}")
+        raise typer.Exit
     flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
     flags |= {key: options[name] for name, key in SETTINGS.items() if _is_set(options.get(name))}
     if "teacher.model" in flags:
@@ -40,7 +47,7 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
     if "student.kind" in flags:
         raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
     flags["student.kind"] = kind
-    file = read_toml(options["config"]) if options["config"] else {}
+    file = read_toml(config_file(str(options["config"]))) if options["config"] else {}
     if (recorded := file.get("student.kind", kind)) != kind:
         command = "distill-lora" if recorded == "lora" else "distill"
         raise UsageError(

@@ -2,13 +2,19 @@
 
 import logging
 import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from lcmdistill.cli._options import Debug, Device, finite, model_or_run
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import Interrupted, UsageError
+from lcmdistill.utils.units import counted
+
+SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler-a", "heun", "dpm++", "unipc"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +85,28 @@ def sample(
         int | None,
         typer.Option(min=8, max=16384, help="Image height in pixels.  [default: the run's resolution]"),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Inpainting models: the input image.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to start from (image to image), or to repaint with an inpainting model.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="With --image: how much may change; this share of the steps is taken.  [default: 0.6; 1 with --mask]",
+        ),
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Inpainting models: the mask; white areas are repainted.")] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, max=65536, help="Images generated at once; does not change the images.")
     ] = 4,
-    output: Annotated[Path, typer.Option(help="Folder for the PNGs and grid.png.")] = Path("samples"),
+    scheduler: Annotated[
+        SchedulerName | None, typer.Option(help="Sample with another scheduler.  [default: the model's own]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images; no file is overwritten.  [default: RUN/images, otherwise images/]"),
+    ] = None,
     device: Device = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"] | None,
@@ -95,8 +117,9 @@ def sample(
     """Generate images: PNGs with embedded settings, plus a grid."""
     from lcmdistill.data.sources.teacher import read_prompts
     from lcmdistill.sampling import generate as sampling
-    from lcmdistill.sampling.png import write_images
+    from lcmdistill.sampling.png import GeneratedImage, ImageFolder
     from lcmdistill.sampling.prompts import default_prompts
+    from lcmdistill.sampling.variations import start_image, use_scheduler
     from lcmdistill.teachers.prompts import count_truncated, token_limit
     from lcmdistill.teachers.registry import family_of
     from lcmdistill.utils.device import pick_device
@@ -108,7 +131,9 @@ def sample(
         raise UsageError(f"{len(lora_scale or ())} --lora-scale were given for {len(lora or ())} --lora")
     if not all(math.isfinite(scale) for scale in lora_scale or ()):
         raise UsageError(f"--lora-scale is {', '.join(map(str, lora_scale or ()))}; each must be a finite number")
-    image_and_mask = sampling.read_image_and_mask(image, mask)
+    if strength is not None and image is None:
+        raise UsageError("--strength is for --image; remove this option, or add --image FILE")
+    picture, painted = sampling.read_image_and_mask(image, mask)
     found = sampling.find_model(model_or_run(model or base))
     steps = steps or found.steps
     size = sampling.image_size(found, resolution, width, height)
@@ -120,6 +145,14 @@ def sample(
     target = pick_device(device)
     dtype = sampling.sampling_dtype(precision, found.precision, target)
     pipeline = sampling.load_student(found.path, target, loras, scales, options, found.scheduler, dtype)
+    if scheduler:
+        pipeline, note = use_scheduler(pipeline, scheduler)
+        if note:
+            logger.info(note)
+    start = None
+    if picture is not None and painted is None:
+        wanted_size = None if resolution is None and width is None and height is None else size
+        start = start_image(pipeline, picture, 0.6 if strength is None else strength, steps, wanted_size)
     default_guidance = found.guidance_scale or (1.0 if loras or family_of(pipeline).in_pixels else 8.5)
     guidance = guidance_scale if guidance_scale is not None else default_guidance
     texts = texts or list(default_prompts(found.teacher, pipeline))
@@ -130,7 +163,21 @@ def sample(
             f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there"
         )
     wanted = [text for text in texts for _ in range(num_images)]
-    with progress("generating", len(wanted)) as bar:
+    folder = ImageFolder(
+        output or (found.folder or Path()) / "images",
+        model=found.path,
+        steps=steps,
+        guidance_scale=guidance,
+        sampler=sampling.sampler_name(pipeline),
+        loras=list(zip(loras, scales, strict=True)),
+    )
+    written: list[Path] = []
+    with kept_images(written, len(wanted)), progress("generating", len(wanted)) as bar:
+
+        def keep(finished: list[GeneratedImage]) -> None:
+            written.extend(folder.write(finished))
+            bar.update(len(written))
+
         images = sampling.generate(
             pipeline,
             wanted,
@@ -138,20 +185,27 @@ def sample(
             steps=steps,
             guidance_scale=guidance,
             size=size,
-            image_and_mask=image_and_mask,
+            image_and_mask=(picture, painted) if picture is not None and painted is not None else None,
+            start=start,
+            strength=strength if painted is not None else None,
             eta=eta,
             negative_prompt=negative_prompt,
             batch_size=batch_size,
-            on_progress=bar.update,
+            on_images=keep,
         )
-    grid = write_images(
-        images,
-        output,
-        model=found.path,
-        steps=steps,
-        guidance_scale=guidance,
-        sampler=sampling.sampler_name(pipeline),
-        loras=list(zip(loras, scales, strict=True)),
-    )
-    logger.info(f"{len(images)} images at {steps} steps, guidance scale {guidance:g}: {output}, all in {grid}")
+    what = f"{counted(len(images), 'image')} at {counted(steps, 'step')}, guidance scale {guidance:g}"
+    shown = written[0] if len(written) == 1 else f"{folder.folder}, all in {folder.write_grid()}"
+    logger.info(f"{what}: {shown}")
     return images
+
+
+@contextmanager
+def kept_images(written: list[Path], wanted: int) -> Iterator[None]:
+    """After Ctrl-C, name what was written before it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if written:
+            message = f"stopped after {len(written)} of {counted(wanted, 'image')}; they are in {written[0].parent}"
+            raise Interrupted(message, signal.SIGINT) from None
+        raise

@@ -182,13 +182,13 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", decided_by_memory_plan=True)
     "Optimizer: AdamW, or the 8-bit AdamW of bitsandbytes (CUDA only)."
-    learning_rate: float = setting(1e-6, least=0)
+    learning_rate: float = setting(8e-6, least=0)
     "Learning rate (AdamW)."
     batch_size: int = setting(4, least=1, most=65536, decided_by_memory_plan=True)
     "Batch size per process (GPU)."
     gradient_accumulation_steps: int = setting(3, least=1, most=65536, decided_by_memory_plan=True)
     "Gradient accumulation steps."
-    max_train_steps: int = setting(1000, least=1, mutable_on_resume=True)
+    max_train_steps: int = setting(4000, least=1, mutable_on_resume=True)
     "Number of optimizer steps."
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     "Learning rate schedule after the warmup."

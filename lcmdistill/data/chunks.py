@@ -28,7 +28,7 @@ from lcmdistill.teachers.family import SampleInfo
 from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.teachers.schedulers import ends_in_noise
 from lcmdistill.utils.atomic import atomic_file
-from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.errors import Interrupted, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ CHUNK = 128
 
 PIXELS_PER_BATCH = 4 * 512 * 512
 "pixels that are encoded or generated at once"
+
+PART = ".part"
+"suffix of what an interrupted chunk keeps"
+
+Part = tuple[Tensor, Tensor, Conditioning]
+"mean, std and conditioning of a batch"
 
 PROMPT, SAMPLE = "prompt.", "sample."
 "prefixes of the names of tensors with a row per caption, and with a row per sample"
@@ -79,6 +85,7 @@ def write_chunk(
         RunError: If latents are not finite.
     """
     tensors: dict[str, Tensor] = {}
+    begun_files: list[Path] = []
     report: dict[str, Any] = {"kept": len(samples), "rejected": dict(dropped)}
     if samples:
         captions = list(dict.fromkeys(sample.caption for _, sample in samples))
@@ -92,9 +99,32 @@ def write_chunk(
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
         for size in sorted(counts):
             some = [each for each in samples if size_of(each[1]) == size]
-            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress)
+            begun = path.with_suffix(f".{size}{PART}")
+            begun_files.append(begun)
+            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress, begun)
             tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in encoded_samples.items()}
     write_tensors(path, tensors, report)
+    for begun in begun_files:
+        begun.unlink(missing_ok=True)
+
+
+def _write_parts(path: Path, parts: Sequence[Part]) -> None:
+    """Keep the finished batches of an interrupted chunk, as they are."""
+    if parts:
+        means, stds, conditions = zip(*parts, strict=True)
+        tensors = {"mean": torch.cat(means), "std": torch.cat(stds)}
+        names = conditions[0].values
+        write_tensors(path, tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]) for name in names})
+
+
+def _read_parts(path: Path) -> list[Part]:
+    """Return the finished batches of an interrupted chunk as one; [] without any."""
+    found = read_intact(path)
+    if found is None:
+        return []
+    tensors = found[0]
+    condition = {name.removeprefix(SAMPLE): value for name, value in tensors.items() if name.startswith(SAMPLE)}
+    return [(tensors["mean"], tensors["std"], Conditioning(condition))]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -168,20 +198,30 @@ def _encode(
     seed: int,
     dtype: torch.dtype,
     on_progress: Callable[[int], None],
+    begun: Path,
 ) -> dict[str, Tensor]:
-    """Return the tensors of samples of one size. captions: the distinct ones of their chunk."""
+    """Return the tensors of samples of one size.
+
+    captions: the distinct ones of their chunk. begun: the file that holds the first batches after an interruption.
+    """
     height, width = samples[0][1].frame[4:]
-    batch_size, parts = max(1, PIXELS_PER_BATCH // (height * width)), []
-    for i in range(0, len(samples), batch_size):
-        on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
-        parts.append(_latents(samples[i : i + batch_size], teacher, config, seed, dtype))
+    batch_size = max(1, PIXELS_PER_BATCH // (height * width))
+    parts = _read_parts(begun)
+    try:
+        for i in range(sum(len(part[0]) for part in parts), len(samples), batch_size):
+            on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
+            mean, std, condition = _latents(samples[i : i + batch_size], teacher, config, seed, dtype)
+            parts.append((mean.cpu(), std.cpu(), condition.to("cpu")))
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        _write_parts(begun, parts)
+        raise
     means, stds, conditions = zip(*parts, strict=True)
-    tensors = {"mean": torch.cat(means).half().cpu(), "std": torch.cat(stds).half().cpu()}
+    tensors = {"mean": torch.cat(means).half(), "std": torch.cat(stds).half()}
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
     if not tensors["mean"].isfinite().all():
         raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
     names = conditions[0].values
-    return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]).cpu() for name in names}
+    return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]) for name in names}
 
 
 def _latents(

@@ -18,6 +18,7 @@ from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
+from lcmdistill.sampling.variations import StartImage
 from lcmdistill.students.lora import choose_adapters
 from lcmdistill.students.lora_files import load_lora, scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
@@ -53,6 +54,7 @@ class ModelToSample:
         omegas: The omegas that the run was trained with.
         is_baked: Whether the guidance is in the student's weights.
         steps: The number of sampling steps that the run's method recommends.
+        folder: The run folder.
     """
 
     path: str
@@ -66,6 +68,7 @@ class ModelToSample:
     omegas: OmegaRange | None = None
     is_baked: bool = False
     steps: int = 4
+    folder: Path | None = None
 
 
 def find_model(model: str | None) -> ModelToSample:
@@ -94,6 +97,7 @@ def find_model(model: str | None) -> ModelToSample:
         "omegas": omegas,
         "is_baked": omegas is not None and not run_takes_omega(run),
         "steps": config.objective.info.steps(config.objective).recommended,
+        "folder": run,
     }
     if config.student.kind == "lora":
         scheduler = config.objective.info.scheduler
@@ -201,20 +205,21 @@ def scheduler_for_loras(loras: Sequence[str], current: str) -> str:
     return chosen
 
 
-def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image, Image.Image] | None:
-    """Read the files of --image and --mask like training images: upright, 8 bits, on white. None if neither is given.
+def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Read the files of --image and --mask like training images: upright, 8 bits, on white. None for one that is not given.
 
     Transparent areas of the mask are not repainted.
 
     Raises:
-        UsageError: Only one is given, or a file cannot be read.
+        UsageError: There is a mask and no image, or a file cannot be read.
     """
-    if image is None and mask is None:
-        return None
-    if image is None or mask is None:
-        raise UsageError("--image and --mask must be used together: the image to edit, and the area to repaint (white)")
+    if image is None and mask is not None:
+        raise UsageError("--mask needs --image: the image to edit; the mask is the area to repaint (white)")
     try:
-        return open_image(image), open_image(mask, background="black").convert("L")
+        return (
+            None if image is None else open_image(image),
+            None if mask is None else open_image(mask, background="black").convert("L"),
+        )
     except (OSError, ImageError) as error:
         raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
 
@@ -247,10 +252,12 @@ def generate(
     guidance_scale: float,
     size: Size | None = None,
     image_and_mask: tuple[Image.Image, Image.Image] | None = None,
+    start: StartImage | None = None,
+    strength: float | None = None,
     eta: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 4,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_images: Callable[[list[GeneratedImage]], None] = lambda images: None,
 ) -> list[GeneratedImage]:
     """Generate one image per (prompt, seed). Each image has its own generator, so it does not depend on the batch size.
 
@@ -262,10 +269,12 @@ def generate(
         guidance_scale: The guidance scale in diffusers' convention (omega + 1).
         size: The image size; None is the pipeline's native size.
         image_and_mask: The image and mask for an inpainting model. Without them it generates from the prompt only.
+        start: The image to start from instead of noise.
+        strength: How much of the masked area may change, 0 to 1; None is all.
         eta: gamma of a TCDScheduler; None is the method's default.
         negative_prompt: The negative prompt for all images.
         batch_size: How many images to generate at once.
-        on_progress: Called with the number of finished images.
+        on_images: Called with the images of each batch as soon as they are finished.
 
     Raises:
         UsageError: The scheduler has fewer steps, the size is not possible, or an option would have no effect.
@@ -287,11 +296,13 @@ def generate(
             image_and_mask=image_and_mask,
             negative_prompt=negative_prompt,
         )
-        kwargs |= {} if eta is None else {"eta": eta}
+        kwargs |= {key: value for key, value in (("eta", eta), ("strength", strength)) if value is not None}
         generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
-        outputs = pipeline(**kwargs, num_inference_steps=steps, generator=generators).images
-        images += [GeneratedImage(*each) for each in zip(outputs, batch_prompts, batch_seeds, strict=True)]
-        on_progress(len(images))
+        call, kwargs = (pipeline, kwargs) if start is None else start.replace(kwargs, len(batch_prompts))
+        outputs = call(**kwargs, num_inference_steps=steps, generator=generators).images
+        finished = [GeneratedImage(*each) for each in zip(outputs, batch_prompts, batch_seeds, strict=True)]
+        images += finished
+        on_images(finished)
     return images
 
 

@@ -1,5 +1,6 @@
 """Image files: PNGs with their settings embedded, and grids of labeled images."""
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -24,20 +25,10 @@ class GeneratedImage:
     seed: int
 
 
-def write_images(
-    images: Sequence[GeneratedImage],
-    folder: Path,
-    *,
-    model: str,
-    steps: int,
-    guidance_scale: float,
-    sampler: str,
-    loras: Sequence[tuple[str, float]] = (),
-) -> Path:
-    """Write one PNG per image, with its settings in the metadata, and grid.png.
+class ImageFolder:
+    """Write images as PNGs with their settings in the name and in the metadata. No file is ever overwritten.
 
     Args:
-        images: The generated images.
         folder: The output folder. It is created if it does not exist.
         model: The model's path or hub id, for the metadata.
         steps: The number of sampling steps.
@@ -45,38 +36,70 @@ def write_images(
         sampler: The scheduler's short name, from `sampler_name`.
         loras: Paths of the loaded LoRAs with their weights.
 
-    Returns:
-        The path of grid.png.
-
     Raises:
         UsageError: The folder cannot be created.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"--output {folder} is a file; specify a folder") from error
-    except OSError as error:
-        raise UsageError(f"--output {folder} cannot be created ({error.strerror}); specify another folder") from error
-    lora_text = ", ".join(f"{lora}: {weight:g}" for lora, weight in loras)
-    for i, generated in enumerate(images):
-        image, prompt, seed = generated.image, generated.prompt, generated.seed
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str,
+        steps: int,
+        guidance_scale: float,
+        sampler: str,
+        loras: Sequence[tuple[str, float]] = (),
+    ) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UsageError(f"--output {folder} is a file; specify a folder") from error
+        except OSError as error:
+            raise UsageError(
+                f"--output {folder} cannot be created ({error.strerror}); specify another folder"
+            ) from error
+        self.folder, self._written = folder, list[GeneratedImage]()
+        self._model, self._steps, self._guidance, self._sampler = model, steps, f"{guidance_scale:g}", sampler
+        self._loras = ", ".join(f"{lora}: {weight:g}" for lora, weight in loras)
+
+    def write(self, images: Sequence[GeneratedImage]) -> list[Path]:
+        """Write images, and return their paths."""
+        paths = []
+        for each in images:
+            paths.append(self._new_path(_slug(each.prompt), each.seed))
+            each.image.save(paths[-1], pnginfo=self._metadata(each))
+        self._written += images
+        return paths
+
+    def write_grid(self) -> Path:
+        """Write all images so far as one picture, and return its path."""
+        images = self._written
+        columns = math.ceil(math.sqrt(len(images)))
+        rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+        path = self._new_path("grid", images[0].seed)
+        grid([[each.image for each in row] for row in rows]).save(path)
+        return path
+
+    def _new_path(self, name: str, seed: int) -> Path:
+        """Return a path that does not exist: what is generated, with its settings, and a number where that exists."""
+        stem = f"{name}_{self._steps}-step{'s' * (self._steps > 1)}_cfg-{self._guidance}_seed-{seed}"
+        paths = (self.folder / f"{stem}{f'_{n}' if n > 1 else ''}.png" for n in itertools.count(1))
+        return next(path for path in paths if not path.exists())
+
+    def _metadata(self, generated: GeneratedImage) -> PngInfo:
+        image, prompt, seed, loras = generated.image, generated.prompt, generated.seed, self._loras
         # The line that A1111 and similar programs read from an image's "parameters".
         parameters = (
-            f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
-            f"Size: {image.width}x{image.height}, Model: {model}" + (f', Loras: "{lora_text}"' if lora_text else "")
+            f"Steps: {self._steps}, Sampler: {self._sampler}, CFG scale: {self._guidance}, Seed: {seed}, "
+            f"Size: {image.width}x{image.height}, Model: {self._model}" + (f', Loras: "{loras}"' if loras else "")
         )
-        values = {"prompt": prompt, "steps": steps, "sampler": sampler, "guidance_scale": f"{guidance_scale:g}"}
-        values |= {"seed": seed, "model": model, **({"loras": lora_text} if lora_text else {})}
+        values = {"prompt": prompt, "steps": self._steps, "sampler": self._sampler, "guidance_scale": self._guidance}
+        values |= {"seed": seed, "model": self._model, **({"loras": loras} if loras else {})}
         metadata = PngInfo()
         metadata.add_itxt("parameters", f"{prompt}\n{parameters}")
         for key, value in values.items():
             metadata.add_itxt(key, str(value))
-        image.save(folder / f"{i:03d}-{_slug(prompt)}.png", pnginfo=metadata)
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    path = folder / "grid.png"
-    grid([[each.image for each in row] for row in rows]).save(path)
-    return path
+        return metadata
 
 
 def _slug(prompt: str) -> str:

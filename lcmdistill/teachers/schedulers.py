@@ -9,7 +9,7 @@ from lcmdistill.utils.errors import UsageError
 if TYPE_CHECKING:
     from lcmdistill.diffusion.schedules import NoiseSchedule
 
-_COPIED = (
+COPIED = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -18,6 +18,7 @@ _COPIED = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+"what a scheduler of other students and samplers takes over from a config: the noise levels"
 
 
 def vp_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
@@ -30,7 +31,7 @@ def vp_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any
     """
     import diffusers
 
-    copied = {key: config[key] for key in _COPIED if key in config}
+    copied = {key: config[key] for key in COPIED if key in config}
     usual = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
     return getattr(diffusers, name)(**{**usual, **copied, **options})
 

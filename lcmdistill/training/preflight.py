@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lcmdistill.config.guidance import omega_range
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import RunConfig, TeacherConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.latent_cache import cache_folder, check_cache
@@ -20,6 +20,7 @@ from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.students.lora import check_layers
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
+from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
 from lcmdistill.teachers.family import needs_caption
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
 from lcmdistill.teachers.naming import ALIASES
@@ -31,7 +32,7 @@ from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.metrics_log import check_tracker
+from lcmdistill.utils.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
 def check_early(config: RunConfig) -> None:
     """Check what needs no teacher: the folder, the device, and whether there is any usable data.
 
-    Logs what a single-file teacher was detected as.
+    Logs what a single-file teacher was detected as, and what will be downloaded.
 
     Raises:
         UsageError: A check fails.
@@ -163,6 +164,15 @@ def check_early(config: RunConfig) -> None:
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     seed = config.run.seed
     survey(make_sources(config.data, seed=seed), config.data, seed, seconds=60.0, first_only=True, rejects=rejects)
+    if os.environ.get("RANK", "0") == "0" and (line := check_downloads(_downloads(config.teacher))):
+        logger.info(line)
+
+
+def _downloads(teacher: TeacherConfig) -> list[Download]:
+    others = (teacher.vae, *(teacher.text_encoder or ()), teacher.base)
+    return pending_downloads(
+        teacher.model, revision=teacher.revision, variant=teacher.variant, drop=teacher.drop, others=others
+    )
 
 
 def _takes_prompts(model: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import DataConfig, RunConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
 from lcmdistill.data.sources.base import Source
@@ -26,6 +26,7 @@ from lcmdistill.training.train_step import ConsistencyStep
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.logging import Progress, progress
 from lcmdistill.utils.runtime import configure_training
+from lcmdistill.utils.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,12 @@ def _cached_outputs(
     return TeacherOutputCache(folder, len(dataset), teacher.prediction_type)
 
 
+def members_of(source: Source, config: DataConfig) -> int | None:
+    """Return how many members of a source a run prepares; None where only reading all of them would tell."""
+    limit, count = config.max_samples, source.count()
+    return limit if source.is_generated else None if count is None else min(count, limit or count)
+
+
 def prepare_data(
     config: RunConfig, sources: Sequence[Source], teacher: Teacher, accelerator: Accelerator, stop: Stop
 ) -> list[Path]:
@@ -158,11 +165,13 @@ def prepare_data(
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
     for source in sources:
-        with progress(f"preparing {source.word}", config.data.max_samples, enabled=rank == 0) as bar:
+        with progress(f"preparing {source.word}", members_of(source, config.data), enabled=rank == 0) as bar:
             report, seed = progress_callback(f"preparing {source.word}", bar, stop, loud=rank == 0), config.run.seed
-            folders.append(
-                prepare(source, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)
-            )
+            stopped = f"stopped while preparing {source.word}; progress is saved, re-run the same command to continue"
+            with stop.at_once(stopped):
+                folders.append(
+                    prepare(source, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)
+                )
     accelerator.wait_for_everyone()
     if rank == 0:
         for folder in folders:
@@ -179,7 +188,7 @@ def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Ca
         stop.check(f"stopped while {what}; progress is saved, re-run the same command to continue")
         bar.update(done)
         if loud and not bar.visible and time.monotonic() - last > 10:
-            logger.info(f"{what}: {done} samples")
+            logger.info(f"{what}: {counted(done, 'sample')}{f' of {bar.total:,}' if bar.total else ''}")
             last = time.monotonic()
 
     return report

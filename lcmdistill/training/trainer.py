@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,15 +22,15 @@ from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
-from lcmdistill.export.registry import write_trained_student
-from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, keep_best, restore_best
+from lcmdistill.training.best import compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
+from lcmdistill.training.cost_time import validations
 from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
 from lcmdistill.training.documents import RunDocuments
+from lcmdistill.training.finish import finish
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.memory.plan import MemoryCheck, plan_memory
 from lcmdistill.training.micro_batches import NOISE_BINS, bin_by_noise, sample_plan
@@ -40,7 +39,7 @@ from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_data import record_of
-from lcmdistill.training.run_settings import check_run, finished, mark_finished, open_run, resolve_run_defaults
+from lcmdistill.training.run_settings import check_run, finished, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
@@ -48,10 +47,12 @@ from lcmdistill.training.train_step import TrainStep
 from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import Checkpoint, load_latest_checkpoint
 from lcmdistill.utils.device import compute_dtype
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.errors import Interrupted, RunError, UsageError
 from lcmdistill.utils.logging import Progress, log_file, progress
-from lcmdistill.utils.metrics_log import Metrics, check_tracker
+from lcmdistill.utils.metrics_log import Metrics
 from lcmdistill.utils.run_dir import checkpoints, run_lock
+from lcmdistill.utils.trackers import check_tracker
+from lcmdistill.utils.units import duration_text
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def _distill(
     if is_main:
         check_tracker(config.run.report_to)
         logger.info(output_text(config))
-    teacher = load_teacher(**asdict(config.teacher))
+    early = "stopped before training started; re-run the same command"
+    with stop.at_once(early):
+        teacher = load_teacher(**asdict(config.teacher))
     config = resolve_run_defaults(config, world, teacher)
     if is_main:
         check_run(config)
@@ -105,11 +108,12 @@ def _distill(
         config, teacher, accelerator.device, free=min_free_memory(accelerator), world=world, loud=is_main
     )
     config = plan.config if plan is not None else config
-    stop.check("stopped before training started; re-run the same command")
+    stop.check(early)
     accelerator.wait_for_everyone()
     sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=config.run.seed)
     if is_main:
-        cost = estimate_cost(config, teacher, sources, accelerator.device, plan=plan, world=world)
+        with stop.at_once(early):
+            cost = estimate_cost(config, teacher, sources, accelerator.device, plan=plan, world=world)
         check_space(cost.items)
         open_run(config, record_of(sources, config, teacher), requested)
         held.enter_context(log_file(folder))
@@ -127,9 +131,11 @@ def _distill(
         raise UsageError("no usable training samples; run with --dry-run to see why")
     validator = Validator(config, teacher, folder) if is_main else None
     if validator is not None and config.run.validate_every:
-        stopped = "stopped while the teacher generated the reference images; re-run the same command to continue"
         dtype = compute_dtype(config.run.precision, accelerator.device)
-        validator.generate_references(dtype, lambda images: stop.check(stopped))
+        with stop.at_once(
+            "stopped while the teacher generated the reference images; re-run the same command to continue"
+        ):
+            validator.generate_references(dtype, lambda images: None)
     cached = len(dataset) * config.data.teacher_cache_samples
     with progress("caching teacher outputs", cached, enabled=is_main and cached > 0) as bar:
         report = progress_callback("caching teacher outputs", bar, stop, loud=is_main)
@@ -155,18 +161,10 @@ def _distill(
         if metrics is not None:
             metrics.close()
 
-    # Finish: the trained student, its documents, then the mark that everything is there.
     if is_main:
         trainer.writer.close()
-        student = trainer.train_step.student
-        path = write_trained_student(config, folder, teacher, student, documents.card(config, folder, teacher))
-        documents.write(config, folder, teacher)
-        mark_finished(folder, trainer.step)
-        if advice := best_checkpoint_advice(folder, config.run.best_metric):
-            logger.info(advice)
-        logger.info(f"done: {path} generates in {config.objective.info.steps(config.objective).text}")
-        for line in documents.instructions(config, folder):
-            logger.info(line)
+        with stop.at_once("stopped while the result was written; re-run the same command to write it"):
+            finish(config, folder, teacher, trainer.train_step.student, trainer.step, documents)
     accelerator.wait_for_everyone()
     return folder
 
@@ -222,6 +220,8 @@ class Trainer:
     "the memory that a step was estimated to take"
     waited: float = 0.0
     "seconds that were spent waiting for data since the last log line"
+    validation_seconds: float = 0.0
+    "seconds of the last validation"
 
     @property
     def global_batch(self) -> int:
@@ -262,8 +262,9 @@ class Trainer:
                     stop.signal = signal
                     stop.check(f"stopped at step {self.step}, which is saved; re-run the same command to resume")
                 if validator is not None and self._is_due(config.validate_every):
-                    with self.profiler.phase("validation"):
+                    with self.profiler.phase("validation"), self._saved_if_stopped(stop):
                         self._validate(validator, metrics)
+                    self.validation_seconds = time.monotonic() - paused
                 since += time.monotonic() - paused
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -332,6 +333,19 @@ class Trainer:
             self.waited += time.monotonic() - began
             yield rng, batch_of(read, rng, self.train_step.null, self.config.data.caption_drop)
 
+    @contextlib.contextmanager
+    def _saved_if_stopped(self, stop: Stop) -> Iterator[None]:
+        """Let a signal stop this block at once, after the step is saved. Several processes stop after it, together."""
+        if self.accelerator.num_processes > 1:
+            yield
+            return
+        try:
+            with stop.at_once(f"stopped at step {self.step}, which is saved; re-run the same command to resume"):
+                yield
+        except Interrupted:
+            self.save()
+            raise
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.optim.max_train_steps)
 
@@ -349,13 +363,15 @@ class Trainer:
             values |= {"data_wait": waiting, **self.profiler.metrics(count * samples)}
             by_noise = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             metrics.log(self.step, values, loss_by_noise=by_noise)
-            left = timedelta(seconds=round((total - self.step) * self.global_batch / speed))
+            steps = total - self.step
+            left = steps * self.global_batch / speed + validations(self.config, steps) * self.validation_seconds
             line = f"loss {loss:.5f}  {speed:.1f} samples/s  MFU {values['mfu']:.0%}"
             if waiting > SLOW_DATA:
                 line += f"  {waiting:.0%} of the time waiting for data"
+            line += f"  left {duration_text(left)}"
             bar.update(self.step, line)
             if not bar.visible:
-                logger.info(f"step {self.step}/{total}  {line}  left {left}")
+                logger.info(f"step {self.step}/{total}  {line}")
         self.losses.clear()
         self.loss_by_noise.zero_()
         self.waited = 0.0
@@ -363,13 +379,8 @@ class Trainer:
     def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
         student, best_metric = self.train_step.student, self.config.run.best_metric
         numbers = validator.draw(self.step, student.for_sampling(), metrics)
-        line = f"step {self.step}: validation grid saved to {validator.picture(self.step)}"
-        if numbers:
-            rmse = (f"{n} steps {numbers[f'val/rmse_{n}']:g}" for n in STEPS if f"val/rmse_{n}" in numbers)
-            line += f"; RMSE to the teacher: {', '.join(rmse)}"
-        if comparison := compared_with_untrained(best_metric, history(self.folder, best_metric)):
-            line += f"; {comparison}"
-        logger.info(line)
+        comparison = compared_with_untrained(best_metric, history(self.folder, best_metric))
+        logger.info(validator.describe(self.step, numbers, comparison))
         if best_metric != "none":
             weights = student.averaged or student.trainable
             if warning := keep_best(self.folder, best_metric, self.step, weights):

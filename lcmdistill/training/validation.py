@@ -1,6 +1,7 @@
 """The validation grid: fixed prompts and fixed noise, sampled every few steps with the EMA student."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
+from lcmdistill.utils.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ class Validator:
             info.add_itxt("prompt", prompt)
             image.save(self._folder / "samples" / f"sample-{i}.png", pnginfo=info)
         if metrics is not None:
-            metrics.image(step, "validation", picture)
+            metrics.image(step, "val/grid", picture)
             if numbers:
                 metrics.log(step, numbers)
         return numbers
@@ -170,6 +172,13 @@ class Validator:
     def picture(self, step: int) -> Path:
         """Return the path of a step's grid."""
         return self._folder / "samples" / f"step-{step:06d}.png"
+
+    def describe(self, step: int, numbers: Mapping[str, float], comparison: str | None) -> str:
+        """Return the line that reports a validation: where its grid is, and how far the student is from the teacher."""
+        rmse = [f"{counted(n, 'step')} {numbers[f'val/rmse_{n}']:.3f}" for n in STEPS if f"val/rmse_{n}" in numbers]
+        parts = [f"step {step}: validation grid saved to {self.picture(step)}"]
+        parts += [f"RMSE to the teacher: {', '.join(rmse)}"] * bool(rmse) + [comparison or ""]
+        return "; ".join(filter(None, parts))
 
     def _latents(self, pipeline: Any, steps: int) -> LatentSet:
         return student_latents(

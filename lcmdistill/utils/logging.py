@@ -90,8 +90,8 @@ def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
 class Progress:
     """A bar with speed and time left on a terminal; elsewhere it shows nothing."""
 
-    def __init__(self, bar: Any, task: Any) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Any, task: Any, total: int | None = None) -> None:
+        self._bar, self._task, self.total = bar, task, total
 
     def update(self, done: int, note: str = "") -> None:
         """Set how many units are done."""
@@ -106,20 +106,21 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int | None, *, enabled: bool = True) -> Iterator[Progress]:
-    """Yield a `Progress` for `total` units."""
+    """Yield a `Progress` for `total` units; without a known total it shows counts and no share or time left."""
     if not (enabled and sys.stdout is not None and sys.stdout.isatty()):
-        yield Progress(None, None)
+        yield Progress(None, None, total)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
 
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        "left",
-        TimeRemainingColumn(),
-    )
+    known = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    columns = ("{task.description}", *(known if total else (SpinnerColumn(), "{task.completed}", TimeElapsedColumn())))
     with RichProgress(*columns, TextColumn("{task.fields[note]}")) as bar:
-        yield Progress(bar, bar.add_task(title, total=total, note=""))
+        yield Progress(bar, bar.add_task(title, total=total, note=""), total)

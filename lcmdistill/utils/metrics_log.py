@@ -1,14 +1,12 @@
 """Numbers of a run over its steps: `metrics.jsonl` always, and a tracker on request. `METRICS` names them all."""
 
-import importlib.util
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.atomic import write_text
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.trackers import make_tracker, tracked
 
 METRICS = {
     "step": "optimizer steps done",
@@ -27,12 +25,6 @@ METRICS = {
 "what the fields of a line of metrics.jsonl mean; words in capitals stand for several"
 
 
-def check_tracker(report_to: str) -> None:
-    """Raise UsageError if the package of a tracker is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise UsageError(f"--report-to {report_to} needs: pip install 'lcmdistill[{report_to}]'")
-
-
 class Metrics:
     """Write metrics.jsonl, and log to tensorboard or wandb. Only the main process has one.
 
@@ -48,58 +40,27 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, report_to: str, config: Mapping[str, Any], start_step: int) -> None:
-        check_tracker(report_to)
+        self._tracker = make_tracker(report_to, folder, config, start_step)
         self._path = folder / "metrics.jsonl"
         lines = _lines(self._path)
         write_text(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        elif report_to == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            # The id is recorded in the run: two folders of the same name must not be one run to the server.
-            id_file = folder / "wandb-id.txt"
-            if not id_file.is_file():
-                write_text(id_file, uuid.uuid4().hex)
-            self._wandb = wandb.init(
-                project="lcmdistill",
-                name=folder.name,
-                id=id_file.read_text(encoding="utf-8"),
-                resume="allow",
-                config=dict(config),
-            )
 
     def log(self, step: int, values: Mapping[str, float], **curves: Sequence[float | None]) -> None:
-        """Write one line of numbers. The tracker gets `values`; `curves`, lists of numbers, go to metrics.jsonl only."""
+        """Write one line of numbers, and send it to the tracker. curves: lists of numbers."""
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **values, **curves}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+        if self._tracker is not None:
+            self._tracker.log(step, tracked(values, curves))
 
     def image(self, step: int, name: str, image: Any) -> None:
         """Send a PIL image to the tracker. The caller writes the file."""
-        if self._tensorboard is not None:
-            import numpy as np
-
-            self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            self._wandb.log({name: wandb.Image(image)}, step=step)
+        if self._tracker is not None:
+            self._tracker.image(step, name, image)
 
     def close(self) -> None:
         """Flush the tracker."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lcmdistill.config.examples import FOLDER, config_file, example_names
 from lcmdistill.config.presets import PRESETS, PresetName
 from lcmdistill.config.resolve import with_values
 from lcmdistill.config.schema import RunConfig
@@ -23,7 +24,7 @@ from tests.support.teachers import SMALL, Command
 
 ROOT = Path(__file__).parent.parent.parent
 
-EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*.toml"))
+EXAMPLES = sorted(FOLDER.glob("*.toml"))
 
 
 def of(kind: str, preset: str | None, file: dict[str, Any] | None = None, **flags: Any) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_a_preset_can_leave_a_key_to_the_teacher() -> None:
 
 def test_a_preset_is_shown_as_a_difference(command: Command, small_teacher: Path, image_folder: Path) -> None:
     assert preset_changes({"student.kind": "lora"}, "lcm-lora") == []
-    assert "optim.learning_rate: 1e-06 -> 8e-06" in preset_changes({"optim.learning_rate": 1.0}, "paper")
+    assert "optim.max_train_steps: 4000 -> 100000" in preset_changes({"optim.max_train_steps": 1}, "paper")
     assert "optim.learning_rate: 0.0001 -> 8e-06" in preset_changes({"teacher.model": "tiny"}, "paper")
     sets = [f"--set={key}={value}" for key, value in SMALL.items() if not key.startswith("objective.")]
     code, told, error = command(
@@ -176,9 +177,8 @@ def test_an_example_runs_as_its_head_says(
     assert set(head) == {"command", "hardware", "duration", "result"}
     words = shlex.split(head["command"].split("-m lcmdistill ")[-1].removeprefix("lcmdistill "))
     where = words.index("--config") + 1
-    assert ROOT / words[where] == path
+    assert config_file(words[where]) == path
     shutil.copytree(image_folder, tmp_path / "path" / "to" / "images")
-    words[where] = str(path)
     kind, file = "lora" if words[0] == "distill-lora" else "full", read_toml(path)
     assert file["student.kind"] == kind
     preset = words[words.index("--preset") + 1] if "--preset" in words else None
@@ -199,3 +199,23 @@ def test_there_is_an_example_for_every_common_case() -> None:
     teachers = {values.get("teacher.model") for values in said.values()}
     assert {"sd15", "sd21", "sdxl", None} <= teachers
     assert {values["student.kind"] for values in said.values()} == {"full", "lora"}
+
+
+def test_the_shipped_configurations_are_listed_and_found_by_name(command: Command, tmp_path: Path) -> None:
+    code, said, _ = command("distill", "--config", "list")
+    assert code == 0
+    for path in EXAMPLES:
+        assert re.search(rf"^{path.stem}\n    \w.*\n    \S*(lcmdistill|torchrun) ", said, flags=re.MULTILINE)
+        assert config_file(path.stem) == path
+    assert example_names() == [path.stem for path in EXAMPLES]
+    code, _, error = command("distill", "--config", "sd15-ful")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "did you mean sd15-full?" in error
+    (tmp_path / "sd15-full").write_text("")
+    assert config_file("sd15-full") == Path("sd15-full")  # a file of one's own comes first
+
+
+def test_the_example_of_a_case_is_what_the_defaults_are() -> None:
+    for name, kind in (("sd15-full", "full"), ("sd15-lora-12gb", "lora")):
+        file = read_toml(config_file(name))
+        assert resolve(file, {}) == resolve({}, {"student.kind": kind, "teacher.model": "sd15"})

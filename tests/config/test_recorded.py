@@ -84,5 +84,5 @@ def test_every_setting_has_a_description() -> None:
     keys = [key for section in (*SECTIONS, "objective") for key in setting_keys(section, OBJECTIVES.locations)]
     assert all(setting_doc(key, OBJECTIVES.locations) for key in keys)
     assert all(f"| `{key}` |" in table for key in keys)
-    assert "1e-6; tiny: 1e-4" in table
+    assert "8e-6; tiny: 1e-4" in table
     assert "ddim; cd: heun" in table

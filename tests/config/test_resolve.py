@@ -126,14 +126,14 @@ def test_fine_tuning_leaves_guidance_as_a_run_has_it(
 
 def test_defaults_give_way_to_the_teacher_s_then_the_file_then_the_flags() -> None:
     key = "optim.learning_rate"
-    assert value(resolve({}, {}), key) == 1e-6
-    assert value(resolve({}, {"teacher.model": "tiny"}), key) == ALIAS_DEFAULTS["tiny"][key] != 1e-6
+    assert value(resolve({}, {}), key) == 8e-6
+    assert value(resolve({}, {"teacher.model": "tiny"}), key) == ALIAS_DEFAULTS["tiny"][key] != 8e-6
     assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {}), key) == 3e-5
     assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {key: 7e-5}), key) == 7e-5
     # what the file leaves open is still the teacher's
     assert value(resolve({"teacher.model": "tiny", key: 3e-5}, {}), "data.resolution") == 64
     # the flag's teacher decides, not the file's
-    assert value(resolve({"teacher.model": "tiny"}, {"teacher.model": "a/b"}), key) == 1e-6
+    assert value(resolve({"teacher.model": "tiny"}, {"teacher.model": "a/b"}), key) == 8e-6
 
 
 @pytest.mark.parametrize("alias", ALIAS_DEFAULTS)

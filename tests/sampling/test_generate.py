@@ -25,6 +25,7 @@ from lcmdistill.sampling.generate import (
 )
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.utils.errors import UsageError
+from tests.support.images import newest_image
 from tests.support.teachers import Command
 
 
@@ -52,13 +53,14 @@ def test_an_image_does_not_depend_on_its_batch(student: Any, steps: int) -> None
 
 def test_progress_is_reported(student: Any) -> None:
     done: list[int] = []
-    generate(student, ["a"] * 5, range(5), steps=1, guidance_scale=4.0, size=16, batch_size=2, on_progress=done.append)
-    assert done == [2, 4, 5]
+    options: Any = {"steps": 1, "guidance_scale": 4.0, "size": 16, "batch_size": 2}
+    generate(student, ["a"] * 5, range(5), **options, on_images=lambda images: done.append(len(images)))
+    assert done == [2, 2, 1]
 
 
 def test_the_metadata_names_the_scheduler_in_use(command: Command, tmp_path: Path, small_teacher: Path) -> None:
     assert command("sample", small_teacher, "--prompt", "dog face", "--steps", 2, "--output", "out")[0] == 0
-    text = getattr(Image.open(tmp_path / "out" / "000-dog-face.png"), "text")  # noqa: B009
+    text = getattr(Image.open(newest_image(tmp_path / "out")), "text")  # noqa: B009
     assert text["sampler"] == "DDIM"
     assert "loras" not in text
 
@@ -102,8 +104,9 @@ def test_the_command_without_arguments_samples_the_newest_run(
     shutil.copytree(small_run, tmp_path / "runs" / "small-lcm")
     code, told, _ = command("sample", "--steps", 2)
     assert code == 0
-    assert re.search(r"\d+ images at 2 steps, guidance scale 4: samples, all in samples/grid\.png", told)
-    assert len(list((tmp_path / "samples").glob("[0-9]*.png"))) >= 4
+    folder = "runs/small-lcm/images"
+    assert re.search(rf"\d+ images at 2 steps, guidance scale 4: {folder}, all in {folder}/grid_2-steps", told)
+    assert len(list((tmp_path / folder).glob("*_2-steps_cfg-4_seed-?.png"))) >= 4
 
 
 def test_prompts_seeds_and_image_counts(command: Command, tmp_path: Path, small_run: Path) -> None:
@@ -111,11 +114,9 @@ def test_prompts_seeds_and_image_counts(command: Command, tmp_path: Path, small_
     options = ["--prompt", "red heart", "--prompts", "prompts.txt", "--num-images", 2, "--seed", 5, "--output", "out"]
     code, _, _ = command("sample", small_run, *options, "--steps", 1, "--guidance-scale", 3, "--resolution", 24)
     assert code == 0
-    paths = sorted((tmp_path / "out").glob("[0-9]*.png"))
-    assert [path.name for path in paths] == [
-        *("000-red-heart.png", "001-red-heart.png", "002-dog-face.png"),
-        *("003-dog-face.png", "004-cat-face.png", "005-cat-face.png"),
-    ]
+    names = ["red-heart", "red-heart", "dog-face", "dog-face", "cat-face", "cat-face"]
+    paths = [tmp_path / "out" / f"{name}_1-step_cfg-3_seed-{5 + i}.png" for i, name in enumerate(names)]
+    assert {*(tmp_path / "out").iterdir()} == {*paths, tmp_path / "out" / "grid_1-step_cfg-3_seed-5.png"}
     texts = [getattr(Image.open(path), "text") for path in paths]  # noqa: B009
     assert [text["seed"] for text in texts] == ["5", "6", "7", "8", "9", "10"]
     assert {(text["steps"], text["guidance_scale"]) for text in texts} == {("1", "3")}
@@ -125,7 +126,7 @@ def test_prompts_seeds_and_image_counts(command: Command, tmp_path: Path, small_
 def test_the_same_seed_gives_the_same_image(command: Command, tmp_path: Path, small_run: Path) -> None:
     for i, seed in enumerate([3, 3, 4]):
         command("sample", small_run, "--prompt", "dog face", "--seed", seed, "--steps", 2, "--output", f"out{i}")
-    first, again, other = (Image.open(tmp_path / f"out{i}" / "000-dog-face.png").tobytes() for i in range(3))
+    first, again, other = (Image.open(newest_image(tmp_path / f"out{i}")).tobytes() for i in range(3))
     assert first == again != other
 
 
@@ -172,9 +173,9 @@ def test_impossible_numbers_are_refused(command: Command, arguments: list[str]) 
 def test_a_size_need_not_be_square(command: Command, tmp_path: Path, small_run: Path) -> None:
     options = ["--prompt", "dog face", "--steps", 1, "--output", "out"]
     assert command("sample", small_run, *options, "--width", 32, "--height", 24)[0] == 0
-    assert Image.open(tmp_path / "out" / "000-dog-face.png").size == (32, 24)
+    assert Image.open(newest_image(tmp_path / "out")).size == (32, 24)
     assert command("sample", small_run, *options, "--width", 32)[0] == 0
-    assert Image.open(tmp_path / "out" / "000-dog-face.png").size == (32, 16)  # 16 is the run's resolution
+    assert Image.open(newest_image(tmp_path / "out")).size == (32, 16)  # 16 is the run's resolution
 
 
 def test_the_options_of_the_image_size() -> None:
@@ -223,7 +224,7 @@ def test_the_networks_have_the_precision_and_the_vae_stays_in_fp32(
     for precision in ("fp32", "bf16"):
         options = ["--prompt", "dog face", "--steps", 1, "--output", precision, "--precision", precision]
         assert command("sample", small_run, *options)[0] == 0
-        images.append(np.asarray(Image.open(tmp_path / precision / "000-dog-face.png"), dtype=float))
+        images.append(np.asarray(Image.open(newest_image(tmp_path / precision)), dtype=float))
     assert 0 < np.abs(images[0] - images[1]).mean() < 8
 
 
@@ -289,15 +290,14 @@ def test_the_image_to_edit_is_read_like_a_training_image(tmp_path: Path) -> None
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     mask = tmp_path / "mask.png"
     pairs = {name: read_image_and_mask(tmp_path / f"{name}.png", mask) for name in ("photo", "clear", "deep")}
-    images = {name: pair[0] for name, pair in pairs.items() if pair}
+    images: dict[str, Any] = {name: pair[0] for name, pair in pairs.items()}
     assert images["photo"].tobytes() == upright.tobytes()
     assert images["clear"].getpixel((0, 0)) == (255, 255, 255)
     assert images["deep"].getpixel((0, 0)) == (77, 77, 77)
-    assert pairs["photo"] is not None
-    assert (pairs["photo"][1].mode, pairs["photo"][1].getpixel((0, 0))) == ("L", 255)
-    unmasked = read_image_and_mask(tmp_path / "clear.png", tmp_path / "clear.png")
-    assert unmasked is not None
-    assert unmasked[1].getpixel((0, 0)) == 0
+    white: Any = pairs["photo"][1]
+    assert (white.mode, white.getpixel((0, 0))) == ("L", 255)
+    unmasked: Any = read_image_and_mask(tmp_path / "clear.png", tmp_path / "clear.png")[1]
+    assert unmasked.getpixel((0, 0)) == 0
     (tmp_path / "broken.png").write_bytes(b"rubbish")
     with pytest.raises(UsageError, match=r"--image .*broken\.png or --mask .*mask\.png cannot be read: "):
         read_image_and_mask(tmp_path / "broken.png", mask)

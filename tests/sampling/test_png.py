@@ -6,22 +6,23 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcmdistill.sampling.png import GeneratedImage, grid, write_images
+from lcmdistill.sampling.png import GeneratedImage, ImageFolder, grid
 
 
 def test_the_settings_are_in_the_metadata(tmp_path: Path) -> None:
     prompt = "a “caf\u00e9”, 東京"
     image = GeneratedImage(Image.new("RGB", (16, 16), "red"), prompt, 7)
     settings: dict[str, Any] = {"model": "runs/x/pipeline", "steps": 4, "guidance_scale": 4.5, "sampler": "LCM"}
-    write_images([image], tmp_path, **settings)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["000-a-caf.png", "grid.png"]
-    text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
+    (path,) = ImageFolder(tmp_path, **settings).write([image])
+    assert path.name == "a-caf_4-steps_cfg-4.5_seed-7.png"
+    text = getattr(Image.open(path), "text")  # noqa: B009
     expected = {key: str(value) for key, value in settings.items()} | {"prompt": prompt, "seed": "7"}
     line = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Size: 16x16, Model: runs/x/pipeline"
     assert text == {**expected, "parameters": f"{prompt}\n{line}"}
-    write_images([image], tmp_path, **settings, loras=[("lcm.safetensors", 1.0), ("style", 0.5)])
-    text = getattr(Image.open(tmp_path / names[0]), "text")  # noqa: B009
+    loras = [("lcm.safetensors", 1.0), ("style", 0.5)]
+    (path,) = ImageFolder(tmp_path, **settings, loras=loras).write([image])
+    assert path.name == "a-caf_4-steps_cfg-4.5_seed-7_2.png"  # nothing is overwritten
+    text = getattr(Image.open(path), "text")  # noqa: B009
     assert text["loras"] == "lcm.safetensors: 1, style: 0.5"
     assert text["parameters"].endswith(', Loras: "lcm.safetensors: 1, style: 0.5"')
 
@@ -29,7 +30,11 @@ def test_the_settings_are_in_the_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3)])
 def test_all_images_are_in_the_grid(tmp_path: Path, count: int, columns: int) -> None:
     images = [GeneratedImage(Image.new("RGB", (128, 128), (10 * i, 0, 0)), "a", i) for i in range(count)]
-    image = Image.open(write_images(images, tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM"))
+    folder = ImageFolder(tmp_path, model="m", steps=1, guidance_scale=1.0, sampler="LCM")
+    folder.write(images)
+    path = folder.write_grid()
+    assert path.name == "grid_1-step_cfg-1_seed-0.png"
+    image = Image.open(path)
     colors = {color for _, color in image.getcolors() or []}
     assert colors == {*((10 * i, 0, 0) for i in range(count)), (255, 255, 255)}
     assert columns * 128 < image.width < columns * 140

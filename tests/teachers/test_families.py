@@ -26,6 +26,7 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.errors import UsageError
 from tests.support.data import prepared
+from tests.support.images import newest_image
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.oracle import Networks
 from tests.support.teachers import SMALL, Command, edited
@@ -336,7 +337,7 @@ def test_an_inpainting_model_paints_into_an_image(folders: dict[str, Path], tmp_
         own = ["--image", f"{name}.png", "--mask", "mask.png"] if name else []
         code, _, error = command(*base, *own, "--output", f"out-{name}")
         assert (code, error) == (0, "")
-        drawn[name] = np.asarray(Image.open(tmp_path / f"out-{name}" / "000-a-cat.png"), dtype=float)
+        drawn[name] = np.asarray(Image.open(newest_image(tmp_path / f"out-{name}")), dtype=float)
     assert len({picture.tobytes() for picture in drawn.values()}) == 3  # it sees the image, and whether there is one
     for words, said in (
         ([*base, "--image", "red.png"], "--image and --mask must be used together"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,68 @@ def test_wandb_recognizes_a_run_by_its_unique_id(tmp_path: Path, monkeypatch: py
     assert first == again != other
 
 
+def test_wandb_s_own_variables_decide_and_its_chatter_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = Mock(__spec__=True)
+    wandb.init.return_value.url = "https://wandb.example/run"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    Metrics(tmp_path, "wandb", {}, 0)
+    for name, value in (("PROJECT", "ablation"), ("NAME", "k=20"), ("RUN_ID", "abc"), ("DIR", "/scratch")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "other").mkdir()
+    metrics = Metrics(tmp_path / "other", "wandb", {"optim.beta1": 0.9, "data.sources": ("a",)}, 0)
+    usual, chosen = (call.kwargs for call in wandb.init.call_args_list)
+    assert (usual["project"], usual["name"], usual["dir"]) == ("lcmdistill", tmp_path.name, str(tmp_path))
+    assert {key: chosen[key] for key in ("project", "name", "id", "dir")} == {
+        "project": "ablation",
+        "name": "k=20",
+        "id": "abc",
+        "dir": "/scratch",
+    }
+    assert chosen["config"] == {"optim.beta1": 0.9, "data.sources": ["a"]}
+    assert os.environ["WANDB_SILENT"] == "true"
+    assert capsys.readouterr().out == 2 * "wandb: https://wandb.example/run\n"
+    metrics.log(3, {"loss": 0.5, "learning_rate": 1e-4}, loss_by_noise=[0.1, None, 0.3, 0.4])
+    metrics.log(3, {"val/rmse_4": 0.2})
+    metrics.image(3, "val/grid", image := Mock())
+    metrics.close()
+    run = wandb.init.return_value
+    logged = [call.args[0] for call in run.log.call_args_list]
+    assert logged[0] == {
+        "train/loss": 0.5,
+        "train/learning_rate": 1e-4,
+        "train/loss_by_noise/00-25%": 0.1,
+        "train/loss_by_noise/50-75%": 0.3,
+        "train/loss_by_noise/75-100%": 0.4,
+    }
+    assert logged[1] == {"val/rmse_4": 0.2}
+    wandb.Image.assert_called_once_with(image)
+    assert all(call.kwargs == {"step": 3} for call in run.log.call_args_list)
+    run.finish.assert_called_once()
+
+
+def test_tensorboard_has_settings_prefixes_noise_levels_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, "tensorboard", {"optim.beta1": 0.9, "data.sources": ("a",), "data.prompts": None}, 0)
+    metrics.log(1, {"loss": 0.5}, loss_by_noise=[0.1, 0.2])
+    metrics.log(1, {"val/rmse_4": 0.25})
+    metrics.image(1, "val/grid", Image.new("RGB", (4, 4)))
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = {"train/loss", "train/loss_by_noise/00-50%", "train/loss_by_noise/50-100%", "val/rmse_4"}
+    assert set(events.Tags()["scalars"]) == scalars
+    assert events.Tags()["images"] == ["val/grid"]
+    assert events.Scalars("val/rmse_4")[0].value == 0.25
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert b"optim.beta1" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+
+
 def test_a_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcmdistill.utils.logging import progress
 
@@ -65,3 +128,17 @@ def test_a_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPa
             assert bar.visible == visible
             time.sleep(0.01)
         assert ("5/10" in stream.getvalue(), "loss 0.1" in stream.getvalue()) == (visible, visible)
+
+
+def test_an_unknown_total_is_not_shown_as_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcmdistill.utils.logging import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", stream := Terminal())
+    with progress("preparing", None) as bar:
+        bar.update(5)
+    assert "5" in stream.getvalue()
+    assert not any(sign in stream.getvalue() for sign in ("%", "/", "left"))

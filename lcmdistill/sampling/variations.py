@@ -1,0 +1,127 @@
+"""Other ways to sample a model: from an image instead of noise, and with another scheduler."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from lcmdistill.sampling.student_pipeline import Size, height_and_width
+from lcmdistill.teachers.pipelines import native_size
+from lcmdistill.teachers.registry import family_of
+from lcmdistill.teachers.schedulers import COPIED, vp_scheduler
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.units import counted
+
+SCHEDULERS = {
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"value of --scheduler -> diffusers class"
+
+
+def use_scheduler(pipeline: Any, name: str) -> tuple[Any, str | None]:
+    """Return a pipeline with another scheduler on the same betas.
+
+    Args:
+        pipeline: The pipeline.
+        name: A key of SCHEDULERS.
+
+    Returns:
+        The pipeline, and a sentence if the model was made for another scheduler, otherwise None.
+
+    Raises:
+        UsageError: A model in pixel space has a sampler of its own.
+    """
+    if family_of(pipeline).in_pixels:
+        raise UsageError("--scheduler is for latent models, and this one works on pixels; remove this option")
+    import diffusers
+
+    before, wanted = type(pipeline.scheduler).__name__, SCHEDULERS[name]
+    if before == wanted:
+        return pipeline, None
+    plain = getattr(diffusers, family_of(pipeline).pipeline_classes[0])
+    if not isinstance(pipeline, plain):  # a pipeline of LCMs calls no other scheduler
+        options = {
+            **pipeline.components,
+            "requires_safety_checker": pipeline.config.get("requires_safety_checker", False),
+        }
+        clip_skip = pipeline.config.get("_clip_skip")
+        pipeline = plain(**{key: options[key] for key in signature(plain.__init__).parameters if key in options})
+        pipeline.set_progress_bar_config(disable=True)
+        if clip_skip:
+            pipeline.register_to_config(_clip_skip=clip_skip)
+    config = pipeline.scheduler.config
+    if wanted in ("LCMScheduler", "TCDScheduler"):
+        pipeline.scheduler = vp_scheduler(config, wanted, {})
+    else:  # students start at the last time, which only this spacing takes
+        betas = {key: config[key] for key in COPIED if key in config}
+        pipeline.scheduler = getattr(diffusers, wanted).from_config(betas, timestep_spacing="trailing", steps_offset=1)
+    made_for = before.removesuffix("Scheduler")
+    return pipeline, f"this model is made for the {made_for} sampler; with {name} it may give poor images"
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """An image to start from, in the size of the result; the pipeline that does so, and how much noise is added, 0 to 1."""
+
+    pipeline: Any
+    image: Image.Image
+    strength: float
+
+    def replace(self, kwargs: Mapping[str, Any], count: int) -> tuple[Any, dict[str, Any]]:
+        """Return the pipeline to call, and its arguments from those of the text-to-image pipeline."""
+        own = {key: value for key, value in kwargs.items() if key not in ("height", "width")}
+        return self.pipeline, {**own, "image": [self.image] * count, "strength": self.strength}
+
+
+def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, size: Size | None) -> StartImage:
+    """Return an image to start from, in the size that is generated.
+
+    Args:
+        pipeline: A text-to-image pipeline.
+        image: The image to start from.
+        strength: How much noise is added: near 0 keeps the image, 1 only its colors.
+        steps: The number of sampling steps, of which the share `strength` is taken.
+        size: The size of the result; None keeps the image's shape at the model's native area.
+
+    Raises:
+        UsageError: The family has no such pipeline, or no step is left to take.
+    """
+    if family_of(pipeline).takes_mask:
+        raise UsageError(
+            "--image and --mask must be used together with an inpainting model: the image, and the area to repaint (white)"
+        )
+    if int(steps * strength) < 1:
+        least = math.ceil(1 / strength)
+        raise UsageError(
+            f"--strength {strength:g} of {counted(steps, 'step')} leaves none to take; raise --steps to at least {least}, or "
+            "raise --strength"
+        )
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        start = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(
+            f"--image is for Stable Diffusion and SDXL, and this is a {type(pipeline).__name__}; remove --image"
+        ) from error
+    start.set_progress_bar_config(disable=True)
+    if size is None:
+        height, width = native_size(pipeline)
+        scale = (height * width / (image.height * image.width)) ** 0.5
+        size = _multiple_of_8(scale * image.height), _multiple_of_8(scale * image.width)
+    height, width = height_and_width(size)
+    return StartImage(start, ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), strength)
+
+
+def _multiple_of_8(side: float) -> int:
+    return max(8, 8 * round(side / 8))
