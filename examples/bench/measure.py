@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.objectives.base import step_cost
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.device import peak_memory
 
@@ -78,5 +79,4 @@ def step_flops(config: RunConfig, teacher: Teacher) -> float:
         network = type(teacher.network).from_config(teacher.network.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.call(network, z, t, c.values, None)
-    forwards = config.objective.num_forwards
-    return counter.get_total_flops() * (3 * forwards["student"] + forwards["teacher"] + forwards["target"])
+    return counter.get_total_flops() * step_cost(config.objective)

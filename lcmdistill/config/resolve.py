@@ -50,7 +50,8 @@ def resolve(
     model, is_lora = str(chosen.get("teacher.model", TeacherConfig().model)), chosen.get("student.kind") == "lora"
     defaults = {**info.defaults, **ALIAS_DEFAULTS.get(model, {})}
     if is_lora:
-        defaults |= {**LORA_DEFAULTS, **info.defaults, **LORA_ALIAS_DEFAULTS.get(model, {})}
+        defaults |= {**LORA_DEFAULTS, **info.defaults, **info.lora_defaults, **LORA_ALIAS_DEFAULTS.get(model, {})}
+    defaults |= info.alias_defaults.get(model, {})
     defaults |= _defaults_of_run(Path(model), objectives)
     if {**defaults, **chosen}.get("objective.guidance") == "free":
         defaults |= info.free_guidance_defaults

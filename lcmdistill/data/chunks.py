@@ -67,6 +67,7 @@ def write_chunk(
     on_progress: Callable[[int], None],
     *,
     bucketed: bool,
+    prompts_only: bool = False,
 ) -> None:
     """Encode samples and write them to a file, whole or not at all.
 
@@ -80,6 +81,7 @@ def write_chunk(
         dtype: Of the teacher's network where it generates.
         on_progress: Called with the index of the next sample.
         bucketed: Whether the samples have several sizes.
+        prompts_only: Whether there are no images: no latents are written but their shape, as metadata.
 
     Raises:
         RunError: If latents are not finite.
@@ -97,7 +99,10 @@ def write_chunk(
         report |= {"tokens": token_limit(teacher.pipeline)}
         counts = Counter(size_of(sample) for _, sample in samples)
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
-        for size in sorted(counts):
+        if prompts_only:
+            tensors |= _prompts_only(samples, captions, teacher)
+            report |= {"latents": latent_shape(teacher, config)}
+        for size in sorted(counts) if not prompts_only else ():
             some = [each for each in samples if size_of(each[1]) == size]
             begun = path.with_suffix(f".{size}{PART}")
             begun_files.append(begun)
@@ -224,6 +229,26 @@ def _encode(
     return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]) for name in names}
 
 
+def _prompts_only(
+    samples: Sequence[tuple[int, Sample]], captions: Sequence[str], teacher: Teacher
+) -> dict[str, Tensor]:
+    """Return the tensors of samples without images. captions: the distinct ones of their chunk."""
+    frames = torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32)
+    cond = teacher.condition(SampleInfo(frames=frames, pixels=_no_pixels, encode=lambda images: images, seeds=[]))
+    tensors = {"row": torch.tensor([captions.index(sample.caption) for _, sample in samples])}
+    return tensors | {f"{SAMPLE}{name}": value.cpu() for name, value in cond.values.items()}
+
+
+def _no_pixels() -> Tensor:
+    raise RunError("this model's conditioning is made of images, and the method has prompts only")
+
+
+def latent_shape(teacher: Teacher, config: DataConfig) -> tuple[int, int, int]:
+    """Return the shape of a sample's latents at the resolution: (C, h, w)."""
+    side = config.resolution // teacher.vae_factor
+    return teacher.vae.config.latent_channels, side, side
+
+
 def _latents(
     samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Conditioning]:
@@ -250,8 +275,7 @@ def _generate(
     samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
 ) -> Tensor:
     """Return latents that the teacher generates for the samples' captions."""
-    side = config.resolution // teacher.vae_factor
-    shape = (teacher.vae.config.latent_channels, side, side)
+    shape = latent_shape(teacher, config)
     generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
     return teacher.generate_latents(
         [sample.caption for _, sample in samples],

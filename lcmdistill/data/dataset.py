@@ -28,6 +28,8 @@ class LatentDataset:
         """
         self.folders = tuple(folders)
         self._chunks: list[Any] = []
+        self._blank: list[Tensor | None] = []
+        "per chunk: the latents of a sample without an image, zeros of their shape"
         self._places: list[tuple[int, str, int]] = []
         self.shapes: list[Shape] = []
         "height and width of each sample's latents"
@@ -38,10 +40,14 @@ class LatentDataset:
                 chunk = safe_open(path, framework="pt")
                 report = read_metadata(chunk)
                 n, sizes = report["kept"], report.get("buckets", {})
+                blank = torch.zeros(report["latents"]) if "latents" in report else None
                 for group, many in {f"{size}/": many for size, many in sizes.items()}.items() or [("", n)]:
                     self._places += [(len(self._chunks), group, i) for i in range(many)]
-                    self.shapes += [tuple(chunk.get_slice(f"{group}mean").get_shape()[2:])] * many if many else []
+                    if many:
+                        shape = chunk.get_slice(f"{group}mean").get_shape()[1:] if blank is None else blank.shape
+                        self.shapes += [tuple(shape[1:])] * many
                 self._chunks.append(chunk)
+                self._blank.append(blank)
                 num_kept, rejected, buckets = (
                     num_kept + n,
                     rejected + Counter(report["rejected"]),
@@ -60,8 +66,9 @@ class LatentDataset:
         for index in indices:
             number, group, i = self._places[index]
             chunk = self._chunks[number]
-            mean.append(chunk.get_slice(f"{group}mean")[i])
-            std.append(chunk.get_slice(f"{group}std")[i])
+            blank = self._blank[number]
+            mean.append(chunk.get_slice(f"{group}mean")[i] if blank is None else blank)
+            std.append(chunk.get_slice(f"{group}std")[i] if blank is None else blank)
             row, keys = int(chunk.get_slice(f"{group}row")[i]), chunk.keys()
             at = {key: row if key.startswith(PROMPT) else i for key in keys if key.startswith((PROMPT, group + SAMPLE))}
             conditions.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})

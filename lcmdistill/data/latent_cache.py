@@ -39,11 +39,13 @@ def cache_folder(source: Source, config: DataConfig, teacher: Teacher, seed: int
     """
     cache_key: dict[str, Any] = {
         "layout": _LAYOUT,
-        "teacher": teacher.fingerprint(with_network=source.is_generated),
+        "teacher": teacher.fingerprint(with_network=source.is_generated and not source.prompts_only),
         "resolution": config.resolution,
         "source": source.fingerprint(),
     }
-    if source.is_generated:
+    if source.prompts_only:
+        cache_key["prompts_only"] = True
+    elif source.is_generated:
         cache_key |= {"seed": seed, "guidance_scale": config.guidance_scale, "teacher_steps": config.teacher_steps}
         cache_key |= draw_spacing(teacher)
     else:
@@ -126,7 +128,8 @@ def prepare(
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
-            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, bucketed=bool(sizes))
+            kind = {"bucketed": bool(sizes), "prompts_only": source.prompts_only}
+            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, **kind)
             num_kept, rejected = num_kept + len(samples), rejected + dropped
             if not num_kept and sum(rejected.values()) >= GIVE_UP_AFTER:
                 raise no_usable_samples_error(source, SourceReport(0, tuple(rejected.most_common()), False))

@@ -157,5 +157,6 @@ def usable_count(
         return config.max_samples
     needed = -(-samples_needed // CHUNK) * CHUNK
     if one_per_prompt and all(source.is_generated for source in sources):
-        return min(needed, max(source.count() or 0 for source in sources))
+        counts = [source.count() for source in sources]
+        return needed if None in counts else min(needed, max(count or 0 for count in counts))
     return needed

@@ -99,12 +99,16 @@ class TeacherNetwork:
         def denoise(z: Tensor, t: Tensor) -> X0Eps:
             if w is None:
                 return self.network(z, t, cond, None)
-            both = cond.cat(cond.with_prompt(self.null))
-            x0, eps = self.network(torch.cat([z, z]), torch.cat([t, t]), both, None)
-            (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
-            return guided(X0Eps(x0_cond, eps_cond), X0Eps(x0_null, eps_null), w)
+            return guided(*self.with_and_without_prompt(z, t, cond), w)
 
         return denoise
+
+    def with_and_without_prompt(self, z: Tensor, t: Tensor, cond: Conditioning) -> tuple[X0Eps, X0Eps]:
+        """Return the predictions with the prompt and with the empty one, from one forward."""
+        both = cond.cat(cond.with_prompt(self.null))
+        x0, eps = self.network(torch.cat([z, z]), torch.cat([t, t]), both, None)
+        (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
+        return X0Eps(x0_cond, eps_cond), X0Eps(x0_null, eps_null)
 
 
 def x0_eps_network(raw: RawNetwork, schedule: NoiseSchedule, prediction_type: str) -> Network:

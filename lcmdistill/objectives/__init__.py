@@ -15,6 +15,7 @@ OBJECTIVES = LazyRegistry(
         "cd": "lcmdistill.objectives.cd:ConsistencyDistillation",
         "ct": "lcmdistill.objectives.ct:ConsistencyTraining",
         "pcm": "lcmdistill.objectives.pcm:PhasedConsistency",
+        "tdm": "lcmdistill.objectives.tdm:TrajectoryDistributionMatching",
         "ict": "lcmdistill.objectives.ct:ImprovedConsistencyTraining",
     }
 )

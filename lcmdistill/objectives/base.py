@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
+from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetwork
 from lcmdistill.objectives.common import skipping_grid_options
 
 Omega = Literal["input", "teacher", "baked", "none"]
@@ -61,9 +61,13 @@ class MethodInfo:
         student_kinds: What it trains: "full", "lora" or both.
         start: What it starts from: "teacher" (a diffusion model) or "student" (a finished few-step model).
         needs_images: Whether it cannot learn from latents that the teacher generates.
+        prompts_only: Whether it learns from prompts alone: nothing is generated or encoded but the captions of its data.
+        train_step: The kind of training step, a key of `training.step_kinds`.
         tags: Tags of the model card.
         summary: A format string over the objective's fields that states how it steps, such as "k = {skip}".
         defaults: Defaults that the method sets outside [objective], {"section.key": value}.
+        lora_defaults: Further ones of a LoRA student.
+        alias_defaults: Further ones of a teacher known by name, {"tiny": {...}}.
         free_guidance_defaults: Further ones where `objective.guidance` is free.
         mutable_on_resume: Fields of the objective that a resumed run may be given differently.
         decided_by_teacher: Fields of the objective that the teacher's files decide unless they are set.
@@ -86,14 +90,18 @@ class MethodInfo:
     student_kinds: tuple[str, ...] = ("full", "lora")
     start: Literal["teacher", "student"] = "teacher"
     needs_images: bool = False
+    prompts_only: bool = False
+    train_step: str = "consistency"
     tags: tuple[str, ...] = ("consistency-model",)
     summary: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lora_defaults: Mapping[str, Any] = field(default_factory=dict)
+    alias_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     free_guidance_defaults: Mapping[str, Any] = field(default_factory=lambda: EMPTY_PROMPTS)
     mutable_on_resume: tuple[str, ...] = ()
     decided_by_teacher: tuple[str, ...] = ()
 
-    def describe(self, objective: "Objective") -> str:
+    def describe(self, objective: Any) -> str:
         """Return how an objective steps, in words: "ddim solver, k = 20"."""
         return self.summary.format_map(vars(objective))
 
@@ -178,3 +186,129 @@ class Objective(Protocol):
         The student comes first: the target network may still be at work in another thread.
         """
         ...
+
+
+class CriticOptions(NamedTuple):
+    """The network that learns the distribution of the student's own outputs.
+
+    Attributes:
+        learning_rate: Of its own optimizer.
+        rank: LoRA rank of its adapter; None for the student's.
+    """
+
+    learning_rate: float
+    rank: int | None = None
+
+
+class StudentLoss(NamedTuple):
+    """The student's loss in distribution matching, and what it is made of; each (B,) fp32, all but the loss without gradient.
+
+    Attributes:
+        loss: The loss of each sample.
+        tau: The noise level that it was taken at, as a fraction of the schedule.
+        numbers: What a run logs about it, such as {"w": ...}.
+    """
+
+    loss: Tensor
+    tau: Tensor
+    numbers: Mapping[str, Tensor]
+
+
+class DistributionMatching(Protocol):
+    """A method that matches distributions, as three functions and an identity.
+
+    The teacher knows the distribution of images, a critic learns the distribution of the student's outputs, and the student
+    moves along the difference of both. A training step is, for all its micro-batches: `rollout`; an update of the critic by
+    `critic_loss`, one or several times; an update of the student by `student_loss`. No image is needed. All draws come from
+    `rng`, by stream name.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    @property
+    def omega(self) -> Omega:
+        """How guidance reaches a full student."""
+        ...
+
+    @property
+    def critic(self) -> CriticOptions:
+        """The critic's learning rate and rank."""
+        ...
+
+    @property
+    def critic_steps(self) -> int:
+        """Updates of the critic per update of the student."""
+        ...
+
+    @property
+    def num_forwards(self) -> Mapping[str, int]:
+        """Forwards per sample: {"teacher": 2, "student": 5, "critic": 2}. Declared, and checked by a test that counts."""
+        ...
+
+    @property
+    def num_backwards(self) -> Mapping[str, int]:
+        """Backward passes per sample: {"student": 1, "critic": 1}."""
+        ...
+
+    def ema_decay_at(self, step: int) -> float:
+        """Return mu, the rate of the EMA that is sampled, after a step."""
+        ...
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError, in one sentence, if the fields are impossible for a teacher of T = num_steps."""
+        ...
+
+    def rollout(self, student: Network, schedule: NoiseSchedule, cond: Conditioning, noise: Tensor) -> Any:
+        """Return the student's own trajectory from noise, (B, C, h, w). Runs without gradients."""
+        ...
+
+    def critic_loss(
+        self, critic: Network, schedule: NoiseSchedule, cond: Conditioning, rollout: Any, rng: Rng, draw: int = 0
+    ) -> Tensor:
+        """Return the critic's loss of each sample, (B,) fp32, with gradients to the critic only.
+
+        Args:
+            critic: The critic's network.
+            schedule: The teacher's schedule.
+            cond: The samples' prompts.
+            rollout: What `rollout` returned.
+            rng: The draws of the micro-batch.
+            draw: Number of the critic's update within the step: each has times and noise of its own.
+        """
+        ...
+
+    def student_loss(
+        self,
+        student: Network,
+        critic: Network,
+        teacher: TeacherNetwork,
+        schedule: NoiseSchedule,
+        cond: Conditioning,
+        rollout: Any,
+        rng: Rng,
+    ) -> StudentLoss:
+        """Return the student's loss, with gradients to the student only.
+
+        The student is the first network that is evaluated. Critic and teacher run without gradients.
+        """
+        ...
+
+
+def backward_passes(objective: Any) -> Mapping[str, int]:
+    """Return the backward passes per sample, {"student": 1}: of the consistency family one."""
+    return getattr(objective, "num_backwards", {"student": 1})
+
+
+def step_cost(objective: Any, *, cached_teacher: bool = False, adapter: bool = False) -> int:
+    """Return the arithmetic of one training sample, in forward passes.
+
+    A backward pass takes twice a forward pass: the gradients of inputs, and those of weights, which the frozen network under
+    an adapter does not need. Recomputed activations do not count.
+
+    Args:
+        objective: The method.
+        cached_teacher: Whether the teacher's outputs are read instead of computed.
+        adapter: Whether adapters are trained.
+    """
+    forwards = {**objective.num_forwards, **({"teacher": 0} if cached_teacher else {})}
+    return sum(forwards.values()) + sum(backward_passes(objective).values()) * (1 if adapter else 2)

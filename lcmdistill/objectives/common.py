@@ -45,6 +45,16 @@ def most_steps(scheduler_options: Mapping[str, Any]) -> int:
     return scheduler_options.get("original_inference_steps", MAX_SAMPLED_STEPS)
 
 
+def phase_edges(num_steps: int, phases: int) -> Tensor:
+    """Return the edges of the phases, (phases + 1,) int64, rising from 0 to T - 1.
+
+    All but the first are the time steps of diffusers' trailing spacing: round(m T / phases) - 1. Samplers with that spacing
+    stop there; PCM's phases and TDM's segments lie between them.
+    """
+    tops = (num_steps - torch.arange(phases, dtype=torch.float64) * num_steps / phases).round().long() - 1
+    return torch.cat([tops.flip(0).new_zeros(1), tops.flip(0)])
+
+
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
     """Draw pairs (t, s) that are k time steps apart; both (B,), and s is never below the first time.
 

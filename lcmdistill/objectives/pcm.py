@@ -20,6 +20,7 @@ from lcmdistill.objectives.common import (
     check_omega,
     check_skip,
     check_solver,
+    phase_edges,
     sample_omega,
     teacher_forwards,
 )
@@ -145,15 +146,6 @@ class PhasedConsistency:
         with torch.no_grad():
             goal = schedule.diffuse(*target(z_s, s, c, None), e)
         return DISTANCES[self.distance](prediction, goal)
-
-
-def phase_edges(num_steps: int, phases: int) -> Tensor:
-    """Return the edges of the phases, (phases + 1,) int64, rising from 0 to T - 1.
-
-    All but the first are the time steps of diffusers' trailing spacing: round(m T / phases) - 1.
-    """
-    tops = (num_steps - torch.arange(phases, dtype=torch.float64) * num_steps / phases).round().long() - 1
-    return torch.cat([tops.flip(0).new_zeros(1), tops.flip(0)])
 
 
 def phase_grid(num_steps: int, phases: int, skip: int) -> Tensor:

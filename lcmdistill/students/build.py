@@ -1,11 +1,14 @@
 """Build the student that a configuration asks for."""
 
+import dataclasses
+
 import torch
 
 from lcmdistill.config.schema import StudentConfig
-from lcmdistill.objectives.base import Omega
+from lcmdistill.objectives.base import CriticOptions, Omega
+from lcmdistill.students.critic import add_critic_adapter, full_critic
 from lcmdistill.students.full import fresh_weights, full_student, target_of
-from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
+from lcmdistill.students.lora import CRITIC, ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
 from lcmdistill.students.student import AdapterView, AutocastNetwork, Student
 from lcmdistill.teachers.base import Teacher
 
@@ -19,6 +22,7 @@ def make_student(
     checkpointing: bool,
     omega: Omega = "input",
     same_dropout: bool = False,
+    critic: CriticOptions | None = None,
 ) -> Student:
     """Build the configured student on the teacher's device. The teacher's own weights are cast to `dtype`.
 
@@ -30,10 +34,16 @@ def make_student(
         checkpointing: Whether to recompute the student's activations in the backward pass.
         omega: What the objective does with omega.
         same_dropout: Whether the target has the student's dropout.
+        critic: The critic, for methods that have one.
     """
     if config.kind == "lora":
-        return _lora_student(teacher, config, dtype, seed, checkpointing, same_dropout)
-    return _full_student(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
+        return _lora_student(teacher, config, dtype, seed, checkpointing, same_dropout, critic)
+    # Before the teacher's weights are cast.
+    network = full_critic(teacher, dtype, checkpointing=checkpointing) if critic is not None else None
+    student = _full_student(teacher, config, dtype, seed, checkpointing, omega, same_dropout)
+    if network is None:
+        return student
+    return dataclasses.replace(student, critic=network, critic_trainable=dict(network.network.named_parameters()))
 
 
 def _full_student(
@@ -72,16 +82,24 @@ def _full_student(
 
 
 def _lora_student(
-    teacher: Teacher, config: StudentConfig, dtype: torch.dtype, seed: int, checkpointing: bool, same_dropout: bool
+    teacher: Teacher,
+    config: StudentConfig,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    same_dropout: bool,
+    critic: CriticOptions | None,
 ) -> Student:
-    """Add one or two adapters to the teacher's network; student, teacher and target are views of that network."""
+    """Add adapters to the teacher's network; student, teacher, target and critic are views of that network."""
     network = teacher.network.to(dtype).train()
     if checkpointing:
-        # The backward pass recomputes with the adapter selected last, which is the student's in every objective.
+        # The backward pass recomputes with the adapter selected last: the one whose loss it is, or see `select_online`.
         network.enable_gradient_checkpointing()
     ema = config.target == "ema"
     for name in (TARGET, ONLINE) if ema else (ONLINE,):
         add_lora(network, name, config, seed)
+    if critic is not None:
+        add_critic_adapter(network, config, critic, seed)
     choose_adapter(lora_layers(network).values(), ONLINE)
     shared = AutocastNetwork(network, teacher.call, dtype)
     sampled = TARGET if ema else ONLINE
@@ -93,4 +111,6 @@ def _lora_student(
         averaged=adapter_parameters(network, TARGET) if ema else {},
         network=network,
         adapter=sampled,
+        critic=AdapterView(shared, CRITIC) if critic is not None else None,
+        critic_trainable=adapter_parameters(network, CRITIC) if critic is not None else {},
     )

@@ -17,7 +17,7 @@ from lcmdistill.config.schema import LORA_MODULES, StudentConfig
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.utils.errors import UsageError
 
-ONLINE, TARGET = "online", "target"
+ONLINE, TARGET, CRITIC = "online", "target", "critic"
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,18 @@ class AdapterView(nn.Module):
         self.adapter = adapter
         self.dropout = dropout
         self._layers = tuple(lora_layers(shared.network).values())
+        # Read by DistributedDataParallel: where two adapters are trained, each view shares the gradients of its own.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, p in self.named_parameters() if p.requires_grad and f".{adapter}." not in name
+        ]
+
+    def select(self) -> None:
+        """Activate this view's adapter in the shared network."""
+        choose_adapter(self._layers, self.adapter, dropout=self.dropout)
 
     def forward(self, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: Tensor | None) -> Tensor:
         """Return the raw output of the network with this view's adapter."""
-        choose_adapter(self._layers, self.adapter, dropout=self.dropout)
+        self.select()
         return self.shared(z, t, c, w)
 
 
@@ -100,6 +108,8 @@ class Student:
         network: The network that is sampled and exported.
         adapter: The adapter of `network` that is sampled; None for a full student.
         copies: What the target computes with on the device, where `averaged` is offloaded to the CPU.
+        critic: The network that learns the distribution of the student's outputs, for methods that have one.
+        critic_trainable: The critic's parameters.
     """
 
     online: nn.Module
@@ -110,6 +120,14 @@ class Student:
     network: Any
     adapter: str | None = None
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    critic: nn.Module | None = None
+    critic_trainable: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """All of its networks in one module."""
+        critic = [self.critic] if self.critic is not None else []
+        return nn.ModuleList([self.online, self.teacher, self.target, *critic])
 
     @torch.no_grad()
     def follow(self, mu: float) -> None:
@@ -133,6 +151,11 @@ class Student:
     def has_dropout(self) -> bool:
         """Whether the trained network has active dropout."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.online.modules())
+
+    def select_online(self) -> None:
+        """Activate the trained adapter, if there is one: a backward pass that recomputes activations needs it."""
+        if isinstance(self.online, AdapterView):
+            self.online.select()
 
     def for_sampling(self) -> Any:
         """Return the network in the target's state."""

@@ -52,9 +52,9 @@ class DiskItem:
 
 
 def checkpoint_bytes(needed: Breakdown) -> int:
-    """Return the bytes of a checkpoint: the student, its average and the optimizer's moments in fp32."""
+    """Return the bytes of a checkpoint: what is trained, the student's average and the optimizers' moments in fp32."""
     average = 4 * needed.trainable if needed.target else 0
-    return 4 * needed.trainable + average + needed.optimizer
+    return 4 * needed.trainable + needed.critic + average + needed.optimizer
 
 
 def result_bytes(config: RunConfig, teacher: Teacher, needed: Breakdown) -> int:
@@ -69,7 +69,8 @@ def result_bytes(config: RunConfig, teacher: Teacher, needed: Breakdown) -> int:
 def sample_bytes(config: RunConfig, teacher: Teacher) -> int:
     """Return the bytes of one cached sample with a caption of its own, in fp16."""
     z, _, c = teacher.example(1, largest(config.data, teacher.multiple), "cpu")
-    return 2 * 2 * z.numel() + 2 * sum(value[:1].numel() for value in c.values.values())
+    latents = 0 if config.objective.info.prompts_only else 2 * 2 * z.numel()
+    return latents + 2 * sum(value[:1].numel() for value in c.values.values())
 
 
 def disk_items(
@@ -87,7 +88,14 @@ def disk_items(
     each = sample_bytes(config, teacher)
     missing, total = sum(s.missing for s in samples), sum(s.total for s in samples)
     note = f"{missing:,} samples of {size_text(each)}" + (f", {total - missing:,} are ready" if missing < total else "")
-    items = [DiskItem("cached latents", cache, missing * each, note=note)]
+    items = [
+        DiskItem(
+            "cached prompts" if config.objective.info.prompts_only else "cached latents",
+            cache,
+            missing * each,
+            note=note,
+        )
+    ]
     z = teacher.example(1, largest(config.data, teacher.multiple), "cpu")[0]
     if draws := config.data.teacher_cache_samples:
         outputs = draws * config.objective.num_forwards["teacher"] * total

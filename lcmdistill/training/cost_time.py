@@ -16,6 +16,7 @@ from lcmdistill.data.buckets import largest
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
 from lcmdistill.evaluation.latents import TEACHER_STEPS
+from lcmdistill.objectives.base import backward_passes
 from lcmdistill.sampling.prompts import STEPS, default_prompts
 from lcmdistill.students.student import AutocastNetwork, guidance_of
 from lcmdistill.teachers.base import Teacher
@@ -211,6 +212,9 @@ def phases(
     encoded = sum(each.missing for each in samples if not each.generated) / world
     per_image = (2 if data.guidance_scale > 1 else 1) * data.teacher_steps * rates.forward
     found = []
+    if config.objective.info.prompts_only:
+        found.append(Phase("encoding prompts", generated * rates.caption, f"{math.ceil(generated):,} prompts"))
+        generated = 0
     if generated:
         note = f"{math.ceil(generated):,} images of {data.teacher_steps} steps by the teacher"
         found.append(Phase("generating latents", generated * (per_image + rates.caption), note))
@@ -224,14 +228,14 @@ def phases(
         forwards = TEACHER_STEPS * (2 if scale > 1 or config.objective.omega != "none" else 1)
         seconds = prompts * (forwards * rates.forward + rates.decode)
         found.append(Phase("reference images", seconds, f"{prompts} by the teacher in {TEACHER_STEPS} steps; cached"))
-    of_step = {name: count for name, count in config.objective.num_forwards.items() if name != "student"}
+    of_step = dict(config.objective.num_forwards)
     if data.teacher_cache_samples:
         outputs = data.teacher_cache_samples * of_step.pop("teacher", 0) * sum(each.total for each in samples) / world
         found.append(Phase("caching teacher outputs", outputs * rates.forward, f"{math.ceil(outputs):,} outputs"))
-    student = config.objective.num_forwards.get("student", 1)
+    backwards = sum(backward_passes(config.objective).values())
     adapter = ADAPTER if config.student.kind == "lora" else 1.0
     bare, adapted = of_step.pop("teacher", 0), sum(of_step.values())
-    sample = (bare + adapter * (adapted + student)) * rates.forward + student * rates.backward
+    sample = (bare + adapter * adapted) * rates.forward + backwards * rates.backward
     step = optim.gradient_accumulation_steps * optim.batch_size * sample + rates.update
     left = steps_left(config)
     found.append(Phase("training", left * step, f"{counted(left, 'step')} of {step:.3g} s"))

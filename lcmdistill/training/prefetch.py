@@ -6,26 +6,16 @@ threads with half of the cores each then do the same work in less time.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Network
-from lcmdistill.training.train_step import TrainStep
+from lcmdistill.training.train_step import Prepared, TrainStep
 
 SMALL = 2**25
 "trainable parameters of a network whose operations one core does as well as several"
-
-
-class Prepared(NamedTuple):
-    """A micro-batch whose teacher's part is done. target: waits for the target network's part."""
-
-    rng: Rng
-    batch: Batch
-    state: Any
-    target: Callable[[], Any]
 
 
 class InOrder:

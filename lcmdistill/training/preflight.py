@@ -13,7 +13,7 @@ from lcmdistill.config.schema import RunConfig, TeacherConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.latent_cache import cache_folder, check_cache
-from lcmdistill.data.sources.registry import is_generated, make_sources
+from lcmdistill.data.sources.registry import is_generated
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
@@ -28,6 +28,7 @@ from lcmdistill.teachers.registry import family_of_folder
 from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.memory.plan import plan_memory
 from lcmdistill.training.optimizer import check_optimizer
+from lcmdistill.training.run_data import sources_of
 from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
@@ -162,8 +163,7 @@ def check_early(config: RunConfig) -> None:
     check_optimizer(config.optim, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
-    seed = config.run.seed
-    survey(make_sources(config.data, seed=seed), config.data, seed, seconds=60.0, first_only=True, rejects=rejects)
+    survey(sources_of(config), config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)
     if os.environ.get("RANK", "0") == "0" and (line := check_downloads(_downloads(config.teacher))):
         logger.info(line)
 
@@ -209,7 +209,7 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     config = plan.config if plan else config
     logger.info(output_text(config))
     seed = config.run.seed
-    sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=seed)
+    sources = sources_of(config, teacher)
     reports = survey(sources, config.data, seed, seconds=SURVEY_SECONDS, rejects=teacher.rejects, teacher=teacher)
     for source, report in zip(sources, reports, strict=True):
         ready = len(list(cache_folder(source, config.data, teacher, seed).glob("*.safetensors")))

@@ -1,6 +1,6 @@
 """Where the time and the memory of a run go: seconds per phase, model FLOPs utilization, and traces.
 
-    profiler = make_profiler(config, teacher, folder, device, objective.num_forwards)
+    profiler = make_profiler(config, teacher, folder, device)
     with profiler:
         with profiler.phase("data"): ...        # in any thread; phases may be nested
         profiler.step()                         # after each optimizer step
@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
+from lcmdistill.objectives.base import step_cost
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.device import GIB, compute_dtype, peak_memory, peak_process_memory
@@ -192,16 +193,6 @@ def forward_flops(teacher: Teacher, size: int | tuple[int, int]) -> int:
     return counter.get_total_flops()
 
 
-def sample_flops(forward: int, num_forwards: Mapping[str, int], *, adapter: bool) -> int:
-    """Return the FLOPs of one training sample.
-
-    A backward pass takes twice a forward pass: gradients of inputs, and of weights, which a frozen network under an adapter
-    does not need. Recomputed activations do not count, by the definition of model FLOPs.
-    """
-    frozen = num_forwards.get("teacher", 0) + num_forwards.get("target", 0)
-    return forward * (frozen + num_forwards.get("student", 0) * (2 if adapter else 3))
-
-
 class Trace:
     """A torch.profiler trace of a few steps, written into a folder: after `TRACE_WARM_UP` steps, or as far as the run gets."""
 
@@ -298,7 +289,6 @@ def make_profiler(
     teacher: Teacher,
     folder: Path,
     device: torch.device,
-    num_forwards: Mapping[str, int],
     *,
     is_main: bool = True,
 ) -> RunProfiler:
@@ -309,12 +299,11 @@ def make_profiler(
         teacher: The teacher.
         folder: The run folder; traces go to its `profile/`.
         device: The device of this process.
-        num_forwards: Forward passes per sample of each network, {"teacher": 2, "target": 1, "student": 1}.
         is_main: Whether this is the main process, the only one that writes a trace.
     """
-    forwards = {**num_forwards, **({"teacher": 0} if config.data.teacher_cache_samples else {})}
+    is_cached, is_adapter = config.data.teacher_cache_samples > 0, config.student.kind == "lora"
     forward = forward_flops(teacher, largest(config.data, teacher.multiple))
-    flops = sample_flops(forward, forwards, adapter=config.student.kind == "lora")
+    flops = forward * step_cost(config.objective, cached_teacher=is_cached, adapter=is_adapter)
     peak = peak_rate(device, compute_dtype(config.run.precision, device))
     trace = Trace(folder / "profile", config.run.profile, device) if config.run.profile and is_main else None
     logger.debug(

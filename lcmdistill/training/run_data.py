@@ -9,7 +9,7 @@ from pathlib import Path
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_folder
 from lcmdistill.data.sources.base import Source
-from lcmdistill.data.sources.registry import make_source
+from lcmdistill.data.sources.registry import make_source, make_sources
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import digest
@@ -34,6 +34,13 @@ class RecordedSource:
     word: str
     content: str
     latents: str
+
+
+def sources_of(config: RunConfig, teacher: Teacher | None = None) -> tuple[Source, ...]:
+    """Return the sources of a run as its method uses them. teacher: for its own default prompts, once it is loaded."""
+    own = teacher.own_prompts if teacher is not None else ()
+    only = config.objective.info.prompts_only
+    return make_sources(config.data, own_prompts=own, seed=config.run.seed, prompts_only=only)
 
 
 def record_of(sources: Sequence[Source], config: RunConfig, teacher: Teacher) -> tuple[RecordedSource, ...]:
@@ -77,7 +84,9 @@ def is_same_data(config: RunConfig, before: RunConfig, folder: Path) -> bool:
     if record is None or len(record) != len(now.sources) or record_words(record) != before.data.sources:
         return False
     for word, recorded in zip(now.sources, record, strict=True):
-        source = make_source(word, prompts=now.prompts, seed=config.run.seed)
+        source = make_source(
+            word, prompts=now.prompts, seed=config.run.seed, prompts_only=config.objective.info.prompts_only
+        )
         is_respelled = word != recorded.word or (source.is_generated and now.prompts != before.data.prompts)
         if is_respelled and _content(source) != recorded.content:
             return False

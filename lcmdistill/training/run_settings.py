@@ -10,12 +10,11 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.resolve import has_key, keys_with, with_values
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, to_toml
-from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import usable_count
 from lcmdistill.objectives.recorded import has_trained_student, load_run_config, resumable_config
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, write_record
+from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError, disk_error
 from lcmdistill.utils.logging import LOG_FILE
@@ -52,7 +51,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     max_samples = config.data.max_samples or (before.data.max_samples if before else None)
     if max_samples is None:
         needed = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
-        max_samples = usable_count(config.data, make_sources(config.data), needed, one_per_prompt=not teacher.in_pixels)
+        max_samples = usable_count(config.data, sources_of(config), needed, one_per_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale
     if guidance is None:
         kind, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(config)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,16 +14,15 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
-from lcmdistill.diffusion.types import TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import Student, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.compile import compile_blocks, should_compile
 from lcmdistill.training.distributed import Accelerator
-from lcmdistill.training.optimizer import make_optimizer
 from lcmdistill.training.prefetch import InOrder, order_of_work
 from lcmdistill.training.signals import Stop
-from lcmdistill.training.train_step import ConsistencyStep
+from lcmdistill.training.step_kinds import STEP_KINDS
+from lcmdistill.training.train_step import ConsistencyStep, StepParts
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.logging import Progress, progress
 from lcmdistill.utils.runtime import configure_training
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class BuiltStep:
     """A training step on its device, and how its work is ordered. is_compiled: whether the first step compiles."""
 
-    train_step: ConsistencyStep
+    train_step: Any
     order: InOrder
     is_compiled: bool
 
@@ -69,33 +69,23 @@ def build_train_step(
         checkpointing=config.run.gradient_checkpointing,
         omega=config.objective.omega,
         same_dropout=config.objective.same_dropout,
+        critic=getattr(config.objective, "critic", None),
     )
-    networks = torch.nn.ModuleList([student.online, student.teacher, student.target])
-    configure_training(device, networks)
-    optimizer = make_optimizer(config.optim, student.trainable.values(), device)
-    online, optimizer = accelerator.prepare(student.online, optimizer)
-    null = teacher.encode_prompts([""]).to(device)
+    configure_training(device, student.modules)
+    parts = StepParts(
+        objective=config.objective,
+        student=student,
+        optim=config.optim,
+        accelerator=accelerator,
+        schedule=teacher.schedule.to(device),
+        null=teacher.encode_prompts([""]).to(device),
+        prediction_type=teacher.prediction_type,
+    )
+    train_step = STEP_KINDS[config.objective.info.train_step].build(parts)
     # From here on text encoder and VAE are needed for validation only.
     for part in teacher.pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part is not teacher.network:
             part.to("cpu")
-    schedule = teacher.schedule.to(device)
-    teacher_network, student_network, target_network = (
-        x0_eps_network(raw_network(module), schedule, teacher.prediction_type)
-        for module in (student.teacher, online, student.target)
-    )
-    train_step = ConsistencyStep(
-        objective=config.objective,
-        student=student,
-        online=online,
-        optimizer=optimizer,
-        optim=config.optim,
-        accelerator=accelerator,
-        schedule=schedule,
-        teacher=TeacherNetwork(teacher_network, null),
-        student_network=student_network,
-        target_network=target_network,
-    )
     if caches:
         cache_key |= {"data": [folder.name for folder in dataset.folders]}
         train_step.teacher_outputs = _cached_outputs(
@@ -107,16 +97,17 @@ def build_train_step(
     is_adapter = student.adapter is not None
     is_compiled = should_compile(config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter)
     if is_compiled:
-        compile_blocks(networks, shapes)
+        compile_blocks(student.modules, shapes)
     order = order_of_work(
         sum(p.numel() for p in student.trainable.values()),
         device=device,
         has_teacher=not caches and config.objective.num_forwards["teacher"] > 0,
         # Several processes have the cores to themselves already, adapters are switched in a network that all threads would
         # share, and dropout draws from one generator.
-        may_share=not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or is_compiled),
+        may_share=train_step.may_run_ahead
+        and not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or is_compiled),
     )
-    train_step.student_network = order.student_network(student_network)
+    train_step.student_network = order.student_network(train_step.student_network)
     return BuiltStep(train_step, order, is_compiled)
 
 

@@ -5,10 +5,10 @@ Shapes: B micro-batch, C h w latents.
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,25 +18,108 @@ from lcmdistill.data.teacher_cache import TeacherOutputCache
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng, seed_dropout
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetwork
+from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives.base import Objective, State
 from lcmdistill.objectives.common import noise_level_fraction
-from lcmdistill.students.student import Student
+from lcmdistill.students.student import Student, raw_network
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.training.distributed import Accelerator
-from lcmdistill.training.optimizer import learning_rate_at
+from lcmdistill.training.optimizer import learning_rate_at, make_optimizer
 from lcmdistill.utils.errors import RunError
+
+Phase = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def no_phase(name: str) -> contextlib.AbstractContextManager[None]:
+    """Time nothing."""
+    return contextlib.nullcontext()
+
+
+class Prepared(NamedTuple):
+    """A micro-batch whose teacher's part is done. target: waits for the target network's part."""
+
+    rng: Rng
+    batch: Batch
+    state: Any
+    target: Callable[[], Any]
+
+
+class StepReport(NamedTuple):
+    """What an optimizer step reports; all tensors are on the device.
+
+    Attributes:
+        losses: The loss of each sample, (B,) fp32, of each micro-batch.
+        noise_levels: The samples' noise levels as fractions of the schedule, from 0 (clean) to 1, of each micro-batch.
+        norm: The gradient norm before clipping.
+        numbers: Further numbers for a line of metrics, such as {"critic_loss": ...}; their means are logged.
+    """
+
+    losses: list[Tensor]
+    noise_levels: list[Tensor]
+    norm: Tensor
+    numbers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNetworks:
+    """The networks of a step as functions of (z, t, c, w) -> (x0, eps). critic: of methods that have one."""
+
+    teacher: TeacherNetwork
+    student: Network
+    target: Network
+    critic: Network | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """What a training step is built of.
+
+    Attributes:
+        objective: The method.
+        student: The trained network and the networks that it is trained against.
+        optim: The [optim] section.
+        accelerator: The processes and their device.
+        schedule: The teacher's schedule, on the device.
+        null: The empty prompt, B = 1, on the device.
+        prediction_type: What the networks predict.
+    """
+
+    objective: Any
+    student: Student
+    optim: OptimConfig
+    accelerator: Accelerator
+    schedule: NoiseSchedule
+    null: Conditioning
+    prediction_type: str
+
+    def network(self, module: Any) -> Network:
+        """Return a module as a function of (z, t, c, w) -> (x0, eps)."""
+        return x0_eps_network(raw_network(module), self.schedule, self.prediction_type)
+
+    def trained(self, module: Any, parameters: Iterable[Tensor], learning_rate: float) -> tuple[Any, Any]:
+        """Return a module as its processes share it, and an optimizer of its parameters."""
+        optim = replace(self.optim, learning_rate=learning_rate)
+        return self.accelerator.prepare(module, make_optimizer(optim, parameters, self.accelerator.device))
+
+
+Run = Callable[[Callable[[], Tensor]], Tensor]
+"runs the student's work where it belongs, such as in a thread of its own"
+
+Rehearse = Callable[[Iterable[Tensor]], None]
+"called with the parameters of a loss before its backward pass"
 
 
 class TrainStep(Protocol):
     """One method's training step. It owns its networks, its optimizers and the tensors that a checkpoint holds.
 
-    The Trainer calls `prepare` and `evaluate_target` for each micro-batch, possibly in another thread, then
-    `forward_backward`, and `update` once per optimizer step.
+    The Trainer calls `prepare` and `evaluate_target` for each micro-batch, possibly in another thread, and `take` once per
+    optimizer step.
     """
 
     student: Student
     "what is sampled, validated and exported"
+    may_run_ahead: ClassVar[bool]
+    "whether `prepare` and `evaluate_target` do work that a thread of their own is worth"
 
     @property
     def null(self) -> Conditioning:
@@ -56,26 +139,14 @@ class TrainStep(Protocol):
         """Do what needs the target network and not the student, once the previous optimizer step is done."""
         ...
 
-    def forward_backward(
-        self, batch: Batch, state: Any, target: Callable[[], Any], rng: Rng, *, is_last: bool
-    ) -> Tensor:
-        """Add the micro-batch's gradients, and return the loss of each sample, (B,) fp32.
+    def take(self, step: int, micro_batches: Iterable[Prepared], run: Run) -> StepReport:
+        """Take an optimizer step.
 
         Args:
-            batch: The micro-batch.
-            state: What `prepare` returned for it.
-            target: Waits for what `evaluate_target` returned for it.
-            rng: The micro-batch's draws.
-            is_last: Whether it is the last one of the optimizer step, after which gradients are shared.
+            step: Optimizer steps done before.
+            micro_batches: The step's own, as many as are accumulated.
+            run: Runs the student's work.
         """
-        ...
-
-    def update(self, step: int) -> Tensor:
-        """Clip, step the optimizers and move the averages; returns the gradient norm before clipping."""
-        ...
-
-    def noise_level(self, state: Any) -> Tensor:
-        """Return the noise level of each sample as a fraction of the schedule, (B,) fp32 from 0 (clean) to 1."""
         ...
 
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
@@ -106,10 +177,57 @@ class ConsistencyStep:
     teacher: TeacherNetwork
     student_network: Network
     target_network: Network
-    phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext()
+    phase: Phase = no_phase
     "times a phase of the step by its name"
     teacher_outputs: TeacherOutputCache | None = None
     "outputs that were computed before the run, if `data.teacher_cache_samples` asks for them"
+    may_run_ahead: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, parts: StepParts) -> Self:
+        """Build the step, with its optimizer."""
+        student = parts.student
+        online, optimizer = parts.trained(student.online, student.trainable.values(), parts.optim.learning_rate)
+        return cls(
+            objective=parts.objective,
+            student=student,
+            online=online,
+            optimizer=optimizer,
+            optim=parts.optim,
+            accelerator=parts.accelerator,
+            schedule=parts.schedule,
+            teacher=TeacherNetwork(parts.network(student.teacher), parts.null),
+            student_network=parts.network(online),
+            target_network=parts.network(student.target),
+        )
+
+    @staticmethod
+    def rehearse(
+        objective: Objective,
+        student: Student,
+        networks: StepNetworks,
+        schedule: NoiseSchedule,
+        batch: Batch,
+        rng: Rng,
+        before_backward: Rehearse,
+    ) -> None:
+        """Run a micro-batch without an optimizer, as its memory is estimated.
+
+        Args:
+            objective: The method.
+            student: Holds the parameters.
+            networks: The networks, on the meta device.
+            schedule: The teacher's schedule.
+            batch: The micro-batch.
+            rng: Its draws.
+            before_backward: Called with the parameters that get gradients.
+        """
+        before_backward(student.trainable.values())
+        with torch.no_grad():
+            state = objective.teacher_step(networks.teacher, schedule, batch, rng)
+            # As in a training step: before the student, whose activations are then not held yet.
+            target = networks.target(state.z_s, state.s, batch.cond, state.w)
+        objective.loss(networks.student, lambda *_: target, schedule, batch, state).mean().backward()
 
     @property
     def null(self) -> Conditioning:
@@ -136,6 +254,17 @@ class ConsistencyStep:
         self._seed_dropout(rng)
         with self.phase("target"):
             return self.target_network(state.z_s, state.s, batch.cond, state.w)
+
+    def take(self, step: int, micro_batches: Iterable[Prepared], run: Run) -> StepReport:
+        """Add up the gradients of all micro-batches, and update the student."""
+        losses, noise_levels = [], []
+        for number, (rng, batch, state, target) in enumerate(micro_batches, 1):
+            is_last = number == self.optim.gradient_accumulation_steps
+            losses.append(
+                run(lambda: self.forward_backward(batch, state, target, rng, is_last=is_last))  # noqa: B023
+            )
+            noise_levels.append(noise_level_fraction(self.schedule, state.t))
+        return StepReport(losses, noise_levels, run(lambda: self.update(step)), {})
 
     def forward_backward(
         self, batch: Batch, state: State, target: Callable[[], X0Eps], rng: Rng, *, is_last: bool
@@ -171,10 +300,6 @@ class ConsistencyStep:
             self.student.follow(self.objective.ema_decay_at(step))
         return torch.as_tensor(norm)
 
-    def noise_level(self, state: State) -> Tensor:
-        """Return where each t lies in the schedule."""
-        return noise_level_fraction(self.schedule, state.t)
-
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """Return student, target and optimizer."""
         student = self.student
@@ -186,8 +311,8 @@ class ConsistencyStep:
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Copy student, target and optimizer back."""
-        _copy_into(self.student.trainable, groups["student"])
-        _copy_into(self.student.averaged, groups["target"])
+        copy_into(self.student.trainable, groups["student"])
+        copy_into(self.student.averaged, groups["target"])
         self.student.refresh()
         restore_optimizer(self.optimizer, groups["optimizer"])
 
@@ -201,7 +326,8 @@ class ConsistencyStep:
 
 
 @torch.no_grad()
-def _copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's group back. Raises RunError if it belongs to other parameters."""
     if parameters.keys() != saved.keys():
         raise RunError("the checkpoint's parameters are not this student's; it was written by another version")
     for name, parameter in parameters.items():

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
-from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import unused_samples
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
@@ -28,22 +27,23 @@ from lcmdistill.training.best import compared_with_untrained, history, keep_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.cost_time import validations
-from lcmdistill.training.distributed import Accelerator, StopSignal, gather, make_accelerator, min_free_memory
+from lcmdistill.training.distributed import Accelerator, StopSignal, make_accelerator, min_free_memory
 from lcmdistill.training.documents import RunDocuments
 from lcmdistill.training.finish import finish
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.memory.plan import MemoryCheck, plan_memory
-from lcmdistill.training.micro_batches import NOISE_BINS, bin_by_noise, sample_plan
+from lcmdistill.training.micro_batches import sample_plan
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
-from lcmdistill.training.run_data import record_of
+from lcmdistill.training.run_data import record_of, sources_of
 from lcmdistill.training.run_settings import check_run, finished, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.training.train_step import TrainStep
+from lcmdistill.training.unlogged import Unlogged
 from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import Checkpoint, load_latest_checkpoint
 from lcmdistill.utils.device import compute_dtype
@@ -110,7 +110,7 @@ def _distill(
     config = plan.config if plan is not None else config
     stop.check(early)
     accelerator.wait_for_everyone()
-    sources = make_sources(config.data, own_prompts=teacher.own_prompts, seed=config.run.seed)
+    sources = sources_of(config, teacher)
     if is_main:
         with stop.at_once(early):
             cost = estimate_cost(config, teacher, sources, accelerator.device, plan=plan, world=world)
@@ -179,8 +179,7 @@ def make_trainer(
 ) -> "Trainer":
     """Build a trainer at its first step. on_progress: as `build_train_step`."""
     built = build_train_step(config, accelerator, teacher, dataset, on_progress)
-    forwards, is_main = config.objective.num_forwards, accelerator.is_main_process
-    profiler = make_profiler(config, teacher, folder, accelerator.device, forwards, is_main=is_main)
+    profiler = make_profiler(config, teacher, folder, accelerator.device, is_main=accelerator.is_main_process)
     built.train_step.phase = profiler.phase
     return Trainer(
         config=config,
@@ -192,7 +191,7 @@ def make_trainer(
         is_compiled=built.is_compiled,
         profiler=profiler,
         writer=CheckpointWriter(folder / "checkpoints", config.run.keep_checkpoints),
-        loss_by_noise=torch.zeros(2, NOISE_BINS, device=accelerator.device),
+        unlogged=Unlogged(accelerator),
     )
 
 
@@ -209,13 +208,11 @@ class Trainer:
     "how the work of a step is ordered"
     writer: CheckpointWriter
     profiler: RunProfiler
-    loss_by_noise: Tensor
-    "this process's samples since the last log line, from clean to noise: sums of their losses, and how many there were"
+    unlogged: Unlogged
+    "what the steps since the last log line reported"
     is_compiled: bool = False
     step: int = 0
     "optimizer steps done"
-    losses: list[Tensor] = field(default_factory=list)
-    "the mean losses of the steps since the last log line"
     needed: Breakdown | None = None
     "the memory that a step was estimated to take"
     waited: float = 0.0
@@ -243,8 +240,7 @@ class Trainer:
                     student = self.train_step.student
                     restore_best(self.folder, config.best_metric, self.step, student.averaged or student.trainable)
             count, since = 0, time.monotonic()
-            for loss, norm in self.steps():
-                self.losses.append(loss)
+            for _, norm in self.steps():
                 self.profiler.step()
                 count += 1
                 memory.after_step()
@@ -269,28 +265,18 @@ class Trainer:
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Take optimizer steps, and yield each one's mean loss and gradient norm, on the device."""
-        train_step, accumulation = self.train_step, self.config.optim.gradient_accumulation_steps
-        micro_batches = self.order.prepared(train_step, self._micro_batches())
+        accumulation = self.config.optim.gradient_accumulation_steps
+        micro_batches = self.order.prepared(self.train_step, self._micro_batches())
         while self.step < self.config.optim.max_train_steps:
-            loss = torch.zeros((), device=self.accelerator.device)
-            for micro in range(accumulation):
-                rng, batch, state, target = next(micro_batches)
-                is_last = micro == accumulation - 1
-                losses = self.order.run(
-                    lambda: train_step.forward_backward(batch, state, target, rng, is_last=is_last)  # noqa: B023
-                )
-                loss += losses.mean() / accumulation
-                self.loss_by_noise += bin_by_noise(losses, train_step.noise_level(state))
-            norm = self.order.run(lambda: train_step.update(self.step))
+            report = self.train_step.take(self.step, itertools.islice(micro_batches, accumulation), self.order.run)
+            loss = self.unlogged.add(report)
             self.step += 1
-            yield loss, norm
+            yield loss, report.norm
 
     def save(self) -> None:
         """Start to write a checkpoint. All processes call it, and the main one writes."""
         self.accelerator.wait_for_everyone()
-        # Means and sums over all processes, which each of them gets back: they go on as if nobody had stopped.
-        losses = list(gather(torch.stack(self.losses), self.accelerator).mean(0).cpu()) if self.losses else []
-        loss_by_noise = gather(self.loss_by_noise, self.accelerator).sum(0).tolist()
+        unlogged = self.unlogged.state()
         if self.accelerator.is_main_process:
             if not self.train_step.is_finite():
                 self._check_finite(math.nan, torch.tensor(math.nan))
@@ -298,8 +284,7 @@ class Trainer:
             state = {
                 "global_batch": self.global_batch,
                 "scaler": scaler.state_dict() if scaler is not None else {},
-                "unlogged": losses,
-                "by_noise": loss_by_noise,
+                **unlogged,
             }
             self.writer.save(self.step, self.train_step.groups(), state)
         self.accelerator.wait_for_everyone()
@@ -316,9 +301,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        self.losses = [loss.to(self.accelerator.device) for loss in state["unlogged"]]
-        if "by_noise" in state and self.accelerator.is_main_process:  # the sum over all processes
-            self.loss_by_noise.copy_(torch.tensor(state["by_noise"]))
+        self.unlogged.restore(state)
 
     def _micro_batches(self) -> Iterator[tuple[Rng, Batch]]:
         """Yield this process's micro-batches; the next one is read while one is computed."""
@@ -352,16 +335,14 @@ class Trainer:
     def _log(self, bar: Progress, metrics: Metrics | None, norm: Tensor, count: int, seconds: float) -> None:
         """Log the steps since the last line: to metrics.jsonl, the trackers and the console."""
         total = self.config.optim.max_train_steps
-        loss = float(gather(torch.stack(self.losses).mean(), self.accelerator).mean())
+        loss, numbers, by_noise = self.unlogged.means()
         self._check_finite(loss, norm)
-        sums, counts = gather(self.loss_by_noise, self.accelerator).sum(0).tolist()
         speed, waiting = count * self.global_batch / seconds, self.waited / seconds
         samples = self.global_batch // self.accelerator.num_processes
         if metrics is not None:
             rate = learning_rate_at(self.step - 1, self.config.optim)
             values = {"loss": loss, "grad_norm": float(norm), "learning_rate": rate, "samples_per_s": speed}
-            values |= {"data_wait": waiting, **self.profiler.metrics(count * samples)}
-            by_noise = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
+            values |= {**numbers, "data_wait": waiting, **self.profiler.metrics(count * samples)}
             metrics.log(self.step, values, loss_by_noise=by_noise)
             steps = total - self.step
             left = steps * self.global_batch / speed + validations(self.config, steps) * self.validation_seconds
@@ -372,8 +353,7 @@ class Trainer:
             bar.update(self.step, line)
             if not bar.visible:
                 logger.info(f"step {self.step}/{total}  {line}")
-        self.losses.clear()
-        self.loss_by_noise.zero_()
+        self.unlogged.clear()
         self.waited = 0.0
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> None:

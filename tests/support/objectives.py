@@ -40,7 +40,10 @@ def made(objective: str, *, step: int | None = None, steps: int = 1024, **fields
     return OBJECTIVES[objective](**{key: value for key, value in fields.items() if key in known})
 
 
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+CONSISTENCY = [name for name in OBJECTIVES if OBJECTIVES[name].info.train_step == "consistency"]
+"the methods of the contract `Objective`"
+
+each_objective = pytest.mark.parametrize("objective", CONSISTENCY)
 
 
 def asked_of(objective: str, schedule: NoiseSchedule, **fields: Any) -> dict[str, list[tuple[Tensor, Tensor | None]]]:

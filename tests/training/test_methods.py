@@ -28,6 +28,7 @@ LEFT = {
     "lcf": ("LatentConsistencyModelPipeline", "LCMScheduler", True),
     "tcd": ("StableDiffusionPipeline", "TCDScheduler", True),
     "pcm": ("StableDiffusionPipeline", "DDIMScheduler", False),
+    "tdm": ("StableDiffusionPipeline", "DDIMScheduler", False),
     "cd": ("StableDiffusionPipeline", "LCMScheduler", False),
     "ct": ("StableDiffusionPipeline", "LCMScheduler", False),
     "ict": ("StableDiffusionPipeline", "LCMScheduler", False),
@@ -37,6 +38,7 @@ LEFT = {
 # Recorded when the layers below were proven; a refactoring that moves them has changed what is computed.
 GOLDEN = {
     "pcm": [0.04964058, 0.05172992, 0.05916056, 0.07412531],
+    "tdm": [0.1453920, 0.08310902, 0.1492814, 0.05759802],
     "lcm": [0.1452281, 0.1921108, 0.1353092, 0.5790436],
     "lcf": [0.1671074, 0.186042, 0.1257128, 0.363804],
     "tcd": [0.0736863, 0.1075352, 0.1064253, 0.4328819],
@@ -86,6 +88,7 @@ def test_a_run_is_validated_and_its_card_says_what_it_is_and_how_it_is_used(
         "lcm": r"An LCM \(Luo et al. 2023, arXiv:2310.04378\), distilled from",
         "lcf": r"An LCM \(Luo et al. 2023, arXiv:2310.04378\), fine-tuned from",
         "pcm": r"A PCM student \(Wang et al. 2024, arXiv:2405.18407\), distilled from",
+        "tdm": r"A TDM student \(Luo et al. 2025, arXiv:2503.06674\), distilled from",
         "tcd": r"A TCD student \(Zheng et al. 2024, arXiv:2402.19159\), distilled from",
         "cd": r"A consistency model \(Song et al. 2023, arXiv:2303.01469\), distilled from",
         "ct": r"A consistency model \(Song et al. 2023, arXiv:2303.01469\), trained from",
@@ -93,7 +96,7 @@ def test_a_run_is_validated_and_its_card_says_what_it_is_and_how_it_is_used(
     }
     assert re.search(what[objective], card)
     assert ("Guidance is an input of the network" in card) == LEFT[objective][2]
-    assert ("Guidance is baked into the weights" in card) == (objective == "pcm")
+    assert ("Guidance is baked into the weights" in card) == (objective in ("pcm", "tdm"))
     assert ("negative prompts work, at twice the cost" in card) == (objective in ("cd", "ct", "ict"))
     assert (", eta=0.3)" in card) == (objective == "tcd")
 
@@ -176,7 +179,7 @@ def test_usage_instructions_name_the_method_s_sampler(objective: str, kind: str)
     if objective == "tcd":
         assert "sampler TCD with eta 0.3" in cards["A1111"]["lines"][1]
         assert "ComfyUI-TCD" in cards["ComfyUI"]["lines"][1]
-    elif objective == "pcm":
+    elif objective in ("pcm", "tdm"):
         assert "sampler Euler, schedule type SGM Uniform, 4 steps, CFG 1" in cards["A1111"]["lines"][1]
         assert "sampler euler, scheduler sgm_uniform, 4 steps, CFG 1" in cards["ComfyUI"]["lines"][1]
         assert "LCM" not in str(cards)

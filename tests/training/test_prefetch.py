@@ -57,7 +57,7 @@ def test_work_ahead_gives_what_work_in_order_gives(own: Settings, speed_settings
     assert all(map(torch.equal, weights, their))
     near = 1e-5 if run.config.run.precision == "fp32" else 5e-3
     assert losses == pytest.approx(plain, rel=near)
-    torch.testing.assert_close(run.loss_by_noise, whole.loss_by_noise, rtol=near, atol=near / 10)
+    torch.testing.assert_close(run.unlogged.by_noise, whole.unlogged.by_noise, rtol=near, atol=near / 10)
     steps: list[Any] = [run.train_step, whole.train_step]
     means, its = ([state["exp_avg"] for state in step.optimizer.state.values()] for step in steps)
     largest = max(float(value.abs().max()) for value in its)

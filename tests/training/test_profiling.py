@@ -13,6 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import step_cost
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import profiling
 from lcmdistill.training.profiling import (
@@ -22,7 +24,6 @@ from lcmdistill.training.profiling import (
     forward_flops,
     make_profiler,
     peak_rate,
-    sample_flops,
 )
 from lcmdistill.utils.metrics_log import METRICS
 from tests.support.memory import configured
@@ -128,10 +129,11 @@ def test_flops_are_those_of_a_real_forward_pass(small_teacher: Path) -> None:
 
 
 def test_a_sample_takes_its_forwards_and_the_backward_pass() -> None:
-    forwards = {"teacher": 2, "target": 1, "student": 1}
-    assert sample_flops(10, forwards, adapter=False) == 60
-    assert sample_flops(10, forwards, adapter=True) == 50
-    assert sample_flops(10, {"student": 2, "target": 1}, adapter=False) == 70
+    lcm, matching = OBJECTIVES["lcm"](), OBJECTIVES["tdm"](segments=4)
+    assert step_cost(lcm) == 6
+    assert step_cost(lcm, adapter=True) == 5
+    assert step_cost(lcm, cached_teacher=True) == 4
+    assert step_cost(matching) == 13  # 4 of the rollout, 3 of the critic, 6 of the student
 
 
 @pytest.mark.parametrize(
@@ -188,9 +190,8 @@ def test_a_trace_has_the_requested_steps_with_their_phases(
 ) -> None:
     config = configured(small_teacher, run__profile=2)
     teacher = load_teacher(str(small_teacher))
-    forwards = {"teacher": 2, "target": 1, "student": 1}
-    assert make_profiler(config, teacher, tmp_path, CPU, forwards, is_main=False).timer.annotate is False
-    with make_profiler(config, teacher, tmp_path, CPU, forwards) as profiler:
+    assert make_profiler(config, teacher, tmp_path, CPU, is_main=False).timer.annotate is False
+    with make_profiler(config, teacher, tmp_path, CPU) as profiler:
         for _ in range(steps):
             with profiler.phase("forward"):
                 torch.mm(torch.ones(8, 8), torch.ones(8, 8))
@@ -209,8 +210,8 @@ def test_a_trace_has_the_requested_steps_with_their_phases(
 
 
 def test_cached_teacher_outputs_take_no_flops(small_teacher: Path, tmp_path: Path) -> None:
-    teacher, forwards = load_teacher(str(small_teacher)), {"teacher": 2, "target": 1, "student": 1}
+    teacher = load_teacher(str(small_teacher))
     config = configured(small_teacher)
     cached = replace(config, data=replace(config.data, teacher_cache_samples=1))
-    plain, fewer = (make_profiler(c, teacher, tmp_path, CPU, forwards)._flops for c in (config, cached))
+    plain, fewer = (make_profiler(c, teacher, tmp_path, CPU)._flops for c in (config, cached))
     assert fewer == pytest.approx(plain * 4 / 6)

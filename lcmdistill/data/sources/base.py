@@ -56,7 +56,8 @@ class Source(ABC):
     Attributes:
         word: What the user wrote, for messages.
         kind: Its key in SOURCES.
-        is_generated: Whether the teacher generates the images.
+        is_generated: Whether the teacher generates the images, or there are none.
+        prompts_only: Whether there are no images, so that nothing but captions is encoded.
         is_remote: Whether reading it takes a network connection or runs a command.
     """
 
@@ -64,6 +65,7 @@ class Source(ABC):
 
     kind: ClassVar[str]
     is_generated: ClassVar[bool] = False
+    prompts_only: ClassVar[bool] = False
     is_remote: ClassVar[bool] = False
 
     @classmethod

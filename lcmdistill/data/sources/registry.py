@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Source, SourceOptions
+from lcmdistill.data.sources.captions import Captions
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.registry import LazyRegistry
 
@@ -21,7 +23,12 @@ SOURCES = LazyRegistry(
 
 
 def make_source(
-    word: str, *, prompts: str | None = None, own_prompts: Sequence[str] = (), seed: int | None = None
+    word: str,
+    *,
+    prompts: str | None = None,
+    own_prompts: Sequence[str] = (),
+    seed: int | None = None,
+    prompts_only: bool = False,
 ) -> Source:
     """Return the source that a --data word names. This is the only place where the word is parsed.
 
@@ -30,6 +37,7 @@ def make_source(
         prompts: File of prompts for the source `teacher`.
         own_prompts: The teacher's own default prompts.
         seed: Decides the order of an image folder; None keeps the order of the names.
+        prompts_only: Whether only the captions are of use.
 
     Raises:
         UsageError: If the word names no source, or one that does not exist.
@@ -38,7 +46,7 @@ def make_source(
     for kind in SOURCES:
         source = SOURCES[kind].parse(word, options)
         if source is not None:
-            return source
+            return Captions.of(source) if prompts_only else source
     path = Path(word).expanduser()
     if path.exists():
         raise UsageError(f"--data {word} is neither a folder nor a .tar shard")
@@ -51,11 +59,9 @@ def make_source(
     )
 
 
-def make_sources(config: DataConfig, *, own_prompts: Sequence[str] = (), seed: int | None = None) -> tuple[Source, ...]:
-    """Return the sources of `data.sources`, in their order; the arguments are those of `make_source`."""
-    return tuple(
-        make_source(word, prompts=config.prompts, own_prompts=own_prompts, seed=seed) for word in config.sources
-    )
+def make_sources(config: DataConfig, **options: Any) -> tuple[Source, ...]:
+    """Return the sources of `data.sources`, in their order; the options are those of `make_source`."""
+    return tuple(make_source(word, prompts=config.prompts, **options) for word in config.sources)
 
 
 def is_generated(word: str) -> bool:

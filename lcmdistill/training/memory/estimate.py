@@ -22,10 +22,12 @@ from torch.utils._pytree import tree_leaves
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.types import Batch, TeacherNetwork, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
+from lcmdistill.training.step_kinds import STEP_KINDS
+from lcmdistill.training.train_step import StepNetworks
 from lcmdistill.utils.device import GIB
 
 CONTEXT = 0.6 * GIB
@@ -44,13 +46,14 @@ class Breakdown:
 
     Attributes:
         base: Number of parameters of the teacher.
-        trainable: Number of trained parameters.
+        trainable: Number of the student's trained parameters.
         frozen: The teacher's weights, or the weights under a LoRA.
         student: The trained weights.
         target: The part of the EMA target that is on the device.
         gradients: The gradients of the trained weights.
         optimizer: The optimizer's moments.
         activations: Everything else at the peak.
+        critic: The critic's weights, of methods that have one.
     """
 
     base: int
@@ -61,14 +64,17 @@ class Breakdown:
     gradients: int
     optimizer: int
     activations: int
+    critic: int = 0
 
     @property
     def total(self) -> int:
         """The bytes at the peak."""
-        return self.frozen + self.student + self.target + self.gradients + self.optimizer + self.activations
+        weights = self.frozen + self.student + self.critic + self.target
+        return weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
-        parts = ("frozen weights", self.frozen), ("student", self.student), ("EMA target", self.target)
+        parts = ("frozen weights", self.frozen), ("student", self.student), ("critic", self.critic)
+        parts += (("EMA target", self.target),)
         parts += ("gradients", self.gradients), ("optimizer", self.optimizer), ("activations", self.activations)
         return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
 
@@ -171,42 +177,50 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     # With cached outputs the teacher is not on the device, unless a LoRA is on its weights.
     is_cached = config.data.teacher_cache_samples > 0
     teacher_network = [] if is_cached and config.student.kind == "full" else [student.teacher]
-    modules = nn.ModuleList([student.online, *teacher_network, student.target])
-    trained, live = list(student.trainable.values()), Live()
-    sizes = {"student": live.hold(trained), "target": live.hold(student.averaged.values())}
+    critic = [student.critic] if student.critic is not None else []
+    modules = nn.ModuleList([student.online, *teacher_network, student.target, *critic])
+    trained, of_critic = list(student.trainable.values()), list(student.critic_trainable.values())
+    live = Live()
+    sizes = {"student": live.hold(trained), "critic": live.hold(of_critic)}
+    sizes["target"] = live.hold(student.averaged.values())
     sizes["frozen"] = live.hold([*modules.parameters(), *modules.buffers()])
-    networks = [raw_network(module) for module in (student.teacher, student.online, student.target)]
-    of_teacher, of_student, of_target = (
-        x0_eps_network(network, schedule, teacher.prediction_type) for network in networks
-    )
+
+    def network(module: nn.Module) -> Network:
+        return x0_eps_network(raw_network(module), schedule, teacher.prediction_type)
+
+    of_teacher = network(student.teacher)
     if is_cached:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
+    networks = StepNetworks(
+        teacher=TeacherNetwork(of_teacher, null),
+        student=network(student.online),
+        target=network(student.target),
+        critic=network(student.critic) if student.critic is not None else None,
+    )
     objective = config.objective
     if getattr(objective, "lpips_weights", None):  # its network is small compared with the others
         objective = dataclasses.replace(objective, distance="l2", lpips_weights=None)
+    accumulates = config.optim.gradient_accumulation_steps > 1 or world > 1
+
+    def before_backward(parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters if accumulates else ():  # gradients that are there before the backward pass
+            parameter.grad = torch.zeros_like(parameter)
+
     with live, _fused_attention():
-        if (
-            config.optim.gradient_accumulation_steps > 1 or world > 1
-        ):  # gradients that are there before the backward pass
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-        rng = Rng(0, 0, range(len(z)), "meta")
-        batch = Batch(torch.zeros_like(z), c)
-        with torch.no_grad():
-            state = objective.teacher_step(TeacherNetwork(of_teacher, null), schedule, batch, rng)
-            # As in a training step: before the student, whose activations are then not held yet.
-            target = of_target(state.z_s, state.s, batch.cond, state.w)
-        objective.loss(of_student, lambda *_: target, schedule, batch, state).mean().backward()
-    count = sum(p.numel() for p in trained)
-    activations = live.peak - sum(sizes.values()) - 4 * count
+        rng, batch = Rng(0, 0, range(len(z)), "meta"), Batch(torch.zeros_like(z), c)
+        rehearse = STEP_KINDS[objective.info.train_step].rehearse
+        rehearse(objective, student, networks, schedule, batch, rng, before_backward)
+    count, critic_count = (sum(p.numel() for p in parameters) for parameters in (trained, of_critic))
+    gradients = 4 * max(count, critic_count)  # those of one are gone before the other's backward pass
+    activations = live.peak - sum(sizes.values()) - gradients
     if config.student.offload_target and config.student.kind == "full":
         sizes["target"] = sizes["target"] * dtype.itemsize // 4
     return Breakdown(
         base=sum(p.numel() for p in teacher.network.parameters()),
         trainable=count,
         **sizes,
-        gradients=4 * count,
-        optimizer=optimizer_bytes(config.optim.optimizer, count),
+        gradients=gradients,
+        optimizer=optimizer_bytes(config.optim.optimizer, count + critic_count),
         activations=activations,
     )
 
@@ -227,8 +241,9 @@ def _student(config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Student
             checkpointing=config.run.gradient_checkpointing,
             omega=config.objective.omega,
             same_dropout=config.objective.same_dropout,
+            critic=getattr(config.objective, "critic", None),
         )
-    for module in nn.ModuleList([student.online, student.teacher, student.target]).modules():
+    for module in student.modules.modules():
         if isinstance(module, AutocastNetwork):
             module.forward = partial(_forward_without_autocast, module)
             if dtype != torch.float32:

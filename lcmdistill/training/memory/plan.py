@@ -136,7 +136,7 @@ def estimator(
             memory = replace(one, activations=between)
         if config.student.offload_target:
             memory = replace(memory, target=memory.target * dtype.itemsize // 4)
-        return replace(memory, optimizer=optimizer_bytes(optim.optimizer, memory.trainable))
+        return replace(memory, optimizer=optimizer_bytes(optim.optimizer, memory.trainable + memory.critic // 4))
 
     return needed
 

@@ -1,0 +1,333 @@
+"""TDM: the step written out, what the critic converges to, and no gradient where the student is the teacher."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcmdistill.diffusion.ema import ema_update
+from lcmdistill.diffusion.parameterization import X0Eps
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork
+from lcmdistill.objectives.base import step_cost
+from lcmdistill.objectives.common import phase_edges
+from lcmdistill.objectives.tdm import TrajectoryDistributionMatching as Tdm
+from lcmdistill.teachers.schedulers import vp_scheduler
+from tests.support.objectives import NULL, SD15
+from tests.support.oracle import Gaussian, prompt_mean
+
+SCHEDULE = vp_schedule(SD15)
+
+SEGMENTS = [1, 2, 4, 8]
+
+
+def prompts(size: int) -> Conditioning:
+    return Conditioning({"prompt_embeds": torch.linspace(-1, 1, size).view(-1, 1, 1).expand(-1, 3, 2).clone()})
+
+
+def guided_mean(c: Conditioning, w: float) -> Tensor:
+    return prompt_mean(c) + w * (prompt_mean(c) - prompt_mean(NULL))
+
+
+def teacher_of(std: float = 0.5) -> TeacherNetwork:
+    return TeacherNetwork(lambda z, t, c, w: Gaussian(prompt_mean(c), std).denoise(SCHEDULE, z, t), NULL)
+
+
+def along_the_ode(objective: Tdm) -> Network:
+    """The student whose trajectories are those of the guided teacher: it leads from each segment's start to its end."""
+    edges = phase_edges(1000, objective.segments)
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        mid = edges[torch.searchsorted(edges, t.contiguous()) - 1]
+        end = Gaussian(guided_mean(c, objective.w_min)).flow(SCHEDULE, z, t, mid)
+        (a, s), (a_mid, s_mid) = ((SCHEDULE.alpha(time), SCHEDULE.sigma(time)) for time in (t, mid))
+        x0 = (s * end - s_mid * z) / (s * a_mid - s_mid * a)
+        return X0Eps(x0, (z - a * x0) / s)
+
+    return student
+
+
+def guided_critic(objective: Tdm) -> Network:
+    """The exact score of that student's trajectories: it is the guided teacher's."""
+    return lambda z, t, c, w: Gaussian(guided_mean(c, objective.w_min)).denoise(SCHEDULE, z, t)
+
+
+def starts(objective: Tdm, cond: Conditioning, side: int = 2) -> Tensor:
+    """Samples of the guided teacher's marginal at the last time step."""
+    t = torch.full((len(cond["prompt_embeds"]),), 999)
+    gaussian = Gaussian(guided_mean(cond, objective.w_min))
+    u = torch.randn(len(t), 1, side, side, generator=torch.Generator().manual_seed(0))
+    return SCHEDULE.alpha(t) * gaussian.mean + gaussian.variance(SCHEDULE, t).sqrt() * u
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_the_rollout_is_the_samplers_trajectory(segments: int) -> None:
+    objective, cond = Tdm(segments=segments), prompts(3)
+    visited: list[int] = []
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        visited.append(int(t[0]))
+        return teacher_of().network(z, t, c, w)
+
+    z = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    rollout = objective.rollout(student, SCHEDULE, cond, z)
+    config = {**SD15, "num_train_timesteps": 1000}
+    scheduler: Any = vp_scheduler(config, objective.info.scheduler, objective.info.scheduler_options(objective, 1000))
+    scheduler.set_timesteps(segments)
+    assert scheduler.timesteps.tolist() == visited
+    for step, t in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(rollout.z[segments - 1 - step], z, rtol=1e-3, atol=1e-3)
+        eps = teacher_of().network(z, t.expand(3), cond, None).eps
+        z = scheduler.step(eps, t, z).prev_sample
+    torch.testing.assert_close(rollout.x0[0], z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_draws_stay_within_their_segment(segments: int) -> None:
+    objective, edges = Tdm(segments=segments), phase_edges(1000, segments)
+    rollout = objective.rollout(teacher_of().network, SCHEDULE, prompts(400), torch.zeros(400, 1, 1, 1))
+    draw = objective.sample("student", SCHEDULE, rollout, Rng(0, 0, range(400)))
+    assert set(draw.segment.tolist()) == set(range(segments))
+    assert torch.equal(draw.start, edges[draw.segment + 1])
+    assert torch.equal(draw.mid, edges[draw.segment])
+    assert (draw.tau >= draw.mid.clamp(min=20)).all()
+    assert (draw.tau < draw.start - 10).all()
+    span = (draw.tau - draw.mid.clamp(min=20)) / (draw.start - 10 - draw.mid.clamp(min=20))
+    assert span.mean() == pytest.approx(0.5, abs=0.05)
+    other = objective.sample("critic-0", SCHEDULE, rollout, Rng(0, 0, range(400)))
+    assert not torch.equal(other.tau, draw.tau)
+
+
+@pytest.mark.parametrize("distance", ["huber", "l2"])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_there_is_no_gradient_where_student_and_critic_are_exact(segments: int, distance: Any) -> None:
+    """The student's trajectories are the guided teacher's, and the critic is their score: both terms cancel per sample."""
+    objective, cond = Tdm(segments=segments, distance=distance), prompts(64)
+    shift = torch.zeros(1, requires_grad=True)
+    exact = along_the_ode(objective)
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        x0, eps = exact(z, t, c, w)
+        return X0Eps(x0 + shift, eps)
+
+    with torch.no_grad():
+        rollout = objective.rollout(exact, SCHEDULE, cond, starts(objective, cond))
+    found = objective.student_loss(
+        student, guided_critic(objective), teacher_of(), SCHEDULE, cond, rollout, Rng(0, 0, range(64))
+    )
+    found.loss.mean().backward()
+    assert shift.grad is not None
+    assert found.loss.abs().max() < 1e-3
+    # Of a pseudo-Huber loss the gradient is d / c where d is far below c: fp32 leaves d of some 1e-6.
+    assert shift.grad.abs().item() < (1e-2 if distance == "huber" else 1e-5)
+
+
+def test_the_gradient_is_the_analytic_one() -> None:
+    """d/dx0 of l2(x0, sg[x0 + g]) / W is -2 g / (W n), with g the guided teacher's estimate minus the critic's."""
+    objective, cond, rng = Tdm(segments=2, distance="l2", w_min=3.0, w_max=3.0), prompts(6), Rng(3, 5, range(6))
+    outputs: list[Tensor] = []
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        x0, eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, z, t)
+        outputs.append(x0.detach().requires_grad_())
+        return X0Eps(outputs[-1], eps)
+
+    critic: Network = lambda z, t, c, w: Gaussian(0.3, 0.9).denoise(SCHEDULE, z, t)  # noqa: E731
+    rollout = objective.rollout(student, SCHEDULE, cond, torch.randn(6, 1, 2, 2))
+    found = objective.student_loss(student, critic, teacher_of(), SCHEDULE, cond, rollout, rng)
+    found.loss.sum().backward()
+    x0 = outputs[-1]
+    draw = objective.sample("student", SCHEDULE, rollout, rng)
+    z = rollout.z[draw.segment, torch.arange(6)]
+    eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, z, draw.start).eps
+    a, s, a_mid, s_mid = (f(t) for t in (draw.tau, draw.mid) for f in (SCHEDULE.alpha, SCHEDULE.sigma))
+    k = a / a_mid
+    z_tau = k * (a_mid * x0.detach() + s_mid * eps) + (s**2 - (k * s_mid) ** 2).sqrt() * draw.noise
+    real = Gaussian(guided_mean(cond, 3.0)).denoise(SCHEDULE, z_tau, draw.tau).x0
+    fake = Gaussian(0.3, 0.9).denoise(SCHEDULE, z_tau, draw.tau).x0
+    scale = (x0.detach() - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(x0.grad, -2 * (real - fake) / (scale * 4), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.numbers["w"], scale.flatten(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.tau, draw.tau / 1000)
+
+
+def bias_of_the_critic(segments: int, target: Any, size: int = 500) -> float:
+    """The slope of the critic's loss at the exact score of exact trajectories, in deviations of its own noise."""
+    objective = Tdm(segments=segments, critic_target=target, w_min=0.0, w_max=0.0)
+    cond = Conditioning({"prompt_embeds": torch.zeros(size, 3, 2)})
+    rollout = objective.rollout(along_the_ode(objective), SCHEDULE, cond, starts(objective, cond, side=16))
+    factor = torch.ones(size, 1, 1, 1, requires_grad=True)
+    exact = guided_critic(objective)
+
+    def critic(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        eps = exact(z, t, c, w).eps * factor
+        return X0Eps((z - SCHEDULE.sigma(t) * eps) / SCHEDULE.alpha(t), eps)
+
+    objective.critic_loss(critic, SCHEDULE, cond, rollout, Rng(0, 0, range(size))).sum().backward()
+    assert factor.grad is not None
+    slopes = factor.grad.flatten()
+    return abs(slopes.mean() / slopes.std() * math.sqrt(size)).item()
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_a_critic_that_predicts_the_added_noise_learns_the_score(segments: int) -> None:
+    assert bias_of_the_critic(segments, "score") < 4
+
+
+@pytest.mark.parametrize("segments", [2, 4])
+def test_the_published_critic_learns_something_else_than_the_score(segments: int) -> None:
+    """It learns E[x0 | z_tau]: the score only if what is left of the noise at z_mid does not depend on x0.
+
+    On a deterministic trajectory it does, the more the noisier z_mid is.
+    """
+    assert bias_of_the_critic(segments, "x0") > 8
+
+
+MEANS, STD = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]), 0.2
+
+
+def mixture(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+    """The exact denoiser of four equal Gaussians in the plane. z: (B, 2, 1, 1)."""
+    a, s, x = SCHEDULE.alpha(t).view(-1, 1), SCHEDULE.sigma(t).view(-1, 1), z.flatten(1)
+    variance = a**2 * STD**2 + s**2
+    offset = x[:, None] - a[:, None] * MEANS
+    share = (-offset.square().sum(-1) / (2 * variance)).softmax(1)
+    x0 = (share[..., None] * (MEANS + (a * STD**2 / variance)[:, None] * offset)).sum(1)
+    return X0Eps(x0.view_as(z), ((x - a * x0) / s).view_as(z))
+
+
+class Corrected(nn.Module):
+    """The mixture's denoiser plus what a small network learns."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
+
+    def forward(self, z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        a, s = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        inputs = torch.cat([z.flatten(1), t[:, None] / 1000, a.flatten(1)], 1)
+        x0 = mixture(z, t, c, w).x0 + self.layers(inputs).view_as(z)
+        return X0Eps(x0, (z - a * x0) / s)
+
+
+class BatchRng:
+    """Draws for a whole batch at once, which is faster than those of the samples' places."""
+
+    device = "cpu"
+
+    def __init__(self, size: int) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(0)
+
+    def normal(self, stream: str, shape: Any) -> Tensor:
+        return torch.randn(self.size, *shape, generator=self.generator)
+
+    def uniform(self, stream: str) -> Tensor:
+        return torch.rand(self.size, generator=self.generator)
+
+    def integers(self, stream: str, high: int) -> Tensor:
+        return torch.randint(high, (self.size,), generator=self.generator)
+
+
+def energy_distance(one: Tensor, other: Tensor) -> float:
+    between, within = torch.cdist(one, other).mean(), torch.cdist(one, one).mean() + torch.cdist(other, other).mean()
+    return (2 * between - within).item()
+
+
+def of_size(size: int, seed: int = 1) -> tuple[Conditioning, Tensor, Tensor]:
+    """No prompt, samples of the mixture, and noise."""
+    g = torch.Generator().manual_seed(seed)
+    samples = MEANS[torch.randint(4, (size,), generator=g)] + STD * torch.randn(size, 2, generator=g)
+    return Conditioning({"prompt_embeds": torch.zeros(size, 1, 1)}), samples, torch.randn(size, 2, 1, 1, generator=g)
+
+
+@pytest.mark.parametrize("target", ["x0", "score"])
+def test_a_mixture_is_learnt_in_two_steps(target: Any) -> None:
+    """Of two DDIM steps the teacher itself has an energy distance of .32 to its own distribution."""
+    objective = Tdm(segments=2, critic_target=target, distance="l2", w_min=0.0, w_max=0.0)
+    student, critic, average = Corrected(0), Corrected(1), Corrected(0)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.0, 0.95)) for net in (student, critic)]
+    cond, _, _ = of_size(256)
+    teacher = TeacherNetwork(mixture, Conditioning({"prompt_embeds": torch.zeros(1, 1, 1)}))
+    rng: Any = BatchRng(256)
+
+    def step(optimizer: Any, loss: Tensor) -> None:
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    everyone, samples, noise = of_size(2000)
+
+    @torch.no_grad()
+    def distance() -> float:
+        images = objective.rollout(average, SCHEDULE, everyone, noise).x0[0].flatten(1)
+        shares = torch.cdist(images, MEANS).argmin(1).bincount(minlength=4) / 2000
+        assert shares.min() > 0.15  # no mode is lost
+        return energy_distance(images, samples)
+
+    assert distance() > 0.3
+    for _ in range(400):
+        with torch.no_grad():
+            rollout = objective.rollout(student, SCHEDULE, cond, rng.normal("noise", (2, 1, 1)))
+        step(optimizers[1], objective.critic_loss(critic, SCHEDULE, cond, rollout, rng))
+        step(optimizers[0], objective.student_loss(student, critic, teacher, SCHEDULE, cond, rollout, rng).loss)
+        ema_update(average.parameters(), student.parameters(), 0.95)
+    assert distance() < 0.05
+
+
+@pytest.mark.parametrize("fields", [{}, {"segments": 1}, {"segments": 8, "critic_steps": 3}])
+def test_declared_forwards_are_those_that_are_counted(fields: dict[str, Any]) -> None:
+    objective, counts = Tdm(**fields), {"teacher": 0, "student": 0, "critic": 0}
+
+    def counting(role: str) -> Network:
+        def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+            counts[role] += len(z)
+            return X0Eps(z, z)
+
+        return network
+
+    networks: dict[str, Network] = {role: counting(role) for role in counts}
+    cond, rng = prompts(1), Rng(0, 0, [0])
+    rollout = objective.rollout(networks["student"], SCHEDULE, cond, torch.zeros(1, 1, 2, 2))
+    for draw in range(objective.critic_steps):
+        objective.critic_loss(networks["critic"], SCHEDULE, cond, rollout, rng, draw)
+    teacher = TeacherNetwork(networks["teacher"], NULL)
+    objective.student_loss(networks["student"], networks["critic"], teacher, SCHEDULE, cond, rollout, rng)
+    assert counts == objective.num_forwards
+    # 13 forwards' worth by default: 4 for the rollout, 3 for the critic, 6 for the student
+    assert step_cost(objective) == sum(counts.values()) + 2 + 2 * objective.critic_steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"segments": 0}, "segments is 0; it must be from 1 to 31"),
+        ({"segments": 32}, "longer than objective.tau_min"),
+        ({"tau_min": 0}, "tau_min is 0"),
+        ({"tau_margin": -1}, "tau_margin -1"),
+        ({"critic_steps": 0}, "critic_steps is 0; it must be at least 1"),
+        ({"critic_learning_rate": -1.0}, "critic_learning_rate is -1"),
+        ({"critic_rank": 0}, "critic_rank is 0"),
+        ({"snr_clip": 0.0}, "snr_clip is 0; it must be above 0"),
+        ({"w_min": 3.0, "w_max": 2.0}, "w_min is 3"),
+        ({"ema_decay": 1.0}, "ema_decay is 1"),
+    ],
+)
+def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Tdm(**fields).check(1000)
+
+
+def test_the_largest_number_of_segments_still_has_times_in_each() -> None:
+    objective = Tdm(segments=31)
+    objective.check(1000)
+    rollout = objective.rollout(teacher_of().network, SCHEDULE, prompts(50), torch.zeros(50, 1, 1, 1))
+    draw = objective.sample("student", SCHEDULE, rollout, Rng(0, 0, range(50)))
+    assert ((draw.mid <= draw.tau) & (draw.tau < draw.start)).all()
