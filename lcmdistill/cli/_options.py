@@ -80,7 +80,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "teacher.drop",
     ),
     "Data": ("data.prompts", "data.resolution", "data.buckets"),
-    "Method": ("objective.name", "objective.solver", "objective.guidance", "objective.skip"),
+    "Method": ("objective.name", "objective.solver", "objective.guidance", "objective.skip", "student.start"),
     "LoRA": ("student.rank", "student.alpha", "student.target", "student.dropout", "student.target_modules"),
     "Optimization": ("optim.learning_rate", "optim.batch_size", "optim.gradient_accumulation_steps"),
     "Run": ("run.seed", "run.precision", "run.device", "run.report_to", "run.push_to_hub", "run.hub_private"),

@@ -118,8 +118,8 @@ class StudentConfig:
 
     omega_init: Literal["zero", "random"] = "zero"
     "Initial weights of a full student's omega projection. zero starts exactly at the teacher; the public scripts use random."
-    start: Literal["teacher", "scratch"] = "teacher"
-    "Initial weights of a full student: the teacher's, or random ones, as Consistency Training was published with."
+    start: str = "teacher"
+    "Initial weights: the teacher's, those of a run or a LoRA (its path), or scratch: random ones, for full students."
     kind: Literal["full", "lora"] = "full"
     "A full network (distill) or a LoRA on the teacher (distill-lora). The command decides."
     target: TargetKind = TargetKind.ema

@@ -39,6 +39,11 @@ def check_teacher_cache(objective: Objective, draws: int) -> None:
         raise UsageError(f"data.teacher_cache_samples is {draws}; it must be at least 0, which caches nothing")
     if not draws:
         return
+    if not hasattr(objective, "teacher_step"):
+        raise UsageError(
+            "data.teacher_cache_samples caches teacher outputs, and this objective evaluates its teacher at the student's own "
+            "samples; use 0"
+        )
     forwards = objective.num_forwards.get("teacher", 0)
     if forwards == (1 if getattr(objective, "guidance", "free") == "free" else 2):
         return

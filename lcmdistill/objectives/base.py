@@ -62,6 +62,7 @@ class MethodInfo:
         start: What it starts from: "teacher" (a diffusion model) or "student" (a finished few-step model).
         needs_images: Whether it cannot learn from latents that the teacher generates.
         prompts_only: Whether it learns from prompts alone: nothing is generated or encoded but the captions of its data.
+        may_collapse: Whether its runs are watched for collapse, which its loss does not show.
         train_step: The kind of training step, a key of `training.step_kinds`.
         tags: Tags of the model card.
         summary: A format string over the objective's fields that states how it steps, such as "k = {skip}".
@@ -91,6 +92,7 @@ class MethodInfo:
     start: Literal["teacher", "student"] = "teacher"
     needs_images: bool = False
     prompts_only: bool = False
+    may_collapse: bool = False
     train_step: str = "consistency"
     tags: tuple[str, ...] = ("consistency-model",)
     summary: str = ""
@@ -206,7 +208,7 @@ class StudentLoss(NamedTuple):
     Attributes:
         loss: The loss of each sample.
         tau: The noise level that it was taken at, as a fraction of the schedule.
-        numbers: What a run logs about it, such as {"w": ...}.
+        numbers: What a run logs about it, such as {"teacher_gap": ...}; see METRICS.
     """
 
     loss: Tensor

@@ -108,6 +108,7 @@ class TrajectoryDistributionMatching:
         tags=("tdm", "distribution-matching"),
         summary="{segments} segments",
         prompts_only=True,
+        may_collapse=True,
         train_step="distribution-matching",
         defaults=DEFAULTS,
         lora_defaults=LORA_DEFAULTS,
@@ -224,7 +225,7 @@ class TrajectoryDistributionMatching:
             matching, guidance = real.x0 - fake.x0, w * (real.x0 - null.x0)  # the terms DM and CA
             scale = size(x0 - real.x0 - guidance).clamp(min=1e-6)  # W
             goal = x0 + matching + guidance
-            parts = {"w": scale, "dm": size(matching) / scale, "ca": size(guidance) / scale}
+            parts = {"teacher_gap": scale, "dm_share": size(matching) / scale, "ca_share": size(guidance) / scale}
         loss = DISTANCES[self.distance](x0, goal) / scale
         return StudentLoss(loss, noise_level_fraction(schedule, choice.tau), parts)
 

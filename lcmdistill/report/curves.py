@@ -98,6 +98,13 @@ def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
         ),
         _over_time(trained, "samples_per_s", "Speed, samples per second", "Sum over all processes."),
     ]
+    shares = tuple(_series(trained, key) for key in ("teacher_gap", "dm_share", "ca_share"))
+    about = "Distance to the guided teacher, and the two terms of the update as shares of it: matching and guidance."
+    charts += [
+        _over_time(trained, "critic_loss", "Critic loss", "Rises at first, then levels out."),
+        _over_time(trained, "critic_grad_norm", "Gradient norm of the critic", "Before clipping."),
+        Chart("Terms of the update", "training step", "mean absolute value", shares, about=about, markers=False),
+    ]
     charts += [loss_by_noise(trained), *validation_charts(lines)]
     return [chart for chart in charts if not chart.is_empty]
 

@@ -8,6 +8,12 @@ from lcmdistill.teachers.registry import family_of
 
 STEPS = (1, 2, 4, 8)
 
+
+def nearest_validated(steps: int) -> int:
+    """Return the number of STEPS that is nearest to a number of sampling steps."""
+    return min(STEPS, key=lambda each: abs(each - steps))
+
+
 PREVIEW_STEPS = 4
 "sampling steps of the validation images that the model card shows one by one"
 

@@ -18,6 +18,9 @@ PATIENCE = 3
 PLATEAU, DROP = 0.005, 0.05
 "relative improvement that counts, and relative decline, twice in a row, that counts as a drop"
 
+LEAST_DIVERSITY, LEAST_SATURATION, MOST_SATURATION = 0.6, 0.5, 1.6
+"relative to the teacher's images: outside of these a student is taken to collapse"
+
 Values = Sequence[tuple[int, float]]
 
 
@@ -48,6 +51,24 @@ def quality_warning(metric: str, values: Values) -> str | None:
         return f"quality is dropping: {change}; lower the learning rate, or use the best checkpoint (--weights best)"
     if len(costs) > PATIENCE and min(costs[-PATIENCE:]) > min(costs[:-PATIENCE]) * (1 - PLATEAU):
         return f"quality has plateaued: {change}; further training is unlikely to help"
+    return None
+
+
+def collapse_warning(values: Mapping[str, float], steps: int) -> str | None:
+    """Return a sentence if the images of a validation show that a student collapses; None otherwise.
+
+    Args:
+        values: The numbers of the validation, such as {"val/diversity_4": ...}; both are relative to the teacher's images.
+        steps: The number of sampling steps that the student is made for.
+    """
+    diversity, saturation = (values.get(f"val/{name}_{steps}") for name in ("diversity", "saturation"))
+    remedy = "lower --learning-rate, or raise objective.critic_steps"
+    if diversity is not None and diversity < LEAST_DIVERSITY:
+        return (
+            f"the student may be collapsing: its images are {diversity:.2g} times as diverse as the teacher's; {remedy}"
+        )
+    if saturation is not None and not LEAST_SATURATION <= saturation <= MOST_SATURATION:
+        return f"the student may be collapsing: its images are {saturation:.2g} times as saturated as the teacher's; {remedy}"
     return None
 
 

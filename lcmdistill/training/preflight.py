@@ -19,6 +19,7 @@ from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.students.lora import check_layers
+from lcmdistill.students.warm_start import check_start
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
 from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
 from lcmdistill.teachers.family import needs_caption
@@ -48,12 +49,18 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(str(error)) from error
     check_teacher_cache(config.objective, config.data.teacher_cache_samples)
     _check_start(config, teacher)
+    check_start(config.student.start, config.student.kind)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError(
             "student.start is scratch, but a LoRA is an addition to the teacher's weights; use lcmdistill distill"
         )
     if config.data.buckets is not None:
         _check_buckets(config, teacher)
+    if config.objective.info.prompts_only and teacher.condition_is_random:
+        raise UsageError(
+            f"--objective {config.objective_name} learns from prompts alone, and an inpainting model needs images to mask; use "
+            "--objective lcm"
+        )
     if teacher.in_pixels:
         _check_pixels(config, teacher)
     if config.student.kind == "lora":
@@ -83,6 +90,10 @@ def _check_buckets(config: RunConfig, teacher: Teacher) -> None:
     if teacher.in_pixels:
         raise UsageError(
             "data.buckets is for latent models, and a pixel-space teacher has one size; remove data.buckets"
+        )
+    if config.objective.info.prompts_only:
+        raise UsageError(
+            "data.buckets is for images, and this objective learns from prompts alone; remove data.buckets"
         )
     if all(map(is_generated, config.data.sources)):
         raise UsageError(
@@ -131,8 +142,10 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             raise UsageError(
                 f"--guidance free, but {model} has an omega input: its guidance is in its weights; remove --guidance"
             )
-        if config.student.start == "scratch":
-            raise UsageError("student.start is scratch, but --objective lcf fine-tunes an LCM; remove student.start")
+        if config.student.start != "teacher":
+            raise UsageError(
+                f"student.start is {config.student.start}, but --objective lcf fine-tunes an LCM; remove student.start"
+            )
         if any(map(is_generated, config.data.sources)):
             raise UsageError("--objective lcf trains on your own images; pass them with --data")
     elif is_student:

@@ -12,6 +12,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, to_toml
 from lcmdistill.data.survey import usable_count
 from lcmdistill.objectives.recorded import has_trained_student, load_run_config, resumable_config
+from lcmdistill.sampling.prompts import nearest_validated
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
@@ -58,7 +59,10 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         guidance = {"baked": 1.0, "free": FREE_GUIDANCE_SCALE, "input": min(7.5, omegas.middle) if omegas else 1.0}[
             kind
         ]
-    objective = config.objective
+    objective, counts = config.objective, config.objective.info.steps(config.objective)
+    best_metric = config.run.best_metric
+    if "run.best_metric" not in config.chosen and counts.low == counts.high:
+        best_metric = f"ssim_{nearest_validated(counts.recommended)}"
     if getattr(objective, "curriculum_steps", 0) is None:
         whole = getattr(before.objective, "curriculum_steps", None) if before else None
         whole = optim.max_train_steps if whole is None else whole
@@ -67,7 +71,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         config,
         objective=objective,
         data=dataclasses.replace(config.data, max_samples=max_samples),
-        run=dataclasses.replace(config.run, validation_guidance_scale=guidance),
+        run=dataclasses.replace(config.run, validation_guidance_scale=guidance, best_metric=best_metric),
     )
 
 

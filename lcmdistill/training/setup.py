@@ -14,8 +14,10 @@ from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
+from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import Student, raw_network
+from lcmdistill.students.warm_start import WORDS, put_start_lora, put_start_weights, start_lora, start_weights
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.compile import compile_blocks, should_compile
 from lcmdistill.training.distributed import Accelerator
@@ -61,6 +63,9 @@ def build_train_step(
     # Before an adapter is among its weights, and before they are rounded.
     cache_key = {"teacher": teacher.fingerprint(with_network=True), "dtype": str(dtype)} if caches else {}
     teacher.network.to(device)
+    start = config.student.start
+    is_warm = start not in WORDS and resumable_config(Path(config.run.output or "")) is None
+    given: Any = (start_lora if config.student.kind == "lora" else start_weights)(teacher, start) if is_warm else None
     student = make_student(
         teacher,
         config.student,
@@ -71,6 +76,10 @@ def build_train_step(
         same_dropout=config.objective.same_dropout,
         critic=getattr(config.objective, "critic", None),
     )
+    if given is not None and config.student.kind == "lora":
+        put_start_lora(student, given, start, config.student.alpha)
+    elif given is not None:
+        put_start_weights(student, given)
     configure_training(device, student.modules)
     parts = StepParts(
         objective=config.objective,

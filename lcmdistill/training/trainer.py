@@ -21,9 +21,10 @@ from lcmdistill.data.loader import batch_of, read_ahead
 from lcmdistill.data.survey import unused_samples
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
+from lcmdistill.sampling.prompts import nearest_validated
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training.best import compared_with_untrained, history, keep_best, restore_best
+from lcmdistill.training.best import collapse_warning, compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.cost_time import validations
@@ -361,10 +362,18 @@ class Trainer:
         numbers = validator.draw(self.step, student.for_sampling(), metrics)
         comparison = compared_with_untrained(best_metric, history(self.folder, best_metric))
         logger.info(validator.describe(self.step, numbers, comparison))
+        may_collapse = self.config.objective.info.may_collapse and self.step
+        if may_collapse and (warning := collapse_warning(numbers, self._made_for)):
+            logger.warning(warning)
         if best_metric != "none":
             weights = student.averaged or student.trainable
             if warning := keep_best(self.folder, best_metric, self.step, weights):
                 logger.info(warning)
+
+    @property
+    def _made_for(self) -> int:
+        """The validated number of sampling steps that is nearest to what the student is made for."""
+        return nearest_validated(self.config.objective.info.steps(self.config.objective).recommended)
 
     def _check_finite(self, loss: float, norm: Tensor) -> None:
         # Under fp16 an infinite norm is the loss scaler's ordinary way of finding its scale.

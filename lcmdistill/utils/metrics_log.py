@@ -20,6 +20,11 @@ METRICS = {
     "other (nothing of these); phases in parallel threads each count their own",
     "peak_memory_gib": "most GiB of tensors on the GPU since the line before; on a CPU, of the whole process so far",
     "mfu": "model FLOPs utilization: FLOP/s of the networks as a share of the device's peak, which log.txt names",
+    "critic_loss": "distribution matching: mean loss of the critic; it rises at first, then levels out",
+    "critic_grad_norm": "distribution matching: mean norm of the critic's gradient before clipping",
+    "teacher_gap": "distribution matching: mean |x0 of the student - x0 of the guided teacher|, by which the loss is divided",
+    "dm_share": "distribution matching: mean |x0 of the teacher - x0 of the critic|, as a share of teacher_gap",
+    "ca_share": "distribution matching: mean size of the guidance term, as a share of teacher_gap",
     "val/METRIC_STEPS": "agreement with the teacher in validation (rmse, ssim) at a number of sampling steps",
 }
 "what the fields of a line of metrics.jsonl mean; words in capitals stand for several"

@@ -151,7 +151,7 @@ def test_the_gradient_is_the_analytic_one() -> None:
     fake = Gaussian(0.3, 0.9).denoise(SCHEDULE, z_tau, draw.tau).x0
     scale = (x0.detach() - real).abs().mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(x0.grad, -2 * (real - fake) / (scale * 4), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(found.numbers["w"], scale.flatten(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.numbers["teacher_gap"], scale.flatten(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.tau, draw.tau / 1000)
 
 
