@@ -77,16 +77,23 @@ def estimate_cost(
     """
     dtype = compute_dtype(config.run.precision, device)
     needed = plan.needed if plan else step_memory(config, teacher, dtype, world=world)
-    teacher.to(device)
     samples = samples_of(sources, config, teacher, kept)
-    rates = measure_rates(config, teacher, device, dtype, needed.trainable)
+    rates = None
+    try:
+        teacher.to(device)
+        rates = measure_rates(config, teacher, device, dtype, needed.trainable)
+    except torch.OutOfMemoryError:
+        logger.warning("time: not estimated, because a pass of the teacher in fp32 does not fit on the device")
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     written = checkpoint_bytes(needed) + result_bytes(config, teacher, needed)
     optim = config.optim
     visited = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
     return Cost(
         needed=needed,
         samples=samples,
-        phases=phases(config, teacher, samples, rates, written=written, world=world),
+        phases=phases(config, teacher, samples, rates, written=written, world=world) if rates else (),
         items=disk_items(config, teacher, needed, samples),
         passes=visited / max(1, sum(each.total for each in samples)),
     )
@@ -124,7 +131,8 @@ def log_summary(config: RunConfig, teacher: Teacher, cost: Cost, plan: Plan | No
             "prompts (--data teacher), or lower --max-train-steps"
         )
     log_plan(plan or Plan(config, (), needed))
-    logger.info(f"time, estimated from a few passes on this device: {duration_text(cost.seconds)}")
+    if cost.phases:
+        logger.info(f"time, estimated from a few passes on this device: {duration_text(cost.seconds)}")
     for phase in cost.phases:
         logger.info(f"  {phase.name:<25} {duration_text(phase.seconds):>12}  {phase.note}".rstrip())
     total, needed_bytes = sum(item.size for item in cost.items), sum(item.needed for item in cost.items)

@@ -4,6 +4,7 @@ import re
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training import cost_disk, preflight
+from lcmdistill.training import cost_disk, preflight, summary
 from lcmdistill.training.cost_time import Rates, SourceSamples, phases, samples_of
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.summary import Cost, estimate_cost, log_summary
@@ -161,3 +162,16 @@ def test_nothing_but_the_student_moves_while_rates_are_measured(train_settings: 
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_device_without_room_for_a_pass_leaves_the_time_out(
+    train_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, teacher, sources = prepared(resolve({}, train_settings))
+    monkeypatch.setattr(summary, "measure_rates", Mock(side_effect=torch.OutOfMemoryError))
+    cost = estimate_cost(config, teacher, sources, torch.device("cpu"))
+    log_summary(config, teacher, cost, None)
+    said = capsys.readouterr().out
+    assert "time: not estimated" in said
+    assert "time, estimated" not in said
+    assert "disk: " in said
