@@ -1,5 +1,6 @@
 """The command line: the application, its entry point, and `call`, which runs a command as a function."""
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -91,6 +92,7 @@ def main() -> None:
     configure_process()
     configure_console()
     try:
+        os.getcwd()  # without a current folder, libraries of torch end the process on their own terms
         with exit_on_sigterm():
             result = app(standalone_mode=False)  # an exit code, or what the command returned to `call`
         code = result if isinstance(result, int) else 0

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lcmdistill.cli._options import Debug, Device, finite, model_or_run
-from lcmdistill.utils.errors import Interrupted, UsageError
+from lcmdistill.utils.errors import Interrupted, UsageError, is_utf8
 from lcmdistill.utils.units import counted
 
 SchedulerName = Literal["lcm", "tcd", "ddim", "euler", "euler-a", "heun", "dpm++", "unipc"]
@@ -139,6 +139,11 @@ def sample(
     size = sampling.image_size(found, resolution, width, height)
     loras = [*found.loras, *(lora or ())]
     texts = list(prompt or []) + (read_prompts(str(prompts)) if prompts else [])
+    for text in (*texts, negative_prompt or ""):
+        if not is_utf8(text):
+            raise UsageError(
+                f"--prompt {text!a} is not UTF-8; set the terminal's encoding to UTF-8, or use --prompts FILE"
+            )
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
     options = {**found.options, **({} if clip_skip is None else {"clip_skip": clip_skip})}

@@ -17,6 +17,7 @@ from lcmdistill.config.schema import MOST, SECTIONS, RunConfig, TeacherConfig, k
 from lcmdistill.config.synonyms import setting_meant
 from lcmdistill.config.toml import flatten
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import redact_word
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -77,7 +78,7 @@ def resolve(
         )
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(output)))
     if "data.sources" not in flags and any(spec.startswith("pipe:") for spec in config.data.sources):
-        raise UsageError("data.sources: pipe: runs a shell command and is not taken from a file; pass it as --data")
+        raise UsageError("data.sources: a shell command (pipe:...) is not taken from a file; pass it as --data")
     if config.teacher.allow_pickle and "teacher.allow_pickle" not in flags:
         raise UsageError(
             "teacher.allow_pickle opens files that can run any code and is not taken from a file; add --set "
@@ -199,5 +200,5 @@ def _check(config: RunConfig) -> None:
     if not config.data.sources:
         raise UsageError("data.sources is empty; specify a folder, shards, or teacher")
     if config.data.prompts is not None and "teacher" not in config.data.sources:
-        named = ", ".join(config.data.sources)
+        named = ", ".join(map(redact_word, config.data.sources))
         raise UsageError(f"--prompts is for --data teacher, and the data are {named}; add --data teacher")

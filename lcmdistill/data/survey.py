@@ -116,9 +116,9 @@ def survey(
 def no_usable_samples_error(source: Source, report: SourceReport) -> UsageError:
     """Return the error for a source of which nothing can be used."""
     if not report.num_rejected:
-        return UsageError(f"--data {source.word} is empty; it needs images with captions")
+        return UsageError(f"--data {source.label} is empty; it needs images with captions")
     return UsageError(
-        f"--data {source.word}: none of {report.num_rejected} samples can be used ({report.reasons}); each needs an image "
+        f"--data {source.label}: none of {report.num_rejected} samples can be used ({report.reasons}); each needs an image "
         "and a caption (a .txt or .caption file of the same name, or metadata.jsonl)"
     )
 

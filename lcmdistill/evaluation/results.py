@@ -1,6 +1,5 @@
 """The results of an evaluation in a run folder, written and read without any network."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.base import Metric
 from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, preview_indices
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.checksums import checked_json, read_checked_json
 from lcmdistill.utils.errors import UsageError
 
 RECORDED = ("label", "better", "description", "measured_on", "compared_with", "published", "decimals")
@@ -107,7 +107,7 @@ def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more:
         "metrics": {name: {key: getattr(metric, key) for key in RECORDED} for name, metric in metrics.items()},
         **more,
     }
-    write_text(folder / "sweep.json", json.dumps(info, indent=1) + "\n")
+    write_text(folder / "sweep.json", checked_json(info))
 
 
 def read_results(run: Path) -> Results | None:
@@ -121,23 +121,33 @@ def read_results(run: Path) -> Results | None:
         return None
     try:
         return _read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"the evaluation in {folder} cannot be read ({error}); evaluate again: lcmdistill evaluate {run}"
         ) from error
 
 
 def _read(folder: Path) -> Results:
-    info = _upgrade_info(json.loads((folder / "sweep.json").read_text(encoding="utf-8")))
+    info = _upgrade_info(read_checked_json(folder / "sweep.json"))
     cells = {}
     for name in info["cells"]:
         path = folder / "cells" / name / "numbers.json"
         if path.is_file():
-            cell = json.loads(path.read_text(encoding="utf-8"))
+            cell = read_checked_json(path)
             cells[name] = _renamed(cell, {"seconds_an_image": "seconds_per_image", "how": "conditions"})
+            _check_cell(path, cells[name])
     path = folder / "consistency.json"
-    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
+    points = read_checked_json(path)["points"] if path.is_file() else []
     return Results(folder, info, cells, tuple(map(tuple, points)))
+
+
+def _check_cell(path: Path, cell: Mapping[str, Any]) -> None:
+    """Raise ValueError if a point's results have other types than they are written with."""
+    numbers, seconds = cell["numbers"], cell["seconds_per_image"]
+    values = [*numbers.values(), seconds] if isinstance(numbers, dict) else []
+    are_numbers = all(value is None or isinstance(value, int | float) for value in values)
+    if not isinstance(numbers, dict) or not are_numbers or not isinstance(cell.get("conditions", ""), str):
+        raise ValueError(f"{path} holds values of another type")
 
 
 def _upgrade_info(info: Mapping[str, Any]) -> dict[str, Any]:

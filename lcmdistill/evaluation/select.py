@@ -30,6 +30,7 @@ from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_metric, fi
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import public_word, redact_word
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def select_metrics(
         metrics["kid_teacher"] = kid_to_teacher_metric(*network)
     if options.real and network and computes_kid:
         real = real_images(options.real, run.config.data.resolution, 2 * count)
-        name = f"{len(real)} real images of {options.real}"
+        name = f"{len(real)} real images of {public_word(options.real)}"
         metrics["kid"] = kid_metric(*network, features_of(network[0], real), name)
         key["real"] = [options.real, len(real), digest(real.mean((1, 2, 3)).tolist())]
     if options.inception is not None:
@@ -88,7 +89,7 @@ def _fid(run: EvaluatedRun, inception: Path, source: str | None, count: int, dev
         raise UsageError("--inception: FID needs real images, and the run has none; specify them with --real")
     network = ScriptedFeatures(inception, "--inception").to(device)
     real = real_images(source, run.config.data.resolution, max(count, FID_IMAGES))
-    return fid_metric(network, inception.stem, features_of(network, real), source)
+    return fid_metric(network, inception.stem, features_of(network, real), public_word(source))
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -111,8 +112,8 @@ def real_source(runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> str
     bundled = next((word for word in words if word == BundledShards.kind), None)
     if words and (bundled is None or options.prompts is not None):
         logger.info(
-            f"no KID to the images of {words[0]}: the prompts are not their captions; pass --real with images that belong to "
-            "--prompts"
+            f"no KID to the images of {redact_word(words[0])}: the prompts are not their captions; pass --real with images "
+            "that belong to --prompts"
         )
         return None
     return bundled

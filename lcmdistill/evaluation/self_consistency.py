@@ -4,7 +4,6 @@ A consistency model returns the same clean image from anywhere on a trajectory (
 curve rises it does not. Shapes: N grid points, M images, C h w latents.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +29,7 @@ from lcmdistill.students.student import AutocastNetwork, raw_network
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.checksums import checked_json
 
 POINTS = 51
 
@@ -71,7 +71,7 @@ def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> P
     assert isinstance(followed, Tensor)
     student = x0_network(pair.teacher, network_of(pair.pipeline), pair.dtype)
     points = errors(pair.teacher, student, prompts, followed, scale)
-    write_text(path, json.dumps({"key": key, "images": len(prompts), "points": points}, indent=1) + "\n")
+    write_text(path, checked_json({"key": key, "images": len(prompts), "points": points}))
     return file
 
 

@@ -6,7 +6,6 @@ Shapes: N images, C h w latents, H W pixels.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from lcmdistill.evaluation.latents import (
 from lcmdistill.evaluation.metrics.base import ImagePair, Metric
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
-from lcmdistill.utils.checksums import digest
+from lcmdistill.utils.checksums import checked_json, digest, read_checked_json
 
 FORMAT = 1
 "version of the generated latents; points of another version are generated again"
@@ -310,7 +309,7 @@ def sweep_run(
                 "seconds_per_image": round(generated.seconds / len(sweep.prompts), 5),
                 "conditions": generated.conditions,
             }
-            (temporary / "numbers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (temporary / "numbers.json").write_text(checked_json(results), encoding="utf-8")
             write_previews(images, temporary)
     current = {latents_file(point) for point in sweep.points()}
     for path in (folder / "latents").glob("*.safetensors"):
@@ -322,8 +321,8 @@ def sweep_run(
 def recorded_key(path: Path) -> str | None:
     """Return the key of a results file; None if it does not exist or cannot be read, so that it is made again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["key"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return read_checked_json(path)["key"]
+    except (FileNotFoundError, ValueError, KeyError, RecursionError):
         return None
 
 

@@ -11,6 +11,7 @@ from lcmdistill.export.base import Exporter, ExportRequest, Usage, merge_adapter
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.naming import is_local
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import write_checksums
 
@@ -90,6 +91,7 @@ def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
         _default_to_fp32(checker.with_name("config.json"))
         _add_clip_prefix(checker, "vision_model.", within="vision_model.")
     add_vocabularies(folder)
+    remove_local_names(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -102,6 +104,15 @@ def add_vocabularies(folder: Path) -> None:
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         path.with_name("vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         path.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def remove_local_names(folder: Path) -> None:
+    """Remove the folders that models were loaded from, which the libraries record in the configs."""
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if '"_name_or_path"' in text else None
+        if isinstance(values, dict) and is_local(str(values.pop("_name_or_path", "a/b"))):
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _default_to_fp32(config: Path) -> None:
@@ -124,4 +135,6 @@ def _add_clip_prefix(path: Path, prefix: str = "text_model.", within: str = "") 
     if not any(key.startswith(within + prefix) for key in tensors):
         bare = {key for key in tensors if key.startswith(within) and not key.startswith("text_projection")}
         named = {within + prefix + key.removeprefix(within) if key in bare else key: v for key, v in tensors.items()}
-        save_file(named, path, metadata={"format": "pt"})
+        partial = path.with_suffix(".partial")  # the tensors are mapped from the file, which must not be overwritten
+        save_file(named, partial, metadata={"format": "pt"})
+        partial.replace(path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lcmdistill.export.base import Exporter, ExportRequest, Usage, merge_adapter, require_support, unverified
-from lcmdistill.export.diffusers_pipeline import add_vocabularies
+from lcmdistill.export.diffusers_pipeline import add_vocabularies, remove_local_names
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import check_close, network_inputs, smallest_side
 from lcmdistill.teachers.family import TeacherFamily
@@ -196,6 +196,7 @@ def write_onnx(pipeline: Any, folder: Path, quantize: str | None) -> None:
         getattr(pipeline, name).save_pretrained(folder / name)
     add_vocabularies(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
+    remove_local_names(folder)
     (folder / "model_index.json").write_text(json.dumps(_index(pipeline), indent=2) + "\n", encoding="utf-8")
 
 

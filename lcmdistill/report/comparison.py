@@ -1,6 +1,6 @@
 """The page that compares several runs, evaluated on the same prompts and noise."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
         results = read_results(run)
         if results is None:
             raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
-        evaluated[run.name if run.name not in evaluated else str(run)] = results
+        evaluated[_distinct_name(run, evaluated)] = results
     first = next(iter(evaluated.values()))
     for key, name in SHARED.items():
         if any((results.info.get(key) or None) != (first.info.get(key) or None) for results in evaluated.values()):
@@ -75,6 +75,13 @@ def comparison(runs: Sequence[Path]) -> dict[str, Any]:
         ],
         "metrics": metric_rows(first),
     }
+
+
+def _distinct_name(run: Path, others: Collection[str]) -> str:
+    """Return a run's name, with as many of its folders as it takes to distinguish it from others."""
+    parts = run.resolve().parts
+    names = ("/".join(parts[i:]) for i in range(len(parts) - 1, 0, -1))
+    return next((name for name in names if name not in others), str(run))
 
 
 def _group(evaluated: dict[str, Results], index: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.redact import redact_word
 from lcmdistill.utils.run_names import did_you_mean
 
 Row = tuple[str, str]
@@ -245,7 +246,7 @@ def _run(folder: Path) -> list[Row]:
         ("objective", method.describe(config.objective)),
         ("guidance", guidance),
         *([("clip skip", f"{skip} (diffusers counting)")] if (skip := config.teacher.clip_skip) else []),
-        ("data", f"{', '.join(config.data.sources)}, {config.data.resolution} px"),
+        ("data", f"{', '.join(map(redact_word, config.data.sources))}, {config.data.resolution} px"),
         (
             "settings",
             f"learning rate {config.optim.learning_rate}, seed {config.run.seed}, {config.run.precision}",

@@ -24,11 +24,12 @@ from lcmdistill.report.curves import consistency_charts, good, quality_charts, t
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
-from lcmdistill.teachers.naming import public_name, redact_paths
+from lcmdistill.teachers.naming import public_name, public_path, redact_paths
 from lcmdistill.training.best import best_checkpoint_advice, history, quality_warning
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import read_metrics
+from lcmdistill.utils.redact import public_word
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -110,7 +111,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
     cards = chart_cards([*quality, *training])
     values: dict[str, Any] = {
         "name": run.name,
-        "folder": quote(str(run)),
+        "folder": quote(public_path(run)),
         "description": run_description(config),
         "verdict": judged,
         "warnings": _warnings(run, config, results),
@@ -137,7 +138,7 @@ def _warnings(run: Path, config: RunConfig, results: Results | None) -> list[str
     if results and not results.is_current(config):
         warnings.append(
             f"this evaluation is of training step {results.info['trained_steps']}, and the run has continued to step "
-            f"{config.optim.max_train_steps}; evaluate it again: lcmdistill evaluate {quote(str(run))}"
+            f"{config.optim.max_train_steps}; evaluate it again: lcmdistill evaluate {quote(public_path(run))}"
         )
     return [f"{text[0].upper()}{text[1:]}." for text in warnings if text]
 
@@ -167,7 +168,7 @@ def configuration_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("Teacher", public_name(config.teacher.model)),
         ("Student", _student(config)),
         ("Objective", f"{config.objective_name}, {config.objective.info.describe(config.objective)}"),
-        ("Data", ", ".join(config.data.sources)),
+        ("Data", ", ".join(map(public_word, config.data.sources))),
         ("Optimizer", f"AdamW, learning rate {short(config.optim.learning_rate)}, {config.optim.lr_scheduler}"),
         (
             "Length",

@@ -8,6 +8,7 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export import EXPORTERS
 from lcmdistill.export.sampling_facts import facts_from_run
+from lcmdistill.teachers.naming import public_path
 
 
 def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]]:
@@ -18,7 +19,7 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
         config: Its settings.
         steps: The recommended number of sampling steps; None is the method's.
     """
-    facts, is_lora = facts_from_run(run, config), config.student.kind == "lora"
+    facts, is_lora, place = facts_from_run(run, config), config.student.kind == "lora", public_path(run)
     is_free, export = omega_range(config) is None, None
     if is_lora:
         name, folder, file = "peft" if facts.family.uses_peft_only else "kohya", "lora", f"{run.name}.safetensors"
@@ -28,20 +29,20 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
     else:
         name, folder, file, text = "pipeline", "pipeline", "", ""
         programs = EXPORTERS["single-file"]
-        export = f"lcmdistill export {quote(str(run))} --format single-file --output {quote(run.name)}.safetensors"
+        export = f"lcmdistill export {quote(place)} --format single-file --output {quote(run.name)}.safetensors"
         if facts.guidance == "input":
             text = "Guidance is an input of the network and adds no cost; negative prompts have no effect."
         elif not is_free:
             text = "Guidance is in the weights: sample at guidance scale 1."
     if is_free:
         text += "CFG and negative prompts work, at twice the cost."
-    usage = EXPORTERS[name].usage(config, facts, f"{run}/{folder}", file, steps)
+    usage = EXPORTERS[name].usage(config, facts, f"{place}/{folder}", file, steps)
     entries = [{"name": "diffusers", "lines": [text], "code": EXPORTERS[name].python(usage)}]
-    target = programs.usage(config, facts, str(run), f"{run.name}.safetensors", steps)
+    target = programs.usage(config, facts, place, f"{run.name}.safetensors", steps)
     for use in programs.programs(target) if facts.layout else ():
         baked = " with the guidance baked in" if facts.guidance == "input" else ""
         first = use.lines[0] if is_lora else f"Write a single file{baked}. {use.lines[0]}"
         entries.append({"name": use.program, "lines": [first, *use.lines[1:]], "code": export})
-    command = f'lcmdistill sample {quote(str(run))} --steps {usage.steps} --prompt "a prompt"'
+    command = f'lcmdistill sample {quote(place)} --steps {usage.steps} --prompt "a prompt"'
     lines = ["PNGs with embedded settings, and a grid."]
     return [*entries, {"name": "Command line", "lines": lines, "code": command}]

@@ -48,3 +48,8 @@ def limited_waiting(seconds: float = SECONDS) -> Iterator[None]:
         yield
     finally:
         del session.send
+
+
+def is_caused_by(error: BaseException | None, name: str) -> bool:
+    """Return whether an error of a class is among the causes of another, or is it."""
+    return error is not None and (type(error).__name__ == name or is_caused_by(error.__context__, name))

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file.inspect import read_header
+from lcmdistill.utils.redact import public_word
 from lcmdistill.utils.run_names import names_a_run
 
 ALIASES = {alias: entry.model for family in FAMILIES.values() for alias, entry in family.aliases.items()}
@@ -38,8 +38,8 @@ def public_name(model: str) -> str:
 
 
 def public_path(folder: Path) -> str:
-    """Return a folder as it was specified, or its last part if it is absolute, which would reveal other folders."""
-    return folder.name if folder.is_absolute() else str(folder)
+    """Return a folder as it was specified, or its last part if the path would reveal other folders."""
+    return folder.name if folder.is_absolute() or ".." in folder.parts else str(folder)
 
 
 def is_local(model: str) -> bool:
@@ -136,11 +136,6 @@ def redact_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
             return model if (model := str(value)) in ALIASES else public_name(model)
         if not isinstance(value, str) or key == "run.validation_prompts":
             return value
-        if value.startswith("pipe:"):
-            return "pipe:"
-        if "://" in value:
-            parts = urlsplit(value)
-            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        return Path(value).name if value.startswith(("/", "~", "../")) else value
+        return public_word(value)
 
     return {key: redact(key, value) for key, value in settings.items()}

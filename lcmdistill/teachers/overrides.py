@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lcmdistill.teachers.compat import dtype_option
-from lcmdistill.teachers.hub_session import limited_waiting
+from lcmdistill.teachers.hub_session import is_caused_by, limited_waiting
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import read_header
@@ -91,7 +91,7 @@ def _load_vae(vae: str, current: Any, allow_pickle: bool, *, local_only: bool = 
             try:
                 config: Any = kind.load_config(name, **where)
             except OSError as error:
-                if is_folder or _is_caused_by(error, "HubStalled"):
+                if is_folder or is_caused_by(error, "HubStalled"):
                     raise
                 options["subfolder"] = "vae"  # of a whole pipeline on the hub
                 config = kind.load_config(name, **where, subfolder="vae")
@@ -102,18 +102,13 @@ def _load_vae(vae: str, current: Any, allow_pickle: bool, *, local_only: bool = 
         raise
     except Exception as error:  # a loader raises whatever it meets in files of another kind
         reason = str(error).strip().split("\n")[0]
-        if _is_caused_by(error, "HubStalled") and not local_only:
+        if is_caused_by(error, "HubStalled") and not local_only:
             return _load_vae(vae, current, allow_pickle, local_only=True)
-        if not path.exists() and (local_only or _is_caused_by(error, "LocalEntryNotFoundError")):
+        if not path.exists() and (local_only or is_caused_by(error, "LocalEntryNotFoundError")):
             raise RunError(f"--vae {vae} is not in the local cache and the hub cannot be reached") from error
         if "meta tensor" in reason:  # a weight that no file holds
             reason = "weights are missing, or their names are unknown"
         raise UsageError(f"--vae {vae} cannot be read as a VAE: {reason}") from error
-
-
-def _is_caused_by(error: BaseException | None, name: str) -> bool:
-    """Return whether an error of a class is among the causes of another, or is it."""
-    return error is not None and (type(error).__name__ == name or _is_caused_by(error.__context__, name))
 
 
 def _single_file(path: Path, current: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.hub_session import is_caused_by, limited_waiting
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import read_header
@@ -63,8 +64,8 @@ def replace_text_encoders(pipeline: Any, encoders: Sequence[str], *, allow_pickl
         pipeline.register_modules(**{name: replacement})
 
 
-def _load(word: str, name: str, current: Any, allow_pickle: bool) -> Any:
-    """Return a text encoder of the current one's class in fp32."""
+def _load(word: str, name: str, current: Any, allow_pickle: bool, *, local_only: bool = False) -> Any:
+    """Return a text encoder of the current one's class in fp32; local_only: without asking the hub."""
     path, kind = Path(word).expanduser(), type(current)
     if path.is_file():
         return _from_file(path, current)
@@ -73,23 +74,27 @@ def _load(word: str, name: str, current: Any, allow_pickle: bool) -> Any:
             f"--text-encoder {word} does not exist; use a diffusers folder, a .safetensors file or a hub id"
         )
     options: dict[str, Any] = {"use_safetensors": None if allow_pickle else True, **dtype_option(torch.float32)}
+    if local_only:
+        options["local_files_only"] = True
     source: Any = word
     if path.is_dir():
         source = path if (path / "config.json").is_file() else path / name
     try:
-        try:
-            encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
-        except OSError:
-            if path.is_dir():
-                raise
-            options["subfolder"] = name  # of a whole pipeline on the hub
-            encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
+        with limited_waiting():
+            try:
+                encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
+            except OSError as error:
+                if path.is_dir() or is_caused_by(error, "HubStalled"):
+                    raise
+                options["subfolder"] = name  # of a whole pipeline on the hub
+                encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # a loader raises whatever it meets in folders of another kind
         reason = str(error).strip().split("\n")[0]
-        if not path.exists() and ("couldn't connect" in reason.lower() or "offline" in reason.lower()):
-            raise RunError(
-                f"--text-encoder {word} is not in the local cache and the hub cannot be reached: {reason}"
-            ) from error
+        if is_caused_by(error, "HubStalled") and not local_only:
+            return _load(word, name, current, allow_pickle, local_only=True)
+        unreachable = ("couldn't connect", "offline", "connection")
+        if not path.exists() and (local_only or any(sign in reason.lower() for sign in unreachable)):
+            raise RunError(f"--text-encoder {word} is not in the local cache and the hub cannot be reached") from error
         raise UsageError(f"--text-encoder {word} cannot be read as a {kind.__name__}: {reason}") from error
     if missing := sorted(key for key in report["missing_keys"] if not key.endswith("position_ids")):
         raise UsageError(

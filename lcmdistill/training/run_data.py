@@ -14,6 +14,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import redact_word
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,8 @@ def check_record(folder: Path, record: Sequence[RecordedSource], model: str) -> 
     for was, now in zip(before, record, strict=False):
         if was.content != now.content:
             raise UsageError(
-                f"--data {now.word} changed (names, sizes, dates) since the run in {folder} started; restore it to resume, or "
-                "use another --output"
+                f"--data {redact_word(now.word)} changed (names, sizes, dates) since the run in {folder} started; restore it "
+                "to resume, or use another --output"
             )
         if was.latents != now.latents:
             raise UsageError(

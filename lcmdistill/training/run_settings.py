@@ -17,8 +17,9 @@ from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
 from lcmdistill.utils.atomic import write_text
-from lcmdistill.utils.errors import UsageError, disk_error
+from lcmdistill.utils.errors import UsageError, disk_error, is_utf8
 from lcmdistill.utils.logging import LOG_FILE
+from lcmdistill.utils.redact import redact_value
 from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_name
 
 _MARK, _REQUESTED = ".finished", ".requested.json"
@@ -102,6 +103,20 @@ def finished_step(folder: Path) -> int | None:
     return int(digits) if not saved or saved[-1].name == text else None
 
 
+def finished_message(config: RunConfig) -> str | None:
+    """Return a sentence about a finished run, which may have more steps than were requested; None for another run."""
+    if not finished(config):
+        return None
+    folder, requested = Path(config.run.output or ""), config.optim.max_train_steps
+    steps = finished_step(folder) or requested
+    fewer = (
+        f" and keeps them; for a run of {requested} steps use another --output"
+        if requested < steps
+        else "; nothing to do"
+    )
+    return f"{folder} is already finished with {steps} steps{fewer}"
+
+
 def mark_finished(folder: Path, step: int) -> None:
     """Record the step at which a run finished. Call it after everything else is written."""
     write_text(folder / _MARK, step_name(step))
@@ -112,6 +127,10 @@ def check_run(config: RunConfig) -> None:
     folder = Path(config.run.output or "")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file; specify a folder")
+    if not is_utf8(str(folder)):
+        raise UsageError(
+            f"--output {str(folder)!a} is not UTF-8, and its files would not be readable; use another name"
+        )
     check_writable(folder)
     first = (LOCK, LOG_FILE, ".config.")  # what a run writes before its configuration
     others = [path for path in folder.iterdir() if not path.name.startswith(first)] if folder.is_dir() else []
@@ -138,8 +157,9 @@ def check_run(config: RunConfig) -> None:
     if keys:
         first = keys[0]
         more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        was, is_now = (redact_value(values.get(first)) for values in (before, now))
         raise UsageError(
-            f"{folder} contains a run with {first} = {before.get(first)!r} (this command: {now.get(first)!r}){more}; "
+            f"{folder} contains a run with {first} = {was!r} (this command: {is_now!r}){more}; "
             "use the original settings to resume, or another --output"
         )
 

@@ -165,9 +165,9 @@ def prepare_data(
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
     for source in sources:
-        with progress(f"preparing {source.word}", members_of(source, config.data), enabled=rank == 0) as bar:
-            report, seed = progress_callback(f"preparing {source.word}", bar, stop, loud=rank == 0), config.run.seed
-            stopped = f"stopped while preparing {source.word}; progress is saved, re-run the same command to continue"
+        with progress(f"preparing {source.label}", members_of(source, config.data), enabled=rank == 0) as bar:
+            report, seed = progress_callback(f"preparing {source.label}", bar, stop, loud=rank == 0), config.run.seed
+            stopped = f"stopped while preparing {source.label}; progress is saved, re-run the same command to continue"
             with stop.at_once(stopped):
                 folders.append(
                     prepare(source, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)

@@ -24,6 +24,7 @@ from lcmdistill.diffusion.types import Batch
 from lcmdistill.sampling.prompts import nearest_validated
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.naming import redact_paths
 from lcmdistill.training.best import collapse_warning, compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
@@ -39,7 +40,7 @@ from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_data import record_of, sources_of
-from lcmdistill.training.run_settings import check_run, finished, open_run, resolve_run_defaults
+from lcmdistill.training.run_settings import check_run, finished_message, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
@@ -89,9 +90,9 @@ def _distill(
     """Do what `distill` says. held: what is released at the run's end, such as its lock and its log file."""
     config, is_main, world = requested, accelerator.is_main_process, accelerator.num_processes
     folder = Path(config.run.output or "")
-    if finished(config):
+    if message := finished_message(config):
         if is_main:
-            logger.info(f"{folder} is already finished ({config.optim.max_train_steps} steps); nothing to do")
+            logger.info(message)
         return folder
 
     # Check everything before anything is written.
@@ -127,7 +128,7 @@ def _distill(
     if is_main:
         for source, report in zip(sources, dataset.reports, strict=True):
             unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
-            logger.info(f"data {source.word}: {report}{unused}")
+            logger.info(f"data {source.label}: {report}{unused}")
     if not len(dataset):
         raise UsageError("no usable training samples; run with --dry-run to see why")
     validator = Validator(config, teacher, folder) if is_main else None
@@ -154,7 +155,7 @@ def _distill(
         logger.info("the networks are compiled at the first step, which takes minutes; use --compile off to skip it")
 
     # Train.
-    metrics = Metrics(folder, config.run.report_to, flatten(config), trainer.step) if is_main else None
+    metrics = Metrics(folder, config.run.report_to, redact_paths(flatten(config)), trainer.step) if is_main else None
     try:
         trainer.fit(validator, metrics, stop)
     finally:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from lcmdistill.utils.errors import UsageError
 
 MANIFEST = ".checksums.json"
 "the file in a folder with the checksums of the others"
+
+_CHECKSUM = "checksum"
 
 _NOT_LISTED = ("README.md", MANIFEST)
 "files that may change: a model card belongs to its author"
@@ -32,6 +35,26 @@ def checksum_of_text(text: str) -> str:
 def digest(value: Any) -> str:
     """Return a short hash of plain values, which names caches and records."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def checked_json(values: Mapping[str, Any]) -> str:
+    """Return plain values as JSON with a checksum, for `read_checked_json`."""
+    return json.dumps({**values, _CHECKSUM: digest(values)}, indent=1) + "\n"
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Return the values of a JSON file; a file without a checksum, from an earlier version, is not checked.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    expected = values.pop(_CHECKSUM, None)
+    if expected is not None and expected != digest(values):
+        raise ValueError(f"{path} was changed or damaged after it was written")
+    return values
 
 
 def write_checksums(folder: Path) -> None:

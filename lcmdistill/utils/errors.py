@@ -60,7 +60,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"a path or name is too long: {_shortened(str(error.filename))}; choose a shorter one", 1
     if isinstance(error, UnicodeEncodeError):
-        return f"a name or text is not UTF-8: {_shortened(repr(error.object))}; rename or re-encode it", 1
+        part = error.object[max(error.start - 30, 0) : error.end + 30]
+        return f"a name or text is not UTF-8: {part!a}; rename or re-encode it", 1
     text = str(error).strip().split("\n")[0] or "no message"
     if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's
         return "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches", 1
@@ -72,6 +73,15 @@ def explain(error: BaseException) -> tuple[str, int]:
             1,
         )
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: arguments and file names of another encoding cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shortened(text: str) -> str:

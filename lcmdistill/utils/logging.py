@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.errors import disk_error
+from lcmdistill.utils.redact import RedactingFilter
 
 PACKAGE = "lcmdistill"
 LOG_FILE = "log.txt"
@@ -24,6 +25,10 @@ class ConsoleHandler(logging.Handler):
 
     A run must not end because its reader did: once the pipe is closed, the handler drops what follows.
     """
+
+    def __init__(self, level: int = logging.NOTSET) -> None:
+        super().__init__(level)
+        self.addFilter(RedactingFilter())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; after a closed pipe, do nothing."""
@@ -66,6 +71,7 @@ def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
     Warnings go to the file instead of the console. For the main process; a resumed run appends to the same file.
     """
     handler = _LogFileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+    handler.addFilter(RedactingFilter())
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s rank {rank}  %(message)s"))
     root, warnings = logging.getLogger(PACKAGE), logging.getLogger("py.warnings")
     level, propagate = root.level, warnings.propagate

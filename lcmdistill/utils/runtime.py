@@ -48,6 +48,7 @@ def configure_process() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # from huggingface_hub, about diffusers' call
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces a temporary folder for its cache
     os.environ |= thread_environment(os.environ)
     collect_garbage_rarely()
     for stream in (sys.stdout, sys.stderr):

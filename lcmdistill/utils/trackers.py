@@ -48,7 +48,7 @@ def make_tracker(report_to: str, folder: Path, settings: Mapping[str, Any], star
     Args:
         report_to: "none", "tensorboard" or "wandb".
         folder: The run folder.
-        settings: The run's settings, {"section.key": value}.
+        settings: The run's settings without secrets, {"section.key": value}.
         start_step: The step that the run resumes from.
 
     Raises:
@@ -119,6 +119,8 @@ class Wandb:
             dir=os.environ.get("WANDB_DIR") or str(folder),
             id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
+            # Otherwise the command line is uploaded, with every secret in it.
+            settings=wandb.Settings(x_disable_meta=True, disable_git=True),
             config={key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
         )
         place = getattr(self._run, "url", None) or getattr(self._run, "dir", None)

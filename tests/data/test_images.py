@@ -39,9 +39,17 @@ def png(depth: int, color: int, pixel: bytes, *chunks: tuple[bytes, bytes]) -> b
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def qoi(image: Image.Image) -> bytes:
+    """A QOI file of plain pixels; Pillow 11 reads the format and does not write it."""
+    pixels = np.asarray(image).reshape(-1, 3)
+    data = b"".join(b"\xfe" + pixel.tobytes() for pixel in pixels)
+    return b"qoif" + struct.pack(">IIBB", *image.size, 3, 0) + data + b"\0" * 7 + b"\x01"
+
+
 @pytest.mark.parametrize("suffix", KINDS)
 def test_images_of_each_format_are_read_from_folders_and_shards(tmp_path: Path, suffix: str) -> None:
-    raw = encoded(quadrants(RED, LIME, BLUE, BLACK), KINDS[suffix])
+    image = quadrants(RED, LIME, BLUE, BLACK)
+    raw = qoi(image) if suffix == "qoi" else encoded(image, KINDS[suffix])
     assert_close(open_image(raw), quadrants(RED, LIME, BLUE, BLACK))
     folder = tmp_path / "folder"
     folder.mkdir()

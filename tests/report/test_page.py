@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lcmdistill.evaluation.results import read_results
+from lcmdistill.evaluation.sweep import recorded_key
 from lcmdistill.hub.model_card import update_run_card
 from lcmdistill.report.card import write_card_plots
 from lcmdistill.report.comparison import write_comparison
@@ -119,7 +120,7 @@ def test_a_run_without_an_evaluation_has_a_page(small_run: Path, tmp_path: Path)
     shutil.copytree(small_run, run)
     page = check_page(write_report(run))
     assert "Not evaluated yet." in page.text
-    assert f"lcmdistill evaluate {run}" in page.text
+    assert "lcmdistill evaluate run" in page.text
     assert "Loss by noise level" in page.text
     assert "Steps and guidance" not in page.text
     with pytest.raises(UsageError, match="has not been evaluated; run: lcmdistill evaluate"):
@@ -128,7 +129,7 @@ def test_a_run_without_an_evaluation_has_a_page(small_run: Path, tmp_path: Path)
 
 def changed_sweep(run: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
     path = run / "evaluation" / "sweep.json"
-    info = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    info = {key: value for key, value in json.loads(path.read_text()).items() if key not in (*drop, "checksum")}
     path.write_text(json.dumps({**info, **values}))
 
 
@@ -144,6 +145,7 @@ def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_pa
     changed_sweep(run, drop=drop, is_lora=True, measures=measures, pictured_prompts=old["preview_prompts"])
     for path in (run / "evaluation" / "cells").glob("*/numbers.json"):
         cell = json.loads(path.read_text())
+        del cell["checksum"]
         cell |= {"seconds_an_image": cell.pop("seconds_per_image"), "how": cell.pop("conditions")}
         path.write_text(json.dumps(cell))
     page = check_page(write_report(run))
@@ -209,7 +211,7 @@ def test_an_outdated_evaluation_is_reported(evaluated_run: Path, tmp_path: Path)
     (run / "config.toml").write_text(config + "# checksum: any\n")
     page = check_page(write_report(run))
     assert warning in page.text
-    assert f"lcmdistill evaluate '{run}'" in page.text
+    assert "lcmdistill evaluate 'my run'" in page.text
     assert not update_run_card(run)
     assert (run / "README.md").read_text() == card
 
@@ -244,7 +246,14 @@ def test_times_say_how_they_were_taken(evaluated_run: Path, tmp_path: Path):
     shutil.copytree(evaluated_run, run)
     assert "without decoding, in batches of 3 on cpu, " in Page(write_report(run)).text
     path = run / "evaluation" / "cells" / "student-01-g4" / "numbers.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "conditions": "batches of 1 on cuda"}))
+    cell = json.loads(path.read_text())
+    path.write_text(json.dumps(cell | {"conditions": "batches of 1 on cuda"}))
+    assert recorded_key(path) is None, "it is measured again"
+    with pytest.raises(
+        UsageError, match=r"numbers.json was changed or damaged after .* evaluate again: lcmdistill evaluate"
+    ):
+        write_report(run)
+    path.write_text(json.dumps(cell | {"conditions": "batches of 1 on cuda", "checksum": None}))
     text = Page(write_report(run)).text
     assert "without decoding, under different conditions" in text
     assert "student, 1 step, in batches of 1 on cuda" in text
@@ -260,6 +269,7 @@ def test_user_text_is_escaped(evaluated_run: Path, tmp_path: Path):
     shutil.copytree(evaluated_run, run)
     path = run / "evaluation" / "sweep.json"
     about = json.loads(path.read_text())
+    del about["checksum"]
     about["preview_prompts"][0] = '"><script>alert(1)</script>'
     path.write_text(json.dumps(about))
     page = check_page(write_report(run))
@@ -274,7 +284,7 @@ def test_several_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Pa
     assert "small-lcm and other-lcm" in page.text
     assert sum("other-lcm, 2 steps" in (image["alt"] or "") for image in page.all("img")) == 3
     path = other / "evaluation" / "sweep.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1, "checksum": None}))
     with pytest.raises(UsageError, match="evaluated with different seed"):
         write_comparison([evaluated_run, other], tmp_path / "comparison.html")
 

@@ -170,6 +170,11 @@ def test_impossible_numbers_are_refused(command: Command, arguments: list[str]) 
     assert "Traceback" not in error
 
 
+def test_a_prompt_that_is_not_utf8_is_refused(command: Command, small_run: Path) -> None:
+    code, _, error = command("sample", small_run, "--prompt", "a \udcff", "--steps", 1)
+    assert (code, error.startswith("Error: --prompt 'a \\udcff' is not UTF-8")) == (2, True)
+
+
 def test_a_size_need_not_be_square(command: Command, tmp_path: Path, small_run: Path) -> None:
     options = ["--prompt", "dog face", "--steps", 1, "--output", "out"]
     assert command("sample", small_run, *options, "--width", 32, "--height", 24)[0] == 0

@@ -10,12 +10,16 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from transformers import CLIPTextModel
 
+from lcmdistill.data.sources.registry import make_source
 from lcmdistill.hub.client import check_login
 from lcmdistill.teachers import hub_session
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.overrides import replace_vae
+from lcmdistill.teachers.text_encoders import _load
 from lcmdistill.utils.errors import RunError
+from tests.support.models import text_config
 
 
 @pytest.fixture
@@ -56,6 +60,12 @@ def test_a_hub_that_stalls_ends_in_a_sentence(stalled: str) -> None:
     vae = SimpleNamespace(components={"vae": object()})
     with pytest.raises(RunError, match=r"--vae owner/name is not in the local cache and the hub cannot be reached"):
         replace_vae(vae, "owner/name")
+    with pytest.raises(
+        RunError, match=r"--text-encoder owner/name is not in the local cache and the hub cannot be reached"
+    ):
+        _load("owner/name", "text_encoder", CLIPTextModel(text_config()), False)
+    with pytest.raises(RunError, match=r"--data hf://datasets/owner/name/a.tar cannot be reached: .*0.3 s"):
+        list(make_source("hf://datasets/owner/name/a.tar").members())
     with pytest.raises(RunError, match=rf"cannot check the login at {stalled}: .*did not answer within 0.3 s"):
         check_login("me/mine")
     assert time.monotonic() - began < 30

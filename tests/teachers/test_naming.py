@@ -85,7 +85,7 @@ def test_settings_are_shown_without_folders_and_secrets() -> None:
     )
     assert told == {
         "teacher.model": "mine",
-        "data.sources": ["pictures", "data/own", "pipe:", "https://h/a.tar"],
+        "data.sources": ["pictures", "data/own", "pipe:...", "https://h/a.tar"],
         "data.cache_dir": "cache",
         "run.validation_prompts": ["/imagine a cat"],
         "run.seed": 0,

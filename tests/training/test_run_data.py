@@ -14,7 +14,7 @@ from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training.run_data import FILE, read_record, record_of
-from lcmdistill.training.run_settings import check_run, finished, open_run
+from lcmdistill.training.run_settings import check_run, finished, finished_message, open_run
 from lcmdistill.utils.errors import UsageError
 
 
@@ -61,6 +61,20 @@ def test_a_run_that_has_moved_is_resumed(run: Path, teacher: Teacher, tmp_path: 
     check_run(changed(moved))
     reopen(moved, teacher)
     assert finished(changed(moved))
+    assert finished_message(changed(moved)) == f"{moved} is already finished with 4 steps; nothing to do"
+
+
+def test_fewer_steps_than_a_finished_run_has_are_not_claimed(run: Path) -> None:
+    config = changed(run)
+    fewer = replace(config, optim=replace(config.optim, max_train_steps=1))
+    sentence = f"{run} is already finished with 4 steps and keeps them; for a run of 1 steps use another --output"
+    assert finished_message(fewer) == sentence
+
+
+def test_an_output_that_is_not_utf8_is_refused(run: Path) -> None:
+    config = changed(run)
+    with pytest.raises(UsageError, match=r"--output '.*a\\udcff' is not UTF-8"):
+        check_run(replace(config, run=replace(config.run, output=str(run.with_name("a\udcff")))))
 
 
 def test_other_data_are_refused(run: Path, image_folder: Path, tmp_path: Path) -> None:

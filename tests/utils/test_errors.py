@@ -32,6 +32,10 @@ def test_paths_that_no_system_takes_are_named_in_short() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "a\udcff".encode()
     assert explain(caught.value) == ("a name or text is not UTF-8: 'a\\udcff'; rename or re-encode it", 1)
+    with pytest.raises(UnicodeEncodeError) as caught:
+        f"{'x' * 5000}\udcff{'y' * 5000}".encode()
+    sentence, _ = explain(caught.value)
+    assert sentence == f"a name or text is not UTF-8: '{'x' * 30}\\udcff{'y' * 30}'; rename or re-encode it"
 
 
 def test_an_unknown_home_folder_is_named() -> None:

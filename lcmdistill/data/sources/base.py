@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.redact import redact_word
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -54,7 +55,7 @@ class Source(ABC):
     """A stream of members in an order that never changes, made once from a --data word.
 
     Attributes:
-        word: What the user wrote, for messages.
+        word: What the user wrote. It may hold secrets: messages show `label`.
         kind: Its key in SOURCES.
         is_generated: Whether the teacher generates the images, or there are none.
         prompts_only: Whether there are no images, so that nothing but captions is encoded.
@@ -67,6 +68,11 @@ class Source(ABC):
     is_generated: ClassVar[bool] = False
     prompts_only: ClassVar[bool] = False
     is_remote: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """The word without secrets, for messages."""
+        return redact_word(self.word)
 
     @classmethod
     @abstractmethod
@@ -101,7 +107,7 @@ class Source(ABC):
         try:
             yield from islice(self.read(), limit)
         except (OSError, EOFError) as error:
-            raise RunError(f"--data {self.word} cannot be read: {error}") from error
+            raise RunError(f"--data {self.label} cannot be read: {error}") from error
 
     def check_reachable(self) -> None:  # noqa: B027 (what is on disk was checked when it was made)
         """Raise UsageError or RunError where the source is missing or cannot be reached."""

@@ -8,6 +8,7 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Source, SourceOptions
 from lcmdistill.data.sources.captions import Captions
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import redact_word
 from lcmdistill.utils.registry import LazyRegistry
 
 SOURCES = LazyRegistry(
@@ -47,15 +48,15 @@ def make_source(
         source = SOURCES[kind].parse(word, options)
         if source is not None:
             return Captions.of(source) if prompts_only else source
-    path = Path(word).expanduser()
+    path, label = Path(word).expanduser(), redact_word(word)
     if path.exists():
-        raise UsageError(f"--data {word} is neither a folder nor a .tar shard")
+        raise UsageError(f"--data {label} is neither a folder nor a .tar shard")
     if "*" in word:
         raise UsageError(
-            f"--data {word}: wildcards are not expanded; name the folder, or use braces, such as shards/{{00..99}}.tar"
+            f"--data {label}: wildcards are not expanded; name the folder, or use braces, such as shards/{{00..99}}.tar"
         )
     raise UsageError(
-        f"--data {word} does not exist; pass a folder of images, .tar shards, tiny, or teacher to train without a data set"
+        f"--data {label} does not exist; pass a folder of images, .tar shards, tiny, or teacher to train without a data set"
     )
 
 

@@ -3,6 +3,7 @@
 A broken connection must never pass for the end of the data: the missing samples would be missing from the cache for good.
 """
 
+import base64
 import contextlib
 import io
 import os
@@ -17,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
@@ -29,11 +31,11 @@ from lcmdistill.data.sources.webdataset import (
     read_shard_file,
     read_shard_stream,
 )
+from lcmdistill.teachers.hub_session import limited_waiting
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.redact import COMMAND, redact_text, redact_word, split_credentials
 
 _SCHEMES = ("http://", "https://", "gs://", "hf://")
-
-_COMMAND = "pipe:"
 
 SILENCE = 45.0
 "seconds without a byte after which reading a shard fails"
@@ -53,14 +55,14 @@ class RemoteShards(Shards):
     @classmethod
     def parse(cls, word: str, options: SourceOptions) -> Self | None:
         """See `Source.parse`."""
-        if word.startswith(_COMMAND):
+        if word.startswith(COMMAND):
             return cls(word, (word,))
         if "://" not in word or Path(word).expanduser().is_dir():
             return None
         if re.match(r"[a-z][a-z0-9+.-]*://", word) and not word.startswith(_SCHEMES):
             raise UsageError(
-                f"--data {word}: unknown scheme; shards come from files, http(s)://, gs://, hf://, or from a command's "
-                "output, such as 'pipe:aws s3 cp s3://BUCKET/KEY.tar -'"
+                f"--data {redact_word(word)}: unknown scheme; shards come from files, http(s)://, gs://, hf://, or from the "
+                "output of a shell command as pipe:COMMAND, such as aws s3 cp s3://BUCKET/KEY.tar -"
             )
         urls = expand(word)
         for url in urls:
@@ -69,10 +71,10 @@ class RemoteShards(Shards):
         return cls(word, urls)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the URLs: what they hold cannot be known before it is read."""
+        """Return the URLs: what they hold cannot be known before it is read, and is the same for every user."""
         remote = [url for url in self.urls if _is_fetched(url)]
         return {
-            "urls": remote,
+            "urls": [url if url.startswith(COMMAND) else split_credentials(url)[1] for url in remote],
             "files": [(Path(url).name, *file_stamp(Path(url))) for url in self.urls if url not in remote],
         }
 
@@ -97,7 +99,7 @@ class RemoteShards(Shards):
 
 
 def _is_fetched(url: str) -> bool:
-    return url.startswith((*_SCHEMES, _COMMAND))
+    return url.startswith((*_SCHEMES, COMMAND))
 
 
 def _fetched_members(url: str) -> Iterator[Member]:
@@ -115,7 +117,7 @@ def _fetched_members(url: str) -> Iterator[Member]:
             _exhaust(stream)  # where the transport itself failed, its own error says more
             reason = str(error) if isinstance(error, ShardEndError) else type(error).__name__
             raise RunError(
-                f"--data {url} cannot be read: what it sends is not a complete tar archive ({reason})"
+                f"--data {redact_word(url)} cannot be read: what it sends is not a complete tar archive ({reason})"
             ) from error
         _exhaust(stream)
 
@@ -147,24 +149,42 @@ def _open_remote(url: str) -> io.BufferedReader:
 
 def _command(url: str) -> tuple[list[str] | str, bytes]:
     """Return the command that writes a shard to its standard output, and the bytes for its standard input."""
-    if url.startswith(_COMMAND):
-        return url.removeprefix(_COMMAND), b""
+    if url.startswith(COMMAND):
+        return url.removeprefix(COMMAND), b""
     program, package = ("gsutil", "the Google Cloud CLI") if url.startswith("gs://") else ("curl", "curl")
     if shutil.which(program) is None:
-        raise RunError(f"--data {url} needs {program} to be read, which is not installed; install {package}")
+        raise RunError(
+            f"--data {redact_word(url)} needs {program} to be read, which is not installed; install {package}"
+        )
     if program == "gsutil":
         return ["gsutil", "cat", url], b""
     if not url.startswith("hf://"):
-        return [*_CURL, url], b""
+        return _curl(url)
     from huggingface_hub import HfFileSystem, get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
-        address, token = HfFileSystem().url(url), get_token()
+        with limited_waiting():
+            address, token = HfFileSystem().url(url), get_token()
     except Exception as error:  # the Hub's client passes on the errors of its transport
-        raise RunError(f"--data {url} cannot be reached: {str(error).strip().splitlines()[0]}") from error
-    if token:  # not as an argument, which every user of the computer can see
-        return [*_CURL, "--header", "@-", address], f"Authorization: Bearer {token}".encode()
-    return [*_CURL, address], b""
+        reason = redact_text(str(error).strip().splitlines()[0])
+        if HF_HUB_OFFLINE and "offline" not in reason:
+            reason = "offline mode (HF_HUB_OFFLINE is set)"
+        raise RunError(f"--data {redact_word(url)} cannot be reached: {reason}") from error
+    return _curl(address, *([f"Authorization: Bearer {token}"] if token else []))
+
+
+def _curl(url: str, *headers: str) -> tuple[list[str], bytes]:
+    """Return curl's command and its standard input, which has the secrets: every user of the computer can see arguments."""
+    login, address = split_credentials(url)
+    options = [("url", address), *([("user", login)] if login else []), *(("header", each) for each in headers)]
+    lines = [f"{name} = {_curl_quoted(value)}\n" for name, value in options]
+    return [*_CURL, "--config", "-"], "".join(lines).encode()
+
+
+def _curl_quoted(value: str) -> str:
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"}
+    return f'"{value.translate(str.maketrans(escapes))}"'
 
 
 class _Output(io.RawIOBase):
@@ -187,9 +207,10 @@ class _Output(io.RawIOBase):
         finally:
             watchdog.cancel()
         if self._has_stalled:
-            raise RunError(f"timed out reading --data {self._url} (no data for {SILENCE:g} s)")
+            raise RunError(f"timed out reading --data {redact_word(self._url)} (no data for {SILENCE:g} s)")
         if status:
-            raise RunError(f"--data {self._url} cannot be read: {self._last_error_line() or f'exit code {status}'}")
+            reason = self._last_error_line() or f"exit code {status}"
+            raise RunError(f"--data {redact_word(self._url)} cannot be read: {redact_text(reason)}")
         return count
 
     def close(self) -> None:
@@ -221,11 +242,26 @@ class _Output(io.RawIOBase):
 
 
 def _reach(url: str) -> None:
+    label = redact_word(url)
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+        urllib.request.urlopen(_head_request(url), timeout=10).close()
     except urllib.error.HTTPError as error:
         if error.code in (404, 410):  # other codes may be for HEAD requests only
-            raise UsageError(f"there is no shard {url}: the server responds {error.code} {error.reason}") from error
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise RunError(f"--data {url} cannot be reached: {reason}") from error
+            raise UsageError(f"there is no shard {label}: the server responds {error.code} {error.reason}") from error
+    except (ValueError, InvalidURL) as error:  # whose text may hold a part of the password
+        raise UsageError(
+            f"--data {label} is not a valid URL; write special characters of user and password as %XX, such as %2F for a slash"
+        ) from error
+    except (OSError, HTTPException) as error:
+        reason = redact_text(str(getattr(error, "reason", error)))
+        raise RunError(f"--data {label} cannot be reached: {reason}") from error
+
+
+def _head_request(url: str) -> urllib.request.Request:
+    """Return a HEAD request; user and password of the URL go into a header, which is not sent on to other hosts."""
+    login, address = split_credentials(url)
+    request = urllib.request.Request(address, method="HEAD")
+    if login:
+        encoded = base64.b64encode(login.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request

@@ -26,6 +26,7 @@ from lcmdistill.data.sources.base import (
 )
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import redact_word
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def expand(word: str) -> tuple[str, ...]:
 def check_file(word: str, url: str) -> None:
     """Raise UsageError unless a shard is a file. A command is run only where it is the whole word, and can be seen."""
     if not Path(url).is_file():
-        raise UsageError(f"--data {word}: there is no shard {url}")
+        raise UsageError(f"--data {redact_word(word)}: there is no shard {redact_word(url)}")
 
 
 def read_shard_file(path: Path) -> Iterator[Member]:

@@ -1,5 +1,6 @@
 """Shards that are not files: what is fetched whole is read, and what is not ends in one sentence and leaves no cache."""
 
+import base64
 import functools
 import os
 import shutil
@@ -9,20 +10,27 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data import latent_cache as cache
 from lcmdistill.data.sources import remote
+from lcmdistill.data.sources.registry import make_source
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.data import cache_of, captions, config_for, contents, good, prepared, reasons, surveyed, write_tar
 
+PASSWORD = 'p@ss word/"'
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A loopback web server on tmp_path; it forbids GET /forbidden.tar, and breaks off half way through /cut.tar."""
+    """A loopback web server on tmp_path; it forbids GET /forbidden.tar, and breaks off half way through /cut.tar.
+
+    It serves /private/ to the user `me` with the password `p@ss word/"` only.
+    """
     if shutil.which("curl") is None:
         pytest.skip("http is read through curl, which is not here")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -32,8 +40,20 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
+        def do_HEAD(self) -> None:
+            if self.refuses():
+                self.send_error(404)
+            else:
+                super().do_HEAD()
+
+        def refuses(self) -> bool:
+            login = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+            return self.path.startswith("/private/") and self.headers["Authorization"] != f"Basic {login}"
+
         def do_GET(self) -> None:
-            if self.path == "/forbidden.tar":
+            if self.refuses():
+                self.send_error(401)
+            elif self.path == "/forbidden.tar":
                 self.send_error(403)
             elif self.path == "/cut.tar":
                 whole = (tmp_path / "cut.tar").read_bytes()
@@ -87,7 +107,7 @@ def test_a_shard_that_is_missing_among_many_is_found_before_anything_is_read(tmp
             r"/short\.tar cannot be read: what it sends is not a complete tar archive \(ReadError\)",
         ),
         ("http://127.0.0.1:9/a.tar", r"http://127\.0\.0\.1:9/a\.tar cannot be read: curl: \(7\)"),
-        ("pipe:cat {tmp}/absent.tar", r"absent\.tar cannot be read: cat: .*absent\.tar: No such file"),
+        ("pipe:cat {tmp}/absent.tar", r"--data pipe:\.\.\. cannot be read: cat: .*absent\.tar: No such file"),
         ("pipe:head -c 6000 {tmp}/a.tar; exit 3", "cannot be read: exit code 3"),
         ("pipe:cat {tmp}/a.tar; exit 3", "cannot be read: exit code 3"),
         ("pipe:true", r"not a complete tar archive \(ReadError\)"),
@@ -114,6 +134,31 @@ def test_a_failed_transfer_leaves_no_cache_that_looks_complete(
 def test_a_file_named_twice_in_a_remote_tar_is_counted_and_not_taken_for_a_broken_transport(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [*good([0]), good([0])[1], *good([1])])
     assert reasons(f"pipe:cat {path}") == {"kept": 2, "file named twice in a shard": 1}
+
+
+def test_shards_behind_a_password_are_read_and_the_password_is_not_shown(tmp_path: Path, server: str) -> None:
+    (tmp_path / "private").mkdir()
+    write_tar(tmp_path / "private" / "0.tar", good([0]))
+    write_tar(tmp_path / "private" / "1.tar", good([1]))
+    for login in (f"me:{quote(PASSWORD, safe='')}", f"me:{PASSWORD.replace('/', '%2F')}"):
+        address = f"{server.replace('//', f'//{login}@')}/private/{{0..1}}.tar"
+        source = make_source(address)
+        source.check_reachable()
+        assert [member.caption for member in source.members()] == ["picture 0", "picture 1"]
+        assert source.fingerprint() == make_source(f"{server}/private/{{0..1}}.tar").fingerprint()
+        command, _ = remote._command(address)
+        assert "p@ss" not in " ".join(command)
+    for word in (
+        f"{server.replace('//', '//me:wrong-secret@')}/private/0.tar?key=secret",
+        "http://me:a/secret@127.0.0.1:9/0.tar",
+    ):
+        source = make_source(word)
+        with pytest.raises((UsageError, RunError)) as error:
+            source.check_reachable()
+        assert "secret" not in str(error.value)
+        with pytest.raises(RunError, match=r"^--data http://[^ ]*/0\.tar cannot be read: ") as read:
+            list(source.members())
+        assert "secret" not in str(read.value)
 
 
 def test_a_stalled_transport_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +195,9 @@ def test_the_hub_s_shards_are_read_with_the_user_s_token(
     with pytest.raises(RunError, match=r"--data hf://datasets/a/b/a\.tar cannot be reached: .*offline"):
         captions("hf://datasets/a/b/a.tar")
     monkeypatch.setattr(huggingface_hub.HfFileSystem, "url", lambda self, path: f"{server}/a.tar")
-    for token, header in (("secret", b"Authorization: Bearer secret"), (None, b"")):
+    for token, header in (("secret", b'header = "Authorization: Bearer secret"\n'), (None, b"")):
         monkeypatch.setattr(huggingface_hub, "get_token", lambda token=token: token)
         command, given = remote._command("hf://datasets/a/b/a.tar")
-        assert given == header
+        assert given == f'url = "{server}/a.tar"\n'.encode() + header
         assert "secret" not in " ".join(command)
         assert captions("hf://datasets/a/b/a.tar") == ["picture 0", "picture 1"]
