@@ -218,7 +218,9 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
     assert str(folder.parent) not in card  # which is of this machine
     told = capsys.readouterr().out
     assert "12 kept, 0 dropped" in told
-    assert re.search(r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left 0.0 s", told)
+    assert re.search(
+        r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left [\d.]+ s", told
+    )  # a validation is to come
 
 
 def test_the_recorded_configuration_is_resolved_and_starts_the_same_run(plain_run: Path, tmp_path: Path) -> None:
