@@ -97,7 +97,7 @@ def render_card(
     card = ModelCard.from_template(
         _metadata(config, facts, {f"samples/{path.name}": _prompt(path) for path in samples}),
         template_path=str(TEMPLATE),
-        title=f"{run.name}: {public_name(config.teacher.model)} in 1 to 8 steps",
+        title=f"{run.name}: {public_name(config.teacher.model)} in {usage.counts.span}",
         intro=_intro(config),
         facts=_facts(config, facts),
         grid=f"samples/{grids[-1].name}" if grids else None,

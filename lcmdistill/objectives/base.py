@@ -28,6 +28,12 @@ class StepCounts(NamedTuple):
     high: int
 
     @property
+    def span(self) -> str:
+        """All numbers in words, such as "2 to 8 steps"."""
+        numbers = str(self.low) if self.low == self.high else f"{self.low} to {self.high}"
+        return f"{numbers} step{'s' * (self.high > 1)}"
+
+    @property
     def text(self) -> str:
         """The numbers in words, such as "4 steps (2 to 8)"."""
         others = "" if self.low == self.high else f" ({self.low} to {self.high})"

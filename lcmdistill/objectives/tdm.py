@@ -36,7 +36,7 @@ LORA_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "objective.w_max": 2.5,
     }
 )
-"for LoRA students no settings are published; these are ten and five times those of full students"
+"the student's learning rate is that of the authors' demo on PixArt; for LoRA students of Stable Diffusion none is published"
 
 TINY: Mapping[str, Any] = MappingProxyType(
     {

@@ -14,6 +14,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import KarrasSchedule, NoiseSchedule, vp_schedule
 from lcmdistill.diffusion.types import Conditioning, Network
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.base import StepCounts
 from lcmdistill.objectives.common import sample_end_time, sample_times
 from tests.support.objectives import NULL, SD15, asked_of, each_objective, fields_of, gaussian_batch, made
 from tests.support.oracle import Networks, oracle_models, scaled, slope, smooth_schedule
@@ -347,3 +348,15 @@ def test_drawn_from_every_time_any_skip_is_possible(objective: str, skip: int) -
 @each_objective
 def test_defaults_are_possible(objective: str) -> None:
     assert OBJECTIVES[objective]().check(1000) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "span", "text"),
+    [
+        ((4, 2, 8), "2 to 8 steps", "4 steps (2 to 8)"),
+        ((4, 4, 4), "4 steps", "4 steps"),
+        ((1, 1, 1), "1 step", "1 step"),
+    ],
+)
+def test_numbers_of_steps_in_words(counts: tuple[int, int, int], span: str, text: str) -> None:
+    assert (StepCounts(*counts).span, StepCounts(*counts).text) == (span, text)

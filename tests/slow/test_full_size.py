@@ -63,7 +63,7 @@ def test_a_full_size_lora_run_and_its_exports(
         f"data.cache_dir={tmp_path / 'cache'}",
     ]
     said = lcmdistill("distill-lora", *words, "--output", run)
-    assert "draws in 1 to 8 steps" in said
+    assert "generates in 4 steps (2 to 8)" in said
     (lora,) = (run / "lora").glob("*.safetensors")
     assert 67_252_224 * 2 < lora.stat().st_size < 67_252_224 * 2 + 200_000
     for name in ("kohya", "diffusers-lora", "peft", "fused", "single-file", "onnx"):
