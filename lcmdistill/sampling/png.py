@@ -60,13 +60,16 @@ class ImageFolder:
             ) from error
         self.folder, self._written = folder, list[GeneratedImage]()
         self._model, self._steps, self._guidance, self._sampler = model, steps, f"{guidance_scale:g}", sampler
+        numbers = (re.match(r"\d+(?=-)", path.name) for path in folder.glob("*.png"))
+        self._next_number = max((int(number[0]) + 1 for number in numbers if number), default=0)
         self._loras = ", ".join(f"{lora}: {weight:g}" for lora, weight in loras)
 
     def write(self, images: Sequence[GeneratedImage]) -> list[Path]:
         """Write images, and return their paths."""
         paths = []
         for each in images:
-            paths.append(self._new_path(_slug(each.prompt), each.seed))
+            paths.append(self._new_path(f"{self._next_number:03d}-{_slug(each.prompt)}", each.seed))
+            self._next_number += 1
             each.image.save(paths[-1], pnginfo=self._metadata(each))
         self._written += images
         return paths
@@ -81,7 +84,7 @@ class ImageFolder:
         return path
 
     def _new_path(self, name: str, seed: int) -> Path:
-        """Return a path that does not exist: what is generated, with its settings, and a number where that exists."""
+        """Return a path that does not exist: what is generated with which settings, and a number if there is such a file."""
         stem = f"{name}_{self._steps}-step{'s' * (self._steps > 1)}_cfg-{self._guidance}_seed-{seed}"
         paths = (self.folder / f"{stem}{f'_{n}' if n > 1 else ''}.png" for n in itertools.count(1))
         return next(path for path in paths if not path.exists())

@@ -22,24 +22,26 @@ SMALL = ["--steps", 2, "--prompt", "red heart", "--device", "cpu"]
 
 
 def test_images_go_into_the_run_and_none_is_overwritten(command: Command, run: Path) -> None:
-    for _ in range(2):
+    for n in range(2):
         code, said, error = command("sample", "mine", *SMALL, "--guidance-scale", 3, "--seed", 5)
         assert (code, error) == (0, "")
-        assert "1 image at 2 steps, guidance scale 3: runs/mine/images/red-heart_2-steps_cfg-3_seed-5" in said
-    names = [f"red-heart_2-steps_cfg-3_seed-5{more}.png" for more in ("", "_2")]
+        assert (
+            f"1 image at 2 steps, guidance scale 3: runs/mine/images/00{n}-red-heart_2-steps_cfg-3_seed-5.png" in said
+        )
+    names = [f"00{n}-red-heart_2-steps_cfg-3_seed-5.png" for n in range(2)]
     assert sorted(path.name for path in (run / "images").iterdir()) == names
     code, said, _ = command("sample", run, *SMALL, "--num-images", 2, "--output", "out", "--steps", 1)
     assert "2 images at 1 step, " in said
     assert sorted(path.name for path in Path("out").iterdir()) == [
+        "000-red-heart_1-step_cfg-4_seed-0.png",
+        "001-red-heart_1-step_cfg-4_seed-1.png",
         "grid_1-step_cfg-4_seed-0.png",
-        "red-heart_1-step_cfg-4_seed-0.png",
-        "red-heart_1-step_cfg-4_seed-1.png",
     ]
 
 
 def test_a_model_that_is_not_a_run_has_its_images_in_the_current_folder(command: Command, run: Path) -> None:
     assert command("sample", run / "pipeline", *SMALL, "--resolution", 16)[0] == 0
-    assert [path.name for path in Path("images").iterdir()] == ["red-heart_2-steps_cfg-8.5_seed-0.png"]
+    assert [path.name for path in Path("images").iterdir()] == ["000-red-heart_2-steps_cfg-8.5_seed-0.png"]
 
 
 def test_an_image_is_where_sampling_starts(command: Command, run: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_prompts_seeds_and_image_counts(command: Command, tmp_path: Path, small_
     code, _, _ = command("sample", small_run, *options, "--steps", 1, "--guidance-scale", 3, "--resolution", 24)
     assert code == 0
     names = ["red-heart", "red-heart", "dog-face", "dog-face", "cat-face", "cat-face"]
-    paths = [tmp_path / "out" / f"{name}_1-step_cfg-3_seed-{5 + i}.png" for i, name in enumerate(names)]
+    paths = [tmp_path / "out" / f"00{i}-{name}_1-step_cfg-3_seed-{5 + i}.png" for i, name in enumerate(names)]
     assert {*(tmp_path / "out").iterdir()} == {*paths, tmp_path / "out" / "grid_1-step_cfg-3_seed-5.png"}
     texts = [getattr(Image.open(path), "text") for path in paths]  # noqa: B009
     assert [text["seed"] for text in texts] == ["5", "6", "7", "8", "9", "10"]

@@ -14,14 +14,14 @@ def test_the_settings_are_in_the_metadata(tmp_path: Path) -> None:
     image = GeneratedImage(Image.new("RGB", (16, 16), "red"), prompt, 7)
     settings: dict[str, Any] = {"model": "runs/x/pipeline", "steps": 4, "guidance_scale": 4.5, "sampler": "LCM"}
     (path,) = ImageFolder(tmp_path, **settings).write([image])
-    assert path.name == "a-caf_4-steps_cfg-4.5_seed-7.png"
+    assert path.name == "000-a-caf_4-steps_cfg-4.5_seed-7.png"
     text = getattr(Image.open(path), "text")  # noqa: B009
     expected = {key: str(value) for key, value in settings.items()} | {"prompt": prompt, "seed": "7"}
     line = "Steps: 4, Sampler: LCM, CFG scale: 4.5, Seed: 7, Size: 16x16, Model: runs/x/pipeline"
     assert text == {**expected, "parameters": f"{prompt}\n{line}"}
     loras = [("lcm.safetensors", 1.0), ("style", 0.5)]
     (path,) = ImageFolder(tmp_path, **settings, loras=loras).write([image])
-    assert path.name == "a-caf_4-steps_cfg-4.5_seed-7_2.png"  # nothing is overwritten
+    assert path.name == "001-a-caf_4-steps_cfg-4.5_seed-7.png"  # nothing is overwritten
     text = getattr(Image.open(path), "text")  # noqa: B009
     assert text["loras"] == "lcm.safetensors: 1, style: 0.5"
     assert text["parameters"].endswith(', Loras: "lcm.safetensors: 1, style: 0.5"')
