@@ -1,5 +1,6 @@
 """`lcmdistill distill` and `lcmdistill distill-lora`: settle the configuration, check it, run it."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from lcmdistill.cli._options import SETTINGS, model_or_run, takes, training_opti
 from lcmdistill.config.examples import config_file, describe_examples
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
+from lcmdistill.config.schema import StudentConfig
 from lcmdistill.config.toml import read_toml
 from lcmdistill.utils.errors import UsageError
 
@@ -46,6 +48,13 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
         flags["teacher.model"] = model_or_run(str(flags["teacher.model"]))
     if "student.kind" in flags:
         raise UsageError("student.kind is not for --set: distill trains a full student, distill-lora a LoRA")
+    for field in dataclasses.fields(StudentConfig):
+        only_for, command = field.metadata.get("only_for", kind), {"lora": "distill-lora", "full": "distill"}
+        if only_for != kind and f"student.{field.name}" in flags:
+            raise UsageError(
+                f"student.{field.name} is a setting of {command[only_for]} and has no effect on {command[kind]}; remove it, or "
+                f"run lcmdistill {command[only_for]}"
+            )
     flags["student.kind"] = kind
     file = read_toml(config_file(str(options["config"]))) if options["config"] else {}
     if (recorded := file.get("student.kind", kind)) != kind:

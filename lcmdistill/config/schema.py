@@ -77,7 +77,7 @@ def setting(default: Any, **properties: Any) -> Any:
         **properties: `unset` (what the default None means, for help texts); `least`, `most` (bounds, included; without
             `most` a whole number is at most MOST); `below` (a bound, excluded); `mutable_on_resume` (a resumed run may be
             given another value); `decided_by_teacher` (the teacher's files decide unless it is set);
-            `decided_by_memory_plan` (`run.memory` may change it).
+            `decided_by_memory_plan` (`run.memory` may change it); `only_for` (the kind of student that it acts on).
     """
     return field(default=default, metadata=properties)
 
@@ -116,7 +116,7 @@ class TeacherConfig:
 class StudentConfig:
     """[student]: what is trained, and how it starts."""
 
-    omega_init: Literal["zero", "random"] = "zero"
+    omega_init: Literal["zero", "random"] = setting("zero", only_for="full")
     "Initial weights of a full student's omega projection. zero starts exactly at the teacher; the public scripts use random."
     start: str = "teacher"
     "Initial weights: the teacher's, those of a run or a LoRA (its path), or scratch: random ones, for full students."
@@ -124,16 +124,16 @@ class StudentConfig:
     "A full network (distill) or a LoRA on the teacher (distill-lora). The command decides."
     target: TargetKind = TargetKind.ema
     "Target network: the live student, or an EMA of it."
-    rank: int = setting(64, least=1, most=16384)
+    rank: int = setting(64, least=1, most=16384, only_for="lora")
     "LoRA rank r."
-    alpha: float = 64.0
+    alpha: float = setting(64.0, only_for="lora")
     "LoRA alpha. The update is scaled by alpha / r."
-    dropout: float = setting(0.0, least=0, below=1)
+    dropout: float = setting(0.0, least=0, below=1, only_for="lora")
     "LoRA dropout."
     offload_target: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
     "Keep the EMA's fp32 weights on the CPU and compute with a copy in the networks' precision."
     target_modules: tuple[str, ...] = setting(
-        LORA_MODULES, unset="those of the published LCM-LoRAs", decided_by_teacher=True
+        LORA_MODULES, unset="those of the published LCM-LoRAs", decided_by_teacher=True, only_for="lora"
     )
     "Layers that get a LoRA, matched by name suffix."
 

@@ -132,3 +132,19 @@ def test_short_options_of_every_command(command: Command, words: list[str]) -> N
     code, text, _ = command(*words)
     assert code == 0
     assert "lcmdistill" in text
+
+
+@pytest.mark.parametrize(
+    ("command_name", "setting", "other"),
+    [
+        ("distill", "student.rank=10", "distill-lora"),
+        ("distill", "student.target_modules=['to_q']", "distill-lora"),
+        ("distill-lora", "student.omega_init=random", "distill"),
+    ],
+)
+def test_a_setting_of_the_other_command_is_refused(
+    command: Command, command_name: str, setting: str, other: str
+) -> None:
+    code, _, error = command(command_name, "--teacher", "tiny", "--dry-run", "--set", setting)
+    assert code == 2
+    assert f"is a setting of {other} and has no effect on {command_name}" in error
