@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import typer
 from lcmdistill.cli._options import SETTINGS, model_or_run, takes, training_options
 from lcmdistill.config.examples import config_file, describe_examples
 from lcmdistill.config.presets import PRESETS
+from lcmdistill.config.recorded import RENAMED
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.schema import StudentConfig
 from lcmdistill.config.toml import read_toml
@@ -36,13 +38,24 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value != []
 
 
+def _assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Return what the --set options assign. Former names of settings are accepted here, and the present one is reported."""
+    flags: dict[str, Any] = {}
+    for text in texts:
+        key, value = parse_assignment(text)
+        if key in RENAMED:
+            logger.info(f"--set {key} is now called {RENAMED[key]}")
+        flags[RENAMED.get(key, key)] = value
+    return flags
+
+
 def _train(kind: str, options: dict[str, Any]) -> Path:
     """Settle the configuration and run it. options: a training command's own, by name."""
     if str(options["config"]) == "list":
         for name, what, command in describe_examples():
             print(f"{name}\n    {what}\n    {command}")
         raise typer.Exit
-    flags: dict[str, Any] = dict(parse_assignment(text) for text in options["set_"] or ())
+    flags = _assignments(options["set_"] or ())
     flags |= {key: options[name] for name, key in SETTINGS.items() if _is_set(options.get(name))}
     if "teacher.model" in flags:
         flags["teacher.model"] = model_or_run(str(flags["teacher.model"]))

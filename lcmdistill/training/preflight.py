@@ -221,6 +221,8 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
     config = plan.config if plan else config
     logger.info(output_text(config))
+    buckets = ", with aspect-ratio buckets" if config.data.buckets else ""
+    logger.info(f"resolution = {config.data.resolution} pixels{buckets}")
     seed = config.run.seed
     sources = sources_of(config, teacher)
     reports = survey(sources, config.data, seed, seconds=SURVEY_SECONDS, rejects=teacher.rejects, teacher=teacher)

@@ -194,9 +194,12 @@ def test_a_finished_run_is_left_alone_and_says_so(train_run: Runner, capsys: pyt
     folder = train_run(run__validate_every=2, run__validation_prompts=("red heart",))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
-    for steps in (4, 3):
+    for steps, sentence in (
+        (4, "nothing to do"),
+        (3, "is already finished with 4 steps and keeps them; for a run of 3"),
+    ):
         train_run(run__validate_every=2, run__validation_prompts=("red heart",), optim__max_train_steps=steps)
-        assert "nothing to do" in capsys.readouterr().out
+        assert sentence in capsys.readouterr().out
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
     assert after == before
 
