@@ -248,7 +248,12 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
         elif value.shape[axis] != widths[part][path][axis]:
             mismatched.append(key)
     if not halves:
-        raise UsageError(f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys)")
+        kind = next((kind for word, kind in _OTHER_KINDS.items() if any(word in key for key in unknown)), "")
+        found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
+        raise UsageError(
+            f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
+            "export it as a plain LoRA"
+        )
     if unknown:
         kind = next((kind for word, kind in _OTHER_KINDS.items() if any(word in key for key in unknown)), "")
         raise UsageError(
@@ -290,6 +295,10 @@ _SUFFIXES = (
 _OTHER_KINDS = {
     "lora_magnitude_vector": " of a DoRA",
     "bundle_emb": " of textual inversions",
+    "oft_": " of OFT",
+    ".on_input": " of (IA)^3",
+    ".a1.weight": " of a GLoRA",
+    "diffusion_model.": " with ComfyUI's model keys",
 }
 
 

@@ -94,6 +94,11 @@ def _module_of(stem: str, modules: Mapping[str, Mapping[str, Any]]) -> Any:
 
 def _merged(module: Any, layer: Layer, stem: str, lora: str, scale: float) -> dict[str, Tensor]:
     """Return a layer's new parameters."""
+    if layer.keys() & {"b_norm", "diff_b"} and getattr(module, "bias", None) is None:
+        raise UsageError(
+            f"--lora {lora} does not fit this model: it changes the bias of {stem}, which has none; it was made for "
+            "another base"
+        )
     try:
         weight, parameters = module.weight.detach().float(), dict[str, Tensor]()
         update = _update(layer, weight)
@@ -103,11 +108,15 @@ def _merged(module: Any, layer: Layer, stem: str, lora: str, scale: float) -> di
             parameters["weight"] = weight + scale * update
         if bias := layer.keys() & {"b_norm", "diff_b"}:
             parameters["bias"] = module.bias.detach().float() + scale * layer[bias.pop()]
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        raise UsageError(
+            f"--lora {lora} is damaged: {stem} lacks its {error.args[0]}; download or export it again"
+        ) from error
+    except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise UsageError(
-            f"--lora {lora} does not fit this model: {stem} has tensors of other shapes, or too few ({reason}); it was made "
-            "for another base, or it is damaged"
+            f"--lora {lora} does not fit this model: {stem} has tensors of other shapes ({reason}); it was made for another "
+            "base, or it is damaged"
         ) from error
     return parameters
 
@@ -153,6 +162,10 @@ def _factors(layer: Layer, a: str, b: str, tucker: str) -> Tensor:
 
 def _decomposed(merged: Tensor, magnitude: Tensor) -> Tensor:
     """Return a merged weight with DoRA's magnitudes, per output or per input (Liu et al. 2024, Eq. 5)."""
+    if magnitude.ndim == 1 and len(magnitude) > 1:  # without axes, as peft stores it: per output
+        if len(magnitude) != len(merged):
+            raise RuntimeError(f"{len(magnitude)} magnitudes for {len(merged)} outputs")
+        magnitude = magnitude.reshape(-1, *[1] * (merged.ndim - 1))
     axis = 0 if magnitude.shape[0] == merged.shape[0] else 1
     sides = [side for side in range(merged.ndim) if side != axis]
     return merged * (

@@ -117,7 +117,15 @@ def _single_file(path: Path, current: Any) -> Any:
 
     if path.suffix != ".safetensors":
         raise UsageError(f"--vae {path} is not a .safetensors file; a pickle can run any code when opened")
-    read_header(path)  # raises a readable error on a broken file
+    header = read_header(path)  # raises a readable error on a broken file
+    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in header.tensors) else ""
+    scales = (
+        key for key in header.tensors if key.startswith(prefix) and key.endswith((".scale_weight", ".weight_scale"))
+    )
+    if scale := next(scales, None):
+        raise UsageError(
+            f"--vae {path} is scaled fp8 ({scale}), and a VAE's scales are not applied; use a VAE in fp32, fp16 or bf16"
+        )
     with tempfile.TemporaryDirectory() as folder:
         values = {key: value for key, value in current.config.items() if not key.startswith("_")}
         (Path(folder) / "config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderKL"}))

@@ -88,7 +88,9 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     layout = family.layout_of(base.unet.config) if family is not None and family.layout_of else None
     if family is None or layout is None or (family.key, layout.key) != (info.family.key, info.layout.key):
         title = layout.title if layout else type(base).__name__
-        raise UsageError(f"{path} is {info.layout.title} and --base is {title}; use a base of the same kind")
+        ours = f"{info.layout.title}{' inpainting' * info.family.takes_mask}"
+        title = f"{title}{' inpainting' * bool(layout and family and family.takes_mask)}"
+        raise UsageError(f"{path} is {ours} and --base is {title}; use a base of the same kind")
     modules = {"unet": _empty(type(base.unet), _unet_config(path, info, dict(base.unet.config)))}
     for part in info.parts[1:]:
         modules[part] = _empty(type(getattr(base, part)), getattr(base, part).config)

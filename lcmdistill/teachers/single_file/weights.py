@@ -125,7 +125,9 @@ class CheckpointFile:
     def _read(self, file: Any, source: Source, shape: tuple[int, ...], what: str) -> Tensor:
         dtype = self.tensors[source.key][0]
         stem = source.key.removesuffix(".weight")
-        if dtype not in FLOATS or f"{stem}.weight_scale_2" in self.tensors:
+        if dtype not in FLOATS or any(
+            f"{stem}{end}" in self.tensors for end in (".weight_scale_2", ".weight_scale_inv")
+        ):
             raise UsageError(
                 f"{self.path}: {source.key} is quantized ({dtype}) in an unsupported format; supported are fp32, fp16, bf16 "
                 "and fp8, with or without scales"
@@ -134,6 +136,11 @@ class CheckpointFile:
         for suffix in SCALES if source.key.endswith(".weight") else ():
             if f"{stem}{suffix}" in self.tensors:
                 scale = file.get_tensor(f"{stem}{suffix}").float()
+                if scale.numel() != 1 and not len(scale) == scale.numel() == len(value):
+                    raise UsageError(
+                        f"{self.path}: {source.key} is block-scaled fp8, with scales of the shape {tuple(scale.shape)}, which "
+                        "is not supported; use a checkpoint in fp32, fp16 or bf16, or in fp8 with one scale per layer"
+                    )
                 value = value * (scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (value.ndim - 1)))
         if source.part is not None:
             value = value.chunk(3)[source.part]
