@@ -75,7 +75,7 @@ def test_a_run_from_the_preflight_to_its_images(
     code, told, error = command("sample", tmp_path / "run", "--steps", 2, "--output", tmp_path / "s")
     assert code == 0, error
     drawn = sorted((tmp_path / "s").glob("[!g]*.png"), key=lambda path: path.stem.partition("seed-")[2])
-    assert drawn[0].name.startswith("image-1_2-steps" if kind == "unconditional" else "coat_2-steps")
+    assert drawn[0].name.startswith("000-image-1_2-steps" if kind == "unconditional" else "000-coat_2-steps")
     assert len(drawn) == (4 if kind == "unconditional" else 3)
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
     scheduler = "LCMScheduler" if kind == "VP" else "CMStochasticIterativeScheduler"
