@@ -25,6 +25,8 @@ Private = Annotated[
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something fails.")]
 
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
 PushToHub = Annotated[

@@ -1,6 +1,5 @@
 """`lcmdistill cache`: list and clear the cached latents, teacher outputs and evaluation images."""
 
-import datetime
 import logging
 import time
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lcmdistill.cli._options import Debug
+from lcmdistill.cli._options import Debug, Yes
 from lcmdistill.cli._output import confirm, print_table
-from lcmdistill.utils.units import counted, size_text
+from lcmdistill.utils.units import counted, date_text, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def list_entries(folder: Folder = None, debug: Debug = False) -> None:
             entry.path.name,
             entry.kind,
             size_text(entry.size),
-            f"{datetime.datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}",
+            date_text(entry.last_used),
             ", ".join(used_by.get(entry.path.name, ())) or "-",
         )
         for entry in reversed(entries)
@@ -57,7 +56,7 @@ def clear(
         float, typer.Option("--older-than", min=0, help="Only entries that no run has used for this many days.")
     ] = 0.0,
     folder: Folder = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     debug: Debug = False,
 ) -> None:
     """Delete cached entries; a run that needs them makes them again."""

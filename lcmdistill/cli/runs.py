@@ -1,21 +1,18 @@
 """`lcmdistill runs`: list, remove and clean runs."""
 
-import datetime
 import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lcmdistill.cli._options import Debug, run_folder
+from lcmdistill.cli._options import Debug, Yes, run_folder
 from lcmdistill.cli._output import confirm, print_table
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_names import RUNS
-from lcmdistill.utils.units import counted, size_text
+from lcmdistill.utils.units import counted, date_text, size_text
 
 logger = logging.getLogger(__name__)
-
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 Folder = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 
@@ -41,7 +38,7 @@ def list_(folder: Folder = RUNS, debug: Debug = False) -> None:
             f"{run.step}/{run.steps or '?'}",
             run.best or "-",
             size_text(run.size),
-            f"{datetime.datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
+            date_text(run.changed),
         )
         for run in found
     ]

@@ -87,7 +87,6 @@ def write_chunk(
         RunError: If latents are not finite.
     """
     tensors: dict[str, Tensor] = {}
-    begun_files: list[Path] = []
     report: dict[str, Any] = {"kept": len(samples), "rejected": dict(dropped)}
     if samples:
         captions = list(dict.fromkeys(sample.caption for _, sample in samples))
@@ -104,13 +103,17 @@ def write_chunk(
             report |= {"latents": latent_shape(teacher, config)}
         for size in sorted(counts) if not prompts_only else ():
             some = [each for each in samples if size_of(each[1]) == size]
-            begun = path.with_suffix(f".{size}{PART}")
-            begun_files.append(begun)
-            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress, begun)
+            part_file = _part_file(path, size)
+            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress, part_file)
             tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in encoded_samples.items()}
     write_tensors(path, tensors, report)
-    for begun in begun_files:
-        begun.unlink(missing_ok=True)
+    for size in {size_of(sample) for _, sample in samples}:
+        _part_file(path, size).unlink(missing_ok=True)
+
+
+def _part_file(path: Path, size: str) -> Path:
+    """Return the file that keeps the finished batches of one size of an interrupted chunk."""
+    return path.with_suffix(f".{size}{PART}")
 
 
 def _write_parts(path: Path, parts: Sequence[Part]) -> None:
@@ -203,22 +206,22 @@ def _encode(
     seed: int,
     dtype: torch.dtype,
     on_progress: Callable[[int], None],
-    begun: Path,
+    part_file: Path,
 ) -> dict[str, Tensor]:
     """Return the tensors of samples of one size.
 
-    captions: the distinct ones of their chunk. begun: the file that holds the first batches after an interruption.
+    captions: the distinct ones of their chunk. part_file: holds the first batches after an interruption.
     """
     height, width = samples[0][1].frame[4:]
     batch_size = max(1, PIXELS_PER_BATCH // (height * width))
-    parts = _read_parts(begun)
+    parts = _read_parts(part_file)
     try:
         for i in range(sum(len(part[0]) for part in parts), len(samples), batch_size):
             on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
             mean, std, condition = _latents(samples[i : i + batch_size], teacher, config, seed, dtype)
             parts.append((mean.cpu(), std.cpu(), condition.to("cpu")))
     except (Interrupted, KeyboardInterrupt, SystemExit):
-        _write_parts(begun, parts)
+        _write_parts(part_file, parts)
         raise
     means, stds, conditions = zip(*parts, strict=True)
     tensors = {"mean": torch.cat(means).half(), "std": torch.cat(stds).half()}

@@ -142,6 +142,12 @@ def unused_samples(source: Source, config: DataConfig, report: SourceReport, *, 
     return f"; {taken} used (data.max_samples, by default as many as the run can use; raise it to use more)"
 
 
+def members_of(source: Source, config: DataConfig) -> int | None:
+    """Return how many members of a source a run prepares; None where only reading all of them would tell."""
+    limit, count = config.max_samples, source.count()
+    return limit if source.is_generated else None if count is None else min(count, limit or count)
+
+
 def usable_count(
     config: DataConfig, sources: Sequence[Source], samples_needed: int, *, one_per_prompt: bool = True
 ) -> int:

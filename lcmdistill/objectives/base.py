@@ -119,6 +119,19 @@ class MethodInfo:
         return f'pipeline("a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}{options})'
 
 
+TRAILING_DDIM: Mapping[str, Any] = MappingProxyType(
+    {
+        "scheduler": "DDIMScheduler",
+        # At the last step diffusers then returns x0, as ComfyUI and A1111 do.
+        "scheduler_options": lambda objective, num_steps: {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+        "deterministic": True,
+        "sampler": "Euler",
+        "comfyui_sampler": "euler",
+    }
+)
+"the MethodInfo of students that plain DDIM samples from edge to edge of `common.phase_edges`"
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """One micro-batch as the teacher's part leaves it, without gradients. A method adds what else its loss needs.

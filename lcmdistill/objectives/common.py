@@ -94,7 +94,12 @@ def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
     """Draw omega per sample, (B,) fp32; None where guidance is "free"."""
-    return None if guidance == "free" else w_min + (w_max - w_min) * rng.uniform("omega", fresh=True)
+    return None if guidance == "free" else draw_omega(w_min, w_max, rng)
+
+
+def draw_omega(w_min: float, w_max: float, rng: Rng) -> Tensor:
+    """Draw omega per sample, (B,) fp32."""
+    return w_min + (w_max - w_min) * rng.uniform("omega", fresh=True)
 
 
 def loss_function(distance: str, lpips_weights: str | None, device: torch.device) -> LossFunction:

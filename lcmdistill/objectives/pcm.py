@@ -14,7 +14,7 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
-from lcmdistill.objectives.base import EndState, MethodInfo, StepCounts
+from lcmdistill.objectives.base import TRAILING_DDIM, EndState, MethodInfo, StepCounts
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -56,12 +56,7 @@ class PhasedConsistency:
         lora_title="PCM-LoRA",
         paper="Wang et al. 2024, arXiv:2405.18407",
         algorithm="Algorithm 1",
-        scheduler="DDIMScheduler",
-        # At the last step diffusers then returns x0, as ComfyUI and A1111 do.
-        scheduler_options=lambda objective, num_steps: {"timestep_spacing": "trailing", "set_alpha_to_one": True},
-        deterministic=True,
-        sampler="Euler",
-        comfyui_sampler="euler",
+        **TRAILING_DDIM,
         steps=lambda objective: StepCounts(objective.counts[0], *objective.counts),
         tags=("pcm", "phased-consistency-model"),
         summary="{solver} solver, k = {skip}, {phases} phases",

@@ -14,8 +14,8 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.renoise import clipped_snr, renoise, renoise_std
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork
-from lcmdistill.objectives.base import CriticOptions, MethodInfo, StepCounts, StudentLoss
-from lcmdistill.objectives.common import check_decay, check_omega, noise_level_fraction, phase_edges
+from lcmdistill.objectives.base import TRAILING_DDIM, CriticOptions, MethodInfo, StepCounts, StudentLoss
+from lcmdistill.objectives.common import check_decay, check_omega, draw_omega, noise_level_fraction, phase_edges
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -99,11 +99,7 @@ class TrajectoryDistributionMatching:
         lora_title="TDM-LoRA",
         paper="Luo et al. 2025, arXiv:2503.06674",
         algorithm="Algorithm 1",
-        scheduler="DDIMScheduler",
-        scheduler_options=lambda objective, num_steps: {"timestep_spacing": "trailing", "set_alpha_to_one": True},
-        deterministic=True,
-        sampler="Euler",
-        comfyui_sampler="euler",
+        **TRAILING_DDIM,
         steps=lambda objective: StepCounts(*[objective.segments] * 3),
         tags=("tdm", "distribution-matching"),
         summary="{segments} segments",
@@ -221,7 +217,7 @@ class TrajectoryDistributionMatching:
             z_tau = renoise(schedule, z_mid, choice.noise, choice.mid, choice.tau)
             real, null = teacher.with_and_without_prompt(z_tau, choice.tau, cond)
             fake = critic(z_tau, choice.tau, cond, None)
-            w = self.w_min + (self.w_max - self.w_min) * rng.uniform("omega").view(-1, 1, 1, 1)
+            w = draw_omega(self.w_min, self.w_max, rng).view(-1, 1, 1, 1)
             matching, guidance = real.x0 - fake.x0, w * (real.x0 - null.x0)  # the terms DM and CA
             scale = size(x0 - real.x0 - guidance).clamp(min=1e-6)  # W
             goal = x0 + matching + guidance

@@ -86,7 +86,7 @@ def _remove_adapters(network: Any) -> None:
 def put_start_lora(student: Student, lora: Lora, start: str, alpha: float) -> None:
     """Copy updates into a student's adapter and into its average.
 
-    A smaller rank leaves the other rows of the student's `down` as they were drawn, with an `up` of zeros.
+    A smaller rank leaves the other rows of the student's `down` as they were initialized, with an `up` of zeros.
 
     Args:
         student: A LoRA student.

@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from lcmdistill.teachers.hub_session import limited_waiting
 from lcmdistill.teachers.naming import is_local, resolve_alias
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.run_dir import free_space
 from lcmdistill.utils.units import size_text
 
 WEIGHTS = r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?{variant}(?:-\d+-of-\d+)?\.safetensors"
@@ -74,8 +74,7 @@ def check_downloads(downloads: Sequence[Download]) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
-    existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, sum(each.size or 0 for each in downloads)
+    free, needed = free_space(cache)[1], sum(each.size or 0 for each in downloads)
     if needed > free:
         raise UsageError(
             f"downloading {', '.join(map(str, downloads))} needs {size_text(needed)} in {cache}, which has {size_text(free)} "

@@ -1,7 +1,5 @@
 """What a run writes to disks, and whether there is room for it."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,14 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.evaluation.latents import TEACHER_STEPS
-from lcmdistill.sampling.prompts import STEPS, default_prompts
+from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.cost_time import SourceSamples, validations
 from lcmdistill.training.memory.estimate import Breakdown
+from lcmdistill.training.validation import validation_prompts
 from lcmdistill.utils.checkpoint import BEST
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.run_dir import checkpoints
+from lcmdistill.utils.run_dir import checkpoints, free_space
 from lcmdistill.utils.units import size_text
 
 PICTURE_BYTES = 1.6
@@ -104,7 +103,7 @@ def disk_items(
                 "cached teacher outputs", cache, outputs * 2 * z.numel(), note=f"{outputs:,}, unless they are ready"
             )
         )
-    prompts = len(run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+    prompts = len(validation_prompts(config, teacher))
     count = validations(config, optim.max_train_steps)
     if count:
         references = prompts * z.numel() * 4 * (1 + len(STEPS))
@@ -143,12 +142,6 @@ def _size(folder: Path) -> int:
         return sum(path.stat().st_size for path in files if path.is_file())
     saved = [*checkpoints(folder), folder / BEST]
     return sum(path.stat().st_size for each in saved if each.is_dir() for path in each.iterdir())
-
-
-def free_space(folder: Path) -> tuple[int, float]:
-    """Return the number of the disk that a folder is on, or will be on, and the bytes that are free there."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return os.stat(existing).st_dev, float(shutil.disk_usage(existing).free)
 
 
 def check_space(items: Sequence[DiskItem]) -> None:

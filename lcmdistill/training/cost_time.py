@@ -15,11 +15,13 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
+from lcmdistill.data.survey import members_of
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.objectives.base import backward_passes
-from lcmdistill.sampling.prompts import STEPS, default_prompts
+from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.students.student import AutocastNetwork, guidance_of
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.training.validation import validation_prompts
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
 from lcmdistill.utils.units import counted
 
@@ -89,12 +91,12 @@ def samples_of(
     """
     found = []
     for i, source in enumerate(sources):
-        limit, count = config.data.max_samples, source.count()
-        members = limit if count is None or source.is_generated else min(count, limit or count)
+        limit, members = config.data.max_samples, members_of(source, config.data)
+        members = limit if members is None else members
         folder = cache_folder(source, config.data, teacher, config.run.seed)
         spans = [path.stem.split("-") for path in chunk_paths(folder, limit)]
         cached = sum(int(end) - int(start) for start, end in spans)
-        total = round((members or count or 0) * (kept[i] if kept else 1.0))
+        total = round((members or source.count() or 0) * (kept[i] if kept else 1.0))
         found.append(SourceSamples(source.is_generated, total, min(cached, members or 0)))
     return found
 
@@ -222,7 +224,7 @@ def phases(
         found.append(
             Phase("encoding latents", encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images")
         )
-    prompts = len(run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+    prompts = len(validation_prompts(config, teacher))
     if run.validate_every and config.objective_name != "lcf":
         scale = run.validation_guidance_scale or 1.0
         forwards = TEACHER_STEPS * (2 if scale > 1 or config.objective.omega != "none" else 1)

@@ -4,7 +4,6 @@ Shapes: B micro-batch, C h w latents.
 """
 
 import contextlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from lcmdistill.objectives.base import DistributionMatching
 from lcmdistill.students.student import Student
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
 from lcmdistill.training.distributed import Accelerator
-from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.train_step import (
     Phase,
     Prepared,
@@ -32,6 +30,7 @@ from lcmdistill.training.train_step import (
     StepReport,
     copy_into,
     no_phase,
+    update_parameters,
 )
 
 
@@ -150,8 +149,9 @@ class DistributionMatchingStep:
             losses.append(loss)
             noise_levels.append(tau)
             found.append(numbers)
-        norm = self._update(self.optimizer, self.student.trainable, step, self.optim.learning_rate)
-        self.student.follow(self.objective.ema_decay_at(step))
+        with self.phase("optimizer"):
+            norm = update_parameters(self.accelerator, self.optimizer, self.student.trainable, self.optim, step)
+            self.student.follow(self.objective.ema_decay_at(step))
         numbers = {name: torch.cat([each[name] for each in found]).mean() for name in found[0]}
         critic_loss, critic_norm = (torch.stack(values).mean() for values in zip(*of_critic, strict=True))
         return StepReport(
@@ -201,8 +201,11 @@ class DistributionMatchingStep:
                     ).mean()
                 self._backward(loss)
             losses.append(loss.detach())
-        rate = self.objective.critic.learning_rate
-        norm = self._update(self.critic_optimizer, self.student.critic_trainable, step, rate)
+        optim = replace(self.optim, learning_rate=self.objective.critic.learning_rate)
+        with self.phase("optimizer"):
+            norm = update_parameters(
+                self.accelerator, self.critic_optimizer, self.student.critic_trainable, optim, step
+            )
         return torch.stack(losses).mean(), norm
 
     def _student_backward(self, micro: RolledOut, *, is_last: bool) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
@@ -234,19 +237,6 @@ class DistributionMatchingStep:
     def _backward(self, loss: Tensor) -> None:
         with self.phase("backward"):
             self.accelerator.backward(loss / self.optim.gradient_accumulation_steps)
-
-    def _update(self, optimizer: Any, parameters: Mapping[str, Tensor], step: int, learning_rate: float) -> Tensor:
-        """Clip the gradients and take AdamW's step; returns the gradient norm before clipping."""
-        rate = learning_rate_at(step, replace(self.optim, learning_rate=learning_rate))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with self.phase("optimizer"):
-            # An infinite limit clips nothing and still measures.
-            trained: Any = list(parameters.values())
-            norm = self.accelerator.clip_grad_norm_(trained, self.optim.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-        return torch.as_tensor(norm)
 
     def _seed_dropout(self, rng: Rng) -> None:
         if self.student.has_dropout:

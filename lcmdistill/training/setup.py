@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lcmdistill.config.schema import DataConfig, RunConfig
+from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
 from lcmdistill.data.sources.base import Source
+from lcmdistill.data.survey import members_of
 from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.build import make_student
@@ -150,12 +151,6 @@ def _cached_outputs(
     )
     accelerator.wait_for_everyone()
     return TeacherOutputCache(folder, len(dataset), teacher.prediction_type)
-
-
-def members_of(source: Source, config: DataConfig) -> int | None:
-    """Return how many members of a source a run prepares; None where only reading all of them would tell."""
-    limit, count = config.max_samples, source.count()
-    return limit if source.is_generated else None if count is None else min(count, limit or count)
 
 
 def prepare_data(

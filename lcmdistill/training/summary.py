@@ -11,17 +11,12 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.sources.base import Source
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.training.cost_disk import (
-    DiskItem,
-    checkpoint_bytes,
-    disk_items,
-    free_space,
-    result_bytes,
-)
+from lcmdistill.training.cost_disk import DiskItem, checkpoint_bytes, disk_items, result_bytes
 from lcmdistill.training.cost_time import Phase, SourceSamples, measure_rates, phases, samples_of
 from lcmdistill.training.memory.estimate import Breakdown, step_memory
 from lcmdistill.training.memory.plan import Plan, log_plan
 from lcmdistill.utils.device import compute_dtype
+from lcmdistill.utils.run_dir import free_space
 from lcmdistill.utils.units import counted, duration_text, size_text
 
 logger = logging.getLogger(__name__)

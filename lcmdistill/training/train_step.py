@@ -289,16 +289,10 @@ class ConsistencyStep:
 
     def update(self, step: int) -> Tensor:
         """Clip the gradients, take AdamW's step and let the target follow."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.optim)
-        parameters = list(self.student.trainable.values())
         with self.phase("optimizer"):
-            # An infinite limit clips nothing and still measures.
-            norm = self.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            norm = update_parameters(self.accelerator, self.optimizer, self.student.trainable, self.optim, step)
             self.student.follow(self.objective.ema_decay_at(step))
-        return torch.as_tensor(norm)
+        return norm
 
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """Return student, target and optimizer."""
@@ -323,6 +317,28 @@ class ConsistencyStep:
     def _seed_dropout(self, rng: Rng) -> None:
         if self.student.has_dropout:
             seed_dropout(rng)
+
+
+def update_parameters(
+    accelerator: Accelerator, optimizer: Any, parameters: Mapping[str, Tensor], optim: OptimConfig, step: int
+) -> Tensor:
+    """Clip the gradients, and take the optimizer's step; returns the gradient norm before clipping.
+
+    Args:
+        accelerator: The processes and their device.
+        optimizer: The optimizer of the parameters.
+        parameters: What is trained.
+        optim: The [optim] section, with the learning rate of these parameters.
+        step: Optimizer steps done before.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, optim)
+    trained: Any = list(parameters.values())
+    # An infinite limit clips nothing and still measures.
+    norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.as_tensor(norm)
 
 
 @torch.no_grad()

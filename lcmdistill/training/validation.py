@@ -39,6 +39,11 @@ from lcmdistill.utils.units import counted
 logger = logging.getLogger(__name__)
 
 
+def validation_prompts(config: RunConfig, teacher: Teacher) -> tuple[str, ...]:
+    """Return the prompts of a run's validations: the requested ones, or the teacher's default."""
+    return tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+
+
 class Validator:
     """Write samples/step-N.png, one row per prompt and one column per step count, and measure it against the teacher.
 
@@ -48,7 +53,7 @@ class Validator:
 
     def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
-        self._prompts = tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+        self._prompts = validation_prompts(config, teacher)
         self._sizes = bucket_sizes(config.data, teacher.multiple)
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ def check_writable(path: Path) -> None:
         if disk_error(error):
             raise
         raise UsageError(f"--output {path} is not writable: {reason} in {parent}; choose another place") from error
+
+
+def free_space(folder: Path) -> tuple[int, float]:
+    """Return the number of the disk that a folder is on, or will be on, and the bytes that are free there."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return os.stat(existing).st_dev, float(shutil.disk_usage(existing).free)
 
 
 def is_in_use(folder: Path) -> bool:

@@ -18,13 +18,13 @@ def run_path(word: str) -> Path:
 def names_a_run(word: str) -> bool:
     """Return whether a word that does not exist can only be meant as a run: something in runs/, or next to runs."""
     folder = Path(word).expanduser().parent
-    return folder.name == RUNS.name or (folder != Path() and any(_runs_in(folder)))
+    return folder.name == RUNS.name or (folder != Path() and any(all_runs(folder)))
 
 
 def near_runs(word: str, count: int = 3) -> list[str]:
     """Return the runs whose names are like a word, the most similar first: those under runs/, and those next to it."""
     path = Path(word).expanduser()
-    paths = {str(each): each.name for folder in dict.fromkeys((path.parent, RUNS)) for each in _runs_in(folder)}
+    paths = {str(each): each.name for folder in dict.fromkeys((path.parent, RUNS)) for each in all_runs(folder)}
     names = difflib.get_close_matches(path.name, set(paths.values()), n=count, cutoff=0.5)
     return [each for name in names for each, of in paths.items() if of == name][:count]
 
@@ -37,10 +37,6 @@ def did_you_mean(word: str) -> str:
 
 def all_runs(folder: Path = RUNS) -> list[Path]:
     """Return the run folders in a folder, by name."""
-    return _runs_in(folder)
-
-
-def _runs_in(folder: Path) -> list[Path]:
     try:
         return sorted(path.parent for path in folder.glob("*/config.toml"))
     except OSError:

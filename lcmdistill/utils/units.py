@@ -1,4 +1,6 @@
-"""Numbers as people read them: sizes on disk, durations, counts of things."""
+"""Numbers as people read them: sizes on disk, durations, dates, counts of things."""
+
+import datetime
 
 
 def size_text(count: float) -> str:
@@ -22,6 +24,11 @@ def duration_text(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def date_text(seconds: float) -> str:
+    """Return the local date and time of seconds since the epoch: "2026-01-31 09:05"."""
+    return f"{datetime.datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

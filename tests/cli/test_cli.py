@@ -143,8 +143,8 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
     ],
 )
 def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, arguments: list[str], said: str) -> None:
-    code, told, error = command(*arguments)
-    assert (code, told) == (2, "")
+    code, output, error = command(*arguments)
+    assert (code, output) == (2, "")
     assert re.search(said, sentence(error))
     assert re.search(r"; see .*lcmdistill.* --help$", sentence(error))
 
@@ -199,9 +199,9 @@ def test_a_failure_ends_in_one_sentence_and_keeps_what_was_saved(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save_checkpoint", raising(error))
-        code, _, told = command(*options)
+        code, _, output = command(*options)
     assert code == 1
-    assert sentence(told).startswith(message)
+    assert sentence(output).startswith(message)
 
 
 def test_the_cpu_s_own_words_for_out_of_memory_are_understood() -> None:
@@ -224,9 +224,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         patched.setattr(checkpoint.torch, "save", full)
         assert command(*options)[0] == 1
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000002"]
-    code, told, _ = command(*options)
+    code, output, _ = command(*options)
     assert code == 0
-    assert "resuming from step-00000002" in told
+    assert "resuming from step-00000002" in output
 
 
 def test_debug_shows_the_traceback(options: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,8 +265,8 @@ def process(*arguments: str, **environment: str) -> tuple[subprocess.CompletedPr
     [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_the_spin_count_is_set_before_torch_is_imported(given: dict[str, str], expected: str | None) -> None:
-    told = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    code = f"import os, sys; from lcmdistill import cli; cli.app = lambda **_: {told}; cli.main()"
+    expression = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    code = f"import os, sys; from lcmdistill import cli; cli.app = lambda **_: {expression}; cli.main()"
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
     environment = {name: value for name, value in os.environ.items() if name not in own} | given
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -279,10 +279,10 @@ def test_an_unreachable_hub_is_reported_within_seconds(tmp_path: Path, offline: 
     nowhere = {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     ended, seconds = process(*arguments, **nowhere)
     assert ended.returncode == 1
-    told = sentence(ended.stderr)
-    assert told.startswith(f"owner/no-such-teacher is not in the local cache ({tmp_path / 'hub'}")
-    assert "--teacher tiny" in told
-    assert ("HF_HUB_OFFLINE is set" in told) == (offline == "1")
+    output = sentence(ended.stderr)
+    assert output.startswith(f"owner/no-such-teacher is not in the local cache ({tmp_path / 'hub'}")
+    assert "--teacher tiny" in output
+    assert ("HF_HUB_OFFLINE is set" in output) == (offline == "1")
     assert seconds < 40
 
 
@@ -305,34 +305,34 @@ def test_a_dry_run_tells_everything_and_writes_nothing(
         (tmp_path / "bad" / f"{i}.png").write_bytes((image_folder / "00.webp").read_bytes() if i else b"rubbish")
         (tmp_path / "bad" / f"{i}.txt").write_text("a caption" if i < 2 else "")
     before = sorted(tmp_path.rglob("*"))
-    code, told, error = command(*options, "--data", "bad", "--dry-run")
+    code, output, error = command(*options, "--data", "bad", "--dry-run")
     assert (code, error) == (0, "")
     assert sorted(tmp_path.rglob("*")) == before
-    assert f"data {image_folder}: 12 kept, 0 dropped" in told
-    assert "data bad: 1 kept, 2 dropped: 1 x corrupt image, 1 x no caption" in told
-    assert "output: out (new)" in told
-    assert re.search(r"epsilon-predicting U-Net of [\d,]+ parameters", told)
-    assert re.search(r"memory, estimated: \d+\.\d+ GiB", told)
-    assert re.search(r"time, estimated from a few passes on this device: [\d.]+ s", told)
-    assert re.search(r"  training +[\d.]+ s  4 steps of ", told)
-    assert "[teacher]" not in told
-    assert "nothing was written" in told
+    assert f"data {image_folder}: 12 kept, 0 dropped" in output
+    assert "data bad: 1 kept, 2 dropped: 1 x corrupt image, 1 x no caption" in output
+    assert "output: out (new)" in output
+    assert re.search(r"epsilon-predicting U-Net of [\d,]+ parameters", output)
+    assert re.search(r"memory, estimated: \d+\.\d+ GiB", output)
+    assert re.search(r"time, estimated from a few passes on this device: [\d.]+ s", output)
+    assert re.search(r"  training +[\d.]+ s  4 steps of ", output)
+    assert "[teacher]" not in output
+    assert "nothing was written" in output
 
 
 def test_a_dry_run_misses_a_tracker_before_it_opens_anything(
     command: Command, options: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    code, told, error = command(*options, "--report-to", "wandb", "--dry-run")
-    assert (code, told) == (2, "")
+    code, output, error = command(*options, "--report-to", "wandb", "--dry-run")
+    assert (code, output) == (2, "")
     assert sentence(error) == "--report-to wandb needs: pip install 'lcmdistill[wandb]'"
 
 
 def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
     command: Command, options: list[Any], tmp_path: Path
 ) -> None:
-    _, told, _ = command(*options, "--dry-run", "--full")
-    toml = told[told.index("[teacher]") : told.index("dry run: ")]
+    _, output, _ = command(*options, "--dry-run", "--full")
+    toml = output[output.index("[teacher]") : output.index("dry run: ")]
     (tmp_path / "printed.toml").write_text(toml)
     printed = resolve(read_toml(tmp_path / "printed.toml"), {})
     assert printed == resolve_run_defaults(printed, 1, load_teacher(printed.teacher.model))
@@ -345,10 +345,10 @@ def test_the_configuration_that_a_dry_run_prints_is_the_run_s(
 def test_a_dry_run_of_a_started_run_reports_it(command: Command, options: list[Any], tmp_path: Path) -> None:
     assert command(*options, "--max-train-steps", 1)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    code, told, _ = command(*options, "--dry-run")
+    code, output, _ = command(*options, "--dry-run")
     assert code == 0
-    assert "output: out (a run to resume)" in told
-    assert "1 cached chunks are ready" in told
+    assert "output: out (a run to resume)" in output
+    assert "1 cached chunks are ready" in output
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 

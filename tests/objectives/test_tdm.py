@@ -229,7 +229,7 @@ class BatchRng:
     def normal(self, stream: str, shape: Any) -> Tensor:
         return torch.randn(self.size, *shape, generator=self.generator)
 
-    def uniform(self, stream: str) -> Tensor:
+    def uniform(self, stream: str, *, fresh: bool = False) -> Tensor:
         return torch.rand(self.size, generator=self.generator)
 
     def integers(self, stream: str, high: int) -> Tensor:

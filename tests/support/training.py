@@ -1,6 +1,9 @@
 """Helpers that several tests share."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,3 +46,16 @@ def assert_same(one: Path, other: Path) -> None:
     mine, its = result(one), result(other)
     assert mine.keys() == its.keys() >= {"student.safetensors", "target.safetensors", "optimizer.safetensors"}
     assert [key for key in mine if mine[key] != its[key]] == []
+
+
+def kill_run(config: Path, folder: Path, line_start: str) -> None:
+    """Start the run of a config.toml in a process, into a folder, and kill it with signal 9 when it logs such a line."""
+    command = [sys.executable, "-m", "lcmdistill", "distill", "--config", str(config), "--output", str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(line_start):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL

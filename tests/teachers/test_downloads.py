@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from lcmdistill.teachers import downloads
 from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
+from lcmdistill.utils import run_dir
 from lcmdistill.utils.errors import UsageError
 
 FILES = {
@@ -73,7 +73,7 @@ def test_a_hub_that_does_not_answer_leaves_the_size_unknown(monkeypatch: pytest.
 
 
 def test_what_does_not_fit_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: Usage(10**12, 0, 2 * 10**9))
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: Usage(10**12, 0, 2 * 10**9))
     assert check_downloads([]) == ""
     assert check_downloads([Download("a/b", 10**9)]).startswith("download: a/b (1.0 GB) into ")
     with pytest.raises(

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from lcmdistill.utils.metrics_log import METRICS
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.methods import MethodRunner
 from tests.support.speed import Settings, built
-from tests.support.training import ROOT, assert_same, losses, metrics
+from tests.support.training import assert_same, kill_run, losses, metrics
 
 LORA = {"student__kind": "lora", "student__rank": 4, "student__alpha": 4.0}
 
@@ -120,16 +117,7 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(method_run: MethodRun
     options = {"optim__max_train_steps": 12, "run__checkpoint_every": 3, "run__log_every": 2}
     whole = method_run("tdm", "whole", **options)
     (tmp_path / "config.toml").write_text((whole / "config.toml").read_text())
-    command = [sys.executable, "-m", "lcmdistill", "distill", "--config", str(tmp_path / "config.toml")]
-    command += ["--output", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 4/12"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    kill_run(tmp_path / "config.toml", tmp_path / "killed", "step 4/12")
     assert_same(method_run("tdm", "killed", **options), whole)
 
 

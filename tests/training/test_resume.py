@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from lcmdistill.training.validation import Validator
 from lcmdistill.utils.checkpoint import load_best
 from lcmdistill.utils.errors import Interrupted, RunError, UsageError
 from lcmdistill.utils.run_dir import checkpoints
-from tests.support.training import ROOT, Runner, assert_same, losses, metrics, result
+from tests.support.training import Runner, assert_same, kill_run, losses, metrics, result
 
 
 @contextmanager
@@ -109,15 +108,7 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(train_run: Runner, tm
     config = (whole / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(config)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "lcmdistill", "distill", "--config", str(tmp_path / "config.toml")]
-    process = subprocess.Popen([*command, "--output", str(killed)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 4/12"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    kill_run(tmp_path / "config.toml", killed, "step 4/12")
     assert 0 < len(metrics(killed)) < 12
     assert not (killed / "pipeline").exists()
     train_run("killed", **changes)

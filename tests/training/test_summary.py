@@ -14,10 +14,11 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training import cost_disk, preflight, summary
+from lcmdistill.training import preflight, summary
 from lcmdistill.training.cost_time import Rates, SourceSamples, phases, samples_of
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.summary import Cost, estimate_cost, log_summary
+from lcmdistill.utils import run_dir
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.runs import distill, resolve
@@ -124,7 +125,7 @@ def test_a_run_that_the_disk_cannot_hold_stops_before_it_writes(
     train_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = resolve({}, {**train_settings, "run.output": str(tmp_path / "run")})
-    monkeypatch.setattr(cost_disk.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     for start in (distill, preflight.dry_run):
         with pytest.raises(
             UsageError, match=r"the run writes .* to the disk of .*checkpoints .*1 kB free; free some space"
