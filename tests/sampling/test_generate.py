@@ -278,7 +278,9 @@ def test_guidance_outside_the_training_is_reported(is_baked: bool, scale: float,
 
 def test_the_command_reports_guidance_outside_the_training(command: Command, small_run: Path) -> None:
     for scale, reported in ((4, False), (40, True)):
-        _, out, _ = command("sample", small_run, "--prompt", "x", "--steps", 1, "--guidance-scale", scale)
+        _, out, _ = command(
+            "sample", small_run, "--prompt", "x", "--steps", 1, "--guidance-scale", scale, "--output", "out"
+        )
         assert (
             "outside the range that this student was trained with; expect poor images, or use 2 to 6" in out
         ) == reported
