@@ -79,7 +79,18 @@ def fetch(work: Path) -> Path:
 
 
 def load_entries(work: Path) -> list[Entry]:
-    """Every image with its caption, in a fixed order, with the held-out ones marked."""
+    """Every image with its caption, in a fixed order, with the held-out ones marked.
+
+    They are the emoji, unless ``work`` has an ``entries.jsonl`` that lists other images of the same size.
+    """
+    listed = work / "entries.jsonl"
+    if listed.exists():
+        lines = [json.loads(line) for line in listed.read_text().splitlines()]
+        paths = [Path(line["path"]) for line in lines]
+        return [
+            Entry(path.stem, path, line["caption"], "", "base", held_out=line["held_out"])
+            for path, line in zip(paths, lines, strict=True)
+        ]
     unpacked = fetch(work)
     images = unpacked / "emoji-datasource-google"
     records: list[dict[str, Any]] = json.loads((images / "emoji.json").read_text())
@@ -101,6 +112,14 @@ def load_entries(work: Path) -> list[Entry]:
             if path.exists():
                 entries[caption] = Entry(path.stem, path, caption, record["category"], image_kind)
     return _split(list(entries.values()))
+
+
+def prompts_to_check(entries: list[Entry], wanted: tuple[str, ...]) -> list[str]:
+    """The wanted captions where the images have any of them, and else the first held-out captions, as many."""
+    captions = {entry.caption for entry in entries}
+    if captions.isdisjoint(wanted):
+        return [entry.caption for entry in entries if entry.held_out][: len(wanted)]
+    return list(wanted)
 
 
 def load_image(path: Path) -> Image.Image:

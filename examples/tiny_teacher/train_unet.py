@@ -26,7 +26,7 @@ from common import (
     scaling_factor,
     to_uint8,
 )
-from data import Entry, load_entries, load_pixels
+from data import Entry, load_entries, load_pixels, prompts_to_check
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -123,7 +123,8 @@ class Trainer:
         self.checkpoint = work / "unet.pt"
         self.rank, self.processes = rank, processes
         self.total_batch, self.batch, self.peak = batch, batch // processes, peak
-        entries = [entry for entry in load_entries(work) if not entry.held_out]
+        everything = load_entries(work)
+        entries = [entry for entry in everything if not entry.held_out]
         captions = [entry.caption for entry in entries]
         self.vae = load_vae(work)
         self.means, self.stds = encode_all(self.vae, entries)
@@ -131,7 +132,7 @@ class Trainer:
         self.tokenizer = build_tokenizer(captions)
         self.ids = tokenize(self.tokenizer, captions)
         self.empty = tokenize(self.tokenizer, [""])
-        self.check = tokenize(self.tokenizer, list(CHECK))
+        self.check = tokenize(self.tokenizer, prompts_to_check(everything, CHECK))
 
         alphas = build_scheduler().alphas_cumprod
         self.signal, self.noise = alphas.sqrt(), (1 - alphas).sqrt()

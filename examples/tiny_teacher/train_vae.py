@@ -77,7 +77,8 @@ def train(work: Path, minutes: float, batch: int, peak: float, kl_weight: float,
     entries = [entry for entry in load_entries(work) if not entry.held_out]
     pixels = torch.from_numpy(load_pixels(entries)).permute(0, 3, 1, 2)
     captions = [entry.caption for entry in entries]
-    check = pixels[[captions.index(caption) for caption in CHECK if caption in captions]].float() / 127.5 - 1
+    shown = [captions.index(caption) for caption in CHECK if caption in captions] or list(range(len(CHECK)))
+    check = pixels[shown].float() / 127.5 - 1
 
     torch.manual_seed(0)
     vae = build_vae()
