@@ -13,7 +13,7 @@ from lcmdistill.export.a1111_config import needs_config
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
 from lcmdistill.objectives.base import MethodInfo, StepCounts
 from lcmdistill.objectives.common import most_steps
-from lcmdistill.students.lora import merge_lora
+from lcmdistill.teachers.lora.adapters import merge_lora
 from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.errors import UsageError

@@ -29,15 +29,8 @@ from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
-from lcmdistill.students.lora_files import (
-    DIFFUSERS_LORA,
-    SCHEDULER_KEY,
-    SCHEDULER_OPTIONS_KEY,
-    Lora,
-    alpha_of,
-    kohya_tensors,
-    rank_of,
-)
+from lcmdistill.students.lora_files import DIFFUSERS_LORA, SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, alpha_of, rank_of
+from lcmdistill.teachers.lora.files import Lora, kohya_tensors
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of

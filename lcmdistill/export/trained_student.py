@@ -15,11 +15,13 @@ from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.student_pipeline import student_pipeline
-from lcmdistill.students.lora import ONLINE, LoraLayer, put_lora
-from lcmdistill.students.lora_files import SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, Lora
+from lcmdistill.students.lora import ONLINE
+from lcmdistill.students.lora_files import SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
+from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
+from lcmdistill.teachers.lora.files import Lora
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.students.lora_kinds import kinds_of, split_key
 from lcmdistill.teachers.folders import WEIGHT_FILE
+from lcmdistill.teachers.lora.kinds import kinds_of, split_key
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header

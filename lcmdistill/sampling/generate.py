@@ -19,11 +19,12 @@ from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
 from lcmdistill.sampling.variations import StartImage
-from lcmdistill.students.lora import choose_adapters
-from lcmdistill.students.lora_files import load_lora, scheduler_of, scheduler_options_of
+from lcmdistill.students.lora_files import scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.folders import only_variant
 from lcmdistill.teachers.loading import load_pipeline, nonfinite_part
+from lcmdistill.teachers.lora.adapters import choose_adapters
+from lcmdistill.teachers.lora.files import load_lora
 from lcmdistill.teachers.naming import resolve_alias
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of

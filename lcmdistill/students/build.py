@@ -8,9 +8,10 @@ from lcmdistill.config.schema import StudentConfig
 from lcmdistill.objectives.base import CriticOptions, Omega
 from lcmdistill.students.critic import add_critic_adapter, full_critic
 from lcmdistill.students.full import fresh_weights, full_student, target_of
-from lcmdistill.students.lora import CRITIC, ONLINE, TARGET, adapter_parameters, add_lora, choose_adapter, lora_layers
+from lcmdistill.students.lora import CRITIC, ONLINE, TARGET, add_lora
 from lcmdistill.students.student import AdapterView, AutocastNetwork, Student
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.lora.adapters import adapter_parameters, choose_adapter, lora_layers
 
 
 def make_student(

@@ -8,9 +8,10 @@ import torch
 from lcmdistill.config.schema import StudentConfig
 from lcmdistill.objectives.base import CriticOptions
 from lcmdistill.students.full import full_student
-from lcmdistill.students.lora import CRITIC, ONLINE, adapter_parameters, add_lora
+from lcmdistill.students.lora import CRITIC, ONLINE, add_lora
 from lcmdistill.students.student import AutocastNetwork
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.lora.adapters import adapter_parameters
 
 
 def full_critic(teacher: Teacher, dtype: torch.dtype, *, checkpointing: bool) -> AutocastNetwork:

@@ -16,9 +16,9 @@ from lcmdistill.config.schema import StudentConfig
 from lcmdistill.diffusion.ema import ema_update
 from lcmdistill.diffusion.types import Conditioning, RawNetwork
 from lcmdistill.objectives.base import Omega
-from lcmdistill.students.lora import choose_adapter, lora_layers
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
 from lcmdistill.teachers.family import Call
+from lcmdistill.teachers.lora.adapters import choose_adapter, lora_layers
 
 
 class AutocastNetwork(nn.Module):

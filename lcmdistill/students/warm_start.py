@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lcmdistill.objectives.recorded import load_run_config
-from lcmdistill.students.lora import LoraLayer, lora_layers
-from lcmdistill.students.lora_files import Lora, load_lora
 from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher, has_omega_input
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.lora.adapters import LoraLayer, lora_layers
+from lcmdistill.teachers.lora.files import Lora, load_lora
 from lcmdistill.utils.errors import UsageError
 
 WORDS = ("teacher", "scratch")

@@ -22,8 +22,8 @@ from lcmdistill.export.client_sampling import (
 from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.export.single_file import configs_of, read_back, write_single_file
 from lcmdistill.export.verify import difference
-from lcmdistill.students.lora import LoraLayer
-from lcmdistill.students.lora_files import kohya_tensors
+from lcmdistill.teachers.lora.adapters import LoraLayer
+from lcmdistill.teachers.lora.files import kohya_tensors
 from lcmdistill.teachers.single_file.load import CONFIGS
 from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import RunError

@@ -26,9 +26,11 @@ from lcmdistill.hub.model_card import model_card, write_run_card
 from lcmdistill.sampling.generate import find_model, load_student, scheduler_for_loras
 from lcmdistill.sampling.prompts import PROMPTS
 from lcmdistill.students.build import make_student
-from lcmdistill.students.lora import ONLINE, TARGET, adapter_parameters, choose_adapter, lora_layers
-from lcmdistill.students.lora_files import SCHEDULER_KEY, load_lora
+from lcmdistill.students.lora import ONLINE, TARGET
+from lcmdistill.students.lora_files import SCHEDULER_KEY
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.lora.adapters import adapter_parameters, choose_adapter, lora_layers
+from lcmdistill.teachers.lora.files import load_lora
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.checkpoint import load_checkpoint, save_checkpoint
 from lcmdistill.utils.errors import UsageError

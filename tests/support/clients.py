@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lcmdistill.export.single_file import write_single_file
-from lcmdistill.students.lora import LoraLayer
-from lcmdistill.students.lora_files import kohya_tensors
+from lcmdistill.teachers.lora.adapters import LoraLayer
+from lcmdistill.teachers.lora.files import kohya_tensors
 from lcmdistill.teachers.single_file.load import write_vocabulary
 from tests.support.full_size import build_sd15
 

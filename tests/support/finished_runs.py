@@ -13,9 +13,10 @@ from lcmdistill.export.trained_student import from_checkpoint
 from lcmdistill.hub.model_card import write_run_card
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.full import full_student
-from lcmdistill.students.lora import ONLINE, adapter_parameters, add_lora
+from lcmdistill.students.lora import ONLINE, add_lora
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.lora.adapters import adapter_parameters
 from lcmdistill.utils.checkpoint import save_checkpoint
 from tests.support.runs import resolve
 from tests.support.teachers import fill

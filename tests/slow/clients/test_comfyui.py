@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcmdistill.export.client_sampling import comfyui_sigmas, sgm_uniform
 from lcmdistill.sampling.generate import generate
-from lcmdistill.students.lora_files import load_lora
+from lcmdistill.teachers.lora.files import load_lora
 from tests.support.clients import PROMPT, SEED, SIDE, in_comfyui, opened_student, pixels, write_file, write_lora
 
 pytestmark = pytest.mark.slow

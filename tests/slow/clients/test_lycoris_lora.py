@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcmdistill.students.lora_files import load_lora
+from lcmdistill.teachers.lora.files import load_lora
 from tests.support.lycoris import ALPHA, LAYERS, RANK, layers_of, lycoris_file
 from tests.support.models import opened
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcmdistill.export.verify import difference
-from lcmdistill.students.lora_files import load_lora
+from lcmdistill.teachers.lora.files import load_lora
 from tests.support.clients import ROOT, opened_student, write_file, write_lora
 
 pytestmark = pytest.mark.slow

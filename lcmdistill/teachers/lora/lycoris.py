@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcmdistill.students.lora_kinds import KINDS, flat_path, split_key
+from lcmdistill.teachers.lora.kinds import KINDS, flat_path, split_key
 from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 

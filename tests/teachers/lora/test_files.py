@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
-from lcmdistill.students.lora_files import load_lora
+from lcmdistill.teachers.lora.files import load_lora
 from lcmdistill.teachers.registry import FAMILIES, family_of
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import BUILDERS, opened

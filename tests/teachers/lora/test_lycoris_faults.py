@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.students.lora_files import _check_fit
-from lcmdistill.students.lycoris import _decomposed, _merged
+from lcmdistill.teachers.lora.files import _check_fit
+from lcmdistill.teachers.lora.lycoris import _decomposed, _merged
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
 

@@ -13,8 +13,8 @@ from torch.nn.functional import conv2d
 
 from lcmdistill.report.info import describe
 from lcmdistill.sampling.generate import load_student
-from lcmdistill.students.lora_files import load_lora
-from lcmdistill.students.lora_kinds import kinds_of
+from lcmdistill.teachers.lora.files import load_lora
+from lcmdistill.teachers.lora.kinds import kinds_of
 from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 from tests.support.lycoris import ALPHA, LAYERS, RANK, TEXT, layers_of, lycoris_file, normal
