@@ -61,6 +61,22 @@ def sample(
             help="Stochasticity of TCD (gamma): the share of fresh noise per step, 0 to 1.  [default: 0.3 for TCD students]"
         ),
     ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE to use instead of the model's own (file, folder or hub id).")
+    ] = None,
+    text_encoder: Annotated[
+        list[str] | None, typer.Option(help="Text encoder to use instead of the model's own; repeatable for SDXL.")
+    ] = None,
+    parts_from: Annotated[
+        str | None,
+        typer.Option("--base", help="Model that supplies the parts that a single file lacks, such as its VAE."),
+    ] = None,
+    prediction_type: Annotated[
+        Literal["epsilon", "sample", "v_prediction"] | None,
+        typer.Option(
+            help="What a model predicts whose files do not say so, or are wrong.  [default: as its files say]"
+        ),
+    ] = None,
     clip_skip: Annotated[
         int | None,
         typer.Option(
@@ -146,7 +162,9 @@ def sample(
             )
     scales = [*[1.0] * len(found.loras), *(lora_scale or ())]
     scales += [1.0] * (len(loras) - len(scales))
-    options = {**found.options, **({} if clip_skip is None else {"clip_skip": clip_skip})}
+    changes = {"vae": vae, "text_encoder": text_encoder or None, "base": parts_from, "prediction_type": prediction_type}
+    changes |= {"clip_skip": clip_skip}
+    options = {**found.options, **{name: value for name, value in changes.items() if value is not None}}
     target = pick_device(device)
     dtype = sampling.sampling_dtype(precision, found.precision, target)
     pipeline = sampling.load_student(found.path, target, loras, scales, options, found.scheduler, dtype)

@@ -192,11 +192,11 @@ def a1111_setup(facts: SamplingFacts, checkpoint: str, separator: str = "", *, i
     """
     needs = []
     if needs_config(facts):
-        origin = "written by the export" if is_written else "a copy of v1-inference.yaml with `parameterization: v`"
-        needs.append(f"{checkpoint}.yaml next to the file, {origin}")
+        origin = "which the export writes" if is_written else "a copy of v1-inference.yaml with `parameterization: v`"
+        needs.append(f"the file {checkpoint}.yaml next to the checkpoint ({origin})")
     if facts.layout != "sdxl" and facts.zero_snr:
-        needs.append("the setting Noise schedule for sampling: Zero Terminal SNR")
-    return f"{separator}{' and '.join(needs)}" if needs else ""
+        needs.append('"Zero Terminal SNR" chosen in Settings, Noise schedule for sampling')
+    return f"{separator}{', and '.join(needs)}" if needs else ""
 
 
 def sampler_lines(usage: Usage, checkpoint: str, *, is_written: bool = False) -> tuple[str, str]:

@@ -7,26 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.teachers.folders import WEIGHT_FILE
-from lcmdistill.teachers.lora.kinds import kinds_of, split_key
+from lcmdistill.teachers.lora.kinds import kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
-from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, Header, inspect_checkpoint, is_lora, read_header
+from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.redact import redact_word
 from lcmdistill.utils.run_names import did_you_mean
+from lcmdistill.utils.units import counted
 
 Row = tuple[str, str]
 
 RANK_FIRST = (".hada_w1_b", ".lokr_w1_b", ".lokr_w2_b")
 "LyCORIS' tensors whose first side is the rank"
 
-OTHER_KINDS = {
-    "lora_magnitude_vector": "DoRA",
-    "bundle_emb": "textual inversions",
-    ".oft_blocks": "OFT",
-    ".on_input": "(IA)^3",
-}
-"{part of a key: the kind of adapter}, of kinds that cannot be loaded"
+LAYER_END = re.compile(r"\.(?:(?:lora|hada|lokr|dora|oft)_.*|alpha|[wb]_norm|diff(?:_b)?|on_input.*|[ab][12]\..*)$")
+"what follows a layer's name in LoRAs of any kind"
 
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -83,48 +79,54 @@ def _file(path: Path) -> list[Row]:
         )
     header = read_header(path)
     rows = _lora(path, header) if is_lora(header) else _checkpoint(path, header)
-    metadata = [
-        (key, value if len(value) <= 120 else f"{value[:117]}...") for key, value in sorted(header.metadata.items())
-    ]
-    return [("file", str(path)), *rows, *((f"header {key}", value) for key, value in metadata)]
+    metadata = [(f"header {key}", _shortened(value)) for key, value in sorted(header.metadata.items())]
+    return [("file", str(path)), *rows, *metadata]
+
+
+def _shortened(value: str) -> str:
+    """Shorten what is not text to read, such as a thumbnail or a table of tags."""
+    return value if len(value) <= 600 else f"{value[:117]}..."
 
 
 def _checkpoint(path: Path, header: Header) -> list[Row]:
-    parts = {
-        "U-Net": ("model.diffusion_model.",),
-        "VAE": ("first_stage_model.",),
-        "text encoders": ("cond_stage_model.", "conditioner."),
+    info = inspect_checkpoint(path, header)
+    encoders = tuple(prefix for prefix, _ in info.layout.text_encoders.values())
+    parts = {"U-Net": (info.unet.prefix,), "VAE": (VAE,), "text encoders": encoders}
+    held = {
+        "U-Net": True,
+        "VAE": "vae" in info.parts,
+        "text encoders": not {*info.layout.text_encoders} - {*info.parts},
     }
-    rows = [("type", "single-file checkpoint"), ("detected as", inspect_checkpoint(path, header).why)]
+    rows = [("type", "single-file checkpoint"), ("detected as", info.why)]
     for name, starts in parts.items():
-        rows.append((name, _size({k: v for k, v in header.tensors.items() if k.startswith(starts)})))
+        size = _size({key: value for key, value in header.tensors.items() if key.startswith(starts)})
+        rows.append((name, size if held[name] else "not in the file; --base MODEL supplies what is missing"))
     return [*rows, ("license", header.metadata.get("modelspec.license", "not specified"))]
 
 
 def _lora(path: Path, header: Header) -> list[Row]:
     downs = {k: v[1] for k, v in header.tensors.items() if k.endswith((*LORA_DOWNS, *RANK_FIRST))}
     names = header.tensors
-    kinds = kinds_of(names) + [kind for part, kind in OTHER_KINDS.items() if any(part in name for name in names)]
+    kinds = kinds_of(names) + other_kinds_of(names)
     adapter = path.with_name("adapter_config.json")
     metadata = header.metadata
     if adapter.is_file():
         kind, config = "peft", json.loads(adapter.read_text(encoding="utf-8"))
-        alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
+        alpha, base = config.get("lora_alpha", config.get("alpha")), config.get("base_model_name_or_path")
     elif "lora_adapter_metadata" in metadata:
         kind, config = "diffusers", json.loads(metadata["lora_adapter_metadata"])
         alpha, base = config.get("unet.lora_alpha"), metadata.get("ss_sd_model_name")
     else:
-        is_kohya = bool(kinds) or any(key.endswith(".lora_down.weight") for key in downs)
-        kind = "kohya" if is_kohya else "diffusers"
+        kind = "kohya" if any(name.startswith("lora_") for name in names) else "diffusers"
         alpha, base = metadata.get("ss_network_alpha"), metadata.get("ss_sd_model_name")
     in_file = "in its tensors" if any(name.endswith(".alpha") for name in names) else "none"
-    layers = len({split_key(name)[0] for name in names}) if kinds and kind == "kohya" else len(downs)
+    layers = len({LAYER_END.sub("", name) for name in names}) if kinds else len(downs)
     ranks = sorted({shape[0] for shape in downs.values()})
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
     fits = {layout.width: layout.title for _, layout in single_file_layouts()}
     guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
     return [
-        ("type", f"LoRA, {''.join(f'{each}, ' for each in kinds)}{kind} keys, on {layers} layers"),
+        ("type", f"LoRA, {''.join(f'{each}, ' for each in kinds)}{kind} keys, on {counted(layers, 'layer')}"),
         ("rank", ", ".join(map(str, ranks)) or "none"),
         ("alpha", in_file if alpha is None else str(alpha)),
         ("base", str(base or "not specified")),

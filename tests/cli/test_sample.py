@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from lcmdistill.export.single_file import write_single_file
 from lcmdistill.sampling import generate as sampling
+from lcmdistill.teachers.loading import load_pipeline
 from tests.support.teachers import Command
 
 
@@ -42,6 +46,20 @@ def test_images_go_into_the_run_and_none_is_overwritten(command: Command, run: P
 def test_a_model_that_is_not_a_run_has_its_images_in_the_current_folder(command: Command, run: Path) -> None:
     assert command("sample", run / "pipeline", *SMALL, "--resolution", 16)[0] == 0
     assert [path.name for path in Path("images").iterdir()] == ["000-red-heart_2-steps_cfg-8.5_seed-0.png"]
+
+
+def test_a_file_without_a_vae_is_sampled_with_another(command: Command, run: Path, small_teacher: Path) -> None:
+    pipeline = load_pipeline(str(small_teacher))
+    write_single_file(pipeline, Path("whole.safetensors"), dtype=torch.float32)
+    rest = {k: v for k, v in load_file("whole.safetensors").items() if not k.startswith("first_stage_model.")}
+    save_file(rest, "part.safetensors")
+    options = [*SMALL, "--resolution", 16, "--guidance-scale", 1]
+    code, _, error = command("sample", "part.safetensors", *options)
+    assert (code, "pass --vae, or --base MODEL" in error) == (2, True)
+    assert command("sample", run, *SMALL, "--vae", small_teacher)[0] == 0
+    assert command("sample", "part.safetensors", *options, "--base", small_teacher)[0] == 0
+    code, _, error = command("sample", run, *SMALL, "--base", small_teacher)
+    assert (code, "--base is for single files that lack parts" in error) == (2, True)
 
 
 def test_an_image_is_where_sampling_starts(command: Command, run: Path, tmp_path: Path) -> None:

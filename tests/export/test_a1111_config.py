@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_describes_the_checkpoint_beside_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "v.safetensors"
     sentence = export(run, "single-file", path, **OPTIONS)
-    assert "needs v.yaml next to the file, written by the export" in sentence
+    assert "needs the file v.yaml next to the checkpoint (which the export writes)" in sentence
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v.safetensors", "v.yaml"]
     own = load_student(find_model(str(run)).path, torch.device("cpu"))
     original = yaml.safe_load((tmp_path / "v.yaml").read_text())

@@ -29,7 +29,7 @@ def usage_of(name: str, **facts: Any) -> Usage:
         ("sd2", EPSILON, False, None, None),
         ("sdxl", EPSILON, False, None, None),
         ("sdxl", V, True, None, None),
-        ("sd1", V, False, "ModelSamplingDiscrete set to `v_prediction`", ".yaml next to the file"),
+        ("sd1", V, False, "ModelSamplingDiscrete set to `v_prediction`", ".yaml next to the checkpoint"),
         ("sd1", V, True, "ModelSamplingDiscrete set to `v_prediction`, `zsnr = true`", "Zero Terminal SNR"),
         ("sd2", V, False, "ModelSamplingDiscrete set to `v_prediction`", None),
         ("sd2", V, True, "ModelSamplingDiscrete set to `v_prediction`, `zsnr = true`", "Zero Terminal SNR"),

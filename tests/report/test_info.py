@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lcmdistill.export import registry as export
 from lcmdistill.export.single_file import write_single_file
@@ -55,6 +56,57 @@ def test_a_single_file_is_described(tmp_path: Path, small_teacher: Path) -> None
     rows = dict(describe(str(tmp_path / "a.safetensors")))
     assert rows["detected as"].startswith("Stable Diffusion 1 (CLIP's text encoder")
     assert rows["U-Net"] == f"{sum(p.numel() for p in pipeline.unet.parameters()):,} parameters, fp16 on disk"
+
+
+@pytest.mark.parametrize("style", ["prefixed", "bare", "diffusers"])
+def test_a_unet_only_file_is_described(style: str, tmp_path: Path, small_teacher: Path) -> None:
+    pipeline = opened(small_teacher)
+    write_single_file(pipeline, tmp_path / "a.safetensors", dtype=torch.float16)
+    unet = {k: v for k, v in load_file(tmp_path / "a.safetensors").items() if k.startswith("model.diffusion_model.")}
+    if style == "bare":
+        unet = {key.removeprefix("model.diffusion_model."): value for key, value in unet.items()}
+    if style == "diffusers":
+        unet = {key: value.half() for key, value in pipeline.unet.state_dict().items()}
+    save_file(unet, tmp_path / "b.safetensors")
+    rows = dict(describe(str(tmp_path / "b.safetensors")))
+    assert rows["U-Net"] == f"{sum(p.numel() for p in pipeline.unet.parameters()):,} parameters, fp16 on disk"
+    assert rows["VAE"] == rows["text encoders"] == "not in the file; --base MODEL supplies what is missing"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        (["lora_unet_a.oft_diag", "lora_unet_b.oft_diag"], "LoRA, OFT, kohya keys, on 2 layers"),
+        (["lora_unet_a.a1.weight", "lora_unet_a.b2.weight"], "LoRA, GLoRA, kohya keys, on 1 layers"),
+        (
+            [f"unet.{path}.to_q.{end}" for path in "ab" for end in ("lora_A.weight", "lora_B.weight", "dora_scale")],
+            "LoRA, DoRA, diffusers keys, on 2 layers",
+        ),
+        (
+            [f"base_model.model.{path}.hada_{part}" for path in "ab" for part in ("w1_a", "w1_b", "w2_a", "w2_b")],
+            "LoRA, LoHa, diffusers keys, on 2 layers",
+        ),
+    ],
+)
+def test_every_kind_of_lora_is_named_with_its_layers(keys: list[str], text: str, tmp_path: Path) -> None:
+    save_file({key: torch.zeros(4, 4) for key in keys}, tmp_path / "a.safetensors")
+    assert dict(describe(str(tmp_path / "a.safetensors")))["type"] == text.replace("1 layers", "1 layer")
+
+
+def test_a_peft_folder_of_another_kind_is_described(tmp_path: Path) -> None:
+    save_file({"base_model.model.a.hada_w1_a": torch.zeros(4, 4)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 4, "alpha": 3}')
+    rows = dict(describe(str(tmp_path)))
+    assert (rows["type"], rows["alpha"]) == ("LoRA, LoHa, peft keys, on 1 layer", "3")
+
+
+def test_a_usage_hint_is_shown_whole(tmp_path: Path) -> None:
+    hint = "LCM sampler, 4 steps, " * 20
+    tensors = {"lora_unet_a.lora_down.weight": torch.zeros(4, 4), "lora_unet_a.lora_up.weight": torch.zeros(4, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"modelspec.usage_hint": hint, "table": "x" * 1000})
+    rows = dict(describe(str(tmp_path / "a.safetensors")))
+    assert rows["header modelspec.usage_hint"] == hint
+    assert rows["header table"] == "x" * 117 + "..."
 
 
 def test_the_bundled_teacher_is_described_without_torch() -> None:

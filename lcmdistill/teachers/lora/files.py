@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
-from lcmdistill.teachers.lora.kinds import flat_path, kinds_of
+from lcmdistill.teachers.lora.kinds import flat_path, kinds_of, other_kinds_of
 from lcmdistill.teachers.lora.lycoris import merge_lycoris
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import FAMILIES, family_of
@@ -189,15 +189,15 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
             absent.append(key)
         elif value.shape[axis] != widths[part][path][axis]:
             mismatched.append(key)
+    is_comfy = any("diffusion_model." in key for key in unknown)
+    kind = " with ComfyUI's model keys" if is_comfy else "".join(f" of {kind}" for kind in other_kinds_of(unknown)[:1])
     if not halves:
-        kind = next((kind for word, kind in _OTHER_KINDS.items() if any(word in key for key in unknown)), "")
         found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
         raise UsageError(
             f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
             "export it as a plain LoRA"
         )
     if unknown:
-        kind = next((kind for word, kind in _OTHER_KINDS.items() if any(word in key for key in unknown)), "")
         raise UsageError(
             f"--lora {lora} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
             "it would generate other images: merge it into its base, or export it as a plain LoRA"
@@ -231,17 +231,6 @@ _SUFFIXES = (
     # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
     *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
 )
-
-
-# Words in the keys of other kinds of adapters, for messages.
-_OTHER_KINDS = {
-    "lora_magnitude_vector": " of a DoRA",
-    "bundle_emb": " of textual inversions",
-    "oft_": " of OFT",
-    ".on_input": " of (IA)^3",
-    ".a1.weight": " of a GLoRA",
-    "diffusion_model.": " with ComfyUI's model keys",
-}
 
 
 def kohya_tensors(lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:

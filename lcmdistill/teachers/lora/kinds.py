@@ -14,13 +14,32 @@ KINDS = {
 }
 "what the tensors of a layer are called, by kind; several kinds may act on one layer"
 
+OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "bundle_emb": "textual inversions",
+    "oft_": "OFT",
+    ".on_input": "(IA)^3",
+    ".a1.weight": "GLoRA",
+}
+"{part of a key: the kind of adapter}, of kinds that cannot be loaded"
+
 ENDS = {"alpha", *(part for parts in KINDS.values() for part in parts)}
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:
     """Return the kinds beyond plain LoRA in a file, by its keys."""
-    ends = {split_key(name)[1] for name in names}
-    return [kind for kind, parts in KINDS.items() if kind != "lora" and ends & set(parts)]
+    names = list(names)
+    return [
+        kind
+        for kind, parts in KINDS.items()
+        if kind != "lora" and any(name.endswith(tuple(f".{part}" for part in parts)) for name in names)
+    ]
+
+
+def other_kinds_of(names: Iterable[str]) -> list[str]:
+    """Return the kinds of adapters in a file that cannot be loaded, by its keys."""
+    names = list(names)
+    return [kind for part, kind in OTHER_KINDS.items() if any(part in name for name in names)]
 
 
 def split_key(key: str) -> tuple[str, str]:

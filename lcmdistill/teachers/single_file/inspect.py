@@ -28,7 +28,10 @@ LORA_DOWNS = (".lora_down.weight", ".lora_A.weight", "lora.down.weight", ".lora_
 
 LORA_ENDS = (*LORA_DOWNS, ".lora_up.weight", ".lora_B.weight", "lora.up.weight", ".lora_linear_layer.up.weight")
 
-LYCORIS_ENDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".w_norm", ".diff", ".oft_blocks", ".on_input")
+LYCORIS_ENDS = (
+    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".w_norm", ".diff"),
+    *(".oft_blocks", ".oft_diag", ".on_input", ".a1.weight"),
+)
 "an end that the layers of each other kind of LoRA have"
 
 
@@ -141,7 +144,10 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
         raise UsageError(f"{path} is SDXL's refiner; use a checkpoint of Stable Diffusion 1, 2 or XL base")
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
         raise UsageError(f"{path} was trained on EDM's noise levels, which are not supported for teachers with a VAE")
-    channels = names.get(unet.named("input_blocks.0.0.weight", "conv_in.weight"), ("", (0, 0)))[1][1]
+    first = unet.named("input_blocks.0.0.weight", "conv_in.weight")
+    if len(names.get(first, ("", ()))[1]) != 4:
+        raise UsageError(f"{path} lacks {first}, the first weight of its U-Net; use a complete file")
+    channels = names[first][1][1]
     families = [(family, each) for family, each in single_file_layouts() if each.key == layout.key]
     match = next((each for each in families if each[0].input_channels == channels), None)
     if match is None:

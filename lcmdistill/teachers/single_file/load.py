@@ -109,9 +109,7 @@ def _unet_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> di
     """Return the config of a file's U-Net: the published one, or a base's, with the blocks that the file has."""
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
     config |= {"time_cond_proj_dim": None}
-    if info.unet.is_diffusers:
-        return config
-    return with_counted_blocks(config, read_header(path).tensors, info.unet.prefix)
+    return with_counted_blocks(config, read_header(path).tensors, info.unet)
 
 
 def _empty(kind: Any, config: Any) -> Any:

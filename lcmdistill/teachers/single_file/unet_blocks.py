@@ -4,21 +4,28 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from lcmdistill.teachers.single_file.inspect import UnetKeys
+
 Level = list[int]
 "the depth of the attention after each residual block of a level; 0 for none"
 
 
-def with_counted_blocks(config: Mapping[str, Any], names: Collection[str], prefix: str) -> dict[str, Any]:
+def with_counted_blocks(config: Mapping[str, Any], names: Collection[str], keys: UnetKeys) -> dict[str, Any]:
     """Return a diffusers U-Net config with the blocks that a file has; the config itself if the file has its blocks.
 
     Args:
         config: The config of a published model of the same layout.
         names: The keys of the file.
-        prefix: What precedes the original keys of its U-Net.
+        keys: How the keys of its U-Net are written.
     """
-    bare = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    down, up = _levels(bare, "input_blocks"), _levels(bare, "output_blocks")
-    middle = [len({n.split(".")[1] for n in bare if n.startswith("middle_block.")}), _depth(bare, "middle_block.1")]
+    bare = {name.removeprefix(keys.prefix) for name in names if name.startswith(keys.prefix)}
+    if keys.is_diffusers:
+        down, up = _diffusers_levels(bare, "down_blocks"), _diffusers_levels(bare, "up_blocks")
+        middle = [_count(bare, "mid_block.resnets.") + _count(bare, "mid_block.attentions.")]
+        middle.append(_count(bare, "mid_block.attentions.0.transformer_blocks."))
+    else:
+        down, up = _levels(bare, "input_blocks"), _levels(bare, "output_blocks")
+        middle = [_count(bare, "middle_block."), _count(bare, "middle_block.1.transformer_blocks.")]
     if len(down) != len(config["down_block_types"]) or [down, up, middle] == _blocks_of(config):
         return dict(config)
     mid_types = {0: None, 1: "UNetMidBlock2D"}
@@ -40,15 +47,25 @@ def _levels(names: Collection[str], half: str) -> list[Level]:
     for number in sorted(numbers):
         block = f"{half}.{number}"
         if f"{block}.0.in_layers.0.weight" in names:
-            level.append(_depth(names, f"{block}.1"))
+            level.append(_count(names, f"{block}.1.transformer_blocks."))
         if any(re.match(rf"{re.escape(block)}\.(0\.op|[12]\.conv)\.", name) for name in names):
             levels, level = [*levels, level], Level()
     return [*levels, level]
 
 
-def _depth(names: Collection[str], attention: str) -> int:
-    """Return the number of transformer blocks of an attention; 0 if there is none."""
-    start = f"{attention}.transformer_blocks."
+def _diffusers_levels(names: Collection[str], half: str) -> list[Level]:
+    """Return the levels of a half of a U-Net by diffusers' names."""
+    return [
+        [
+            _count(names, f"{half}.{level}.attentions.{layer}.transformer_blocks.")
+            for layer in range(_count(names, f"{half}.{level}.resnets."))
+        ]
+        for level in range(_count(names, f"{half}."))
+    ]
+
+
+def _count(names: Collection[str], start: str) -> int:
+    """Return the number of different next parts of the names that begin so, such as the blocks below a level."""
     return len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
 
 

@@ -22,6 +22,9 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SCALES = (".scale_weight", ".weight_scale")
 "a layer's scale in the two formats of scaled fp8; the weight is the stored tensor times its scale"
 
+OTHER_SCALES = (".weight_scale_2", ".weight_scale_inv")
+"the scales of quantized formats that are not read"
+
 NOT_WEIGHTS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "v_pred", "ztsnr", "position_ids")
 "the ends of keys that change nothing in fp32: what activations are scaled by, and markers"
 
@@ -125,12 +128,12 @@ class CheckpointFile:
     def _read(self, file: Any, source: Source, shape: tuple[int, ...], what: str) -> Tensor:
         dtype = self.tensors[source.key][0]
         stem = source.key.removesuffix(".weight")
-        if dtype not in FLOATS or any(
-            f"{stem}{end}" in self.tensors for end in (".weight_scale_2", ".weight_scale_inv")
-        ):
+        others = [key for end in OTHER_SCALES if (key := f"{stem}{end}") in self.tensors]
+        if dtype not in FLOATS or others:
+            scaled = f", scaled by {others[0]}" if others else ""
             raise UsageError(
-                f"{self.path}: {source.key} is quantized ({dtype}) in an unsupported format; supported are fp32, fp16, bf16 "
-                "and fp8, with or without scales"
+                f"{self.path}: {source.key} is quantized ({dtype}{scaled}), which is not supported; use a checkpoint in fp32, "
+                "fp16 or bf16, or in fp8 with one scale per layer or none"
             )
         value = file.get_tensor(source.key).float()
         for suffix in SCALES if source.key.endswith(".weight") else ():

@@ -240,7 +240,7 @@ def test_another_kind_of_peft_adapter_is_refused(small_teacher: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [("lora_magnitude_vector", " of a DoRA"), ("oft_blocks", " of OFT"), ("on_input", r" of \(IA\)\^3")],
+    [("lora_magnitude_vector", " of DoRA"), ("oft_blocks", " of OFT"), ("on_input", r" of \(IA\)\^3")],
 )
 def test_tensors_beyond_a_plain_lora_are_refused_by_name(
     suffix: str, kind: str, small_teacher: Path, tmp_path: Path

@@ -41,7 +41,7 @@ def test_faulty_layers_are_refused_in_words(layer: dict[str, Tensor], sentence: 
         ("lora_unet_mid.oft_blocks", " of OFT"),
         ("lora_unet_mid.oft_diag", " of OFT"),
         ("lora_unet_mid.on_input", " of (IA)^3"),
-        ("lora_unet_mid.a1.weight", " of a GLoRA"),
+        ("lora_unet_mid.a1.weight", " of GLoRA"),
         ("diffusion_model.mid.lora_A.weight", " with ComfyUI's model keys"),
     ],
 )

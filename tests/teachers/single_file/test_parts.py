@@ -13,7 +13,7 @@ from torch import Tensor
 from lcmdistill.export.single_file import write_single_file
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.single_file import load as single_file
-from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
+from lcmdistill.teachers.single_file.inspect import UnetKeys, inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import CONFIGS, load_single_file
 from lcmdistill.teachers.single_file.sd_keys import original_unet
 from lcmdistill.teachers.single_file.unet_blocks import with_counted_blocks
@@ -90,7 +90,7 @@ def test_weights_of_other_quantizations_are_refused(files: dict[str, Path]) -> N
     key = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
     save_file({**tensors, key: tensors[key].to(torch.uint8)}, files["sd1"])
     with pytest.raises(
-        UsageError, match=r"to_q.weight is quantized \(U8\) in an unsupported format; supported are fp32"
+        UsageError, match=r"to_q.weight is quantized \(U8\), which is not supported; use a checkpoint in fp32"
     ):
         load_single_file(files["sd1"])
 
@@ -206,6 +206,14 @@ def test_a_missing_weight_is_named_first(files: dict[str, Path]) -> None:
     assert f"lacks {lost}, in total 1 of the " in str(caught.value)
 
 
+def test_a_unet_without_its_first_weight_is_named_as_such(files: dict[str, Path]) -> None:
+    path = without(files["sd1"], f"{UNET}input_blocks.0.0.")
+    with pytest.raises(
+        UsageError, match=r"lacks model.diffusion_model.input_blocks.0.0.weight, the first weight of its"
+    ):
+        load_single_file(path)
+
+
 def test_weights_that_a_unet_has_no_place_for_are_refused(files: dict[str, Path]) -> None:
     save_file({**load_file(files["sd1"]), f"{UNET}time_embed.cond_proj.weight": torch.ones(4, 4)}, files["sd1"])
     with pytest.raises(UsageError, match=r"holds 1 more weights in its U-Net .*, such as .*cond_proj"):
@@ -225,7 +233,7 @@ def build_vega(folder: Path) -> Path:
 
 @pytest.mark.parametrize("build", [build_ssd1b, build_vega])
 def test_smaller_variants_of_sdxl_are_teachers(
-    build: Callable[[Path], Path], files: dict[str, Path], tmp_path: Path
+    build: Callable[[Path], Path], files: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     whole = opened(build(tmp_path / "model"))
     write_single_file(opened(tmp_path / "model"), files["sdxl"], dtype=torch.float32)
@@ -237,6 +245,9 @@ def test_smaller_variants_of_sdxl_are_teachers(
     with torch.no_grad():
         outputs = [p.unet(*inputs, added_cond_kwargs=added).sample for p in (whole, loaded)]
     assert torch.equal(*outputs)
+    alone = tmp_path / "unet.safetensors"
+    save_file(diffusers(tmp_path / "model", {}), alone)
+    assert same_weights(load_pipeline(str(alone), base=str(folders["sdxl"])).unet, whole.unet)
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
@@ -265,10 +276,12 @@ def test_published_variants_are_counted_from_their_keys(name: str) -> None:
     config = json.loads((CONFIGS / "sdxl" / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet.from_config({**config, **changes})
-        keys = original_unet(unet.state_dict(), unet.config)
-        counted = UNet.from_config(with_counted_blocks(config, keys, UNET))
+        state = unet.state_dict()
+        original = with_counted_blocks(config, original_unet(state, unet.config), UnetKeys(UNET, False))
+        assert with_counted_blocks(config, state, UnetKeys("", True)) == original
+        counted = UNet.from_config(original)
     assert sum(parameter.numel() for parameter in counted.parameters()) == parameters
-    assert {k: v.shape for k, v in counted.state_dict().items()} == {k: v.shape for k, v in unet.state_dict().items()}
+    assert {k: v.shape for k, v in counted.state_dict().items()} == {k: v.shape for k, v in state.items()}
 
 
 def test_the_parts_of_a_file_are_described(files: dict[str, Path]) -> None:
