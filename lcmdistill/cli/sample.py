@@ -136,6 +136,7 @@ def sample(
     from lcmdistill.sampling.png import GeneratedImage, ImageFolder
     from lcmdistill.sampling.prompts import default_prompts
     from lcmdistill.sampling.variations import start_image, use_scheduler
+    from lcmdistill.teachers.naming import public_name
     from lcmdistill.teachers.prompts import count_truncated, token_limit
     from lcmdistill.teachers.registry import family_of
     from lcmdistill.utils.device import pick_device
@@ -188,11 +189,11 @@ def sample(
     wanted = [text for text in texts for _ in range(num_images)]
     folder = ImageFolder(
         output or (found.folder or Path()) / "images",
-        model=found.path,
+        model=public_name(str(found.folder) if found.folder and not found.loras else found.path),
         steps=steps,
         guidance_scale=guidance,
         sampler=sampling.sampler_name(pipeline),
-        loras=list(zip(loras, scales, strict=True)),
+        loras=[(public_name(each), scale) for each, scale in zip(loras, scales, strict=True)],
     )
     written: list[Path] = []
     with kept_images(written, len(wanted)), progress("generating", len(wanted)) as bar:

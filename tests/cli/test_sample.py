@@ -33,6 +33,7 @@ def test_images_go_into_the_run_and_none_is_overwritten(command: Command, run: P
             f"1 image at 2 steps, guidance scale 3: runs/mine/images/00{n}-red-heart_2-steps_cfg-3_seed-5.png" in said
         )
     names = [f"00{n}-red-heart_2-steps_cfg-3_seed-5.png" for n in range(2)]
+    assert Image.open(run / "images" / names[0]).info["model"] == "mine"  # no path, which would name private folders
     assert sorted(path.name for path in (run / "images").iterdir()) == names
     code, said, _ = command("sample", run, *SMALL, "--num-images", 2, "--output", "out", "--steps", 1)
     assert "2 images at 1 step, " in said
