@@ -22,14 +22,15 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
     return (((a.float() - b.float()).square() + c**2).sqrt() - c).flatten(1).mean(1)
 
 
-def norm_huber(a: Tensor, b: Tensor) -> Tensor:
+def norm_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     """Return sqrt(|d|^2 + c^2) - c of the norm of the difference (Song & Dhariwal 2023, sec. 3.3).
 
-    c = .00054 sqrt(number of elements).
+    c: by default .00054 sqrt(number of elements); 0 is the norm.
     """
     difference = (a.float() - b.float()).flatten(1)
-    c = 0.00054 * difference.shape[1] ** 0.5
-    return (difference.square().sum(1) + c**2).sqrt() - c
+    c = 0.00054 * difference.shape[1] ** 0.5 if c is None else c
+    # The root of 0 has no gradient.
+    return (difference.square().sum(1) + c**2).clamp(min=1e-20).sqrt() - c
 
 
 DISTANCES: dict[str, LossFunction] = {"huber": pseudo_huber, "norm-huber": norm_huber, "l1": l1, "l2": l2}

@@ -17,6 +17,7 @@ OBJECTIVES = LazyRegistry(
         "pcm": "lcmdistill.objectives.pcm:PhasedConsistency",
         "tdm": "lcmdistill.objectives.tdm:TrajectoryDistributionMatching",
         "ict": "lcmdistill.objectives.ct:ImprovedConsistencyTraining",
+        "ect": "lcmdistill.objectives.ect:EasyConsistencyTuning",
     }
 )
 

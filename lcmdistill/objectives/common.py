@@ -92,6 +92,11 @@ def noise_level_fraction(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return torch.searchsorted(steps, t.contiguous()).float() / schedule.num_steps
 
 
+def noise_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Return sigma / alpha, (B,); finite at zero-terminal SNR, too."""
+    return (schedule.sigma(t) / schedule.alpha(t).clamp(min=1e-4)).view(-1)
+
+
 def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
     """Draw omega per sample, (B,) fp32; None where guidance is "free"."""
     return None if guidance == "free" else draw_omega(w_min, w_max, rng)

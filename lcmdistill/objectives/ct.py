@@ -13,7 +13,7 @@ from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import EMPTY_PROMPTS, MethodInfo, State
-from lcmdistill.objectives.common import check_decay, check_lpips, loss_function
+from lcmdistill.objectives.common import check_decay, check_lpips, loss_function, noise_ratio
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -121,14 +121,14 @@ class ConsistencyTraining:
         if self.times == "uniform":
             return rng.integers("times", len(grid) - 1)
         # p(n) ~ erf((ln sigma_n+1 - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_n - P_mean) / ...): iCT, sec. 3.5
-        mass = torch.erf((_sigma(schedule, grid).log() - self.p_mean) / (math.sqrt(2.0) * self.p_std)).diff()
+        mass = torch.erf((noise_ratio(schedule, grid).log() - self.p_mean) / (math.sqrt(2.0) * self.p_std)).diff()
         share = mass.cumsum(0) / mass.sum()
         return torch.searchsorted(share, rng.uniform("times"), right=True).clamp(max=len(mass) - 1)
 
     def _weight(self, schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
         if self.weighting == "uniform":
             return torch.ones_like(t, dtype=torch.float32)
-        return 1.0 / (_sigma(schedule, t) - _sigma(schedule, s)).float()
+        return 1.0 / (noise_ratio(schedule, t) - noise_ratio(schedule, s)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,3 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
     times: Literal["uniform", "lognormal"] = "lognormal"
     weighting: Literal["uniform", "inverse"] = "inverse"
     distance: Literal["huber", "norm-huber", "l1", "l2", "lpips"] = "norm-huber"
-
-
-def _sigma(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Return sigma / alpha, (B,); finite at zero-terminal SNR, too."""
-    return (schedule.sigma(t) / schedule.alpha(t).clamp(min=1e-4)).view(-1)

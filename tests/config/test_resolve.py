@@ -68,7 +68,7 @@ def test_registries_name_what_they_load() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_with_a_solver_takes_every_solver(objective: str, solver: str) -> None:
     flags = {"objective.name": objective, "objective.solver": solver}
-    if objective in ("lcf", "ct", "ict", "tdm"):
+    if objective in ("lcf", "ct", "ict", "ect", "tdm"):
         with pytest.raises(UsageError, match=rf"objective\.solver is not a setting of {objective}, which has "):
             resolve({}, flags)
         return

@@ -20,7 +20,7 @@ from tests.support.objectives import NULL, SD15, asked_of, each_objective, field
 from tests.support.oracle import Networks, oracle_models, scaled, slope, smooth_schedule
 from tests.support.solvers import ORDER
 
-TEACHERLESS = ("lcf", "ct", "ict")
+TEACHERLESS = ("lcf", "ct", "ict", "ect")
 
 having = {
     field: pytest.mark.parametrize("objective", [name for name in OBJECTIVES if field in fields_of(name)])
@@ -332,6 +332,12 @@ def test_the_target_is_evaluated_where_the_state_says(objective: str) -> None:
         ("ct", {"mu0": 1.0}, "mu0 is 1.0"),
         ("ct", {"curriculum_steps": 0}, r"\(K\) is 0"),
         ("ict", {"p_std": 0.0}, "p_std"),
+        ("ect", {"q": 1.0}, "q is 1; it must be above 1, such as 2, or 256 with one stage"),
+        ("ect", {"stages": 0}, "stages is 0; it must be from 1 to 64"),
+        ("ect", {"huber_c": -1.0}, "huber_c"),
+        ("ect", {"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ("ect", {"curriculum_steps": 0}, r"\(K\) is 0"),
+        ("ect", {"p_std": 0.0}, "p_std"),
     ],
 )
 def test_impossible_fields_are_refused(objective: str, fields: dict[str, Any], message: str) -> None:

@@ -36,6 +36,7 @@ def made(objective: str, *, step: int | None = None, steps: int = 1024, **fields
     known = fields_of(objective)
     if step is not None:
         size = {"skip": step, "scales": steps // step + 1, "s0": steps // step, "s1": steps // step}
+        size |= {"q": 8 * steps / step, "stages": 1}  # so that 1 - r / t, which is n(t) / q, is at most about a half
         fields = {**size, **fields}
     return OBJECTIVES[objective](**{key: value for key, value in fields.items() if key in known})
 

@@ -32,6 +32,7 @@ LEFT = {
     "cd": ("StableDiffusionPipeline", "LCMScheduler", False),
     "ct": ("StableDiffusionPipeline", "LCMScheduler", False),
     "ict": ("StableDiffusionPipeline", "LCMScheduler", False),
+    "ect": ("StableDiffusionPipeline", "LCMScheduler", False),
 }
 
 
@@ -45,6 +46,7 @@ GOLDEN = {
     "cd": [0.02701187, 0.0309595, 0.02071378, 0.1421837],
     "ct": [280.5037, 0.09364581, 0.09463592, 0.01399156],
     "ict": [18.37138, 20.09307, 21.59157, 28.38447],
+    "ect": [18.34966, 19.66086, 22.03105, 48.81092],
 }
 
 
@@ -53,7 +55,7 @@ def test_a_run_has_the_golden_losses_resumes_bit_for_bit_and_generates(
     method_run: MethodRunner, objective: str
 ) -> None:
     options: dict[str, Any] = {"optim__learning_rate": 1e-4}
-    options |= {"objective__curriculum_steps": 4} if objective in ("ct", "ict") else {}
+    options |= {"objective__curriculum_steps": 4} if objective in ("ct", "ict", "ect") else {}
     whole = method_run(objective, "whole", **options)
     assert losses(whole) == pytest.approx(GOLDEN[objective], rel=1e-3)
     method_run(objective, "parts", optim__max_train_steps=2, **options)
@@ -93,11 +95,12 @@ def test_a_run_is_validated_and_its_card_says_what_it_is_and_how_it_is_used(
         "cd": r"A consistency model \(Song et al. 2023, arXiv:2303.01469\), distilled from",
         "ct": r"A consistency model \(Song et al. 2023, arXiv:2303.01469\), trained from",
         "ict": r"A consistency model \(Song & Dhariwal 2023, arXiv:2310.14189\), trained from",
+        "ect": r"A consistency model \(Geng et al. 2024, arXiv:2406.14548\), trained from",
     }
     assert re.search(what[objective], card)
     assert ("Guidance is an input of the network" in card) == LEFT[objective][2]
     assert ("Guidance is baked into the weights" in card) == (objective in ("pcm", "tdm"))
-    assert ("negative prompts work, at twice the cost" in card) == (objective in ("cd", "ct", "ict"))
+    assert ("negative prompts work, at twice the cost" in card) == (objective in ("cd", "ct", "ict", "ect"))
     assert (", eta=0.3)" in card) == (objective == "tcd")
 
 

@@ -41,6 +41,7 @@ RUNS = [
     ("cd", "VP", {}),
     ("ct", "unconditional", {"student.start": "scratch"}),
     ("ict", "RGB", {}),
+    ("ect", "classes", {"objective.stages": 2}),
 ]
 
 
@@ -168,7 +169,7 @@ def test_a_student_from_scratch_has_weights_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"objective.name": "lcm"}, "--objective lcm is for latent models; in pixel space use cd, ct or ict"),
+        ({"objective.name": "lcm"}, "--objective lcm is for latent models; in pixel space use cd, ct, ict or ect"),
         ({"objective.name": "tcd"}, "--objective tcd is for latent models"),
         ({"student.kind": "lora"}, "LoRA is not supported for pixel-space teachers"),
         ({"objective.distance": "lpips", "objective.lpips_weights": "nowhere.pth"}, "nowhere.pth does not exist"),

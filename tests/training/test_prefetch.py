@@ -95,7 +95,7 @@ def test_an_adapter_next_to_its_target_learns_recomputed_or_not(
     name: str, target: str, speed_settings: Settings
 ) -> None:
     """Whichever adapter was switched on last is the one that a network has gradients for, and that a recomputation meets."""
-    if name in ("cd", "ct", "ict"):
+    if name in ("cd", "ct", "ict", "ect"):
         speed_settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
     found = []
     for again in (False, True):
