@@ -297,4 +297,5 @@ def draw_spacing(teacher: Teacher) -> dict[str, str]:
     A zero-terminal-SNR teacher was trained on pure noise at its last time step. Started earlier, it would be given pure noise
     at a time step where it has only seen noisy images (Lin et al. 2023, sec. 3.3).
     """
-    return {"timestep_spacing": "trailing"} if not teacher.in_pixels and ends_in_noise(teacher.schedule) else {}
+    is_vp = not teacher.in_pixels and not teacher.is_flow
+    return {"timestep_spacing": "trailing"} if is_vp and ends_in_noise(teacher.schedule) else {}

@@ -13,6 +13,9 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 EDM = "edm"
 "the raw F of a preconditioned network (Karras et al. 2022, Eq. 7), on a schedule with alpha = 1"
 
+FLOW = "flow_prediction"
+"the velocity eps - x0 of a flow-matching network, on a schedule with alpha + sigma = 1; diffusers' name for it"
+
 
 class X0Eps(NamedTuple):
     """A network's estimate of x0 and eps in z_t = alpha_t x0 + sigma_t eps; both (B, C, h, w) fp32."""
@@ -46,7 +49,7 @@ def to_x0_eps(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, predictio
         z: The network's input, (B, C, h, w).
         alpha: alpha_t, (B, 1, 1, 1) fp32.
         sigma: sigma_t, (B, 1, 1, 1) fp32.
-        prediction_type: One of PREDICTION_TYPES, or EDM.
+        prediction_type: One of PREDICTION_TYPES, EDM, or FLOW.
 
     Raises:
         ValueError: The prediction type is unknown.
@@ -60,12 +63,16 @@ def to_x0_eps(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, predictio
         return X0Eps(o, eps)
     if prediction_type == "v_prediction":
         return X0Eps(alpha * z - sigma * o, alpha * o + sigma * z)
+    if prediction_type == FLOW:
+        return X0Eps(z - sigma * o, z + alpha * o)
     if prediction_type == EDM:
         # x0 = c_skip z + c_out F, and eps = (z - x0) / sigma with sigma cancelled.
         square = sigma**2 + SIGMA_DATA**2
         x0 = (SIGMA_DATA**2 * z + SIGMA_DATA * sigma * square.sqrt() * o) / square
         return X0Eps(x0, (sigma * z - SIGMA_DATA * square.sqrt() * o) / square)
-    raise ValueError(f"unknown prediction type {prediction_type!r}; choose from {', '.join((*PREDICTION_TYPES, EDM))}")
+    raise ValueError(
+        f"unknown prediction type {prediction_type!r}; choose from {', '.join((*PREDICTION_TYPES, EDM, FLOW))}"
+    )
 
 
 def guided(cond: X0Eps, null: X0Eps, w: Tensor) -> X0Eps:

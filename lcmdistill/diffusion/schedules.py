@@ -114,9 +114,7 @@ class VPSchedule:
 
         Unlike Consistency Models (Song et al. 2023, app. C), c_out has no factor sd.
         """
-        u = 10.0 * t.float().view(-1, 1, 1, 1)
-        square = u**2 + SIGMA_DATA**2
-        return SIGMA_DATA**2 / square, u / square.sqrt()
+        return lcm_scalings(t)
 
     def _abar(self, t: Tensor) -> Tensor:
         if not t.is_floating_point():
@@ -176,6 +174,13 @@ class KarrasSchedule:
         t = t.view(-1, 1, 1, 1)
         square, c_out = SIGMA_DATA**2, (t - self.sigma_min) / t
         return square / ((t - self.sigma_min) ** 2 + square) - c_out * square / (t**2 + square), c_out
+
+
+def lcm_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c_skip = sd^2 / (u^2 + sd^2) and c_out = u / sqrt(u^2 + sd^2) with u = 10 t, each (B, 1, 1, 1) fp32."""
+    u = 10.0 * t.float().view(-1, 1, 1, 1)
+    square = u**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / square, u / square.sqrt()
 
 
 MAX_SAMPLED_STEPS = 50

@@ -126,7 +126,7 @@ def _evaluate_run(
         guidance_scales=scales,
         resolution=resolution,
         seed=options.seed,
-        samplers=("teacher",) if teacher.in_pixels else ("teacher", "trailing"),
+        samplers=("teacher",) if teacher.in_pixels or teacher.is_flow else ("teacher", "trailing"),
         sizes=sizes,
     )
     dtype = sampling_dtype(None, model.precision, device)

@@ -144,7 +144,7 @@ class Exporter:
             file: The file name inside of it.
             steps: The number of sampling steps to recommend; by default the method's.
         """
-        method = config.objective.info
+        method = config.objective.info.on_flow() if facts.is_flow else config.objective.info
         is_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
         is_free = omega_range(config) is None
         guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0
@@ -174,6 +174,8 @@ def comfyui_node(facts: SamplingFacts, separator: str = "") -> str:
     ComfyUI reads the prediction type and zero-terminal SNR from SDXL files only. `lcm` in that node samples every model
     as if it predicted epsilon.
     """
+    if facts.is_flow:  # native for transformers; the node turns any network into one of flow matching
+        return f"{separator}node ModelSamplingSD3 set to the teacher's shift" if facts.family.network == "unet" else ""
     is_v = facts.prediction_type == "v_prediction"
     if facts.layout == "sdxl" or not (is_v or facts.zero_snr):
         return ""

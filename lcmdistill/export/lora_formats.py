@@ -29,11 +29,13 @@ from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.students.lora_files import DIFFUSERS_LORA, SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, alpha_of, rank_of
 from lcmdistill.teachers.lora.files import Lora, kohya_tensors
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
+from lcmdistill.teachers.schedulers import is_flow
 from lcmdistill.utils.atomic import atomic_dir, atomic_file
 from lcmdistill.utils.errors import UsageError
 
@@ -70,10 +72,11 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         base_pipeline: The teacher's pipeline, which decides the architecture.
     """
     base, side = public_name(config.teacher.model), config.data.resolution
-    layout, prediction_type = layout_of(base_pipeline), base_pipeline.scheduler.config.prediction_type
+    layout = layout_of(base_pipeline)
+    _, prediction_type = family_of(base_pipeline).denoiser(base_pipeline.scheduler.config)
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     version = layout.base_versions.get(prediction_type, layout.base_versions["epsilon"])
-    method, omegas = config.objective.info, omega_range(config)
+    method, omegas = _method(config, base_pipeline), omega_range(config)
     omega = f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "free guidance"
     scheduler = base_pipeline.scheduler.config
     facts = SamplingFacts(
@@ -119,12 +122,17 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
         config: The run's settings.
         base_pipeline: A pipeline with the teacher's number of time steps.
     """
-    count = base_pipeline.scheduler.config.num_train_timesteps
+    count, method = base_pipeline.scheduler.config.num_train_timesteps, _method(config, base_pipeline)
     return {
-        SCHEDULER_KEY: config.objective.info.scheduler,
-        SCHEDULER_OPTIONS_KEY: json.dumps(dict(config.objective.info.scheduler_options(config.objective, count))),
+        SCHEDULER_KEY: method.scheduler,
+        SCHEDULER_OPTIONS_KEY: json.dumps(dict(method.scheduler_options(config.objective, count))),
         **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
     }
+
+
+def _method(config: RunConfig, base_pipeline: Any) -> MethodInfo:
+    info = config.objective.info
+    return info.on_flow() if is_flow(base_pipeline.scheduler.config) else info
 
 
 def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:

@@ -11,11 +11,13 @@ from safetensors import safe_open
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.registry import FAMILIES, family_of_folder
+from lcmdistill.teachers.schedulers import is_flow
 from lcmdistill.utils.run_dir import lora_file
 
 ZERO_SNR_KEY = "lcmdistill.zero_terminal_snr"
@@ -51,6 +53,11 @@ class SamplingFacts:
         """The teacher's family."""
         return FAMILIES[self.family_key]
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether the network was trained with flow matching."""
+        return self.prediction_type == FLOW
+
 
 def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
     """Return the facts of a run whose teacher is loaded."""
@@ -61,7 +68,7 @@ def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
         layout=family.layout_of(teacher.network.config).key if family.layout_of else "",
         prediction_type=teacher.prediction_type,
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        scheduler_options=_scheduler_options(config, family, teacher.schedule.num_steps),
+        scheduler_options=_scheduler_options(config, family, teacher.schedule.num_steps, flow=teacher.is_flow),
         has_omega_input=config.student.kind == "full" and guidance == "input",
         guidance=guidance,
         classes=tuple(teacher.own_prompts) if family.in_pixels else (),
@@ -81,9 +88,11 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
     return SamplingFacts(
         family_key=family.key,
         layout=family.layout_of(network).key if family.layout_of and network else "sd1" if family.layouts else "",
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        prediction_type=FLOW if is_flow(scheduler) else scheduler.get("prediction_type", "epsilon"),
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        scheduler_options=_scheduler_options(config, family, scheduler.get("num_train_timesteps", 1000)),
+        scheduler_options=_scheduler_options(
+            config, family, scheduler.get("num_train_timesteps", 1000), flow=is_flow(scheduler)
+        ),
         has_omega_input=run_takes_omega(run),
         guidance=guidance,
         classes=tuple(names) if family.in_pixels else (),
@@ -101,15 +110,15 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
     return SamplingFacts(
         family_key=family.key,
         layout=keys[0] if keys else "sd1" if family.layouts else "",
-        prediction_type="v_prediction" if prediction == "v" else prediction,
+        prediction_type={"v": "v_prediction", "flow": FLOW}.get(prediction, prediction),
         zero_snr=header.get(ZERO_SNR_KEY) == "true",
         scheduler_options=read_scheduler_options(header),
         guidance=guidance,
     )
 
 
-def _scheduler_options(config: RunConfig, family: TeacherFamily, num_steps: int) -> Mapping[str, Any]:
-    return {} if family.in_pixels else config.objective.info.scheduler_options(config.objective, num_steps)
+def _scheduler_options(config: RunConfig, family: TeacherFamily, num_steps: int, *, flow: bool) -> Mapping[str, Any]:
+    return {} if family.in_pixels or flow else config.objective.info.scheduler_options(config.objective, num_steps)
 
 
 def _json(path: Path) -> dict[str, Any]:

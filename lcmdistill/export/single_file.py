@@ -152,7 +152,7 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
         UsageError: ComfyUI and A1111 do not support the prediction type.
     """
     scheduler, unet = pipeline.scheduler.config, pipeline.unet
-    prediction = scheduler.get("prediction_type", "epsilon")
+    _, prediction = family_of(pipeline).denoiser(scheduler)
     architecture = architecture_of(pipeline, prediction)
     if architecture is None:
         raise UsageError(f"single files support epsilon and v-prediction; this model predicts {prediction!r}")

@@ -24,5 +24,11 @@ OBJECTIVES = LazyRegistry(
 
 def method_sampled_by(scheduler: str) -> "MethodInfo | None":
     """Return a method whose students a diffusers scheduler class marks; None if it marks none, because teachers have it."""
-    methods = (each.info for each in OBJECTIVES.values())
+    methods = (info for each in OBJECTIVES.values() for info in (each.info, each.info.on_flow()))
     return next((info for info in methods if info.scheduler == scheduler and not info.deterministic), None)
+
+
+def flow_scheduler_of(scheduler: str) -> str:
+    """Return the scheduler class that samples students of flow-matching teachers, for the one of other teachers' students."""
+    methods = (each.info for each in OBJECTIVES.values())
+    return next((info.on_flow().scheduler for info in methods if info.scheduler == scheduler), scheduler)

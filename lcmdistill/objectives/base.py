@@ -5,12 +5,13 @@ section of the configuration. Its methods are the paper's algorithm box, written
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lcmdistill.diffusion.flow import sampled_sigmas
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetwork
@@ -61,6 +62,8 @@ class MethodInfo:
         sampler: The scheduler's name in A1111.
         comfyui_sampler: The `sampler` of ComfyUI's KSampler.
         sampling_options: Options that the method adds to a pipeline call, with their defaults, such as {"eta": 0.3}.
+        is_flow: Whether these fields are those of students of flow-matching teachers.
+        flow: The fields from `scheduler` to here that differ for students of flow-matching teachers; see `on_flow`.
         steps: (objective) -> the numbers of sampling steps that a student is made for.
         relation: How the student relates to its start: "distilled from", "fine-tuned from", "trained from".
         spaces: Where the method works: "latent", "pixel" or both.
@@ -91,6 +94,8 @@ class MethodInfo:
     sampler: str = "LCM"
     comfyui_sampler: str = "lcm"
     sampling_options: Mapping[str, float] = field(default_factory=dict)
+    is_flow: bool = False
+    flow: Mapping[str, Any] = field(default_factory=lambda: {"scheduler": "FlowMatchLCMScheduler"})
     steps: Callable[[Any], StepCounts] = lambda objective: StepCounts(4, 2, 8)
     relation: str = "distilled from"
     spaces: tuple[str, ...] = ("latent",)
@@ -113,10 +118,15 @@ class MethodInfo:
         """Return how an objective steps, in words: "ddim solver, k = 20"."""
         return self.summary.format_map(vars(objective))
 
+    def on_flow(self) -> "MethodInfo":
+        """Return how the method's students of flow-matching teachers are sampled: with schedulers that have no options."""
+        return replace(self, is_flow=True, scheduler_options=lambda objective, num_steps: {}, **self.flow)
+
     def pipeline_call(self, steps: int, guidance_scale: float) -> str:
         """Return the Python code that generates an image with a pipeline of this method's students."""
         options = "".join(f", {name}={value:g}" for name, value in self.sampling_options.items())
-        return f'pipeline("a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}{options})'
+        times = f", sigmas={[round(sigma, 4) for sigma in sampled_sigmas(steps)]}" if self.is_flow else ""
+        return f'pipeline("a prompt", num_inference_steps={steps}{times}, guidance_scale={guidance_scale:g}{options})'
 
 
 TRAILING_DDIM: Mapping[str, Any] = MappingProxyType(
@@ -127,6 +137,7 @@ TRAILING_DDIM: Mapping[str, Any] = MappingProxyType(
         "deterministic": True,
         "sampler": "Euler",
         "comfyui_sampler": "euler",
+        "flow": {"scheduler": "FlowMatchEulerDiscreteScheduler"},
     }
 )
 "the MethodInfo of students that plain DDIM samples from edge to edge of `common.phase_edges`"

@@ -11,7 +11,7 @@ from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
-from lcmdistill.objectives.base import EndState, MethodInfo
+from lcmdistill.objectives.base import TRAILING_DDIM, EndState, MethodInfo
 from lcmdistill.objectives.common import (
     check_decay,
     check_omega,
@@ -42,6 +42,9 @@ class TrajectoryConsistency:
         scheduler="TCDScheduler",
         sampler="TCD",
         sampling_options={"eta": 0.3},
+        # No TCDScheduler for flow matching is published: eta = 0, which is Euler's method.
+        flow=TRAILING_DDIM["flow"]
+        | {"deterministic": True, "sampler": "Euler", "comfyui_sampler": "euler", "sampling_options": {}},
         tags=("tcd", "trajectory-consistency-distillation"),
         summary="{solver} solver, k = {skip}",
         decided_by_teacher=("w_min", "w_max"),

@@ -16,6 +16,7 @@ from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork
 from lcmdistill.objectives.base import TRAILING_DDIM, CriticOptions, MethodInfo, StepCounts, StudentLoss
 from lcmdistill.objectives.common import check_decay, check_omega, draw_omega, noise_level_fraction, phase_edges
+from lcmdistill.utils.device import copy_to_device
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -178,7 +179,7 @@ class TrajectoryDistributionMatching:
         check_decay("ema_decay", self.ema_decay)
 
     def rollout(self, student: Network, schedule: NoiseSchedule, cond: Conditioning, noise: Tensor) -> Rollout:
-        edges = phase_edges(schedule.num_steps, self.segments).to(noise.device)
+        edges = schedule.grid(schedule.num_steps)[phase_edges(schedule.num_steps, self.segments)].to(noise.device)
         z, visited = noise, []
         for segment in reversed(range(self.segments)):
             x0, eps = student(z, edges[segment + 1].expand(len(z)), cond, None)
@@ -239,7 +240,8 @@ class TrajectoryDistributionMatching:
         start, mid = edges[segment + 1], edges[segment]
         low, high = mid.clamp(min=self.tau_min), start - self.tau_margin
         tau = low + (rng.uniform(f"{name}-time") * (high - low)).long().clamp(max=high - low - 1)
-        return Draw(segment, start, mid, tau, rng.normal(f"{name}-noise", rollout.z.shape[2:]))
+        steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
+        return Draw(segment, steps[start], steps[mid], steps[tau], rng.normal(f"{name}-noise", rollout.z.shape[2:]))
 
 
 def at(values: Tensor, segment: Tensor) -> Tensor:

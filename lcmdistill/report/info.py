@@ -10,6 +10,7 @@ from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.lora.kinds import kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
+from lcmdistill.teachers.schedulers import is_flow
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.redact import redact_word
@@ -171,6 +172,13 @@ def _pipeline(folder: Path) -> list[Row]:
 
 
 def _denoiser(config: Mapping[str, Any]) -> list[Row]:
+    if is_flow(config):
+        is_dynamic = config.get("use_dynamic_shifting")
+        shift = "shift by image size" if is_dynamic else f"shift {config.get('shift', 1.0):g}"
+        schedule = (
+            f"rectified flow, {shift}, T = {config.get('num_train_timesteps', 1000)} ({config.get('_class_name')})"
+        )
+        return [("prediction type", "velocity (flow matching)"), ("schedule", schedule)]
     if "beta_schedule" not in config and "trained_betas" not in config:
         return [("schedule", f"{config.get('_class_name', 'none')}")]
     betas = f"{config.get('beta_schedule')} betas {config.get('beta_start')} to {config.get('beta_end')}"

@@ -26,9 +26,9 @@ from lcmdistill.teachers.loading import load_pipeline, nonfinite_part
 from lcmdistill.teachers.lora.adapters import choose_adapters
 from lcmdistill.teachers.lora.files import load_lora
 from lcmdistill.teachers.naming import resolve_alias
-from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.pipelines import call_pipeline, network_of
 from lcmdistill.teachers.registry import family_of
-from lcmdistill.teachers.schedulers import vp_scheduler
+from lcmdistill.teachers.schedulers import student_scheduler
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
@@ -156,7 +156,7 @@ def load_student(
         current = type(pipeline.scheduler).__name__
         scheduler = scheduler or scheduler_for_loras(loras, current)
         sampled = (scheduler_options_of(lora) for lora in loras if scheduler_of(lora) == scheduler)
-        pipeline.scheduler = vp_scheduler(pipeline.scheduler.config, scheduler, next(sampled, {}))
+        pipeline.scheduler = student_scheduler(pipeline.scheduler.config, scheduler, next(sampled, {}))
         names = [f"lora_{i}" for i in range(len(loras))]
         weights = [*scales, *[1.0] * (len(loras) - len(scales))]
         each = zip(names, loras, weights, strict=True)
@@ -300,7 +300,7 @@ def generate(
         kwargs |= {key: value for key, value in (("eta", eta), ("strength", strength)) if value is not None}
         generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
         call, kwargs = (pipeline, kwargs) if start is None else start.replace(kwargs, len(batch_prompts))
-        outputs = call(**kwargs, num_inference_steps=steps, generator=generators).images
+        outputs = call_pipeline(call, kwargs, steps=steps, generator=generators).images
         finished = [GeneratedImage(*each) for each in zip(outputs, batch_prompts, batch_seeds, strict=True)]
         images += finished
         on_images(finished)

@@ -78,10 +78,12 @@ def student_pipeline(
     import diffusers
 
     objective = objective if objective is not None else cast(Objective, LatentConsistency())
-    family, source, method = teacher.family, teacher.pipeline, objective.info
+    family, source, method = teacher.family, teacher.pipeline, teacher.method(objective.info)
     if resolution is not None and family.sample_size_is_default:
         network.register_to_config(sample_size=resolution // teacher.vae_factor)
-    class_name = family.student_pipeline_class(has_omega_input(network), bool(method.sampling_options))
+    # diffusers' LCM pipelines pass options to the scheduler that flow matching has not.
+    has_options = bool(method.sampling_options) or teacher.is_flow
+    class_name = family.student_pipeline_class(has_omega_input(network), has_options)
     pipeline_class = getattr(diffusers, class_name) if class_name else type(source)
     sampling = method.scheduler_options(objective, teacher.schedule.num_steps)
     # The config holds options that are not components, such as SDXL's rule for the empty prompt.

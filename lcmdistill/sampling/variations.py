@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from lcmdistill.sampling.student_pipeline import Size, height_and_width
 from lcmdistill.teachers.pipelines import native_size
 from lcmdistill.teachers.registry import family_of
-from lcmdistill.teachers.schedulers import COPIED, vp_scheduler
+from lcmdistill.teachers.schedulers import COPIED, FLOW_SAMPLER, is_flow, student_scheduler
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.units import counted
 
@@ -27,6 +27,9 @@ SCHEDULERS = {
 }
 "value of --scheduler -> diffusers class"
 
+FLOW_SCHEDULERS = {"lcm": "FlowMatchLCMScheduler", "euler": FLOW_SAMPLER}
+"the same for flow-matching models"
+
 
 def use_scheduler(pipeline: Any, name: str) -> tuple[Any, str | None]:
     """Return a pipeline with another scheduler on the same betas.
@@ -39,13 +42,18 @@ def use_scheduler(pipeline: Any, name: str) -> tuple[Any, str | None]:
         The pipeline, and a sentence if the model was made for another scheduler, otherwise None.
 
     Raises:
-        UsageError: A model in pixel space has a sampler of its own.
+        UsageError: A model in pixel space has a sampler of its own, and a flow-matching model has two.
     """
     if family_of(pipeline).in_pixels:
         raise UsageError("--scheduler is for latent models, and this one works on pixels; remove this option")
     import diffusers
 
-    before, wanted = type(pipeline.scheduler).__name__, SCHEDULERS[name]
+    flow = is_flow(pipeline.scheduler.config)
+    if flow and name not in FLOW_SCHEDULERS:
+        raise UsageError(
+            f"--scheduler {name} is not for flow-matching models, such as this one; use {' or '.join(FLOW_SCHEDULERS)}"
+        )
+    before, wanted = type(pipeline.scheduler).__name__, (FLOW_SCHEDULERS if flow else SCHEDULERS)[name]
     if before == wanted:
         return pipeline, None
     plain = getattr(diffusers, family_of(pipeline).pipeline_classes[0])
@@ -60,8 +68,8 @@ def use_scheduler(pipeline: Any, name: str) -> tuple[Any, str | None]:
         if clip_skip:
             pipeline.register_to_config(_clip_skip=clip_skip)
     config = pipeline.scheduler.config
-    if wanted in ("LCMScheduler", "TCDScheduler"):
-        pipeline.scheduler = vp_scheduler(config, wanted, {})
+    if flow or wanted in ("LCMScheduler", "TCDScheduler"):
+        pipeline.scheduler = student_scheduler(config, wanted, {})
     else:  # students start at the last time, which only this spacing takes
         betas = {key: config[key] for key in COPIED if key in config}
         pipeline.scheduler = getattr(diffusers, wanted).from_config(betas, timestep_spacing="trailing", steps_offset=1)
@@ -106,6 +114,8 @@ def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, 
             f"--strength {strength:g} of {counted(steps, 'step')} leaves none to take; raise --steps to at least {least}, or "
             "raise --strength"
         )
+    if is_flow(pipeline.scheduler.config) and family_of(pipeline).network == "unet":
+        raise UsageError("--image is not supported for a U-Net of flow matching; remove --image")
     from diffusers import AutoPipelineForImage2Image
 
     try:

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from lcmdistill.config.schema import LORA_MODULES
 from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
+from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.teachers.family import Call, SampleInfo, TeacherFamily, needs_caption, no_condition, whole_frame
 from lcmdistill.teachers.pipelines import pipeline_latents
+from lcmdistill.teachers.schedulers import FLOW_SAMPLER, prepare_flow
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class Teacher:
         return self.family.in_pixels
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the network was trained with flow matching."""
+        return self.prediction_type == FLOW
+
+    def method(self, info: MethodInfo) -> MethodInfo:
+        """Return what is known about a method, with the sampler of this teacher's students."""
+        return info.on_flow() if self.is_flow else info
+
+    @property
     def network_name(self) -> str:
         """The network's name in the pipeline: "unet" or "transformer"."""
         return self.family.network
@@ -105,7 +117,7 @@ class Teacher:
         height, width = (size, size) if isinstance(size, int) else size
         channels, factor = self.vae.config.latent_channels, self.vae_factor
         z = torch.zeros(batch, channels, height // factor, width // factor, device=device)
-        t = torch.zeros(batch, dtype=torch.int64, device=device)
+        t = torch.zeros(batch, dtype=self.schedule.grid(2).dtype, device=device)
         samples = SampleInfo(
             frames=torch.tensor([whole_frame(height, width)] * batch, dtype=torch.float32),
             pixels=lambda: torch.zeros(batch, 3, height, width),
@@ -164,7 +176,7 @@ class Teacher:
             steps: The number of sampling steps.
             guidance_scale: In diffusers' convention, omega + 1.
             scheduler: A deterministic diffusers scheduler class, configured as the teacher's own scheduler. Teachers with a
-                `sampler` of their own ignore it.
+                `sampler` of their own ignore it, and flow-matching ones are sampled with Euler's method.
             dtype: The autocast dtype around the network.
             scheduler_options: Config values that differ from the teacher's.
         """
@@ -174,7 +186,10 @@ class Teacher:
         import diffusers
 
         before = self.pipeline.scheduler
-        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
+        if self.is_flow:  # whose times the pipeline call decides
+            scheduler, scheduler_options = FLOW_SAMPLER, {}
+        changed = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
+        self.pipeline.scheduler = prepare_flow(changed)
         try:
             # Only inpainting pipelines draw random numbers: they sample the encoding of the masked image.
             generators = [torch.Generator().manual_seed(0) for _ in prompts]

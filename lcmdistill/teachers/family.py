@@ -106,20 +106,20 @@ def needs_caption(caption: str) -> str | None:
     return None if caption else "no caption"
 
 
-def vp_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """Return the schedule and the prediction type of a variance-preserving scheduler's config. Raises UsageError."""
+def usual_denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    """Return the schedule and the prediction type of a scheduler's config, VP or flow matching. Raises UsageError."""
     from lcmdistill.teachers import schedulers
 
-    return schedulers.vp_denoiser(config)
+    return schedulers.denoiser(config)
 
 
-def vp_student_scheduler(
+def usual_student_scheduler(
     schedule: NoiseSchedule, config: Mapping[str, Any], name: str, options: Mapping[str, Any]
 ) -> Any:
-    """Return the named student scheduler on the betas and the prediction type of the teacher's scheduler config."""
-    from lcmdistill.teachers.schedulers import vp_scheduler
+    """Return the named student scheduler on the noise schedule of the teacher's scheduler config."""
+    from lcmdistill.teachers.schedulers import student_scheduler
 
-    return vp_scheduler(config, name, options)
+    return student_scheduler(config, name, options)
 
 
 def text_prompt_kwargs(pipeline: Any, prompts: Sequence[str], negative: str | None = None) -> dict[str, Any]:
@@ -234,11 +234,13 @@ class TeacherFamily:
 
     check: Callable[[Any], None]
     vae: Callable[[Any], Any] = lambda pipeline: pipeline.vae
-    denoiser: Callable[[Mapping[str, Any]], tuple[NoiseSchedule, str]] = vp_denoiser
+    denoiser: Callable[[Mapping[str, Any]], tuple[NoiseSchedule, str]] = usual_denoiser
     sampler: Callable[[Any, NoiseSchedule, str, Sequence[str], Tensor, int, float], Tensor] | None = None
     data_scheduler: str = "DPMSolverMultistepScheduler"
     reference_scheduler: str = "DDIMScheduler"
-    student_scheduler: Callable[[NoiseSchedule, Mapping[str, Any], str, Mapping[str, Any]], Any] = vp_student_scheduler
+    student_scheduler: Callable[[NoiseSchedule, Mapping[str, Any], str, Mapping[str, Any]], Any] = (
+        usual_student_scheduler
+    )
     student_pipeline_class: Callable[[bool, bool], str | None] = lambda has_omega_input, has_options: None
     published: Mapping[str, Any]
 

@@ -15,6 +15,7 @@ from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
 from lcmdistill.teachers.naming import ALIASES, is_local, resolve_alias
 from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_layers
 from lcmdistill.teachers.registry import family_of_class, supported_classes
+from lcmdistill.teachers.schedulers import is_flow, prepare_flow
 from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
@@ -73,6 +74,7 @@ def load_pipeline(
         pipeline = _open_file(model, revision, prediction_type, base, allow_pickle, vae, text_encoder)
     else:
         pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
+    prepare_flow(pipeline.scheduler)
     make_sample_size_plain(pipeline)
     if vae is not None:
         replace_vae(pipeline, vae, allow_pickle=allow_pickle)
@@ -162,6 +164,8 @@ def _open_pipeline(
         folder = local if local.is_dir() else _download(name, revision, options)
         index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle)
         options |= dtype_option(torch.float32)
+        # diffusers asks for parts by name that a saved pipeline lacks, such as a T5.
+        options |= {part: None for part, value in index.items() if value == [None, None]}
         # diffusers finds these only where it knows that all weights are pickles.
         for part in sharded_pickles(folder, index):
             kind = getattr(diffusers, index[part][1])
@@ -171,6 +175,11 @@ def _open_pipeline(
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:
+        if is_flow(pipeline.scheduler.config):
+            raise UsageError(
+                f"{model} was trained with flow matching: its network predicts the velocity, not {prediction_type!r}; remove "
+                "--prediction-type"
+            )
         pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     if skip := index.get("_clip_skip"):
         pipeline.register_to_config(_clip_skip=skip)  # of a student's pipeline; diffusers does not read this key

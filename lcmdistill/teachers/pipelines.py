@@ -3,14 +3,18 @@
 Shapes: B batch, C latent channels, h w latent size, H W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion.flow import sampled_sigmas
 from lcmdistill.objectives import method_sampled_by
 from lcmdistill.teachers.registry import family_of
+from lcmdistill.teachers.schedulers import is_flow
 
 
 def network_of(pipeline: Any) -> Any:
@@ -43,6 +47,38 @@ def extra_call_kwargs(
     return kwargs | family_of(pipeline).extra_call_kwargs(count, height, width, image_and_mask)
 
 
+def call_pipeline(pipeline: Any, kwargs: Mapping[str, Any], *, steps: int, generator: Any) -> Any:
+    """Call a pipeline for a number of sampling steps.
+
+    Of a flow-matching model the sigmas are passed, 1, (n - 1) / n .. 1 / n before the shift: those that its students are
+    trained at, and that ComfyUI's `sgm_uniform` visits. diffusers' own n-th sigma is nearly 0, which wastes a step.
+
+    Args:
+        pipeline: A pipeline of any family.
+        kwargs: All other arguments of the call.
+        steps: The number of sampling steps.
+        generator: For the random numbers of the start and of the sampler: one, or one per image.
+    """
+    flow = {"sigmas": sampled_sigmas(steps)} if is_flow(pipeline.scheduler.config) else {}
+    with _seeded_steps(pipeline, generator):
+        return pipeline(**kwargs, **flow, num_inference_steps=steps, generator=generator)
+
+
+@contextmanager
+def _seeded_steps(pipeline: Any, generator: Any) -> Iterator[None]:
+    """Pass the generator to a flow-matching scheduler that draws noise: pipelines of transformers do not."""
+    scheduler = pipeline.scheduler
+    if not is_flow(scheduler.config) or "generator" not in signature(scheduler.step).parameters:
+        yield
+        return
+    step = scheduler.step
+    scheduler.step = lambda *args, **kwargs: step(*args, **{"generator": generator, **kwargs})
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
 @torch.no_grad()
 def pipeline_latents(
     pipeline: Any,
@@ -71,16 +107,14 @@ def pipeline_latents(
     dtype = dtype or network.dtype
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])
     with torch.autocast(network.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        out = pipeline(
-            **family_of(pipeline).prompt_kwargs(pipeline, prompts, None),
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            latents=noise.to(network.device, network.dtype),
-            generator=generator,
-            output_type="latent",
-            return_dict=False,
-            **extra_call_kwargs(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta}),
-        )
+        kwargs = family_of(pipeline).prompt_kwargs(pipeline, prompts, None) | {
+            "height": height,
+            "width": width,
+            "guidance_scale": guidance_scale,
+            "latents": noise.to(network.device, network.dtype),
+            "output_type": "latent",
+            "return_dict": False,
+        }
+        kwargs |= extra_call_kwargs(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta})
+        out = call_pipeline(pipeline, kwargs, steps=steps, generator=generator)
     return out[0].float()

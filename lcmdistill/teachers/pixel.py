@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lcmdistill.config.schema import LORA_MODULES
-from lcmdistill.teachers.family import TeacherFamily, no_condition, vp_denoiser, vp_student_scheduler
+from lcmdistill.teachers.family import TeacherFamily, no_condition, usual_student_scheduler
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def _denoiser(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     """
     from lcmdistill.diffusion.parameterization import EDM
     from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
+    from lcmdistill.teachers.schedulers import vp_denoiser
 
     kind = str(config.get("_class_name"))
     if kind == "CMStochasticIterativeScheduler":
@@ -214,7 +215,7 @@ def _student_scheduler(
     from lcmdistill.diffusion.schedules import SIGMA_DATA, KarrasSchedule
 
     if not isinstance(schedule, KarrasSchedule):
-        return vp_student_scheduler(schedule, config, name, options)
+        return usual_student_scheduler(schedule, config, name, options)
     return CMStochasticIterativeScheduler(
         num_train_timesteps=schedule.num_steps,
         sigma_min=schedule.sigma_min,

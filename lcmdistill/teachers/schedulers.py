@@ -1,4 +1,4 @@
-"""Schedulers of VP teachers: the schedule that a config describes, and a student's scheduler on the same betas."""
+"""Schedulers: the noise schedule that a diffusers config describes, and a student's scheduler on the same one."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from lcmdistill.diffusion.flow import FlowSchedule
     from lcmdistill.diffusion.schedules import NoiseSchedule
 
 COPIED = (
@@ -19,6 +20,51 @@ COPIED = (
     "rescale_betas_zero_snr",
 )
 "what a scheduler of other students and samplers takes over from a config: the noise levels"
+
+
+FLOW_SAMPLER = "FlowMatchEulerDiscreteScheduler"
+"the sampler of flow-matching teachers: Euler's method, which is DDIM there"
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler config belongs to flow matching: a velocity and shifted sigmas instead of betas."""
+    name = config.get("_class_name")  # only in configs that were read from a file
+    return "base_image_seq_len" in config if name is None else str(name).startswith("FlowMatch")
+
+
+def student_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Return a student's scheduler on the teacher's noise schedule.
+
+    Args:
+        config: The teacher's scheduler config.
+        name: The scheduler class for a variance-preserving teacher, or for a flow-matching one.
+        options: Options of the class that the student's method sets; flow matching has none.
+    """
+    if not is_flow(config):
+        return vp_scheduler(config, name, options)
+    import diffusers
+
+    from lcmdistill.objectives import flow_scheduler_of
+
+    schedule, _ = flow_denoiser(config)
+    kind = getattr(diffusers, flow_scheduler_of(name))
+    return prepare_flow(kind(num_train_timesteps=schedule.num_steps, shift=schedule.shift))
+
+
+def prepare_flow(scheduler: Any) -> Any:
+    """Let a pipeline of U-Nets call a flow-matching scheduler, and return it. Other schedulers stay as they are.
+
+    These pipelines multiply the start noise by `init_noise_sigma` and scale the network's input; flow matching starts at
+    sigma = 1 and scales nothing, and its schedulers in diffusers say neither.
+    """
+    if is_flow(scheduler.config):
+        scheduler.init_noise_sigma = 1.0
+        scheduler.scale_model_input = _unscaled
+    return scheduler
+
+
+def _unscaled(sample: Any, timestep: Any = None) -> Any:
+    return sample
 
 
 def vp_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
@@ -43,6 +89,26 @@ def ends_in_noise(schedule: "NoiseSchedule") -> bool:
     return float(schedule.alpha(torch.tensor([schedule.num_steps - 1]))) == 0.0
 
 
+def denoiser(config: Mapping[str, Any]) -> "tuple[NoiseSchedule, str]":
+    """Return the schedule and the prediction type of a teacher, whose scheduler decides between flow matching and VP."""
+    return flow_denoiser(config) if is_flow(config) else vp_denoiser(config)
+
+
+def flow_denoiser(config: Mapping[str, Any]) -> "tuple[FlowSchedule, str]":
+    """Return the schedule of a flow-matching scheduler config, and the velocity as the prediction type.
+
+    Raises:
+        UsageError: The schedule is not supported.
+    """
+    from lcmdistill.diffusion.flow import flow_schedule
+    from lcmdistill.diffusion.parameterization import FLOW
+
+    try:
+        return flow_schedule(config), FLOW
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def vp_denoiser(config: Mapping[str, Any]) -> "tuple[NoiseSchedule, str]":
     """Return the schedule and the prediction type that a diffusers scheduler config describes.
 
@@ -61,8 +127,8 @@ def vp_denoiser(config: Mapping[str, Any]) -> "tuple[NoiseSchedule, str]":
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if "beta_schedule" not in (signature(kind.__init__).parameters if kind else config):
         raise UsageError(
-            f"the teacher's scheduler is a {config.get('_class_name')}, which has no betas: the model was trained with EDM or "
-            "flow matching, which is not supported here; use a teacher with a variance-preserving schedule"
+            f"the teacher's scheduler is a {config.get('_class_name')}, which has no betas: the model was trained with EDM, "
+            "which is not supported here; use a teacher with a variance-preserving schedule or with flow matching"
         )
     try:
         schedule = vp_schedule(config)

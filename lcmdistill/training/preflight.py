@@ -126,7 +126,7 @@ def _check_pixels(config: RunConfig, teacher: Teacher) -> None:
 def _check_start(config: RunConfig, teacher: Teacher) -> None:
     """Raise UsageError unless the method can start from this model: a teacher, or an LCM for fine-tuning."""
     sampled_by, model = type(teacher.pipeline.scheduler).__name__, config.teacher.model
-    info, method = config.objective.info, method_sampled_by(sampled_by)
+    info, method = teacher.method(config.objective.info), method_sampled_by(sampled_by)
     is_student = method is not None or has_omega_input(teacher.network)
     if info.start == "student":
         if not is_student or (method is not None and method.scheduler != info.scheduler):

@@ -57,7 +57,7 @@ class Validator:
         self._sizes = bucket_sizes(config.data, teacher.multiple)
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps
-        sampling = objective.info.scheduler_options(objective, num_steps)
+        sampling = teacher.method(objective.info).scheduler_options(objective, num_steps)
         self._trained_steps = max(STEPS) if teacher.in_pixels else min(most_steps(sampling), num_steps)
         self._steps = [n for n in STEPS if n <= self._trained_steps]
         if config.run.validate_every and config.run.best_metric.endswith(

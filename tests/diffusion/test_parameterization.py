@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.parameterization import EDM, PREDICTION_TYPES, X0Eps, guided, to_x0_eps
+from lcmdistill.diffusion.parameterization import EDM, FLOW, PREDICTION_TYPES, X0Eps, guided, to_x0_eps
 from lcmdistill.diffusion.schedules import vp_schedule
 
 # What a perfect network of each type puts out.
@@ -60,6 +60,15 @@ def test_round_trip_at_the_ends(kind: str, alpha_value: float) -> None:
     assert gradient.isfinite().all()
 
 
+def test_round_trip_of_a_velocity() -> None:
+    """Exact from clean latents, sigma = 0, to pure noise, sigma = 1."""
+    sigma = torch.tensor([0.0, 0.003, 0.5, 0.9, 1.0]).view(-1, 1, 1, 1)
+    x0, eps = pair(5)
+    found = to_x0_eps(eps - x0, (1 - sigma) * x0 + sigma * eps, 1 - sigma, sigma, FLOW)
+    torch.testing.assert_close(found.x0, x0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.eps, eps, atol=1e-6, rtol=0)
+
+
 def test_round_trip_of_a_preconditioned_network() -> None:
     """x0 = c_skip z + c_out F (Karras et al. 2022, Eq. 7 and Table 1), from sigma_min to sigma_max and at sigma = 0."""
     sigma = torch.tensor([0.0, 0.002, 0.5, 3.0, 80.0]).view(-1, 1, 1, 1)
@@ -88,7 +97,7 @@ def test_half_precision_outputs_are_converted_in_fp32(kind: str) -> None:
 
 def test_unknown_type_is_refused() -> None:
     x0, eps = pair(1)
-    with pytest.raises(ValueError, match="choose from epsilon, sample, v_prediction, edm"):
+    with pytest.raises(ValueError, match="choose from epsilon, sample, v_prediction, edm, flow_prediction"):
         to_x0_eps(eps, x0, *level(0.5), "velocity")
 
 

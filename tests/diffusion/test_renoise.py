@@ -1,29 +1,16 @@
 """Re-noising: exact mean and variance on every schedule, and no noise where nothing is to be added."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from lcmdistill.diffusion.flow import FlowSchedule
 from lcmdistill.diffusion.renoise import clipped_snr, renoise, renoise_std
 from lcmdistill.diffusion.schedules import KarrasSchedule, vp_schedule
 from tests.support.objectives import SD15
 
-
-@dataclass(frozen=True)
-class Flow:
-    """alpha = 1 - sigma, sigma = t / 1000, as flow-matching models have it."""
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return 1 - self.sigma(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return (t.float() / 1000).view(-1, 1, 1, 1)
-
-
-SCHEDULES: dict[str, Any] = {"VP": vp_schedule(SD15), "flow": Flow(), "Karras": KarrasSchedule()}
+SCHEDULES: dict[str, Any] = {"VP": vp_schedule(SD15), "flow": FlowSchedule(), "Karras": KarrasSchedule()}
 
 
 @pytest.mark.parametrize("times", [(0, 20), (249, 250), (249, 480), (499, 989)])
@@ -55,4 +42,4 @@ def test_the_weight_is_the_snr_up_to_its_limit() -> None:
     snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
     torch.testing.assert_close(weight, snr.clamp(max=5.0))
     assert weight[0] == 5.0
-    assert clipped_snr(Flow(), torch.tensor([0]), 5.0).tolist() == [5.0]  # type: ignore[arg-type]
+    assert clipped_snr(FlowSchedule(), torch.tensor([0]), 5.0).tolist() == [5.0]

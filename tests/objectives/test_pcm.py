@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from lcmdistill.diffusion.flow import FlowSchedule, sampled_sigmas
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import vp_schedule
@@ -140,6 +142,25 @@ def test_an_exact_student_lands_on_every_edge_with_diffusers_own_sampler(phases:
         else:  # the sampler ends at sigma = 0, where z is x0
             torch.testing.assert_close(z, x0)
             torch.testing.assert_close(schedule.diffuse(x0, eps, e), at_edge, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4, 8])
+def test_on_flow_an_exact_student_lands_on_every_edge_with_diffusers_own_sampler(phases: int) -> None:
+    schedule, batch, objective = FlowSchedule(shift=3.0), gaussian_batch(8), PhasedConsistency(phases=str(phases))
+    info = objective.info.on_flow()
+    scheduler: Any = getattr(diffusers, info.scheduler)(shift=3.0, **info.scheduler_options(objective, 1000))
+    scheduler.set_timesteps(sigmas=sampled_sigmas(phases))
+    gaussian = Gaussian(prompt_mean(batch.cond))
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
+    z, edges = noise, schedule.grid(1000)[phase_edges(1000, phases)]
+    for step, (t, e) in enumerate(zip(edges[1:].flip(0), edges[:-1].flip(0), strict=True)):
+        assert scheduler.timesteps[step].item() == pytest.approx(t.item(), rel=1e-5)
+        end = gaussian.flow(schedule, z, t.expand(8), e.expand(8))
+        velocity = (end - z) / (schedule.sigma(e[None]) - schedule.sigma(t[None]))
+        z = scheduler.step(velocity, scheduler.timesteps[step], z).prev_sample
+        torch.testing.assert_close(
+            z, gaussian.flow(schedule, noise, edges[-1:].expand(8), e.expand(8)), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_guidance_is_baked_or_free() -> None:

@@ -4,11 +4,13 @@ import math
 import re
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lcmdistill.diffusion.ema import ema_update
+from lcmdistill.diffusion.flow import FlowSchedule, sampled_sigmas, shifted
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import vp_schedule
@@ -84,6 +86,34 @@ def test_the_rollout_is_the_samplers_trajectory(segments: int) -> None:
         eps = teacher_of().network(z, t.expand(3), cond, None).eps
         z = scheduler.step(eps, t, z).prev_sample
     torch.testing.assert_close(rollout.x0[0], z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_on_flow_the_rollout_is_the_samplers_trajectory(segments: int) -> None:
+    objective, cond, schedule = Tdm(segments=segments), prompts(3), FlowSchedule(shift=3.0)
+    visited: list[float] = []
+
+    def network(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        return Gaussian(prompt_mean(c), 0.5).denoise(schedule, z, t)
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        visited.append(float(t[0]))
+        return network(z, t, c, w)
+
+    z = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    rollout = objective.rollout(student, schedule, cond, z)
+    scheduler: Any = getattr(diffusers, objective.info.on_flow().scheduler)(shift=3.0)
+    scheduler.set_timesteps(sigmas=sampled_sigmas(segments))
+    assert visited == pytest.approx(scheduler.timesteps.tolist(), rel=1e-5)
+    for step, t in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(rollout.z[segments - 1 - step], z, rtol=1e-4, atol=1e-4)
+        x0, eps = network(z, t.expand(3), cond, None)
+        z = scheduler.step(eps - x0, t, z).prev_sample
+    torch.testing.assert_close(rollout.x0[0], z, rtol=1e-4, atol=1e-4)
+    draw = objective.sample("student", schedule, rollout, Rng(0, 0, range(3)))
+    assert (
+        (draw.mid < draw.tau) & (draw.tau < draw.start) & (draw.tau >= 1000 * shifted(torch.tensor(0.021), 3.0))
+    ).all()
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)

@@ -58,12 +58,14 @@ class Gaussian:
     def denoise(self, schedule: NoiseSchedule, z: Tensor, t: Tensor) -> X0Eps:
         """E[x0 | z_t] and E[eps | z_t]."""
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        residual = (z - alpha * self.mean) / self.variance(schedule, t)
+        residual = (z - alpha * self.mean) / self.variance(schedule, t).clamp(
+            min=1e-30
+        )  # 0 for one image without noise
         return X0Eps(self.mean + alpha * self.std**2 * residual, sigma * residual)
 
     def flow(self, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """z_s, where the PF-ODE takes z_t. To s = 0, the start of the table, it is the consistency function."""
-        shrink = (self.variance(schedule, s) / self.variance(schedule, t)).sqrt()
+        shrink = (self.variance(schedule, s) / self.variance(schedule, t).clamp(min=1e-30)).sqrt()
         return schedule.alpha(s) * self.mean + shrink * (z - schedule.alpha(t) * self.mean)
 
 

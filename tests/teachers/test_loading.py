@@ -67,7 +67,7 @@ def test_the_schedule_is_the_scheduler_s(tmp_path: Path, small_teacher: Path, na
         ({"trained_betas": [0.02] * 100}, "has 100 trained_betas but num_train_timesteps = 1000"),
         # The betas of the scheduler before it are still in the file, and nothing reads them.
         ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "is a EDMDPMSolverMultistepScheduler, which has no betas"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "which has no betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "has invert_sigmas"),
     ],
 )
 def test_what_is_no_vp_teacher_is_refused(
