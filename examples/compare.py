@@ -123,7 +123,7 @@ def measure(
             teacher, prompts, noise, steps=n, guidance_scale=guidance.teacher, spacing="trailing"
         )
     network = features.MobileNetV2Features()
-    real = features.features_of(network, real_images(config.data.sources[0], resolution, len(prompts) * 2))
+    real = features.features_of(network, real_images(config.data.sources[:1], resolution, len(prompts) * 2))
     reference = found[f"teacher {drawing.TEACHER_STEPS}"]
     rows = {
         name: {

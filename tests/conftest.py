@@ -87,6 +87,7 @@ def evaluated_run(
     shutil.copytree(small_run, folder)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LCMDISTILL_CACHE", str(folder.parent / "cache"))
+        patched.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 2)
         evaluate(
             [folder],
             EvaluationOptions(

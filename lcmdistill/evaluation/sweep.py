@@ -34,7 +34,7 @@ from lcmdistill.utils.checksums import checked_json, digest, read_checked_json
 FORMAT = 1
 "version of the generated latents; points of another version are generated again"
 
-METRICS_VERSION = 3
+METRICS_VERSION = 4
 "version of the metrics; points of another version are measured again"
 
 PREVIEWS = 6
@@ -239,16 +239,27 @@ def compute_metrics(
     images: DecodedImages, reference: DecodedImages, prompts: Sequence[str], metrics: Mapping[str, Metric]
 ) -> dict[str, float]:
     """Return {metric: number} of a set of images, rounded as it is recorded."""
+    return measure(images, reference, prompts, metrics)[0]
+
+
+@torch.no_grad()
+def measure(
+    images: DecodedImages, reference: DecodedImages, prompts: Sequence[str], metrics: Mapping[str, Metric]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return {metric: number} and {metric: standard error}, the latter for metrics that have one; both are rounded."""
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for (indices, latents, pixels), (_, z, target) in zip(images.batches(), reference.batches(), strict=True):
         pair = ImagePair(latents, pixels, z, target, tuple(prompts[i] for i in indices))
         for name, metric in metrics.items():
             values[name].append(metric.per_image(pair).cpu().double())
-    return {
-        name: round_result(metric.reduce(torch.cat(values[name])), metric.decimals)
-        for name, metric in metrics.items()
-        if len(images.latents) >= metric.min_images
-    }
+    numbers, errors = {}, {}
+    for name, metric in metrics.items():
+        if len(images.latents) >= metric.min_images:
+            of_set = torch.cat(values[name])
+            numbers[name] = round_result(metric.reduce(of_set), metric.decimals)
+            if metric.standard_error is not None:
+                errors[name] = round_result(metric.standard_error(of_set), metric.decimals + 1)
+    return numbers, errors
 
 
 def sweep_run(
@@ -299,13 +310,15 @@ def sweep_run(
             full = SweepPoint("teacher", TEACHER_STEPS, scale)
             references[scale] = images if is_reference else images_of(full)[0]
         with atomic_dir(results_folder) as temporary:
+            numbers, errors = measure(images, references[scale], sweep.prompts, metrics)
             results = {
                 "key": key,
                 "sampler": point.sampler,
                 "steps": point.steps,
                 "guidance_scale": scale,
                 "images": len(sweep.prompts),
-                "numbers": compute_metrics(images, references[scale], sweep.prompts, metrics),
+                "numbers": numbers,
+                "standard_errors": errors,
                 "seconds_per_image": round(generated.seconds / len(sweep.prompts), 5),
                 "conditions": generated.conditions,
             }

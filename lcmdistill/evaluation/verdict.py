@@ -212,18 +212,26 @@ def _several(steps: list[int]) -> str:
 
 
 def _compared_with_teacher(results: Results, steps: int) -> list[str]:
+    to_teacher = _kid_to_teacher(results, steps)
     for name in ("fid", "kid"):
         student, full = results.number(name, "student", steps), results.full(name)
         if student is None or full is None or not _carries(results, name):
             continue
-        few = results.number(name, "teacher", steps)
-        label = results.metrics[name]["label"]
-        relation = "as close to real images as" if student <= 1.1 * full else "further from real images than"
+        few, error = results.number(name, "teacher", steps), results.error(name, "student", steps) or 0.0
+        label, with_error = results.metrics[name]["label"], f"{student:g}{f' ± {error:g}' if error else ''}"
+        relation = "as close to real images as"
+        if student > max(1.1 * full, full + 2 * error):
+            relation = "further from real images than"
+        elif student > 1.1 * full:
+            relation = "not measurably further from real images than"
         more = "" if few is None else f" The teacher at {_steps(steps)}: {few:g}."
         return [
+            *to_teacher,
             f"At {_steps(steps)} the student's images are {relation} the teacher's at {TEACHER_STEPS} steps "
-            f"({label} {student:g} and {full:g}; lower is better).{more}"
+            f"({label} {with_error} and {full:g}; lower is better).{more}",
         ]
+    if to_teacher:
+        return to_teacher
     student, few = results.number("ssim", "student", steps), results.number("ssim", "teacher", steps)
     if student is None or few is None:
         return []
@@ -231,6 +239,21 @@ def _compared_with_teacher(results: Results, steps: int) -> list[str]:
     return [
         f"At {_steps(steps)} the student is {relation} the teacher's {TEACHER_STEPS}-step images than the teacher itself at "
         f"{_steps(steps)} (SSIM {student:g} and {few:g}; 1 is identical)."
+    ]
+
+
+def _kid_to_teacher(results: Results, steps: int) -> list[str]:
+    """Return how far the student's images are from the teacher's own, as sets, with the standard error; [] if not known."""
+    student, few = (results.number("kid_teacher", sampler, steps) for sampler in ("student", "teacher"))
+    if student is None or few is None or not _carries(results, "kid_teacher"):
+        return []
+    error = results.error("kid_teacher", "student", steps) or 0.0
+    apart = abs(student - few) > 2 * error
+    relation = "closer to" if student < few else "further from"
+    relation = relation if apart else "measurably neither closer to nor further from"
+    return [
+        f"At {_steps(steps)} the student is {relation} the teacher's {TEACHER_STEPS}-step images than the teacher itself at "
+        f"{_steps(steps)} ({results.metrics['kid_teacher']['label']} {student:g} ± {error:g} and {few:g}; 0 is equal)."
     ]
 
 

@@ -259,7 +259,8 @@ def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
                 rows.append({"name": f"{SAMPLERS[sampler]}, guidance {scale:g}", "pictures": [*pictures, None]})
         groups.append({"prompt": prompt, "rows": rows})
     if results.info["is_baked"]:
-        cost = " The student's guidance is in its weights, so there is one row." if results.info["held_out"] else ""
+        has_prompts = results.info.get("prompts_origin", results.info["held_out"])
+        cost = " The student's guidance is in its weights, so there is one row." if has_prompts else ""
     elif is_free:
         cost = " CFG acts on the student and doubles its cost."
     else:
@@ -281,14 +282,18 @@ def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
 def _quality(results: Results, cards: list[dict[str, Any]]) -> dict[str, Any]:
     info = results.info
     source = ""
-    if info["held_out"]:
+    if info.get("prompts_origin"):
+        kind = "captions" if "own data" in info["prompts_origin"] else "prompts"
+        source = f" of {info['distinct_prompts']} {kind} {info['prompts_origin']}"
+    elif info["held_out"]:
         source = f" of {info['distinct_prompts']} prompts that were held out of training"
     elif info.get("has_classes"):
         source = f" of {info['distinct_prompts']} classes"
+    notes = "".join(f" {note}" for note in info.get("notes", ()))
     sizes = f" Image sizes (height x width): {', '.join(info['sizes'])}." if info.get("sizes") else ""
     about = (
         f"{info['images']} images per row{source}, from the same start noise (seed {info['seed']}), at guidance scale "
-        f"{results.guidance_scale:g}.{sizes} These numbers are not comparable with published results unless stated."
+        f"{results.guidance_scale:g}.{sizes}{notes} These numbers are not comparable with published results unless stated."
     )
     return {"about": about, "charts": cards, "table": table(results), "metrics": metric_rows(results)}
 
@@ -303,13 +308,18 @@ def table(results: Results) -> dict[str, Any]:
     rows = []
     for cell in results.cells.values():
         name = f"{SAMPLERS[cell['sampler']]}, {steps_text(cell['steps'])}, guidance {cell['guidance_scale']:g}"
-        values = [cell["numbers"].get(key) for key in results.metrics]
-        rows.append({"name": name, "cells": ["" if value is None else f"{value:g}" for value in values]})
+        rows.append({"name": name, "cells": [_with_error(cell, key) for key in results.metrics]})
     return {
         "caption": f"All numbers ({results.info['images']} images per row)",
         "heads": ["Sampler", *[metric["label"] for metric in results.metrics.values()]],
         "rows": rows,
     }
+
+
+def _with_error(cell: Mapping[str, Any], metric: str) -> str:
+    """Return a number with its standard error, if it has one; "" without a number."""
+    value, error = cell["numbers"].get(metric), cell.get("standard_errors", {}).get(metric)
+    return "" if value is None else f"{value:g}" if error is None else f"{value:g} ± {error:g}"
 
 
 def _times(results: Results) -> dict[str, Any]:

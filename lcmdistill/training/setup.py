@@ -98,6 +98,7 @@ def build_train_step(
             part.to("cpu")
     if caches:
         cache_key |= {"data": [folder.name for folder in dataset.folders]}
+        cache_key |= {"left_out": dataset.left_out} if dataset.left_out else {}
         train_step.teacher_outputs = _cached_outputs(
             config, accelerator, teacher, student, train_step, dataset, cache_key, on_progress
         )

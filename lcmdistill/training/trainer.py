@@ -16,6 +16,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import evict_lru
+from lcmdistill.data.holdout import hold_out, is_own, record_captions
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.loader import batch_of, read_ahead
 from lcmdistill.data.survey import unused_samples
@@ -129,9 +130,14 @@ def _distill(
         for source, report in zip(sources, dataset.reports, strict=True):
             unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
             logger.info(f"data {source.label}: {report}{unused}")
+    own = [is_own(source) and not teacher.in_pixels for source in sources]
+    own_captions = hold_out(folder, dataset, own, config.data.holdout)
+    accelerator.wait_for_everyone()
+    if is_main:
+        record_captions(folder, own_captions, len(dataset.left_out))
     if not len(dataset):
         raise UsageError("no usable training samples; run with --dry-run to see why")
-    validator = Validator(config, teacher, folder) if is_main else None
+    validator = Validator(config, teacher, folder, own_captions.captions) if is_main else None
     if validator is not None and config.run.validate_every:
         dtype = compute_dtype(config.run.precision, accelerator.device)
         with stop.at_once(

@@ -1,7 +1,7 @@
 """The validation grid: fixed prompts and fixed noise, sampled every few steps with the EMA student."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,16 @@ from lcmdistill.utils.units import counted
 logger = logging.getLogger(__name__)
 
 
-def validation_prompts(config: RunConfig, teacher: Teacher) -> tuple[str, ...]:
-    """Return the prompts of a run's validations: the requested ones, or the teacher's default."""
-    return tuple(config.run.validation_prompts or default_prompts(config.teacher.model, teacher.pipeline))
+def validation_prompts(config: RunConfig, teacher: Teacher, captions: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the prompts of a run's validations: the requested ones, or captions of the run's own data and default prompts.
+
+    Args:
+        config: The run's settings.
+        teacher: The teacher.
+        captions: The user's own captions. They do not change the number of prompts.
+    """
+    defaults = default_prompts(config.teacher.model, teacher.pipeline)
+    return tuple(config.run.validation_prompts or (*captions, *defaults)[: len(defaults)])
 
 
 class Validator:
@@ -51,9 +58,9 @@ class Validator:
     With aspect-ratio buckets the prompts take the buckets' sizes in turn.
     """
 
-    def __init__(self, config: RunConfig, teacher: Teacher, folder: Path) -> None:
+    def __init__(self, config: RunConfig, teacher: Teacher, folder: Path, captions: Sequence[str] = ()) -> None:
         self._config, self._teacher, self._folder = config, teacher, folder
-        self._prompts = validation_prompts(config, teacher)
+        self._prompts = validation_prompts(config, teacher, captions)
         self._sizes = bucket_sizes(config.data, teacher.multiple)
         self._noise = self._start_noise()
         objective, num_steps = config.objective, teacher.schedule.num_steps

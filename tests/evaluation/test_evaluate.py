@@ -1,7 +1,7 @@
 """`lcmdistill evaluate`: what a sweep generates, writes, skips and rejects, and how it ranks students of known quality."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +15,7 @@ from lcmdistill.evaluation import evaluate as program
 from lcmdistill.evaluation import sweep
 from lcmdistill.evaluation.evaluate import evaluate
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
+from lcmdistill.evaluation.prompts import choose_prompts
 from lcmdistill.evaluation.results import Results
 from lcmdistill.utils.errors import UsageError
 from tests.support.evaluated import noise_weights, results_of, shorten_references
@@ -23,6 +24,14 @@ from tests.support.finished_runs import finished_run
 OPTIONS: dict[str, Any] = {"steps": (1, 2), "guidance_scales": (4.0, 2.0), "num_images": 5, "device": "cpu"}
 
 Evaluated = Callable[..., Results]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kid_of_few_images() -> Iterator[None]:
+    """Compute KID from few images, which are generated in less time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 2)
+        yield
 
 
 @pytest.fixture
@@ -58,13 +67,24 @@ def test_a_sweep_has_a_point_for_each_combination(swept: Path):
     expected = {f"student-{n:02d}-g{g}" for n in (1, 2) for g in (2, 4)} | {"teacher-50-g4", "teacher-50-g2"}
     expected |= {f"{sampler}-{n:02d}-g4" for sampler in ("teacher", "trailing") for n in (1, 2)}
     assert set(found.cells) == expected
+    assert list(found.metrics)[:3] == ["kid_teacher", "precision", "recall"]
+    assert set(found.metrics) == {
+        "rmse",
+        "ssim",
+        "sharpness",
+        "saturation",
+        "diversity",
+        "kid",
+        *list(found.metrics)[:3],
+    }
     assert found.guidance_scale == 4.0
     full = found.cells["teacher-50-g4"]["numbers"]
     assert (full["rmse"], full["ssim"]) == (0.0, 1.0)
     assert full["sharpness"] == full["saturation"] == full["diversity"] == 1.0
     for cell in found.cells.values():
         assert cell["images"] == 5
-        assert set(cell["numbers"]) == {"rmse", "ssim", "sharpness", "saturation", "diversity", "kid", "kid_teacher"}
+        assert set(cell["numbers"]) == set(found.metrics)
+        assert set(cell["standard_errors"]) == {"kid", "kid_teacher"}
         assert cell["seconds_per_image"] > 0
         assert cell["conditions"].startswith("batches of 5 on cpu, ")
     assert len(found.previews("student", 1, 4.0)) == 5
@@ -197,7 +217,7 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
     def chosen(count: int, **config: Any) -> tuple[str, ...]:
         options = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=count)
         other = EvaluatedRun(each.run, with_values(each.config, config), each.model)
-        return program.chosen_prompts([other], options, teacher)
+        return choose_prompts([other], options, teacher).prompts
 
     own: dict[str, Any] = {"data.sources": ("teacher",), "data.prompts": str(tmp_path / "trained.txt")}
     assert chosen(2) == ("a", "c")
@@ -205,7 +225,7 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
     assert chosen(2, **own) == ("a", "d")
     both = [EvaluatedRun(each.run, with_values(each.config, more), each.model) for more in ({}, own)]
     options = EvaluationOptions(prompts=str(tmp_path / "p.txt"), num_images=2)
-    assert program.chosen_prompts(both, options, teacher) == ("a", "d")  # held out of the one and the other
+    assert choose_prompts(both, options, teacher).prompts == ("a", "d")  # held out of the one and the other
     (tmp_path / "trained.txt").write_text("a\nb\nc\nd\n")
     with pytest.raises(UsageError, match="was trained on all of these prompts"):
         chosen(2, **own)

@@ -40,7 +40,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
         distill(resolve({}, {**settings, "run.device": "cpu"}))
         shutil.copytree(folder / "equal", folder / "broken")
         noise_weights(folder / "broken", 0.4)
-        patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
+        patched.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 8)
         shorten_references(patched)
         for name in ("equal", "broken"):
             evaluate([folder / name], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
@@ -95,7 +95,7 @@ def degraded(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathF
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("LCMDISTILL_CACHE", str(equal.parent / "cache"))
             patched.setattr(sweep, "student_latents", degraded_latents)
-            patched.setattr("lcmdistill.evaluation.select.MIN_KID_IMAGES", 8)
+            patched.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 8)
             shorten_references(patched)
             evaluate([run], EvaluationOptions(steps=(4,), guidance_scales=(1.0,), num_images=8, device="cpu"))
         found[degrade.__name__] = results_of(run)

@@ -188,6 +188,7 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
         ".finished",
         ".requested.json",
         "README.md",
+        "captions.json",
         "card.json",
         "checkpoints",
         "config.toml",

@@ -50,6 +50,7 @@ class Metric:
         published: Whether the numbers are comparable with published ones.
         decimals: How many decimals are recorded.
         min_images: The number of images below which there is no result.
+        standard_error: The values of a set, (N, K) fp64, to the standard error of the number; None if it has none.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Metric:
     published: str = "not comparable"
     decimals: int = 3
     min_images: int = 1
+    standard_error: Callable[[Tensor], float] | None = None
 
 
 def mean(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Feature networks that compare sets of images, and KID, FID's small-sample relative.
+"""Feature networks that compare sets of images: KID, FID's small-sample relative, and precision and recall.
 
 Shapes: N, M images, H W pixels, F features.
 """
@@ -14,7 +14,10 @@ from lcmdistill.evaluation.metrics.base import TEACHER_REFERENCE, ImagePair, Met
 from lcmdistill.utils.errors import RunError, UsageError
 
 MIN_KID_IMAGES = 50
-"images below which KID is not computed unasked, and decides nothing: it varies more by chance than between students"
+"images of each set below which KID is not computed: it varies more by chance than from student to student"
+
+NEIGHBORS = 3
+"k of precision and recall, as in the paper"
 
 KID_BLOCK = 1000
 "images that are compared at once: the kernel matrix has this many rows and columns"
@@ -138,29 +141,51 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 32) -> Ten
     return torch.cat([network(eight_bit(part).to(device)).cpu() for part in images.split(batch_size)])
 
 
-def kid_to_teacher_metric(network: nn.Module, name: str) -> Metric:
-    """Return KID to the teacher's own images at full steps, from the same prompts and the same start noise.
+def teacher_set_metrics(network: nn.Module, name: str) -> dict[str, Metric]:
+    """Return KID, precision and recall to the teacher's own images at full steps, from the same prompts and start noise.
 
     Args:
         network: The feature network, on the device that computes it.
         name: The feature network's name.
     """
     device = next(network.parameters()).device
+    latest: list[tuple[ImagePair, Tensor]] = []
 
     def both(pair: ImagePair) -> Tensor:
-        parts = (pair.pixels, pair.reference_pixels)
-        return torch.cat([network(eight_bit(center_square(part)).to(device)) for part in parts], dim=1)
+        if not latest or latest[0][0] is not pair:  # the metrics are computed one after another on the same batch
+            parts = (pair.pixels, pair.reference_pixels)
+            features = torch.cat([network(eight_bit(center_square(part)).to(device)) for part in parts], dim=1)
+            latest[:] = [(pair, features)]
+        return latest[0][1]
 
-    return Metric(
-        f"KID to the teacher ({name})",
-        "lower",
-        "Distance between the set of generated images and the teacher's, by features of their content; about 0 is equal.",
-        name,
-        TEACHER_REFERENCE,
-        both,
-        lambda features: kid(*features.chunk(2, dim=1)),
-        min_images=2,
-    )
+    shared = (name, TEACHER_REFERENCE, both)
+    return {
+        "kid_teacher": Metric(
+            f"KID to the teacher ({name})",
+            "lower",
+            "Distance between the set of generated images and the teacher's, by features of their content; about 0 is equal.",
+            *shared,
+            lambda features: kid(*features.chunk(2, dim=1)),
+            min_images=MIN_KID_IMAGES,
+            standard_error=lambda features: kid_error(*features.chunk(2, dim=1)),
+        ),
+        "precision": Metric(
+            f"Precision ({name})",
+            "higher",
+            "Share of the generated images that look like one of the teacher's.",
+            *shared,
+            lambda features: _precision_recall_of(features)[0],
+            min_images=MIN_KID_IMAGES,
+        ),
+        "recall": Metric(
+            f"Recall ({name})",
+            "higher",
+            "Share of the teacher's images that one of the generated images looks like; low where variety is lost.",
+            *shared,
+            lambda features: _precision_recall_of(features)[1],
+            min_images=MIN_KID_IMAGES,
+        ),
+    }
 
 
 def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: str) -> Metric:
@@ -181,7 +206,8 @@ def kid_metric(network: nn.Module, name: str, reference: Tensor, real_images: st
         real_images,
         lambda pair: network(eight_bit(center_square(pair.pixels)).to(device)),
         lambda features: kid(features, reference),
-        min_images=2,
+        min_images=MIN_KID_IMAGES,
+        standard_error=lambda features: kid_error(features, reference),
     )
 
 
@@ -204,3 +230,44 @@ def kid(features: Tensor, real: Tensor) -> float:
         for j in range(0, len(real) - n + 1, n)
     ]
     return float(torch.stack(values).mean())
+
+
+def kid_error(features: Tensor, real: Tensor) -> float:
+    """Return the standard error of KID, from its estimates on disjoint subsets.
+
+    Both sets are cut into 10 subsets, or into fewer of at least 10 images each.
+
+    Args:
+        features: The generated images' features, (N, F).
+        real: The real images' features, (M, F).
+    """
+    count = min(10, max(2, min(len(features), len(real)) // 10))
+    pairs = zip(features.tensor_split(count), real.tensor_split(count), strict=True)
+    return float(torch.tensor([kid(some, others) for some, others in pairs]).std() / count**0.5)
+
+
+def precision_recall(features: Tensor, real: Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
+    """Return precision and recall by k nearest neighbors (Kynkaanniemi et al. 2019, Eq. 1 and 2).
+
+    A set's manifold is the union of balls around its members, each reaching to the member's k-th nearest neighbor. Precision
+    is the share of the generated images in the real images' manifold, recall the share of the real images in the generated
+    images' manifold.
+
+    Args:
+        features: The generated images' features, (N, F).
+        real: The real images' features, (M, F).
+        k: The number of neighbors.
+    """
+    return _share_inside(features, real, k), _share_inside(real, features, k)
+
+
+def _precision_recall_of(features: Tensor) -> tuple[float, float]:
+    generated, real = features.chunk(2, dim=1)
+    return precision_recall(generated, real)
+
+
+def _share_inside(points: Tensor, centers: Tensor, k: int) -> float:
+    """Return the share of points, (N, F), in at least one ball around centers, (M, F)."""
+    # A center's nearest neighbor is itself, at distance 0.
+    radii = torch.cdist(centers, centers).kthvalue(min(k + 1, len(centers)), dim=1).values
+    return float((torch.cdist(points, centers) <= radii).any(1).double().mean())

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.evaluation.metrics.base import ImagePair, Metric, center_square
-from lcmdistill.evaluation.metrics.features import MobileNetV2Features, ScriptedFeatures, kid_metric
+from lcmdistill.evaluation.metrics.features import (
+    MobileNetV2Features,
+    ScriptedFeatures,
+    kid,
+    kid_error,
+    kid_metric,
+    precision_recall,
+)
 from lcmdistill.evaluation.metrics.pretrained import clip_metric, fid_metric, lpips_metric
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import write_tokenizer
@@ -225,3 +232,28 @@ def test_only_the_center_of_other_shapes_is_compared_with_square_images() -> Non
     assert torch.equal(center_square(pixels), pixels[..., 2:10])
     assert torch.equal(center_square(pixels.mT), pixels.mT[..., 2:10, :])
     assert torch.equal(center_square(pixels[..., :8]), pixels[..., :8])
+
+
+def test_precision_and_recall_of_points_on_a_line() -> None:
+    """With k = 1 and points one apart, each ball reaches to its neighbors, and the outermost ones 1 beyond."""
+    real = torch.arange(5.0)[:, None]  # covers -1 to 5
+    generated = torch.tensor([[-2.0], [-0.5], [2.5], [7.0]])
+    # Radii of the generated points by their nearest neighbor: 1.5, 1.5, 3 and 4.5, which cover -3.5 to 1, -.5 to 5.5, 2.5 on.
+    assert precision_recall(generated, real, k=1) == (0.5, 1.0)
+    assert precision_recall(real, real, k=1) == (1.0, 1.0)
+    # A student that makes one image is precise, and recalls only that image.
+    collapsed = torch.full((5, 1), 2.0)
+    assert precision_recall(collapsed, real, k=1) == (1.0, 0.2)
+    assert precision_recall(real + 100, real, k=3) == (0.0, 0.0)
+
+
+def test_the_standard_error_of_kid_is_that_of_repeated_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda shift: torch.randn(200, 8, generator=generator) + shift  # noqa: E731
+    values, errors = [], []
+    for _ in range(60):
+        features, real = draw(0.3), draw(0.0)
+        values.append(kid(features, real))
+        errors.append(kid_error(features, real))
+    spread = float(torch.tensor(values).std())
+    assert 0.6 * spread < sum(errors) / len(errors) < 2 * spread
