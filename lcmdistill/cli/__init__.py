@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from lcmdistill import __version__
 from lcmdistill.cli import cache, runs
-from lcmdistill.cli._aliases import option_meant, translate, unknown_command
+from lcmdistill.cli._aliases import Command, option_meant, unknown_command
 from lcmdistill.cli._errors import PARSER_ERROR, parser_sentence, report_error
 from lcmdistill.cli._options import GroupedCommand
 from lcmdistill.cli.distill import distill, distill_lora
@@ -20,6 +20,7 @@ from lcmdistill.cli.export import export
 from lcmdistill.cli.info import info
 from lcmdistill.cli.report import report
 from lcmdistill.cli.sample import sample
+from lcmdistill.cli.sweep import CONTEXT, sweep
 from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import configure_console
@@ -36,14 +37,6 @@ class Commands(TyperGroup):
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             raise unknown_command(args[0], self.list_commands(ctx))
         return super().resolve_command(ctx, args)
-
-
-class Command(GroupedCommand):
-    """A command that also takes the options of other programs."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments after the command."""
-        return super().parse_args(ctx, translate(args, self.get_params(ctx), f"lcmdistill {self.name}"))
 
 
 app = typer.Typer(
@@ -83,6 +76,7 @@ for name, command in {
     "info": info,
 }.items():
     app.command(name, cls=Command, context_settings=HELP)(command)
+app.command("sweep", cls=GroupedCommand, context_settings=CONTEXT)(sweep)
 for group in (runs, cache):
     group.add_to(app, cls=Command, context_settings=HELP)
 

@@ -4,13 +4,21 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lcmdistill.cli._options import SETTINGS
+from lcmdistill.cli._options import SETTINGS, GroupedCommand
 from lcmdistill.config import synonyms
 from lcmdistill.config.synonyms import normalized
 from lcmdistill.utils.errors import UsageError
 
 _OPTION_OF = {key: name for name, key in SETTINGS.items()}
 "setting -> its option"
+
+
+class Command(GroupedCommand):
+    """A command that also takes the options of other programs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after the command."""
+        return super().parse_args(ctx, translate(args, self.get_params(ctx), f"lcmdistill {self.name}"))
 
 
 def translate(arguments: list[str], parameters: Collection[Any], command: str) -> list[str]:

@@ -14,7 +14,7 @@ from lcmdistill.config.examples import config_file, describe_examples
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.recorded import RENAMED
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
-from lcmdistill.config.schema import StudentConfig
+from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import read_toml
 from lcmdistill.utils.errors import UsageError
 
@@ -49,8 +49,16 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     return flags
 
 
-def _train(kind: str, options: dict[str, Any]) -> Path:
-    """Settle the configuration and run it. options: a training command's own, by name."""
+def settle(kind: str, options: dict[str, Any]) -> RunConfig:
+    """Return the configuration that a training command's options describe, and log what a preset changes.
+
+    Args:
+        kind: "full" or "lora".
+        options: The command's options, by name.
+
+    Raises:
+        UsageError: A setting is not allowed, or not for this command.
+    """
     if str(options["config"]) == "list":
         for name, what, command in describe_examples():
             print(f"{name}\n    {what}\n    {command}")
@@ -78,12 +86,9 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
     if options["full"] and not options["dry_run"]:
         raise UsageError("--full is for --dry-run; remove this option, or add --dry-run")
     preset = options["preset"]
-    from lcmdistill.hub.client import check_login
     from lcmdistill.objectives import OBJECTIVES
 
     resolved = resolve(file, flags, preset, objectives=OBJECTIVES)
-    from lcmdistill.training import preflight
-
     if preset and os.environ.get("RANK", "0") == "0":
         changes = preset_changes({**file, **flags}, preset, objectives=OBJECTIVES)
         logger.info(
@@ -91,9 +96,17 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
         )
         for change in changes:
             logger.info(f"  {change}")
-
     if resolved.run.hub_private and not resolved.run.push_to_hub:
         raise UsageError("--private is for --push-to-hub; remove this option, or add --push-to-hub OWNER/NAME")
+    return resolved
+
+
+def _train(kind: str, options: dict[str, Any]) -> Path:
+    """Settle the configuration and run it. options: a training command's own, by name."""
+    resolved = settle(kind, options)
+    from lcmdistill.hub.client import check_login
+    from lcmdistill.training import preflight
+
     if resolved.run.push_to_hub and os.environ.get("RANK", "0") == "0":
         check_login(resolved.run.push_to_hub)
     preflight.check_early(resolved)

@@ -65,26 +65,27 @@ def evaluate(
             help="Comparison page for several runs. A single run's page is RUN/report.html.  [default: comparison.html]"
         ),
     ] = None,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric that ranks several runs, such as kid_teacher, ssim@4 or recall@2.  [default: kid_teacher, or ssim]"
+        ),
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> list[Any]:
     """Evaluate runs across steps and guidance scales against the teacher on held-out prompts, and write an HTML report."""
-    runs, numbers = [run_folder(run) for run in runs], _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True)
+    runs, counts = [run_folder(run) for run in runs], step_counts(steps)
     scales = () if guidance_scale is None else _numbers("--guidance-scale", ",".join(guidance_scale))
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is listed twice; list each run once")
     page = _page(runs, output)
 
-    from lcmdistill.evaluation.evaluate import evaluate
     from lcmdistill.evaluation.options import EvaluationOptions
     from lcmdistill.evaluation.results import read_results
-    from lcmdistill.hub.model_card import update_run_card
-    from lcmdistill.report.card import write_card_plots
-    from lcmdistill.report.comparison import write_comparison
-    from lcmdistill.report.page import evaluation_summary, write_report
 
     options = EvaluationOptions(
-        steps=tuple(int(n) for n in numbers),
+        steps=counts,
         guidance_scales=scales,
         prompts=prompts,
         num_images=num_images,
@@ -98,6 +99,25 @@ def evaluate(
         lpips=lpips,
         scorer=scorer,
     )
+    evaluate_and_report(runs, options, page, rank_by)
+    return [read_results(run) for run in runs]
+
+
+def evaluate_and_report(runs: list[Path], options: Any, page: Path | None, rank_by: str | None = None) -> None:
+    """Evaluate runs, and write their reports, their cards' plots, and the page that compares them.
+
+    Args:
+        runs: The run folders.
+        options: The evaluation's options.
+        page: The file of the comparison; None writes none.
+        rank_by: METRIC or METRIC@STEPS, by which the comparison ranks the runs.
+    """
+    from lcmdistill.evaluation.evaluate import evaluate
+    from lcmdistill.hub.model_card import update_run_card
+    from lcmdistill.report.card import write_card_plots
+    from lcmdistill.report.comparison import ranking_text, write_comparison
+    from lcmdistill.report.page import evaluation_summary, write_report
+
     evaluate(runs, options)
     for run in runs:
         written = write_report(run)
@@ -106,8 +126,14 @@ def evaluate(
         logger.info(evaluation_summary(run))
         logger.info(f"report: {written}")
     if page:
-        logger.info(f"comparison: {write_comparison(runs, page)}")
-    return [read_results(run) for run in runs]
+        written = write_comparison(runs, page, rank_by)
+        logger.info(ranking_text(runs, rank_by))
+        logger.info(f"comparison: {written}")
+
+
+def step_counts(steps: list[str] | None) -> tuple[int, ...]:
+    """Return the step counts of an option; None is the default."""
+    return tuple(int(n) for n in _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True))
 
 
 def _page(runs: list[Path], output: Path | None) -> Path | None:

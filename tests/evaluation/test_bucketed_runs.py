@@ -28,7 +28,10 @@ def bucketed_run(train_settings: dict[str, Any], tmp_path: Path) -> Path:
     return distill(resolve({}, settings))
 
 
-def test_a_run_with_buckets_is_validated_and_evaluated_at_its_sizes(bucketed_run: Path, small_features: Path) -> None:
+def test_a_run_with_buckets_is_validated_and_evaluated_at_its_sizes(
+    bucketed_run: Path, small_features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 2)
     for i in range(3):
         height, width = SIZES[i % 2]
         assert Image.open(bucketed_run / "samples" / f"sample-{i}.png").size == (width, height)

@@ -105,7 +105,7 @@ def test_the_page_of_an_evaluated_run_shows_everything(evaluated_run: Path):
     ):
         assert name in page.text
     assert "not comparable" in page.text
-    assert "held out of training" in page.text
+    assert "3 images per row of 3 captions of the run's own data, which training saw, from" in page.text
     assert evaluation_summary(evaluated_run).splitlines()[0].split(": ", 1)[1] in page.text
     alts = [image["alt"] or "" for image in page.all("img")]
     assert sum("student, 2 steps, guidance 4" in alt for alt in alts) >= 3
@@ -141,7 +141,7 @@ def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_pa
     measures = {
         name: {names.get(key, key): value for key, value in metric.items()} for name, metric in old["metrics"].items()
     }
-    drop = ("held_out", "has_classes", "is_baked", "metrics", "preview_prompts", "sizes")
+    drop = ("held_out", "prompts_origin", "notes", "has_classes", "is_baked", "metrics", "preview_prompts", "sizes")
     changed_sweep(run, drop=drop, is_lora=True, measures=measures, pictured_prompts=old["preview_prompts"])
     for path in (run / "evaluation" / "cells").glob("*/numbers.json"):
         cell = json.loads(path.read_text())
@@ -165,7 +165,7 @@ def test_images_without_prompts_are_not_called_held_out(
 ):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
-    changed_sweep(run, held_out=False, has_classes=has_classes, is_baked=True)
+    changed_sweep(run, held_out=False, prompts_origin="", has_classes=has_classes, is_baked=True)
     page = check_page(write_report(run))
     assert text in page.text
     assert "held out" not in page.text
@@ -282,6 +282,8 @@ def test_several_runs_are_compared_on_one_page(evaluated_run: Path, tmp_path: Pa
     shutil.copytree(evaluated_run, other)
     page = check_page(write_comparison([evaluated_run, other], tmp_path / "comparison.html"))
     assert "small-lcm and other-lcm" in page.text
+    assert "is the best of 2 by KID to the teacher (small) at 2 steps" in page.text
+    assert "lcmdistill sample" in page.text
     assert sum("other-lcm, 2 steps" in (image["alt"] or "") for image in page.all("img")) == 3
     path = other / "evaluation" / "sweep.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1, "checksum": None}))
@@ -295,11 +297,13 @@ def test_the_command_line_evaluates_and_reports(
     monkeypatch.setattr("lcmdistill.report.page.to_svg", lambda chart, number: "<svg></svg>")
     for name in ("one", "two"):
         shutil.copytree(small_run, tmp_path / name)
+    monkeypatch.setattr("lcmdistill.evaluation.metrics.features.MIN_KID_IMAGES", 2)
     few = ["--steps", "1", "--steps", 2, "--num-images", 2, "--features", small_features, "--device", "cpu"]
     code, out, err = command("evaluate", "one", "two", *few)
     assert (code, err.count("Error")) == (0, 0)
     assert "student-02-g4" in out
     assert "report: one/report.html" in out
+    assert "by KID to the teacher (small) at 2 steps:\n  1. one: " in out
     assert "comparison: comparison.html" in out
     check_page(tmp_path / "comparison.html")
     (tmp_path / "one" / "report.html").unlink()
