@@ -210,7 +210,8 @@ def sampler_lines(usage: Usage, checkpoint: str, *, is_written: bool = False) ->
         is_written: Whether the export writes the checkpoint's configuration file for A1111.
     """
     method, node = usage.method, comfyui_node(usage.facts, "; ")
-    comfy = f"KSampler: sampler {method.comfyui_sampler}, scheduler sgm_uniform, {usage.settings}{node}"
+    spacing = "simple" if usage.facts.is_flow else "sgm_uniform"
+    comfy = f"KSampler: sampler {method.comfyui_sampler}, scheduler {spacing}, {usage.settings}{node}"
     schedule = ", schedule type SGM Uniform" if method.deterministic else ""
     a1111 = f"sampler {method.sampler}{schedule}, {usage.settings}"
     eta = method.sampling_options.get("eta")

@@ -30,7 +30,15 @@ from lcmdistill.export.single_file import architecture_of, file_header, layout_o
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
 from lcmdistill.objectives.base import MethodInfo
-from lcmdistill.students.lora_files import DIFFUSERS_LORA, SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, alpha_of, rank_of
+from lcmdistill.students.lora_files import (
+    DIFFUSERS_LORA,
+    FAMILY_KEY,
+    SCHEDULER_KEY,
+    SCHEDULER_OPTIONS_KEY,
+    alpha_of,
+    rank_of,
+)
+from lcmdistill.teachers.lora.adapters import LoraLayer
 from lcmdistill.teachers.lora.files import Lora, kohya_tensors
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
@@ -72,15 +80,16 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         base_pipeline: The teacher's pipeline, which decides the architecture.
     """
     base, side = public_name(config.teacher.model), config.data.resolution
-    layout = layout_of(base_pipeline)
-    _, prediction_type = family_of(base_pipeline).denoiser(base_pipeline.scheduler.config)
-    architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
-    version = layout.base_versions.get(prediction_type, layout.base_versions["epsilon"])
+    family = family_of(base_pipeline)
+    _, prediction_type = family.denoiser(base_pipeline.scheduler.config)
     method, omegas = _method(config, base_pipeline), omega_range(config)
     omega = f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "free guidance"
     scheduler = base_pipeline.scheduler.config
     facts = SamplingFacts(
-        layout=layout.key, prediction_type=prediction_type, zero_snr=bool(scheduler.get("rescale_betas_zero_snr"))
+        family_key=family.key,
+        layout=layout_of(base_pipeline).key if family.layouts else "",
+        prediction_type=prediction_type,
+        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
     needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
     skip = config.teacher.clip_skip
@@ -88,7 +97,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        **_base_header(base_pipeline, prediction_type),
         "modelspec.implementation": "diffusers",
         **file_header(config, title),
         "modelspec.resolution": f"{side}x{side}",
@@ -101,17 +110,29 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank_of(lora)),
         "ss_network_alpha": f"{alpha_of(lora):g}",
-        "ss_base_model_version": version,
-        "ss_v2": str(layout.is_v2),  # A1111 distinguishes SD1 and SD2 by this
         "ss_sd_model_name": base,
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": title,
         "ss_steps": str(config.optim.max_train_steps),
         "ss_learning_rate": str(config.optim.learning_rate),
         "ss_seed": str(config.run.seed),
-        **({"ss_clip_skip": str(family_of(base_pipeline).a1111_clip_skip(skip))} if skip else {}),
+        **({"ss_clip_skip": str(family.a1111_clip_skip(skip))} if skip else {}),
         "ss_mixed_precision": str(config.run.precision),
         "ss_training_comment": f"{method.lora_title}, {method.describe(config.objective)}, {omegas.omega if omegas else omega}",
+    }
+
+
+def _base_header(base_pipeline: Any, prediction_type: str) -> dict[str, str]:
+    """Return the header strings by which programs match a LoRA to its base."""
+    family = family_of(base_pipeline)
+    if not family.layouts:
+        return {FAMILY_KEY: family.key}
+    layout = layout_of(base_pipeline)
+    architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
+    return {
+        "modelspec.architecture": f"{architecture}/lora",
+        "ss_base_model_version": layout.base_versions.get(prediction_type, layout.base_versions["epsilon"]),
+        "ss_v2": str(layout.is_v2),  # A1111 distinguishes SD1 and SD2 by this
     }
 
 
@@ -122,10 +143,12 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
         config: The run's settings.
         base_pipeline: A pipeline with the teacher's number of time steps.
     """
+    family = family_of(base_pipeline)
     count, method = base_pipeline.scheduler.config.num_train_timesteps, _method(config, base_pipeline)
     return {
         SCHEDULER_KEY: method.scheduler,
         SCHEDULER_OPTIONS_KEY: json.dumps(dict(method.scheduler_options(config.objective, count))),
+        **({} if family.layouts else {FAMILY_KEY: family.key}),
         **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
     }
 
@@ -140,11 +163,27 @@ def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torc
     save_file(kohya_tensors(lora, dtype), path, metadata=dict(metadata))
 
 
-def write_diffusers_lora(lora: Lora, folder: Path, metadata: Mapping[str, str]) -> None:
-    """Write `pytorch_lora_weights.safetensors` with the adapter's metadata, without which diffusers loses alpha."""
-    adapter = {f"unet.{key}": value for key, value in adapter_config(lora).items()}
+def write_diffusers_lora(lora: Lora, path: Path, metadata: Mapping[str, str], network: str) -> None:
+    """Write a file for diffusers with the adapter's metadata, without which diffusers loses alpha.
+
+    Of a transformer ComfyUI reads these keys, too, but not the metadata: alpha / rank is multiplied into the weights.
+
+    Args:
+        lora: The adapter.
+        path: The file.
+        metadata: Its header.
+        network: The adapted component, "unet" or "transformer".
+    """
+    lora = lora if network == "unet" else {key: with_plain_alpha(layer) for key, layer in lora.items()}
+    adapter = {f"{network}.{key}": value for key, value in adapter_config(lora).items()}
     extended = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    save_file(peft_tensors(lora, "unet"), folder / DIFFUSERS_LORA, metadata=extended)
+    save_file(peft_tensors(lora, network), path, metadata=extended)
+
+
+def with_plain_alpha(layer: LoraLayer) -> LoraLayer:
+    """Return the same update with alpha = rank, which needs no record of alpha."""
+    rank = len(layer.down)
+    return LoraLayer(layer.down, layer.up * (layer.alpha / rank), float(rank))
 
 
 def write_peft(lora: Lora, folder: Path, base_model: str, sampling: Mapping[str, str]) -> None:
@@ -174,7 +213,7 @@ def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:
     """
     lora = student.require_lora()
     with atomic_file(request.output) as file:
-        metadata, expected = _header_and_outputs(student, request, lora)
+        metadata, expected = _header_and_outputs(student, request, lora, "kohya")
         write_kohya(lora, file, metadata, request.dtype)
         sentence = _verify(student, request, expected, file.parent, file.name)
     usage = KOHYA.usage(student.config, student.facts, str(request.output.parent), request.output.name)
@@ -193,8 +232,8 @@ def export_diffusers_lora(student: TrainedStudent, request: ExportRequest) -> st
     """
     lora = student.require_lora()
     with atomic_dir(request.output) as folder:
-        metadata, expected = _header_and_outputs(student, request, lora)
-        write_diffusers_lora(lora, folder, metadata)
+        metadata, expected = _header_and_outputs(student, request, lora, "diffusers-lora")
+        write_diffusers_lora(lora, folder / DIFFUSERS_LORA, metadata, student.family.network)
         return _verify(student, request, expected, folder, None)
 
 
@@ -221,13 +260,16 @@ def export_peft(student: TrainedStudent, request: ExportRequest) -> str:
         return check_close(outputs, expected, BOUNDS[torch.float32], request.output)
 
 
-def _header_and_outputs(student: TrainedStudent, request: ExportRequest, lora: Lora) -> tuple[dict[str, str], Outputs]:
+def _header_and_outputs(
+    student: TrainedStudent, request: ExportRequest, lora: Lora, format_key: str
+) -> tuple[dict[str, str], Outputs]:
     """Return a LoRA's header and its outputs; the pipeline is freed before another one is loaded."""
     trained = student.pipeline()
     family = family_of(trained)
-    if family.uses_peft_only:
+    if format_key not in family.lora_formats:
         raise UsageError(
-            f"a {type(trained).__name__} loads no such file; use --format peft, or fused for a full pipeline"
+            f"a {type(trained).__name__} loads no such file; use --format {family.run_lora_format}, or fused for a full "
+            "pipeline"
         )
     metadata = header(lora, student.config, student.run.name, trained)
     return metadata, network_outputs(family, network_of(trained), request.guidance_scale) if request.verify else {}
@@ -238,18 +280,30 @@ def _verify(student: TrainedStudent, request: ExportRequest, expected: Outputs, 
         return unverified(request.output)
     pipeline = student.base_pipeline()
     family = family_of(pipeline)
-    base = network_outputs(family, pipeline.unet, request.guidance_scale)
+    base = network_outputs(family, network_of(pipeline), request.guidance_scale)
     pipeline.load_lora_weights(str(folder), weight_name=name or DIFFUSERS_LORA)
     # The base is in fp32 on both sides: half precision rounds only what the LoRA adds, which may be little.
     bound = BOUNDS[torch.float32]
     if name and request.dtype != torch.float32:
         bound += BOUNDS[request.dtype] * difference(base["network"], expected["network"])
-    return check_close(network_outputs(family, pipeline.unet, request.guidance_scale), expected, bound, request.output)
+    outputs = network_outputs(family, network_of(pipeline), request.guidance_scale)
+    return check_close(outputs, expected, bound, request.output)
 
 
 def kohya_code(usage: Usage) -> str:
     """Return the Python code that loads the file into its base model and generates an image."""
     return f'{usage.base_code}pipeline.load_lora_weights("{usage.place}", weight_name="{usage.file}")\n{usage.call}'
+
+
+def diffusers_lora_programs(usage: Usage) -> tuple[ProgramUse, ...]:
+    """Return how the file of a transformer is used in ComfyUI, which reads diffusers' keys of U-Nets differently."""
+    if usage.facts.family.network == "unet":
+        return ()
+    comfy, _ = sampler_lines(usage, "CHECKPOINT")
+    file = usage.file or DIFFUSERS_LORA
+    return (
+        ProgramUse("ComfyUI", (f"Copy {file} to models/loras.", f"Load Checkpoint, Load LoRA at strength 1, {comfy}.")),
+    )
 
 
 def kohya_programs(usage: Usage) -> tuple[ProgramUse, ...]:
@@ -266,7 +320,8 @@ def kohya_programs(usage: Usage) -> tuple[ProgramUse, ...]:
 
 def diffusers_lora_code(usage: Usage) -> str:
     """Return the Python code that loads the folder into its base model and generates an image."""
-    return f'{usage.base_code}pipeline.load_lora_weights("{usage.place}")\n{usage.call}'
+    name = f', weight_name="{usage.file}"' if usage.file else ""
+    return f'{usage.base_code}pipeline.load_lora_weights("{usage.place}"{name})\n{usage.call}'
 
 
 def peft_code(usage: Usage) -> str:
@@ -294,6 +349,7 @@ DIFFUSERS = Exporter(
     writes="folder",
     write=export_diffusers_lora,
     python=diffusers_lora_code,
+    programs=diffusers_lora_programs,
 )
 
 PEFT = Exporter(

@@ -116,9 +116,8 @@ def _run_export(config: RunConfig, run: Path, facts: SamplingFacts) -> tuple[str
     folder = public_path(run)
     if config.student.kind == "full":
         return "pipeline", f"{folder}/pipeline", ""
-    if facts.family.uses_peft_only:
-        return "peft", f"{folder}/lora", ""
-    return "kohya", f"{folder}/lora", f"{run.name}.safetensors"
+    form = facts.family.run_lora_format
+    return form, f"{folder}/lora", "" if form == "peft" else f"{run.name}.safetensors"
 
 
 def _metadata(config: RunConfig, facts: SamplingFacts, samples: Mapping[str, str]) -> Any:

@@ -22,7 +22,7 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
     facts, is_lora, place = facts_from_run(run, config), config.student.kind == "lora", public_path(run)
     is_free, export = omega_range(config) is None, None
     if is_lora:
-        name, folder, file = "peft" if facts.family.uses_peft_only else "kohya", "lora", f"{run.name}.safetensors"
+        name, folder, file = facts.family.run_lora_format, "lora", f"{run.name}.safetensors"
         text = "Load the LoRA on the checkpoint that it was trained on"
         text += ". " if is_free else "; its guidance is baked into its weights."
         programs = EXPORTERS[name]
@@ -39,7 +39,7 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
     usage = EXPORTERS[name].usage(config, facts, f"{place}/{folder}", file, steps)
     entries = [{"name": "diffusers", "lines": [text], "code": EXPORTERS[name].python(usage)}]
     target = programs.usage(config, facts, place, f"{run.name}.safetensors", steps)
-    for use in programs.programs(target) if facts.layout else ():
+    for use in programs.programs(target) if facts.layout or is_lora else ():
         baked = " with the guidance baked in" if facts.guidance == "input" else ""
         first = use.lines[0] if is_lora else f"Write a single file{baked}. {use.lines[0]}"
         entries.append({"name": use.program, "lines": [first, *use.lines[1:]], "code": export})

@@ -18,6 +18,9 @@ SCHEDULER_KEY = "lcmdistill.scheduler"
 SCHEDULER_OPTIONS_KEY = "lcmdistill.scheduler_options"
 "the header entry with that class's options besides the base model's betas, as JSON"
 
+FAMILY_KEY = "lcmdistill.family"
+"the header key with the family of a LoRA's base, where `ss_base_model_version` has no word for it"
+
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 "the file that diffusers looks for in a folder; older versions need its name when offline"
 
@@ -48,13 +51,16 @@ def family_of_lora(folder: Path) -> TeacherFamily:
         folder: RUN/lora. A peft folder belongs to the family that has no other format; a folder without a file counts as
             Stable Diffusion.
     """
-    if (folder / "adapter_config.json").is_file():
-        return next(family for family in FAMILIES.values() if family.uses_peft_only)
     file = next(iter(sorted(folder.glob("[!.]*.safetensors"))), None)
-    if file is None:
-        return FAMILIES["sd"]
-    with safe_open(file, framework="pt") as opened:
-        return family_of_lora_header(opened.metadata() or {})
+    header: dict[str, str] = {}
+    if file is not None:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+    if (key := header.get(FAMILY_KEY)) in FAMILIES:
+        return FAMILIES[key]
+    if (folder / "adapter_config.json").is_file():  # of a run before the key was written
+        return next(family for family in FAMILIES.values() if family.uses_peft_only)
+    return family_of_lora_header(header)
 
 
 def scheduler_options_of(lora: str) -> dict[str, Any]:

@@ -264,6 +264,11 @@ class TeacherFamily:
         return count + self.clip_skip_offset
 
     @property
+    def run_lora_format(self) -> str:
+        """The LoRA format that a run writes."""
+        return self.lora_formats[0]
+
+    @property
     def uses_peft_only(self) -> bool:
         """Whether peft's is the only LoRA format that programs read for this family."""
         return self.lora_formats == ("peft",)

@@ -51,7 +51,7 @@ def call_pipeline(pipeline: Any, kwargs: Mapping[str, Any], *, steps: int, gener
     """Call a pipeline for a number of sampling steps.
 
     Of a flow-matching model the sigmas are passed, 1, (n - 1) / n .. 1 / n before the shift: those that its students are
-    trained at, and that ComfyUI's `sgm_uniform` visits. diffusers' own n-th sigma is nearly 0, which wastes a step.
+    trained at, and that ComfyUI's scheduler `simple` visits. diffusers' own n-th sigma is nearly 0, which wastes a step.
 
     Args:
         pipeline: A pipeline of any family.

@@ -16,6 +16,7 @@ FAMILIES = LazyRegistry(
         "pixel": "lcmdistill.teachers.pixel:PIXEL_SPACE",
         "sd-inpaint": "lcmdistill.teachers.inpaint:STABLE_DIFFUSION_INPAINT",
         "sdxl-inpaint": "lcmdistill.teachers.inpaint:STABLE_DIFFUSION_XL_INPAINT",
+        "sd3": "lcmdistill.teachers.sd3:STABLE_DIFFUSION_3",
         "pixart": "lcmdistill.teachers.pixart:PIXART_ALPHA",
     }
 )

@@ -59,7 +59,7 @@ def checkpoint_bytes(needed: Breakdown) -> int:
 def result_bytes(config: RunConfig, teacher: Teacher, needed: Breakdown) -> int:
     """Return the bytes of the trained student: a pipeline in the precision that its parts have, or a LoRA file in fp16."""
     if config.student.kind == "lora":
-        return (4 if teacher.family.uses_peft_only else 2) * needed.trainable
+        return (2 if teacher.family.run_lora_format == "kohya" else 4) * needed.trainable
     parts = {k: m for k, m in teacher.pipeline.components.items() if isinstance(m, torch.nn.Module)}
     others = [m for m in parts.values() if m is not teacher.network]
     return 4 * needed.trainable + sum(p.numel() * p.element_size() for m in others for p in m.parameters())

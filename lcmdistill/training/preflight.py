@@ -66,7 +66,8 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
     if config.student.kind == "lora":
         check_layers(teacher.network, config.student)
     omegas = omega_range(config)
-    has_input = supports_omega_input(teacher.network) or teacher.in_pixels or config.student.kind == "lora"
+    is_baked = config.student.kind == "lora" or config.objective.omega == "baked"
+    has_input = supports_omega_input(teacher.network) or teacher.in_pixels or is_baked
     if not has_input and omegas and omegas.low != omegas.high:
         raise UsageError(
             f"omega is sampled from {omegas.low:g} to {omegas.high:g}, but a {type(teacher.network).__name__} has no omega "

@@ -34,6 +34,10 @@ SDXL: Any = diffusers.StableDiffusionXLPipeline
 
 DDIMScheduler: Any = diffusers.DDIMScheduler
 
+SD3: Any = diffusers.StableDiffusion3Pipeline
+
+SD3Transformer: Any = diffusers.SD3Transformer2DModel
+
 PixArt: Any = diffusers.PixArtTransformer2DModel
 
 PixArtPipeline: Any = diffusers.PixArtAlphaPipeline
@@ -54,14 +58,14 @@ def text_config(layers: int = 2, width: int = 16, **more: Any) -> CLIPTextConfig
     )
 
 
-def small_vae(**more: Any) -> Any:
+def small_vae(latent_channels: int = 4, **more: Any) -> Any:
     """Three levels and two layers a block, so that the counting from both ends shows."""
     return AutoencoderKL(
         block_out_channels=(8, 16, 24),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=32,
         **more,
@@ -167,22 +171,59 @@ def build_pixart(folder: Path) -> Path:
         sample_size=128,
         caption_channels=16,
     )
-    text = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
-    told: dict[str, Any] = {"extra_ids": 0, "model_max_length": 120}
-    if TRANSFORMERS_5:
-        tokenizer = T5Tokenizer(vocab=letters, **told)
-    else:
-        fast = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-        fast.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-        tokenizer = transformers.T5TokenizerFast(tokenizer_object=fast, **told)  # pyright: ignore[reportAttributeAccessIssue]
+    text = small_t5(16)
     PixArtPipeline(
-        tokenizer=tokenizer,
+        tokenizer=letter_tokenizer(120),
         text_encoder=text,
         vae=small_vae(),
         transformer=transformer,
         scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def small_t5(width: int) -> Any:
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def letter_tokenizer(limit: int) -> Any:
+    """A T5 tokenizer of letters."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    options: dict[str, Any] = {"extra_ids": 0, "model_max_length": limit}
+    if TRANSFORMERS_5:
+        return T5Tokenizer(vocab=letters, **options)
+    fast = tokenizers.Tokenizer(tokenizers.models.Unigram(letters, unk_id=2))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    fast.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.T5TokenizerFast(tokenizer_object=fast, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def build_sd3(folder: Path, *, has_t5: bool = True) -> Path:
+    """Three blocks, one of them with a second attention and the last without a way back to the text, as in 3.5 medium."""
+    transformer = SD3Transformer(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=12 + 20,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
+    SD3(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(text_config(3, projection_dim=12)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
+        text_encoder_3=small_t5(40) if has_t5 else None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=letter_tokenizer(512) if has_t5 else None,
     ).save_pretrained(folder)
     return folder
 
@@ -192,6 +233,7 @@ FAMILY_BUILDERS = BUILDERS | {
     "inpainting": build_inpainting,
     "sdxl-inpainting": build_sdxl_inpainting,
     "ssd1b": build_ssd1b,
+    "sd3": build_sd3,
     "pixart": build_pixart,
 }
 

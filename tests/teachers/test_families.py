@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lcmdistill.config.schema import DataConfig, StudentConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.transforms import transform
+from lcmdistill.diffusion.flow import sampled_sigmas
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Conditioning, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives.lcm import LatentConsistency
@@ -48,15 +49,17 @@ EXPORTS = {
     ("inpainting", "lora"): ("kohya", "peft"),
     ("ssd1b", "full"): ("pipeline", "single-file"),
     ("ssd1b", "lora"): ("kohya", "single-file"),
+    ("sd3", "full"): ("pipeline",),
+    ("sd3", "lora"): ("diffusers-lora", "peft", "fused"),
     ("pixart", "full"): ("pipeline",),
     ("pixart", "lora"): ("peft", "fused"),
 }
 
-SLOW = {("ssd1b", "full"), *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "pixart"))}
+SLOW = {("ssd1b", "full"), *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "pixart"))}
 
 
 # SDXL's inpainting is SDXL and inpainting, both of which are run. Full students are in every run of the tests, but for
-# SSD-1B's, which is SDXL with other numbers of layers; LoRAs, but for SDXL's and PixArt's, are in the slow ones.
+# SSD-1B's, which is SDXL with other numbers of layers; LoRAs, but for SDXL's, SD3's and PixArt's, are in the slow ones.
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -77,8 +80,9 @@ def test_a_run_from_the_preflight_to_its_images(
     own = {**SMALL, "data.resolution": 32, "optim.batch_size": 2, "optim.max_train_steps": 2, "run.checkpoint_every": 1}
     own |= {"run.validate_every": 2, "run.validation_prompts": '["a cat"]'}
     own |= {"student.rank": 2, "student.alpha": 1.0} if kind == "lora" else {}
-    # PixArt's omega is its own published one: its network has no input for a range.
-    left_out = ("optim.max_train_steps", *(("objective.w_min", "objective.w_max") if family == "pixart" else ()))
+    # The omega of transformers is their own published one: these networks have no input for a range.
+    is_transformer = family in ("sd3", "pixart")
+    left_out = ("optim.max_train_steps", *(("objective.w_min", "objective.w_max") if is_transformer else ()))
     sets = [f"--set={key}={value}" for key, value in own.items() if key not in left_out]
     base = [name, "--teacher", folders[family], "--data", image_folder, "--output", tmp_path / "run", *sets]
     code, told, error = command(*base, "--dry-run")
@@ -110,11 +114,14 @@ def test_a_run_from_the_preflight_to_its_images(
 
 
 def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: int, scale: float) -> torch.Tensor:
-    """DDIM under guidance, written on the teacher's own door, conditioning and null: what its pipeline should draw."""
+    """DDIM under guidance, written on the teacher's own network, conditioning and null: what its pipeline generates."""
     import diffusers
 
     scheduler: Any = diffusers.DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
+    if teacher.is_flow:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(teacher.pipeline.scheduler.config)
+        scheduler.set_timesteps(sigmas=sampled_sigmas(steps))
     side = noise.shape[-1] * teacher.vae_factor
     blank = teacher.example(1, side, "cpu")[2]
     if "mask" in blank.values:  # all is masked, and the encoding of what is left drawn from its posterior
@@ -133,7 +140,8 @@ def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: in
 @each_family
 def test_the_network_is_called_like_the_pipeline_calls_it(family: str, folders: dict[str, Path]) -> None:
     teacher = load_teacher(str(folders[family]))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    channels = teacher.vae.config.latent_channels
+    noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=3.0, scheduler="DDIMScheduler")
     torch.testing.assert_close(guided_by_hand(teacher, "a cat", noise, 3, 3.0), drawn, rtol=1e-4, atol=1e-4)
     unguided = teacher.generate_latents(["a cat"], noise, steps=3, guidance_scale=1.0, scheduler="DDIMScheduler")

@@ -32,6 +32,7 @@ EXAMPLES: dict[str, Callable[[Path], Path]] = {
     "sdxl": FAMILY_BUILDERS["sdxl"],
     "sd-inpaint": FAMILY_BUILDERS["inpainting"],
     "sdxl-inpaint": FAMILY_BUILDERS["sdxl-inpainting"],
+    "sd3": FAMILY_BUILDERS["sd3"],
     "pixart": FAMILY_BUILDERS["pixart"],
     "pixel": build_pixel,
 }
@@ -155,7 +156,7 @@ def test_families_are_read_without_torch() -> None:
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
 
 
-FAMILY_FILES = {"sd.py", "sdxl.py", "inpaint.py", "pixart.py", "pixel.py"}
+FAMILY_FILES = {"sd.py", "sdxl.py", "sd3.py", "inpaint.py", "pixart.py", "pixel.py"}
 
 # Classes that belong to no family: diffusers' base class, which opens any pipeline, and ONNX's file reader.
 GENERIC = {"DiffusionPipeline", "OnnxRuntimeModel", "ModelMixin"}

@@ -51,11 +51,15 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
         merge_lycoris(pipeline, family.lora_prefixes, weights, lora, scale)
         return False
     _check_fit(pipeline, family, weights, lora)
-    if family.uses_peft_only:
-        assert peft_lora is not None
+    if peft_lora is not None and "kohya" not in family.lora_formats:  # diffusers reads no kohya keys there
         put_lora(network, peft_lora, name)
         return True
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
+    if is_kohya and "kohya" not in family.lora_formats:
+        raise UsageError(
+            f"--lora {lora} has kohya's keys, which a {type(network).__name__} does not take; use a file with diffusers' keys "
+            "or a peft folder"
+        )
     source: Any = _even(weights) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
     try:
