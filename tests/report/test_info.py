@@ -30,7 +30,11 @@ def test_a_teacher_is_described(family: str, tmp_path: Path) -> None:
     assert ("zero-terminal SNR" in rows["schedule"]) == (family == "sd2")
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
-            assert rows[name] == f"{sum(p.numel() for p in part.parameters()):,} parameters, fp32 on disk"
+            tables = [
+                value for key, value in part.named_buffers() if key.endswith("pos_embed") and key in part.state_dict()
+            ]
+            count = sum(value.numel() for value in (*part.parameters(), *tables))
+            assert rows[name] == f"{count:,} parameters, fp32 on disk"
     assert rows["license"] == "not specified"
 
 
