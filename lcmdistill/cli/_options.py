@@ -86,7 +86,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "LoRA": ("student.rank", "student.alpha", "student.target", "student.dropout", "student.target_modules"),
     "Optimization": ("optim.learning_rate", "optim.batch_size", "optim.gradient_accumulation_steps"),
     "Run": ("run.seed", "run.precision", "run.device", "run.report_to", "run.push_to_hub", "run.hub_private"),
-    "Advanced": ("run.compile", "run.profile"),
+    "Advanced": ("run.shard", "run.compile", "run.profile"),
 }
 
 RENAMED_OPTIONS = {

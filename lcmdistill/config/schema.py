@@ -37,6 +37,14 @@ class AutoOnOff(StrEnum):
     off = "off"
 
 
+class Shard(StrEnum):
+    """Whether several processes hold shards of the networks instead of copies."""
+
+    auto = "auto"
+    off = "off"
+    full = "full"
+
+
 class Tracker(StrEnum):
     """Experiment trackers, in addition to metrics.jsonl."""
 
@@ -224,6 +232,8 @@ class RunSection:
     "GPU memory limit in GiB (12 for a 12 GB card), met by smaller micro-batches and the like: a number, auto (free) or off."
     gradient_checkpointing: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
     "Gradient checkpointing: recompute activations in the backward pass, for less memory and about a sixth more time."
+    shard: Shard = setting(Shard.auto, mutable_on_resume=True, decided_by_memory_plan=True)
+    "Shard weights, gradients and moments over the processes (FSDP2) instead of copying them. auto: if they do not fit one GPU."
     compile: AutoOnOff = setting(AutoOnOff.auto, mutable_on_resume=True)
     "Use torch.compile: faster steps after minutes of compilation. auto: full students on CUDA, from 2000 steps per shape."
     log_every: int = setting(10, least=1, mutable_on_resume=True)

@@ -67,6 +67,8 @@ SETTINGS: dict[str, str] = {
     "sample_every_n_steps": "run.validate_every",
     "validation_prompt": "run.validation_prompts",
     "torch_compile": "run.compile",
+    "fsdp": "run.shard",
+    "sharding_strategy": "run.shard",
     "network_dim": "student.rank",
     "network_rank": "student.rank",
     "lora_rank": "student.rank",

@@ -123,7 +123,7 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         The written file or folder.
     """
     if config.student.kind == "lora":
-        lora = from_checkpoint(student.averaged or student.trainable, config.student.alpha)
+        lora = from_checkpoint(student.weights, config.student.alpha)
         name = f"{folder.name}.safetensors"
         # The folder is replaced as a whole: a run that resumes under another name leaves no LoRA of the old name.
         with atomic_dir(folder / "lora") as partial:

@@ -129,6 +129,11 @@ class Student:
         critic = [self.critic] if self.critic is not None else []
         return nn.ModuleList([self.online, self.teacher, self.target, *critic])
 
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The parameters that are sampled and exported."""
+        return self.averaged or self.trainable
+
     @torch.no_grad()
     def follow(self, mu: float) -> None:
         """Update the target's EMA, if the target is an EMA, with decay `mu`."""

@@ -42,14 +42,15 @@ def compile_blocks(network: nn.Module, shapes: int = 1) -> None:
 
     # Widths, resolutions, and with or without gradients: all are variants of one block, and by default only 8 are kept.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64 * shapes)
-    for block in dict.fromkeys(_blocks(network)):  # adapters share a network
+    for block in dict.fromkeys(repeated_blocks(network)):  # adapters share a network
         block.compile(dynamic=False)
 
 
-def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a network that are compiled, or sharded, each on its own."""
     for module in network.children():
         # The norm and the two projections around a single transformer block fuse with it.
         if type(module).__name__ in BLOCKS or len(getattr(module, "transformer_blocks", ())) == 1:
             yield module
         else:
-            yield from _blocks(module)
+            yield from repeated_blocks(module)

@@ -53,7 +53,7 @@ class DiskItem:
 def checkpoint_bytes(needed: Breakdown) -> int:
     """Return the bytes of a checkpoint: what is trained, the student's average and the optimizers' moments in fp32."""
     average = 4 * needed.trainable if needed.target else 0
-    return 4 * needed.trainable + needed.critic + average + needed.optimizer
+    return 4 * needed.trainable + average + (needed.critic + needed.optimizer) * needed.shards
 
 
 def result_bytes(config: RunConfig, teacher: Teacher, needed: Breakdown) -> int:

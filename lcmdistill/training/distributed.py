@@ -33,7 +33,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     ddp: Any = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are in memory once, not twice
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[group, ddp])
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError(f"{accelerator.distributed_type.value} is not supported yet; use torchrun, or multi-GPU (DDP)")
+        raise UsageError(
+            f"accelerate's configuration requests {accelerator.distributed_type.value}, which wraps the networks itself; "
+            "launch plain processes (accelerate launch --multi_gpu, or torchrun), and pass --shard full for FSDP2"
+        )
     return accelerator
 
 

@@ -3,7 +3,6 @@
 Shapes: B micro-batch, C h w latents.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from lcmdistill.diffusion.types import Batch, Conditioning, Network, TeacherNetw
 from lcmdistill.objectives.base import DistributionMatching
 from lcmdistill.students.student import Student
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
-from lcmdistill.training.distributed import Accelerator
+from lcmdistill.training.sharding import Replicas
 from lcmdistill.training.train_step import (
     Phase,
     Prepared,
@@ -58,7 +57,7 @@ class DistributionMatchingStep:
     "the same for the critic"
     critic_optimizer: Any
     optim: OptimConfig
-    accelerator: Accelerator
+    sharing: Replicas
     schedule: NoiseSchedule
     teacher: TeacherNetwork
     student_network: Network
@@ -88,7 +87,7 @@ class DistributionMatchingStep:
             critic_online=critic,
             critic_optimizer=critic_optimizer,
             optim=parts.optim,
-            accelerator=parts.accelerator,
+            sharing=parts.sharing,
             schedule=parts.schedule,
             teacher=TeacherNetwork(parts.network(student.teacher), parts.null),
             student_network=parts.network(online),
@@ -150,7 +149,7 @@ class DistributionMatchingStep:
             noise_levels.append(tau)
             found.append(numbers)
         with self.phase("optimizer"):
-            norm = update_parameters(self.accelerator, self.optimizer, self.student.trainable, self.optim, step)
+            norm = update_parameters(self.sharing, self.optimizer, self.student.trainable, self.optim, step)
             self.student.follow(self.objective.ema_decay_at(step))
         numbers = {name: torch.cat([each[name] for each in found]).mean() for name in found[0]}
         critic_loss, critic_norm = (torch.stack(values).mean() for values in zip(*of_critic, strict=True))
@@ -179,8 +178,7 @@ class DistributionMatchingStep:
 
     def is_finite(self) -> bool:
         """Return whether the weights of student and critic are finite."""
-        trained = [*self.student.trainable.values(), *self.student.critic_trainable.values()]
-        return all(bool(value.isfinite().all()) for value in trained)
+        return all(self.sharing.all_finite(each) for each in (self.student.trainable, self.student.critic_trainable))
 
     @torch.no_grad()
     def _roll_out(self, micro: Prepared) -> RolledOut:
@@ -194,7 +192,7 @@ class DistributionMatchingStep:
         """Update the critic on all micro-batches; returns the mean loss and the gradient norm before clipping."""
         losses = []
         for micro in rolled_out:
-            with self._sharing(self.critic_online, is_last=micro is rolled_out[-1]):
+            with self.sharing.accumulating(self.critic_online, is_last=micro is rolled_out[-1]):
                 with self.phase("forward"):
                     loss = self.objective.critic_loss(
                         self.critic_network, self.schedule, micro.cond, micro.rollout, micro.rng, draw
@@ -203,15 +201,13 @@ class DistributionMatchingStep:
             losses.append(loss.detach())
         optim = replace(self.optim, learning_rate=self.objective.critic.learning_rate)
         with self.phase("optimizer"):
-            norm = update_parameters(
-                self.accelerator, self.critic_optimizer, self.student.critic_trainable, optim, step
-            )
+            norm = update_parameters(self.sharing, self.critic_optimizer, self.student.critic_trainable, optim, step)
         return torch.stack(losses).mean(), norm
 
     def _student_backward(self, micro: RolledOut, *, is_last: bool) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         """Add a micro-batch's gradients of the student."""
         self._seed_dropout(micro.rng)
-        with self._sharing(self.online, is_last=is_last):
+        with self.sharing.accumulating(self.online, is_last=is_last):
             with self.phase("forward"):
                 loss, tau, numbers = self.objective.student_loss(
                     self.student_network,
@@ -230,13 +226,9 @@ class DistributionMatchingStep:
         with self.phase("teacher"):
             return self.teacher.network(*inputs)
 
-    def _sharing(self, module: Any, *, is_last: bool) -> Any:
-        """Return the context in which a module's gradients are shared after the last micro-batch only."""
-        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(module)
-
     def _backward(self, loss: Tensor) -> None:
         with self.phase("backward"):
-            self.accelerator.backward(loss / self.optim.gradient_accumulation_steps)
+            self.sharing.backward(loss / self.optim.gradient_accumulation_steps)
 
     def _seed_dropout(self, rng: Rng) -> None:
         if self.student.has_dropout:

@@ -31,6 +31,7 @@ from lcmdistill.training.memory.plan import plan_memory
 from lcmdistill.training.optimizer import check_optimizer
 from lcmdistill.training.run_data import sources_of
 from lcmdistill.training.run_settings import check_run, resolve_run_defaults
+from lcmdistill.training.sharding import check_sharding
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
@@ -175,6 +176,7 @@ def check_early(config: RunConfig) -> None:
         if summary := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
             logger.info(summary)
     check_optimizer(config.optim, pick_device(config.run.device))
+    check_sharding(config, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     survey(sources_of(config), config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)

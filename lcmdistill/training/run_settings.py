@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.checkpoint import last_global_batch
 from lcmdistill.utils.errors import UsageError, disk_error, is_utf8
 from lcmdistill.utils.logging import LOG_FILE
 from lcmdistill.utils.redact import redact_value
@@ -149,7 +151,13 @@ def check_run(config: RunConfig) -> None:
         k for k, v in _requested(folder).items() if now[k] == v
     }
     same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
-    immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled - same_data
+    # The same samples per step, on another number of processes.
+    world, optim = int(os.environ.get("WORLD_SIZE", "1")), config.optim
+    is_same_batch = (
+        last_global_batch(folder / "checkpoints") == optim.batch_size * optim.gradient_accumulation_steps * world
+    )
+    same_batch = {"optim.batch_size", "optim.gradient_accumulation_steps"} if is_same_batch else set()
+    immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled - same_data - same_batch
     keys = sorted(k for k in immutable if now.get(k) != before.get(k))
     keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:

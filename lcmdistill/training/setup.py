@@ -23,6 +23,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.compile import compile_blocks, should_compile
 from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.prefetch import InOrder, order_of_work
+from lcmdistill.training.sharding import Replicas, make_sharing
 from lcmdistill.training.signals import Stop
 from lcmdistill.training.step_kinds import STEP_KINDS
 from lcmdistill.training.train_step import ConsistencyStep, StepParts
@@ -36,10 +37,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltStep:
-    """A training step on its device, and how its work is ordered. is_compiled: whether the first step compiles."""
+    """A training step on its device, how its work is ordered, and how the processes share its networks.
+
+    is_compiled: whether the first step compiles.
+    """
 
     train_step: Any
     order: InOrder
+    sharing: Replicas
     is_compiled: bool
 
 
@@ -63,7 +68,9 @@ def build_train_step(
     caches = config.data.teacher_cache_samples > 0
     # Before an adapter is among its weights, and before they are rounded.
     cache_key = {"teacher": teacher.fingerprint(with_network=True), "dtype": str(dtype)} if caches else {}
-    teacher.network.to(device)
+    sharing = make_sharing(config, accelerator)
+    # Networks that are sharded are built on the CPU, and reach the device block by block.
+    teacher.network.to("cpu" if sharing.is_sharded else device)
     start = config.student.start
     is_warm = start not in WORDS and resumable_config(Path(config.run.output or "")) is None
     given: Any = (start_lora if config.student.kind == "lora" else start_weights)(teacher, start) if is_warm else None
@@ -81,12 +88,13 @@ def build_train_step(
         put_start_lora(student, given, start, config.student.alpha)
     elif given is not None:
         put_start_weights(student, given)
-    configure_training(device, student.modules)
+    configure_training(device, torch.nn.ModuleList() if sharing.is_sharded else student.modules)
+    student = sharing.distribute(student)
     parts = StepParts(
         objective=config.objective,
         student=student,
         optim=config.optim,
-        accelerator=accelerator,
+        sharing=sharing,
         schedule=teacher.schedule.to(device),
         null=teacher.encode_prompts([""]).to(device),
         prediction_type=teacher.prediction_type,
@@ -106,7 +114,9 @@ def build_train_step(
             teacher.network.to("cpu")  # it is not needed again
     shapes = len(set(dataset.shapes or [()]))
     is_adapter = student.adapter is not None
-    is_compiled = should_compile(config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter)
+    is_compiled = not sharing.is_sharded and should_compile(
+        config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter
+    )
     if is_compiled:
         compile_blocks(student.modules, shapes)
     order = order_of_work(
@@ -119,7 +129,7 @@ def build_train_step(
         and not (accelerator.num_processes > 1 or is_adapter or student.has_dropout or is_compiled),
     )
     train_step.student_network = order.student_network(train_step.student_network)
-    return BuiltStep(train_step, order, is_compiled)
+    return BuiltStep(train_step, order, sharing, is_compiled)
 
 
 def _cached_outputs(

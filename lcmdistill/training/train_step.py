@@ -23,8 +23,8 @@ from lcmdistill.objectives.base import Objective, State
 from lcmdistill.objectives.common import noise_level_fraction
 from lcmdistill.students.student import Student, raw_network
 from lcmdistill.training.checkpoint import optimizer_tensors, restore_optimizer
-from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.optimizer import learning_rate_at, make_optimizer
+from lcmdistill.training.sharding import Replicas
 from lcmdistill.utils.errors import RunError
 
 Phase = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -78,7 +78,7 @@ class StepParts:
         objective: The method.
         student: The trained network and the networks that it is trained against.
         optim: The [optim] section.
-        accelerator: The processes and their device.
+        sharing: How the processes share the networks.
         schedule: The teacher's schedule, on the device.
         null: The empty prompt, B = 1, on the device.
         prediction_type: What the networks predict.
@@ -87,7 +87,7 @@ class StepParts:
     objective: Any
     student: Student
     optim: OptimConfig
-    accelerator: Accelerator
+    sharing: Replicas
     schedule: NoiseSchedule
     null: Conditioning
     prediction_type: str
@@ -99,7 +99,8 @@ class StepParts:
     def trained(self, module: Any, parameters: Iterable[Tensor], learning_rate: float) -> tuple[Any, Any]:
         """Return a module as its processes share it, and an optimizer of its parameters."""
         optim = replace(self.optim, learning_rate=learning_rate)
-        return self.accelerator.prepare(module, make_optimizer(optim, parameters, self.accelerator.device))
+        device = self.sharing.accelerator.device
+        return self.sharing.trained(module, make_optimizer(optim, parameters, device))
 
 
 Run = Callable[[Callable[[], Tensor]], Tensor]
@@ -158,7 +159,7 @@ class TrainStep(Protocol):
         ...
 
     def is_finite(self) -> bool:
-        """Return whether all trained weights are finite."""
+        """Return whether all trained weights are finite. All processes call it."""
         ...
 
 
@@ -172,7 +173,7 @@ class ConsistencyStep:
     "the student's trainable module, wrapped for the processes it runs in"
     optimizer: Any
     optim: OptimConfig
-    accelerator: Accelerator
+    sharing: Replicas
     schedule: NoiseSchedule
     teacher: TeacherNetwork
     student_network: Network
@@ -194,7 +195,7 @@ class ConsistencyStep:
             online=online,
             optimizer=optimizer,
             optim=parts.optim,
-            accelerator=parts.accelerator,
+            sharing=parts.sharing,
             schedule=parts.schedule,
             teacher=TeacherNetwork(parts.network(student.teacher), parts.null),
             student_network=parts.network(online),
@@ -280,17 +281,17 @@ class ConsistencyStep:
             self._seed_dropout(rng)
             return self.student_network(z, t, c, w)
 
-        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.online):
+        with self.sharing.accumulating(self.online, is_last=is_last):
             with self.phase("forward"):
                 losses = self.objective.loss(student, evaluated, self.schedule, batch, state)
             with self.phase("backward"):
-                self.accelerator.backward(losses.mean() / self.optim.gradient_accumulation_steps)
+                self.sharing.backward(losses.mean() / self.optim.gradient_accumulation_steps)
         return losses.detach()
 
     def update(self, step: int) -> Tensor:
         """Clip the gradients, take AdamW's step and let the target follow."""
         with self.phase("optimizer"):
-            norm = update_parameters(self.accelerator, self.optimizer, self.student.trainable, self.optim, step)
+            norm = update_parameters(self.sharing, self.optimizer, self.student.trainable, self.optim, step)
             self.student.follow(self.objective.ema_decay_at(step))
         return norm
 
@@ -312,7 +313,7 @@ class ConsistencyStep:
 
     def is_finite(self) -> bool:
         """Return whether the student's weights are finite."""
-        return all(bool(value.isfinite().all()) for value in self.student.trainable.values())
+        return self.sharing.all_finite(self.student.trainable)
 
     def _seed_dropout(self, rng: Rng) -> None:
         if self.student.has_dropout:
@@ -320,12 +321,12 @@ class ConsistencyStep:
 
 
 def update_parameters(
-    accelerator: Accelerator, optimizer: Any, parameters: Mapping[str, Tensor], optim: OptimConfig, step: int
+    sharing: Replicas, optimizer: Any, parameters: Mapping[str, Tensor], optim: OptimConfig, step: int
 ) -> Tensor:
     """Clip the gradients, and take the optimizer's step; returns the gradient norm before clipping.
 
     Args:
-        accelerator: The processes and their device.
+        sharing: How the processes share the parameters.
         optimizer: The optimizer of the parameters.
         parameters: What is trained.
         optim: The [optim] section, with the learning rate of these parameters.
@@ -333,12 +334,11 @@ def update_parameters(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, optim)
-    trained: Any = list(parameters.values())
     # An infinite limit clips nothing and still measures.
-    norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm or math.inf)
+    norm = sharing.clip(parameters, optim.max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.as_tensor(norm)
+    return norm
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_data import record_of, sources_of
 from lcmdistill.training.run_settings import check_run, finished_message, open_run, resolve_run_defaults
 from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
+from lcmdistill.training.sharding import Replicas
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.training.train_step import TrainStep
@@ -153,7 +154,7 @@ def _distill(
         used = [*dataset.folders, *trainer.train_step.cache_folders]
         used += validator.cache_entries(trainer.train_step.student.network) if validator is not None else []
         evict_lru(cache_root(config.data), config.data.cache_limit * 1e9, used)
-    if checkpoint := load_latest_checkpoint(folder / "checkpoints"):
+    if checkpoint := load_latest_checkpoint(folder / "checkpoints", trainer.sharing.reader(trainer.train_step.groups)):
         trainer.restore(checkpoint)
         if is_main:
             logger.info(f"resuming from {checkpoint.path.name}")
@@ -169,10 +170,11 @@ def _distill(
         if metrics is not None:
             metrics.close()
 
+    student = trainer.sharing.product(trainer.train_step.student)
     if is_main:
         trainer.writer.close()
         with stop.at_once("stopped while the result was written; re-run the same command to write it"):
-            finish(config, folder, teacher, trainer.train_step.student, trainer.step, documents)
+            finish(config, folder, teacher, student, trainer.step, documents)
     accelerator.wait_for_everyone()
     return folder
 
@@ -198,7 +200,8 @@ def make_trainer(
         order=built.order,
         is_compiled=built.is_compiled,
         profiler=profiler,
-        writer=CheckpointWriter(folder / "checkpoints", config.run.keep_checkpoints),
+        sharing=built.sharing,
+        writer=built.sharing.writer(folder / "checkpoints", config.run.keep_checkpoints),
         unlogged=Unlogged(accelerator),
     )
 
@@ -214,6 +217,8 @@ class Trainer:
     train_step: TrainStep
     order: InOrder
     "how the work of a step is ordered"
+    sharing: Replicas
+    "how the processes share the networks"
     writer: CheckpointWriter
     profiler: RunProfiler
     unlogged: Unlogged
@@ -241,12 +246,13 @@ class Trainer:
         memory = MemoryCheck(self.needed if validator is not None else None, self.accelerator.device)
         with progress("distilling", total, enabled=validator is not None) as bar, self.profiler:
             bar.update(self.step)
-            if validator is not None and self._is_due(config.validate_every):
-                if validator.is_missing(self.step):
+            if self._is_due(config.validate_every):
+                if self.sharing.agreed(validator is not None and validator.is_missing(self.step)):
                     self._validate(validator, metrics)
                 elif config.best_metric != "none":
-                    student = self.train_step.student
-                    restore_best(self.folder, config.best_metric, self.step, student.averaged or student.trainable)
+                    weights = self.sharing.whole(self.train_step.student.weights)
+                    if validator is not None:
+                        restore_best(self.folder, config.best_metric, self.step, weights)
             count, since = 0, time.monotonic()
             for _, norm in self.steps():
                 self.profiler.step()
@@ -265,7 +271,7 @@ class Trainer:
                     self.writer.wait()
                     stop.signal = signal
                     stop.check(f"stopped at step {self.step}, which is saved; re-run the same command to resume")
-                if validator is not None and self._is_due(config.validate_every):
+                if self._is_due(config.validate_every):
                     with self.profiler.phase("validation"), self._saved_if_stopped(stop):
                         self._validate(validator, metrics)
                     self.validation_seconds = time.monotonic() - paused
@@ -282,12 +288,12 @@ class Trainer:
             yield loss, report.norm
 
     def save(self) -> None:
-        """Start to write a checkpoint. All processes call it, and the main one writes."""
+        """Start to write a checkpoint. All processes call it, and the main one writes, or each its shards."""
         self.accelerator.wait_for_everyone()
         unlogged = self.unlogged.state()
-        if self.accelerator.is_main_process:
-            if not self.train_step.is_finite():
-                self._check_finite(math.nan, torch.tensor(math.nan))
+        if not self.train_step.is_finite():
+            self._check_finite(math.nan, torch.tensor(math.nan))
+        if self.sharing.writes:
             scaler = self.accelerator.scaler
             state = {
                 "global_batch": self.global_batch,
@@ -364,18 +370,22 @@ class Trainer:
         self.unlogged.clear()
         self.waited = 0.0
 
-    def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
+    def _validate(self, validator: Validator | None, metrics: Metrics | None) -> None:
+        """Validate on the main process, with which the others evaluate and gather shards."""
         student, best_metric = self.train_step.student, self.config.run.best_metric
-        numbers = validator.draw(self.step, student.for_sampling(), metrics)
+        numbers = self.sharing.lead(
+            student, lambda: validator and validator.draw(self.step, student.for_sampling(), metrics)
+        )
+        weights = self.sharing.whole(student.weights) if best_metric != "none" else {}
+        if validator is None or numbers is None:
+            return
         comparison = compared_with_untrained(best_metric, history(self.folder, best_metric))
         logger.info(validator.describe(self.step, numbers, comparison))
         may_collapse = self.config.objective.info.may_collapse and self.step
         if may_collapse and (warning := collapse_warning(numbers, self._made_for)):
             logger.warning(warning)
-        if best_metric != "none":
-            weights = student.averaged or student.trainable
-            if warning := keep_best(self.folder, best_metric, self.step, weights):
-                logger.info(warning)
+        if best_metric != "none" and (warning := keep_best(self.folder, best_metric, self.step, weights)):
+            logger.info(warning)
 
     @property
     def _made_for(self) -> int:

@@ -1,8 +1,11 @@
-"""Checkpoints as files: `step-N/` holds one safetensors file per group of tensors, and `state.pt` with plain values."""
+"""Checkpoints as files: `step-N/` holds one safetensors file per group of tensors, and `state.pt` with plain values.
+
+A sharded run's hold the files of `utils/sharded_checkpoint.py` instead of the groups' files.
+"""
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_siblin
 from lcmdistill.utils.checksums import checksum
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints, step_name
+from lcmdistill.utils.sharded_checkpoint import is_sharded, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +89,21 @@ def load_checkpoint(path: Path) -> tuple[Groups, dict[str, Any]]:
         raise RunError(f"{_describe(path, error)}; remove that folder to use the checkpoint before it") from error
 
 
-def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
+def read_groups(path: Path) -> Groups:
+    """Return all groups of a checkpoint, whole, on the CPU."""
+    if is_sharded(path):
+        return read_whole(path)
+    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+
+
+def load_latest_checkpoint(folder: Path, read: Callable[[Path], Groups] = read_groups) -> Checkpoint | None:
     """Return the newest intact checkpoint under a folder, or None if there are no checkpoints.
 
     A damaged checkpoint is reported and skipped. It stays on the disk, so that all processes of a run reach the same result.
+
+    Args:
+        folder: The folder of all checkpoints.
+        read: Reads the groups of tensors that this process needs.
 
     Raises:
         RunError: There are checkpoints, and all of them are damaged.
@@ -96,7 +111,7 @@ def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
     saved = checkpoints(folder)
     for path in reversed(saved):
         try:
-            return Checkpoint(path, *_read(path))
+            return Checkpoint(path, *_read(path, read))
         except _DAMAGE as error:
             logger.warning(f"{_describe(path, error)}; trying the checkpoint before it")
     if saved:
@@ -104,13 +119,23 @@ def load_latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _read(path: Path) -> tuple[Groups, dict[str, Any]]:
+def last_global_batch(folder: Path) -> int | None:
+    """Return the samples per step that the newest checkpoint was trained with; None if there is none to be read."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return torch.load(path / "state.pt", weights_only=True, map_location="cpu")["global_batch"]
+        except (*_DAMAGE, KeyError):
+            continue
+    return None
+
+
+def _read(path: Path, read: Callable[[Path], Groups] = read_groups) -> tuple[Groups, dict[str, Any]]:
     """Return (groups, state). A checkpoint that an older version wrote has no checksums to verify."""
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
     for name, expected in state.pop("checksums", {}).items():
         if checksum(path / name) != expected:
             raise EOFError(f"{name} does not match its checksum")
-    return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
+    return read(path), state
 
 
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, UnpicklingError, FileNotFoundError)

@@ -32,6 +32,10 @@ DISK_ERRORS = {
 "errors of a disk that is full in one way or another, by number"
 
 
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+"what gloo reports when a process that it communicates with is gone"
+
+
 def disk_error(error: BaseException) -> str | None:
     """Return what is wrong with the disk if that is what an error reports, otherwise None.
 
@@ -65,6 +69,12 @@ def explain(error: BaseException) -> tuple[str, int]:
     text = str(error).strip().split("\n")[0] or "no message"
     if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's
         return "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches", 1
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(words in text for words in _PEER_LOST):
+        return (
+            "another process of this run ended, for a reason that it, or the launcher, reports; re-run the same command to "
+            "resume from the last checkpoint",
+            1,
+        )
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
         return (

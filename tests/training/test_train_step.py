@@ -1,5 +1,6 @@
 """The training step of the consistency family: dropout on both sides, and where the target is evaluated."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.oracle import oracle_models
 def step_of(objective: Any, student: Network, target: Network, *, has_dropout: bool = False) -> ConsistencyStep:
     """A step without a real student, whose backward pass does nothing."""
     schedule = vp_schedule(SD15)
-    accelerator: Any = SimpleNamespace(backward=lambda loss: None)
+    sharing: Any = SimpleNamespace(backward=lambda loss: None, accumulating=lambda *_, **__: nullcontext())
     online: Any = SimpleNamespace(has_dropout=has_dropout)
     return ConsistencyStep(
         objective=objective,
@@ -29,7 +30,7 @@ def step_of(objective: Any, student: Network, target: Network, *, has_dropout: b
         online=None,
         optimizer=None,
         optim=OptimConfig(),
-        accelerator=accelerator,
+        sharing=sharing,
         schedule=schedule,
         teacher=oracle_models(schedule, NULL).teacher,
         student_network=student,

@@ -19,13 +19,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import RunConfig, Shard
 from lcmdistill.data.buckets import largest
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
+from lcmdistill.training.compile import repeated_blocks
 from lcmdistill.training.step_kinds import STEP_KINDS
 from lcmdistill.training.train_step import StepNetworks
 from lcmdistill.utils.device import GIB
@@ -54,6 +55,7 @@ class Breakdown:
         optimizer: The optimizer's moments.
         activations: Everything else at the peak.
         critic: The critic's weights, of methods that have one.
+        shards: The number of processes that the weights, and what belongs to them, are divided over.
     """
 
     base: int
@@ -65,6 +67,7 @@ class Breakdown:
     optimizer: int
     activations: int
     critic: int = 0
+    shards: int = 1
 
     @property
     def total(self) -> int:
@@ -215,13 +218,54 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     activations = live.peak - sum(sizes.values()) - gradients
     if config.student.offload_target and config.student.kind == "full":
         sizes["target"] = sizes["target"] * dtype.itemsize // 4
-    return Breakdown(
+    memory = Breakdown(
         base=sum(p.numel() for p in teacher.network.parameters()),
         trainable=count,
         **sizes,
         gradients=gradients,
         optimizer=optimizer_bytes(config.optim.optimizer, count + critic_count),
         activations=activations,
+    )
+    return in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
+
+
+def is_sharded(config: RunConfig, world: int) -> bool:
+    """Return whether a run's weights are divided over its processes."""
+    return config.run.shard == Shard.full and world > 1
+
+
+def in_shards(memory: Breakdown, config: RunConfig, teacher: Teacher, dtype: torch.dtype, world: int) -> Breakdown:
+    """Return the memory of a step whose weights are divided over processes.
+
+    Gathered at the peak are a network's layers outside of its repeated blocks, the block in use and the next one, and the
+    gradients of one block before they are divided. Gradients that accumulate are not divided until the last micro-batch.
+
+    Args:
+        memory: The memory of the step on one process.
+        config: The configuration.
+        teacher: The teacher, whose network has the blocks.
+        dtype: The dtype inside the networks.
+        world: The number of processes.
+    """
+    blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(teacher.network)]
+    largest, outside = max(blocks, default=0), memory.base - sum(blocks)
+    gathered = dtype.itemsize * (outside + 2 * largest)
+    if config.student.kind == "full":
+        gathered += (dtype.itemsize + 4) * max(largest, outside)
+
+    def share(size: int) -> int:
+        return -(-size // world)
+
+    return dataclasses.replace(
+        memory,
+        frozen=share(memory.frozen),
+        student=share(memory.student),
+        critic=share(memory.critic),
+        target=share(memory.target),
+        gradients=memory.gradients if config.optim.gradient_accumulation_steps > 1 else share(memory.gradients),
+        optimizer=share(memory.optimizer),
+        activations=memory.activations + gathered,
+        shards=world,
     )
 
 

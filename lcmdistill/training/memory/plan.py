@@ -12,24 +12,35 @@ from typing import Any
 import torch
 
 from lcmdistill.config.resolve import with_values
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import RunConfig, Shard
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.training.memory.estimate import SLACK, Breakdown, optimizer_bytes, step_memory, usable
+from lcmdistill.training.memory.estimate import (
+    SLACK,
+    Breakdown,
+    in_shards,
+    is_sharded,
+    optimizer_bytes,
+    step_memory,
+    usable,
+)
 from lcmdistill.training.optimizer import has_bitsandbytes
+from lcmdistill.training.sharding import shard_obstacle
 from lcmdistill.utils.device import GIB, cap_memory, compute_dtype, peak_memory
 from lcmdistill.utils.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 
-# The cost of each measure, as a share of a step's time. 8-bit moments change the result, and therefore come last.
-CHECKPOINTING, OFFLOADING, HALVING, EIGHT_BIT_MOMENTS = 1 / 6, 0.1, 0.1, 10.0
+# The cost of each measure, as a share of a step's time. Shards communicate several times as much as copies: they come after
+# all that one device can do. 8-bit moments change the result, and therefore come last.
+CHECKPOINTING, OFFLOADING, HALVING, SHARDING, EIGHT_BIT_MOMENTS = 1 / 6, 0.1, 0.1, 1.0, 10.0
 
 REASONS = {
     "run.gradient_checkpointing": "activations are recomputed in the backward pass: about a sixth more time",
     "student.offload_target": "the EMA's fp32 weights are kept on the CPU",
     "optim.batch_size": "smaller micro-batches, accumulated to the same global batch",
+    "run.shard": "weights, gradients and moments are divided over the processes, which send each other the weights in use",
     "optim.optimizer": "AdamW's moments in 8 bits",
 }
 
@@ -56,7 +67,14 @@ class Plan:
         return self.needed.total <= self.room
 
 
-def choose_plan(config: RunConfig, needed: Callable[[RunConfig], Breakdown], room: float, *, allow_8bit: bool) -> Plan:
+def choose_plan(
+    config: RunConfig,
+    needed: Callable[[RunConfig], Breakdown],
+    room: float,
+    *,
+    allow_8bit: bool,
+    allow_shards: bool = False,
+) -> Plan:
     """Return the cheapest settings whose memory is within `room` bytes; if none are, those with the least memory.
 
     Args:
@@ -64,9 +82,10 @@ def choose_plan(config: RunConfig, needed: Callable[[RunConfig], Breakdown], roo
         needed: `step_memory`, or a function that stands in for it.
         room: The bytes of tensors that fit.
         allow_8bit: Whether the optimizer may be that of bitsandbytes.
+        allow_shards: Whether the weights may be divided over the processes.
     """
     least: tuple[Breakdown, dict[str, Any]] | None = None
-    for values in candidates(config, allow_8bit=allow_8bit):
+    for values in candidates(config, allow_8bit=allow_8bit, allow_shards=allow_shards):
         memory = needed(with_values(config, values))
         if memory.total <= room:
             return _plan(config, values, memory, room)
@@ -76,7 +95,7 @@ def choose_plan(config: RunConfig, needed: Callable[[RunConfig], Breakdown], roo
     return _plan(config, least[1], least[0], room)
 
 
-def candidates(config: RunConfig, *, allow_8bit: bool) -> Iterator[dict[str, Any]]:
+def candidates(config: RunConfig, *, allow_8bit: bool, allow_shards: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the possible changes, cheapest first: {} and every combination of measures, all with the same global batch."""
     batch = config.optim.batch_size
     samples = batch * config.optim.gradient_accumulation_steps
@@ -86,18 +105,22 @@ def candidates(config: RunConfig, *, allow_8bit: bool) -> Iterator[dict[str, Any
         [False, True] if has_target and not config.student.offload_target else [False],
         [size for size in range(batch, 0, -1) if samples % size == 0],
         [False, True] if allow_8bit and config.optim.optimizer == "adamw" else [False],
+        [False, True] if allow_shards else [False],
     )
 
-    def cost(combination: tuple[bool, bool, int, bool]) -> float:
-        recompute, offload, size, eight_bit = combination
+    def cost(combination: tuple[bool, bool, int, bool, bool]) -> float:
+        recompute, offload, size, eight_bit, shard = combination
         in_time = CHECKPOINTING * recompute + OFFLOADING * offload + HALVING * math.log2(batch / size)
-        return in_time + EIGHT_BIT_MOMENTS * eight_bit
+        return in_time + SHARDING * shard + EIGHT_BIT_MOMENTS * eight_bit
 
-    for recompute, offload, size, eight_bit in sorted(combinations, key=cost):
+    for recompute, offload, size, eight_bit, shard in sorted(combinations, key=cost):
+        if (shard or config.run.shard == Shard.full) and (offload or eight_bit):
+            continue  # see `shard_obstacle`
         values: dict[str, Any] = {"run.gradient_checkpointing": True} if recompute else {}
         values |= {"student.offload_target": True} if offload else {}
         if size < batch:
             values |= {"optim.batch_size": size, "optim.gradient_accumulation_steps": samples // size}
+        values |= {"run.shard": Shard.full} if shard else {}
         yield values | ({"optim.optimizer": "adamw8bit"} if eight_bit else {})
 
 
@@ -123,6 +146,7 @@ def estimator(
             config,
             {
                 "student.offload_target": False,
+                "run.shard": Shard.off,
                 "optim.optimizer": "adamw",
                 "optim.gradient_accumulation_steps": min(optim.gradient_accumulation_steps, 2),
             },
@@ -136,7 +160,8 @@ def estimator(
             memory = replace(one, activations=between)
         if config.student.offload_target:
             memory = replace(memory, target=memory.target * dtype.itemsize // 4)
-        return replace(memory, optimizer=optimizer_bytes(optim.optimizer, memory.trainable + memory.critic // 4))
+        memory = replace(memory, optimizer=optimizer_bytes(optim.optimizer, memory.trainable + memory.critic // 4))
+        return in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
 
     return needed
 
@@ -172,7 +197,13 @@ def plan_memory(
         cap_memory(device, room * SLACK)
     if before is not None and before.run.memory == memory:
         return Plan(config, (), needed(config), room)
-    plan = choose_plan(config, needed, room, allow_8bit=device.type == "cuda" and not before and has_bitsandbytes())
+    plan = choose_plan(
+        config,
+        needed,
+        room,
+        allow_8bit=device.type == "cuda" and not before and has_bitsandbytes(),
+        allow_shards=world > 1 and config.run.shard == Shard.auto and shard_obstacle(config, device) is None,
+    )
     if not plan.fits and whole_gpu:
         raise UsageError(
             f"--memory {memory} leaves {room / GIB:.2f} GiB for tensors, and this run needs at least "

@@ -1,0 +1,84 @@
+"""Sharded training: each method on two processes, resumed on one and on three, and a process that is killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import bytes_of, held_bytes, launch, launch_command
+from tests.support.runs import distill, resolve
+from tests.support.teachers import SMALL
+from tests.support.training import ROOT, losses
+
+pytestmark = pytest.mark.slow
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lcm": {},
+    "lcm-lora": {"student.kind": "lora", "student.rank": 4},
+    "pcm": {"objective.name": "pcm"},
+    "tdm": {"objective.name": "tdm"},
+    "tdm-lora": {"objective.name": "tdm", "student.kind": "lora", "student.rank": 4},
+}
+
+
+def settings_of(method: str, teacher: Path, images: Path, output: Path) -> dict[str, Any]:
+    settings = {**SMALL, "teacher.model": str(teacher), "data.sources": (str(images),), "run.output": str(output)}
+    settings |= {"optim.batch_size": 2, "optim.gradient_accumulation_steps": 6, "optim.max_train_steps": 20}
+    return {**settings, "optim.learning_rate": 1e-4, "run.checkpoint_every": 10, **METHODS[method]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_train_as_one_process_does(method: str, small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    """20 steps on two processes, and 4 more on one and on three, which read the shards of two."""
+    settings = settings_of(method, small_teacher, image_folder, tmp_path / "one")
+    one = distill(resolve({}, settings))
+    config, two = one / "config.toml", tmp_path / "two"
+    launch(2, config, two, "--gradient-accumulation-steps", "3", "--shard", "full")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+    from lcmdistill.utils.checkpoint import load_checkpoint
+    from lcmdistill.utils.run_dir import checkpoints
+
+    whole = bytes_of(load_checkpoint(checkpoints(one / "checkpoints")[-1])[0])
+    for rank in (0, 1):
+        for group, size in held_bytes(two, rank).items():
+            assert size == pytest.approx(whole[group] / 2, rel=0.1), (rank, group)
+
+    distill(resolve({}, {**settings, "optim.max_train_steps": 24}))
+    for count, shard in ((1, "off"), (3, "full")):
+        folder = shutil.copytree(two, tmp_path / f"on-{count}")
+        accumulation = ("--gradient-accumulation-steps", str(6 // count))
+        launch(count, config, folder, *accumulation, "--shard", shard, "--max-train-steps", "24")
+        assert losses(folder) == pytest.approx(losses(one), rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process in /proc")
+def test_a_killed_process_ends_all_in_one_sentence(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    settings = settings_of("lcm", small_teacher, image_folder, tmp_path / "one")
+    settings |= {"optim.gradient_accumulation_steps": 1, "optim.max_train_steps": 2}
+    one = distill(resolve({}, settings))
+    command = launch_command(2, one / "config.toml", tmp_path / "two", "--shard", "full", "--max-train-steps", "100000")
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen([*command, "--set", "run.checkpoint_every=2"], cwd=ROOT, **options)
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if line.startswith("step 5/"):
+            break
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    victim = next(int(pid) for pid, values in ranks.items() if b"RANK=1" in values)
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 60
+    assert launcher.returncode
+    assert not any(Path(f"/proc/{pid}/environ").exists() for pid in children)
+    said = [line for line in errors.splitlines() if line.startswith("Error:")]
+    assert len(said) == 1
+    assert "another process of this run ended" in said[0]
+    launch(2, one / "config.toml", tmp_path / "two", "--shard", "full", "--max-train-steps", "12")
