@@ -31,7 +31,7 @@ optim.gradient_accumulation_steps optim.adam_eps optim.batch_size optim.beta1 op
 optim.max_grad_norm optim.max_train_steps optim.optimizer optim.warmup_steps optim.weight_decay
 run.best_metric run.checkpoint_every run.compile run.device run.gradient_checkpointing run.keep_checkpoints run.log_every
 run.hub_private run.memory run.output run.precision run.profile run.push_to_hub run.report_to run.seed
-run.validate_every
+run.shard run.validate_every
 run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.offload_target student.omega_init student.rank student.start
 student.target
