@@ -98,9 +98,9 @@ class Replicas:
         """Return tensors whole, on the main process; {} on others may do."""
         return tensors
 
-    def lead(self, student: Student, work: Callable[[], T]) -> T | None:
-        """Do work that evaluates a student on the main process only. All processes call it; others return None."""
-        return work() if self.accelerator.is_main_process else None
+    def lead(self, student: Student, work: Callable[[Any], T]) -> T | None:
+        """Do work with a student's network on the main process only. All processes call it; others return None."""
+        return work(student.for_sampling()) if self.accelerator.is_main_process else None
 
     def agreed(self, value: bool) -> bool:
         """Return the main process's value, if that process needs the others for what depends on it."""
@@ -203,7 +203,7 @@ class Shards(Replicas):
                 result[name] = gathered.cpu()
         return result
 
-    def lead(self, student: Student, work: Callable[[], T]) -> T | None:
+    def lead(self, student: Student, work: Callable[[Any], T]) -> T | None:
         """Do work on the main process, which announces each evaluation of the network so that the others take part."""
         network = student.for_sampling()  # all choose the same adapter
         device = self.accelerator.device
@@ -221,7 +221,7 @@ class Shards(Replicas):
         hook = network.register_forward_pre_hook(announce, with_kwargs=True, prepend=True)
         try:
             with autocast:
-                return work()
+                return work(network)
         finally:
             hook.remove()
             self._broadcast(None)

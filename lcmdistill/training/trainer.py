@@ -295,11 +295,7 @@ class Trainer:
             self._check_finite(math.nan, torch.tensor(math.nan))
         if self.sharing.writes:
             scaler = self.accelerator.scaler
-            state = {
-                "global_batch": self.global_batch,
-                "scaler": scaler.state_dict() if scaler is not None else {},
-                **unlogged,
-            }
+            state = {"global_batch": self.global_batch, "scaler": scaler.state_dict() if scaler else {}, **unlogged}
             self.writer.save(self.step, self.train_step.groups(), state)
         self.accelerator.wait_for_everyone()
 
@@ -373,9 +369,7 @@ class Trainer:
     def _validate(self, validator: Validator | None, metrics: Metrics | None) -> None:
         """Validate on the main process, with which the others evaluate and gather shards."""
         student, best_metric = self.train_step.student, self.config.run.best_metric
-        numbers = self.sharing.lead(
-            student, lambda: validator and validator.draw(self.step, student.for_sampling(), metrics)
-        )
+        numbers = self.sharing.lead(student, lambda network: validator and validator.draw(self.step, network, metrics))
         weights = self.sharing.whole(student.weights) if best_metric != "none" else {}
         if validator is None or numbers is None:
             return
