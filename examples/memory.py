@@ -33,7 +33,11 @@ from lcmdistill.utils.device import GIB, peak_memory
 from lcmdistill.utils.errors import UsageError
 
 LIMITS = (8, 12, 16, 24)
-ROWS = ("sd15-lora", "sd15-full", "sd21-lora", "sd21-full", "sdxl-lora", "sdxl-full", "pixart-lora", "pixart-full")
+ROWS = (
+    *("sd15-lora", "sd15-lora-tdm", "sd15-full", "sd15-full-tdm", "sd21-lora", "sd21-full"),
+    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "pixart-lora", "pixart-full"),
+)
+SPLIT = {"optim.batch_size": 4, "optim.gradient_accumulation_steps": 3}
 GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
 CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 
@@ -75,11 +79,10 @@ def full_size(name: str, device: str = "meta") -> Teacher:
 
 
 def configured(row: str, teacher: Teacher, **more: Any) -> RunConfig:
-    """The defaults of a row, such as sd15-lora."""
-    kind = row.partition("-")[2]
-    return resolve_run_defaults(
-        resolve({}, {"student.kind": kind, "run.precision": "bf16", **more}, objectives=OBJECTIVES), 1, teacher
-    )
+    """The defaults of a row, such as sd15-lora or sd15-lora-tdm, with the same batch for every method."""
+    _, kind, method = [*row.split("-"), "lcm"][:3]
+    settings = {"student.kind": kind, "run.precision": "bf16", "objective.name": method, **SPLIT, **more}
+    return resolve_run_defaults(resolve({}, settings, objectives=OBJECTIVES), 1, teacher)
 
 
 def cell(plan: Plan) -> str:
