@@ -47,6 +47,14 @@ def test_no_file_is_over_400_lines(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 400
 
 
+@pytest.mark.parametrize("readme", sorted(PACKAGE.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_a_package_s_readme_names_each_of_its_files(readme: Path):
+    files = [path for path in readme.parent.glob("*.py") if path.name != "__init__.py"]
+    folders = [path.parent for path in readme.parent.glob("*/__init__.py")]
+    text = readme.read_text(encoding="utf-8")
+    assert [path.name for path in (*files, *folders) if f"`{path.name}" not in text] == []
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_test_imports_another_test_or_an_example(file: Path) -> None:
     modules = [node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]

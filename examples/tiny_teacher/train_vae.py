@@ -31,7 +31,7 @@ CHECK = (
 )  # fmt: skip
 
 
-# Factor 4, and few, wide norm groups: with one channel a group, normalising would erase its colour.
+# Factor 4, and few, wide norm groups: with one channel a group, normalizing would erase its color.
 CONFIG: dict[str, Any] = {
     "block_out_channels": (16, 32, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -50,7 +50,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirror half, shift most by a few pixels, and exchange the colour channels of half, so every hue is seen."""
+    """Mirror half, shift most by a few pixels, and exchange the color channels of half, so every hue is seen."""
     count = len(images)
     flip = torch.rand(count, 1, 1, 1) < 0.5
     images = torch.where(flip, images.flip(3), images)
@@ -64,7 +64,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 of pixels, of neighbour differences (edges), and of 4x4 means (colours)."""
+    """L1 of pixels, of neighbor differences (edges), and of 4x4 means (colors)."""
     loss = F.l1_loss(output, target)
     for axis in (2, 3):
         loss = loss + 0.5 * F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))

@@ -1,4 +1,4 @@
-"""`lcmdistill distill` and `lcmdistill distill-lora`: settle the configuration, check it, run it."""
+"""`lcmdistill distill` and `lcmdistill distill-lora`: resolve the configuration, check it, run it."""
 
 import dataclasses
 import logging

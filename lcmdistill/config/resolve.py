@@ -152,9 +152,11 @@ def _closest(dotted: str, sections: Mapping[str, type]) -> str:
 
 
 def _in_gib(memory: str) -> str:
-    """Return a value of run.memory without its unit: 12GB, 12 GiB and 12g are 12."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:g|gb|gib)\s*", memory, flags=re.IGNORECASE)
-    return match[1] if match else memory
+    """Return a value of run.memory without its unit: 12GB, 12 GiB, 12g and 12288MB are 12."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([gm])i?b?\s*", memory, flags=re.IGNORECASE)
+    if not match or not _is_positive(match[1]):
+        return memory
+    return match[1] if match[2] in "gG" else f"{float(match[1]) / 1024:g}"
 
 
 def _is_positive(text: str) -> bool:

@@ -80,7 +80,6 @@ SETTINGS: dict[str, str] = {
     "lora_target_modules": "student.target_modules",
     "method": "objective.name",
     "loss_type": "objective.distance",
-    "num_ddim_timesteps": "objective.skip",
     "k": "objective.skip",
     "ema": "objective.ema_decay",
 }
@@ -145,6 +144,7 @@ EXPLAINED: dict[str, str] = {
     "num_train_epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
     "max_train_epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
     "epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
+    "num_ddim_timesteps": "the solver's grid has T / k points: 50 points of 1000 time steps are --set objective.skip=20",
     "resume": "run the same command again to resume",
     "resume_from_checkpoint": "run the same command again to resume",
     "guidance_scale": "the trained range is --set objective.w_min=W and objective.w_max=W, each the guidance scale minus 1",

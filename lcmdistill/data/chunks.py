@@ -292,7 +292,7 @@ def _generate(
 
 
 def draw_spacing(teacher: Teacher) -> dict[str, str]:
-    """Return the scheduler options with which the teacher generates, other than its own: to start at pure noise.
+    """Return the scheduler options with which the teacher generates images in place of its own, to start at pure noise.
 
     A zero-terminal-SNR teacher was trained on pure noise at its last time step. Started earlier, it would be given pure noise
     at a time step where it has only seen noisy images (Lin et al. 2023, sec. 3.3).

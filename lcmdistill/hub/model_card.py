@@ -93,6 +93,10 @@ def render_card(
             f"lcmdistill export {quote(public_path(run))} --format single-file --output {quote(run.name)}.safetensors"
         )
         programs.append(ProgramUse("ComfyUI and A1111", (f"Write a single file first: `{single}`.",)))
+        writer: Exporter = EXPORTERS["single-file"]
+        programs += writer.programs(
+            writer.usage(config, facts, public_path(run), f"{run.name}.safetensors", usage.steps)
+        )
     settings = redact_paths(flatten(config))
     card = ModelCard.from_template(
         _metadata(config, facts, {f"samples/{path.name}": _prompt(path) for path in samples}),

@@ -30,9 +30,9 @@ def near_runs(word: str, count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str) -> str:
-    """Return the part of a message that names the near runs: "; did you mean runs/fast?"; "" if there is none."""
+    """Return the part of a message that names the near runs: " (did you mean runs/fast?)"; "" if there is none."""
     near = near_runs(word)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def all_runs(folder: Path = RUNS) -> list[Path]:
