@@ -36,6 +36,7 @@ PARSED_ONLY = {
     "--buckets": "trains at 512 x 768 pixels",
     "my-checkpoint.safetensors": "needs a user's file",
     "runs/mine runs/fast": "generates more of what the first evaluation of the guide generates",
+    "lcmdistill sweep": "trains a grid of runs, as tests/slow/test_sweep.py does",
     "torchrun": "needs several processes",
 }
 "parts of commands that are parsed and not run, with the reason"

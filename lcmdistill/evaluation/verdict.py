@@ -134,12 +134,12 @@ def _failed(results: Results, grades: dict[int, Grade], failures: Mapping[int, S
     best = min(results.steps, key=lambda n: (len(failures[n]), -n))
     words = [text.partition(" (")[0] for text in failures[best]]
     headline = f"Not usable yet: at {_steps(best)}, images are {_joined(words)}."
-    reasons = [f"At {_steps(n)}, images are {_joined(failures[n])}." for n in results.steps]
-    reasons.append(
+    remedy = (
         "Train longer; if the validation images stopped improving, use a lower learning rate, or the weights of the best "
         "validation: lcmdistill export --weights best."
     )
-    return Verdict(grades, None, False, headline, (*_compared_with_teacher(results, best), *reasons))
+    reasons = [f"At {_steps(n)}, images are {_joined(failures[n])}." for n in results.steps]
+    return Verdict(grades, None, False, headline, (remedy, *_compared_with_teacher(results, best), *reasons))
 
 
 def _joined(words: Sequence[str]) -> str:

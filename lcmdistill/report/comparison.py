@@ -11,6 +11,7 @@ from lcmdistill.evaluation.verdict import Verdict, seconds, verdict
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.charts import Chart
 from lcmdistill.report.curves import against_steps, full_steps_level, good
+from lcmdistill.report.downloads import downloads
 from lcmdistill.report.page import chart_cards, metric_rows, preview, render_page, run_description, steps_text, table
 from lcmdistill.report.ranking import (
     Ranking,
@@ -95,6 +96,7 @@ def comparison(runs: Sequence[Path], rank_by: str | None = None) -> dict[str, An
         "groups": [_group(evaluated, i) for i in range(len(first.info["preview_prompts"]))],
         "heads": [*map(steps_text, first.steps), f"teacher, {TEACHER_STEPS} steps"],
         "charts": chart_cards(_charts(evaluated)),
+        "files": downloads(evaluated, "comparison"),
         "tables": [
             {**table(results), "caption": f"{name}: {table(results)['caption']}"} for name, results in evaluated.items()
         ],

@@ -21,6 +21,7 @@ from lcmdistill.evaluation.verdict import Verdict, seconds, verdict
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
+from lcmdistill.report.downloads import downloads
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
@@ -83,9 +84,8 @@ def _templates() -> "Environment":
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    environment.globals |= {
-        name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")
-    }
+    parts = {"css": "page.css", "js": "page.js", "watch_js": "watch.js"}
+    environment.globals |= {name: Markup((folder / file).read_text(encoding="utf-8")) for name, file in parts.items()}
     return environment
 
 
@@ -117,7 +117,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
         "warnings": _warnings(run, config, results),
         "summary": _summary_images(results, judged) if results and judged else None,
         "matrix": matrix(results, judged, omega_range(config) is None) if results and judged else None,
-        "quality": _quality(results, cards[: len(quality)]) if results else None,
+        "quality": _quality(run.name, results, cards[: len(quality)]) if results else None,
         "times": _times(results) if results else None,
         "training": {"about": _training_about(config, lines), "charts": cards[len(quality) :]} if training else None,
         "validation": validation_grids(run / "samples"),
@@ -125,6 +125,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
         "configuration": configuration_rows(config),
         "settings": settings_to_toml(redact_paths(flatten(config))).strip(),
         "titles": SECTIONS,
+        "watch": "",  # the version of a page that is served and reloads itself
     }
     values["sections"] = [(name, title) for name, title in SECTIONS.items() if values[name]]
     return values
@@ -279,7 +280,7 @@ def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
     }
 
 
-def _quality(results: Results, cards: list[dict[str, Any]]) -> dict[str, Any]:
+def _quality(name: str, results: Results, cards: list[dict[str, Any]]) -> dict[str, Any]:
     info = results.info
     source = ""
     if info.get("prompts_origin"):
@@ -295,7 +296,14 @@ def _quality(results: Results, cards: list[dict[str, Any]]) -> dict[str, Any]:
         f"{info['images']} images per row{source}, from the same start noise (seed {info['seed']}), at guidance scale "
         f"{results.guidance_scale:g}.{sizes}{notes} These numbers are not comparable with published results unless stated."
     )
-    return {"about": about, "charts": cards, "table": table(results), "metrics": metric_rows(results)}
+    files = downloads({name: results}, name)
+    return {
+        "about": about,
+        "charts": cards,
+        "files": files,
+        "table": table(results),
+        "metrics": metric_rows(results),
+    }
 
 
 def metric_rows(results: Results) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.evaluation.sweep import recorded_key
+from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.hub.model_card import update_run_card
 from lcmdistill.report.card import write_card_plots
 from lcmdistill.report.comparison import write_comparison
@@ -65,7 +66,7 @@ def check_page(path: Path) -> Page:
     assert all(image.get("width") and image.get("height") for image in page.all("img"))
     ids = [tag["id"] for _, tag in page.tags if tag.get("id")]
     assert len(ids) == len(set(ids))
-    assert {link["href"] for link in page.all("a")} <= {f"#{name}" for name in ids}
+    assert {link["href"] for link in page.all("a") if "download" not in link} <= {f"#{name}" for name in ids}
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -111,6 +112,15 @@ def test_the_page_of_an_evaluated_run_shows_everything(evaluated_run: Path):
     assert sum("student, 2 steps, guidance 4" in alt for alt in alts) >= 3
     assert sum("teacher, 50 steps, guidance 2" in alt for alt in alts) == 3
     assert len([alt for alt in alts if alt.startswith("Validation images after")]) == 2
+    zooms = [button for button in page.all("button") if button.get("class") == "zoom"]
+    places = [tuple(button[f"data-{name}"] for name in ("set", "prompt", "row", "column")) for button in zooms]
+    assert len(set(places)) == len(places) > 20
+    results = read_results(evaluated_run)
+    assert results is not None
+    reasons = verdict(results).reasons
+    # Two facts, the pictures, and then the other reasons.
+    order = [page.text.index(text) for text in (reasons[0], results.info["preview_prompts"][0], *reasons[1:])]
+    assert order == sorted(order)
     (slider,) = page.all("input")
     assert (slider["type"], slider["max"]) == ("range", "1")
 
