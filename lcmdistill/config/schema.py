@@ -140,6 +140,8 @@ class StudentConfig:
     "LoRA dropout."
     offload_target: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
     "Keep the EMA's fp32 weights on the CPU and compute with a copy in the networks' precision."
+    quantize_base: Literal["none", "int8", "fp8", "nf4"] = setting("none", decided_by_memory_plan=True, only_for="lora")
+    "Quantize the frozen linear layers under the LoRA, which teacher and student share: less memory, slightly other weights."
     target_modules: tuple[str, ...] = setting(
         LORA_MODULES, unset="those of the published LCM-LoRAs", decided_by_teacher=True, only_for="lora"
     )

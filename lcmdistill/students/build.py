@@ -9,6 +9,7 @@ from lcmdistill.objectives.base import CriticOptions, Omega
 from lcmdistill.students.critic import add_critic_adapter, full_critic
 from lcmdistill.students.full import fresh_weights, full_student, target_of
 from lcmdistill.students.lora import CRITIC, ONLINE, TARGET, add_lora
+from lcmdistill.students.quantize import quantize_base
 from lcmdistill.students.student import AdapterView, AutocastNetwork, Student
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.lora.adapters import adapter_parameters, choose_adapter, lora_layers
@@ -102,6 +103,7 @@ def _lora_student(
     if critic is not None:
         add_critic_adapter(network, config, critic, seed)
     choose_adapter(lora_layers(network).values(), ONLINE)
+    quantize_base(network, config.quantize_base)  # after peft has seen plain layers
     shared = AutocastNetwork(network, teacher.call, dtype)
     sampled = TARGET if ema else ONLINE
     return Student(

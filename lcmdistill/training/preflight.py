@@ -19,6 +19,7 @@ from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.students.lora import check_layers
+from lcmdistill.students.quantize import check_quantization
 from lcmdistill.students.warm_start import check_start
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
 from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
@@ -176,6 +177,7 @@ def check_early(config: RunConfig) -> None:
         if summary := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
             logger.info(summary)
     check_optimizer(config.optim, pick_device(config.run.device))
+    check_quantization(config.student.quantize_base)
     check_sharding(config, pick_device(config.run.device))
     check_cache(config.data)
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None

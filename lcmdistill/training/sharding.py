@@ -47,6 +47,8 @@ def shard_obstacle(config: RunConfig, device: torch.device) -> str | None:
         return f"optim.optimizer {config.optim.optimizer} does not know shards; use adamw"
     if config.data.teacher_cache_samples:
         return "data.teacher_cache_samples runs a whole teacher on each device; set it to 0"
+    if config.student.quantize_base != "none":
+        return f"student.quantize_base {config.student.quantize_base} does not know shards; set it to none"
     if config.run.compile == AutoOnOff.on:
         return "compiling sharded networks is not supported; use --compile auto or off"
     return None

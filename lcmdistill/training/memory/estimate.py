@@ -24,6 +24,7 @@ from lcmdistill.data.buckets import largest
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
+from lcmdistill.students.quantize import largest_decoded, saved_bytes
 from lcmdistill.students.student import AutocastNetwork, Student, raw_network
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input, with_omega_input
 from lcmdistill.training.compile import repeated_blocks
@@ -226,7 +227,27 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
         optimizer=optimizer_bytes(config.optim.optimizer, count + critic_count),
         activations=activations,
     )
-    return in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
+    memory = in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
+    return quantized(memory, config, teacher, dtype)
+
+
+def quantized(memory: Breakdown, config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Breakdown:
+    """Return the memory of a step as `student.quantize_base` changes it.
+
+    Args:
+        memory: The memory of the step with plain weights.
+        config: The configuration.
+        teacher: The teacher, whose network is quantized.
+        dtype: The dtype inside the networks.
+    """
+    kind = config.student.quantize_base
+    if kind == "none":
+        return memory
+    return dataclasses.replace(
+        memory,
+        frozen=memory.frozen - saved_bytes(teacher.network, kind, dtype.itemsize),
+        activations=memory.activations + largest_decoded(teacher.network, dtype.itemsize),
+    )
 
 
 def is_sharded(config: RunConfig, world: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from lcmdistill.config.resolve import with_values
 from lcmdistill.config.schema import RunConfig, Shard
 from lcmdistill.objectives.recorded import resumable_config
+from lcmdistill.students.quantize import can_quantize
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.memory.estimate import (
     SLACK,
@@ -21,6 +22,7 @@ from lcmdistill.training.memory.estimate import (
     in_shards,
     is_sharded,
     optimizer_bytes,
+    quantized,
     step_memory,
     usable,
 )
@@ -33,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 # The cost of each measure, as a share of a step's time. Shards communicate several times as much as copies: they come after
-# all that one device can do. 8-bit moments change the result, and therefore come last.
-CHECKPOINTING, OFFLOADING, HALVING, SHARDING, EIGHT_BIT_MOMENTS = 1 / 6, 0.1, 0.1, 1.0, 10.0
+# all that one device can do. 8-bit moments and a quantized base change the result, and therefore come last.
+CHECKPOINTING, OFFLOADING, HALVING, SHARDING, EIGHT_BIT_MOMENTS, QUANTIZING = 1 / 6, 0.1, 0.1, 1.0, 10.0, 20.0
 
 REASONS = {
     "run.gradient_checkpointing": "activations are recomputed in the backward pass: about a sixth more time",
@@ -42,6 +44,7 @@ REASONS = {
     "optim.batch_size": "smaller micro-batches, accumulated to the same global batch",
     "run.shard": "weights, gradients and moments are divided over the processes, which send each other the weights in use",
     "optim.optimizer": "AdamW's moments in 8 bits",
+    "student.quantize_base": "the frozen linear layers in 8 bits: teacher and student change by the rounding, and steps are slower",
 }
 
 
@@ -74,6 +77,7 @@ def choose_plan(
     *,
     allow_8bit: bool,
     allow_shards: bool = False,
+    allow_int8: bool = False,
 ) -> Plan:
     """Return the cheapest settings whose memory is within `room` bytes; if none are, those with the least memory.
 
@@ -83,9 +87,10 @@ def choose_plan(
         room: The bytes of tensors that fit.
         allow_8bit: Whether the optimizer may be that of bitsandbytes.
         allow_shards: Whether the weights may be divided over the processes.
+        allow_int8: Whether the base of a LoRA may be quantized.
     """
     least: tuple[Breakdown, dict[str, Any]] | None = None
-    for values in candidates(config, allow_8bit=allow_8bit, allow_shards=allow_shards):
+    for values in candidates(config, allow_8bit=allow_8bit, allow_shards=allow_shards, allow_int8=allow_int8):
         memory = needed(with_values(config, values))
         if memory.total <= room:
             return _plan(config, values, memory, room)
@@ -95,32 +100,37 @@ def choose_plan(
     return _plan(config, least[1], least[0], room)
 
 
-def candidates(config: RunConfig, *, allow_8bit: bool, allow_shards: bool = False) -> Iterator[dict[str, Any]]:
+def candidates(
+    config: RunConfig, *, allow_8bit: bool, allow_shards: bool = False, allow_int8: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield the possible changes, cheapest first: {} and every combination of measures, all with the same global batch."""
     batch = config.optim.batch_size
     samples = batch * config.optim.gradient_accumulation_steps
     has_target = config.student.kind == "full" and config.student.target == "ema"
+    can_be_quantized = config.student.kind == "lora" and config.student.quantize_base == "none"
     combinations = product(
         [False] if config.run.gradient_checkpointing else [False, True],
         [False, True] if has_target and not config.student.offload_target else [False],
         [size for size in range(batch, 0, -1) if samples % size == 0],
         [False, True] if allow_8bit and config.optim.optimizer == "adamw" else [False],
         [False, True] if allow_shards else [False],
+        [False, True] if allow_int8 and can_be_quantized else [False],
     )
 
-    def cost(combination: tuple[bool, bool, int, bool, bool]) -> float:
-        recompute, offload, size, eight_bit, shard = combination
+    def cost(combination: tuple[bool, bool, int, bool, bool, bool]) -> float:
+        recompute, offload, size, eight_bit, shard, quantize = combination
         in_time = CHECKPOINTING * recompute + OFFLOADING * offload + HALVING * math.log2(batch / size)
-        return in_time + SHARDING * shard + EIGHT_BIT_MOMENTS * eight_bit
+        return in_time + SHARDING * shard + EIGHT_BIT_MOMENTS * eight_bit + QUANTIZING * quantize
 
-    for recompute, offload, size, eight_bit, shard in sorted(combinations, key=cost):
-        if (shard or config.run.shard == Shard.full) and (offload or eight_bit):
+    for recompute, offload, size, eight_bit, shard, quantize in sorted(combinations, key=cost):
+        if (shard or config.run.shard == Shard.full) and (offload or eight_bit or quantize):
             continue  # see `shard_obstacle`
         values: dict[str, Any] = {"run.gradient_checkpointing": True} if recompute else {}
         values |= {"student.offload_target": True} if offload else {}
         if size < batch:
             values |= {"optim.batch_size": size, "optim.gradient_accumulation_steps": samples // size}
         values |= {"run.shard": Shard.full} if shard else {}
+        values |= {"student.quantize_base": "int8"} if quantize else {}
         yield values | ({"optim.optimizer": "adamw8bit"} if eight_bit else {})
 
 
@@ -147,6 +157,7 @@ def estimator(
             {
                 "student.offload_target": False,
                 "run.shard": Shard.off,
+                "student.quantize_base": "none",
                 "optim.optimizer": "adamw",
                 "optim.gradient_accumulation_steps": min(optim.gradient_accumulation_steps, 2),
             },
@@ -161,7 +172,8 @@ def estimator(
         if config.student.offload_target:
             memory = replace(memory, target=memory.target * dtype.itemsize // 4)
         memory = replace(memory, optimizer=optimizer_bytes(optim.optimizer, memory.trainable + memory.critic // 4))
-        return in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
+        memory = in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
+        return quantized(memory, config, teacher, dtype)
 
     return needed
 
@@ -203,6 +215,7 @@ def plan_memory(
         room,
         allow_8bit=device.type == "cuda" and not before and has_bitsandbytes(),
         allow_shards=world > 1 and config.run.shard == Shard.auto and shard_obstacle(config, device) is None,
+        allow_int8=not before and can_quantize("int8"),
     )
     if not plan.fits and whole_gpu:
         raise UsageError(
