@@ -33,8 +33,8 @@ run.best_metric run.checkpoint_every run.compile run.device run.gradient_checkpo
 run.hub_private run.memory run.output run.precision run.profile run.push_to_hub run.report_to run.seed
 run.shard run.validate_every
 run.validation_guidance_scale run.validation_prompts
-student.alpha student.dropout student.kind student.offload_target student.omega_init student.quantize_base student.rank student.start
-student.target
+student.alpha student.dropout student.kind student.offload_target student.omega_init student.quantize_base student.rank
+student.start student.target
 student.target_modules
 teacher.allow_pickle teacher.clip_skip teacher.drop teacher.model teacher.prediction_type teacher.revision teacher.vae
 teacher.vae_dtype teacher.vae_tiling teacher.variant

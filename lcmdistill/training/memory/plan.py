@@ -44,7 +44,7 @@ REASONS = {
     "optim.batch_size": "smaller micro-batches, accumulated to the same global batch",
     "run.shard": "weights, gradients and moments are divided over the processes, which send each other the weights in use",
     "optim.optimizer": "AdamW's moments in 8 bits",
-    "student.quantize_base": "the frozen linear layers in 8 bits: teacher and student change by the rounding, and steps are slower",
+    "student.quantize_base": "frozen linear layers in 8 bits: teacher and student change by the rounding, and steps are slower",
 }
 
 
