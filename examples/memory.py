@@ -91,6 +91,7 @@ def cell(plan: Plan) -> str:
         return f"no: {plan.needed.total / GIB:.1f} at least"
     run, optim = plan.config.run, plan.config.optim
     picked = ["recomputed"] * run.gradient_checkpointing + ["EMA on the CPU"] * plan.config.student.offload_target
+    picked += ["base in int8"] * (plan.config.student.quantize_base == "int8")
     return f"{plan.needed.total / GIB:.1f}: {', '.join([f'{optim.batch_size} x {optim.gradient_accumulation_steps}', *picked])}"
 
 
@@ -103,7 +104,8 @@ def table(rows: list[str]) -> None:
         config = configured(row, teacher)
         needed = estimator(config, teacher, torch.bfloat16, 1)
         unlimited = needed(config)
-        plans = [choose_plan(config, needed, usable(n * GIB, whole_gpu=True), allow_8bit=False) for n in LIMITS]
+        rooms = [usable(n * GIB, whole_gpu=True) for n in LIMITS]
+        plans = [choose_plan(config, needed, room, allow_8bit=False, allow_int8=True) for room in rooms]
         cells = [f"{unlimited.trainable:,}", f"{unlimited.total / GIB:.1f}", *map(cell, plans)]
         print(f"| {row}, {config.data.resolution} px | {' | '.join(cells)} |", flush=True)
 
