@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
@@ -80,13 +81,18 @@ def against_steps(results: Results, metric: str, sampler: Sampler, name: str, st
     return Series(name, tuple((n, v) for n, v in values if v is not None), style)
 
 
-def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Return the charts of loss, gradient norm, learning rate, speed, loss by noise level, and validation."""
+def training_charts(lines: Sequence[Mapping[str, Any]], expected: Sequence[tuple[float, float]] = ()) -> list[Chart]:
+    """Return the charts of loss, gradient norm, learning rate, speed, loss by noise level, and validation.
+
+    Args:
+        lines: The lines of metrics.jsonl.
+        expected: (step, loss) of our own run with the same settings.
+    """
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return []
     charts = [
-        _over_time(trained, "loss", "Loss", ""),
+        _with_expected(_over_time(trained, "loss", "Loss", ""), expected),
         _over_time(trained, "grad_norm", "Gradient norm", "Before clipping."),
         Chart(
             "Learning rate",
@@ -107,6 +113,18 @@ def training_charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     ]
     charts += [loss_by_noise(trained), *validation_charts(lines)]
     return [chart for chart in charts if not chart.is_empty]
+
+
+def _with_expected(chart: Chart, expected: Sequence[tuple[float, float]]) -> Chart:
+    """Add the loss of our own run, up to the last step of the chart's first series."""
+    last = max((x for x, _ in chart.series[0].points), default=0.0)
+    points = tuple((x, y) for x, y in expected if x <= last)
+    if len(points) < 2:
+        return chart
+    about = (
+        f"{chart.about} Dotted: a run of ours with the same settings; other seeds and machines differ a little.".strip()
+    )
+    return replace(chart, series=(*chart.series, Series("expected", points, 2)), about=about)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:

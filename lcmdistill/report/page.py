@@ -22,11 +22,12 @@ from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.report.charts import Chart, short, to_svg
 from lcmdistill.report.curves import consistency_charts, good, quality_charts, training_charts
 from lcmdistill.report.downloads import downloads
+from lcmdistill.report.expected import expected_loss
 from lcmdistill.report.guidance import guidance_note
 from lcmdistill.report.pictures import Picture, embedded, validation_grids
 from lcmdistill.report.uses import uses
 from lcmdistill.teachers.naming import public_name, public_path, redact_paths
-from lcmdistill.training.best import best_checkpoint_advice, history, quality_warning
+from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, quality_warning
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.metrics_log import read_metrics
@@ -107,7 +108,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
     results, lines = read_results(run), read_metrics(run)
     judged = verdict(results) if results else None
     quality = [*quality_charts(results), *consistency_charts(results)] if results else []
-    training = training_charts(lines)
+    training = training_charts(lines, expected_loss(config))
     cards = chart_cards([*quality, *training])
     values: dict[str, Any] = {
         "name": run.name,
@@ -119,7 +120,9 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
         "matrix": matrix(results, judged, omega_range(config) is None) if results and judged else None,
         "quality": _quality(run.name, results, cards[: len(quality)]) if results else None,
         "times": _times(results) if results else None,
-        "training": {"about": _training_about(config, lines), "charts": cards[len(quality) :]} if training else None,
+        "training": {"about": _training_about(run, config, lines), "charts": cards[len(quality) :]}
+        if training
+        else None,
         "validation": validation_grids(run / "samples"),
         "use": uses(run, config, judged.enough if judged and judged.enough else None),
         "configuration": configuration_rows(config),
@@ -189,12 +192,16 @@ def _student(config: RunConfig) -> str:
     return f"full network, target {config.student.target}"
 
 
-def _training_about(config: RunConfig, lines: list[dict[str, Any]]) -> str:
+def _training_about(run: Path, config: RunConfig, lines: list[dict[str, Any]]) -> str:
     trained = [line for line in lines if "loss" in line]
     size = config.optim.batch_size * config.optim.gradient_accumulation_steps
     if not trained:
         return ""
-    return f"{trained[-1]['step']} steps of {size} samples per process, logged every {config.run.log_every} steps."
+    comparison = compared_with_untrained(config.run.best_metric, history(run, config.run.best_metric))
+    more = f" In validation, the student is {comparison}." if comparison else ""
+    return (
+        f"{trained[-1]['step']} steps of {size} samples per process, logged every {config.run.log_every} steps.{more}"
+    )
 
 
 def steps_text(n: int) -> str:

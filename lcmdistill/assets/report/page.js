@@ -24,13 +24,14 @@ if (pictures.length) {
   const save = element("a", { textContent: "Download picture" });
   const close = element("button", { type: "button", textContent: "Close" });
   const keys = element("p", { className: "keys", textContent: "Arrow keys: steps (left, right), prompts (up, down). Esc closes." });
-  const viewer = element("dialog", { id: "viewer" }, image, text, keys, element("div", { className: "actions" }, save, close));
+  const viewer = element("dialog", { id: "viewer" }, text, keys, element("div", { className: "actions" }, save, close));
   viewer.setAttribute("aria-labelledby", "viewer-text");
   document.body.append(viewer);
   let current = null;
   const show = (button) => {
     current = button;
     const shown = button.querySelector("img");
+    viewer.prepend(image);
     image.src = shown.src;
     image.alt = shown.alt;
     text.textContent = shown.alt;
