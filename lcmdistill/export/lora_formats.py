@@ -124,14 +124,11 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
 
 def _base_header(base_pipeline: Any, prediction_type: str) -> dict[str, str]:
     """Return the header strings by which programs match a LoRA to its base."""
-    family = family_of(base_pipeline)
-    if not family.layouts:
-        return {FAMILY_KEY: family.key}
     layout = layout_of(base_pipeline)
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     return {
         "modelspec.architecture": f"{architecture}/lora",
-        "ss_base_model_version": layout.base_versions.get(prediction_type, layout.base_versions["epsilon"]),
+        "ss_base_model_version": layout.base_versions.get(prediction_type) or layout.base_versions["epsilon"],
         "ss_v2": str(layout.is_v2),  # A1111 distinguishes SD1 and SD2 by this
     }
 
@@ -148,7 +145,7 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
     return {
         SCHEDULER_KEY: method.scheduler,
         SCHEDULER_OPTIONS_KEY: json.dumps(dict(method.scheduler_options(config.objective, count))),
-        **({} if family.layouts else {FAMILY_KEY: family.key}),
+        **({} if "kohya" in family.lora_formats else {FAMILY_KEY: family.key}),
         **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
     }
 

@@ -38,7 +38,9 @@ from lcmdistill.students.lora_files import SCHEDULER_OPTIONS_KEY
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.family import SingleFileLayout
 from lcmdistill.teachers.naming import license_name, license_of, public_name
+from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of, family_of_folder
+from lcmdistill.teachers.single_file.mmdit_keys import original_mmdit
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.utils.atomic import atomic_file, write_text
 from lcmdistill.utils.errors import RunError, UsageError
@@ -56,25 +58,33 @@ def layout_of(pipeline: Any) -> SingleFileLayout:
     family = family_of(pipeline)
     if family.layout_of is None:
         raise UsageError(f"there is no single-file layout for a {type(pipeline).__name__}; use --format pipeline")
-    if any(getattr(pipeline, name, None) is None for name in family.text_encoders):
+    layout = family.layout_of(network_of(pipeline).config)
+    needed = (name for name in family.text_encoders if name not in layout.optional_encoders)
+    if any(getattr(pipeline, name, None) is None for name in needed):
         raise UsageError("a pipeline without its first text encoder cannot be written as a single file")
-    return family.layout_of(pipeline.unet.config)
+    return layout
 
 
-def original_tensors(pipeline: Any, unet: Any) -> dict[str, Tensor]:
+def original_tensors(pipeline: Any, network: Any) -> dict[str, Tensor]:
     """Return all weights under their original keys.
 
     Args:
         pipeline: The student's pipeline.
-        unet: Replaces the pipeline's U-Net; it has no guidance input.
+        network: Replaces the pipeline's U-Net or transformer; it has no guidance input.
 
     Raises:
         RunError: A weight has no key in the layout.
     """
-    tensors = original_unet(unet.state_dict(), unet.config)
+    layout = layout_of(pipeline)
+    if layout.network_marker:
+        tensors = original_mmdit(network.state_dict(), network.config.num_layers)
+    else:
+        tensors = original_unet(network.state_dict(), network.config)
     tensors |= original_vae(pipeline.vae.state_dict(), pipeline.vae.config)
-    for name, (prefix, style) in layout_of(pipeline).text_encoders.items():
+    for name, (prefix, style) in layout.text_encoders.items():
         encoder = getattr(pipeline, name)
+        if encoder is None:
+            continue
         tensors |= TEXT_STYLES[style](encoder.state_dict(), encoder.config, prefix)
     return tensors
 
@@ -105,22 +115,22 @@ def write_single_file(
     if path.suffix != ".safetensors":
         raise UsageError(f"a single file must end in .safetensors; use {path.stem}.safetensors instead of {path.name}")
     header = {**header_of(pipeline, guidance_scale, usage), "modelspec.title": path.stem, **(metadata or {})}
-    tensors = original_tensors(pipeline, unet_for_file(pipeline.unet, guidance_scale))
+    tensors = original_tensors(pipeline, network_for_file(network_of(pipeline), guidance_scale))
     tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()} | _markers(pipeline.scheduler.config)
     save_file(tensors, path, metadata=header)
 
 
-def unet_for_file(unet: Any, guidance_scale: float | None) -> Any:
-    """Return the U-Net as a file holds it, with guidance baked in.
+def network_for_file(network: Any, guidance_scale: float | None) -> Any:
+    """Return the U-Net or transformer as a file holds it, with guidance baked in.
 
     Raises:
         UsageError: The U-Net needs a guidance scale and got none, or takes none and got one.
     """
     if guidance_scale is not None:
-        return bake_omega(unet, guidance_scale)
-    if unet.config.time_cond_proj_dim is not None:
+        return bake_omega(network, guidance_scale)
+    if has_omega_input(network):
         raise UsageError("single files have no guidance input; specify the guidance to bake in with --guidance-scale")
-    return unet
+    return network
 
 
 def architecture_of(pipeline: Any, prediction_type: str) -> str | None:
@@ -151,7 +161,7 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
     Raises:
         UsageError: ComfyUI and A1111 do not support the prediction type.
     """
-    scheduler, unet = pipeline.scheduler.config, pipeline.unet
+    scheduler, network = pipeline.scheduler.config, network_of(pipeline)
     _, prediction = family_of(pipeline).denoiser(scheduler)
     architecture = architecture_of(pipeline, prediction)
     if architecture is None:
@@ -174,7 +184,7 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
         "modelspec.architecture": architecture,
         "modelspec.implementation": "sgm",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": prediction.removesuffix("_prediction"),
         "modelspec.tags": ", ".join(method.tags),
         "modelspec.usage_hint": f"{method.sampler} sampler, {counts.text}, CFG scale {cfg:g}{baked}{needs}",
         "lcmdistill.recommended_sampler": method.sampler,
@@ -183,7 +193,7 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
         SCHEDULER_OPTIONS_KEY: json.dumps(dict(options)),
         "lcmdistill.vae_scaling_factor": f"{pipeline.vae.config.scaling_factor:g}",
     }
-    size = unet.config.sample_size
+    size = network.config.sample_size
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -221,7 +231,8 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
             _save_config(getattr(pipeline, name), folder / name)
         # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
         config = folder / "unet" / "config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
+        if config.is_file():
+            config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
         del pipeline  # the caller can free its memory
         yield folder
 
@@ -241,7 +252,8 @@ def read_back(path: Path, configs: Path) -> Any:
     family = family_of_folder(configs)
     assert family is not None, "configs_of wrote it"
     kind = getattr(diffusers, family.pipeline_classes[0])
-    return kind.from_single_file(str(path), config=str(configs), local_files_only=True, **family.single_file_options)
+    options = {name: value for name, value in family.single_file_options.items() if not (configs / name).is_dir()}
+    return kind.from_single_file(str(path), config=str(configs), local_files_only=True, **options)
 
 
 def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
@@ -257,9 +269,10 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
     path, pipeline = request.output, student.pipeline()
     require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
     expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
-    latents = sample_as_trained(pipeline, request.guidance_scale) if request.verify else None
+    is_flow = student.facts.is_flow  # which ComfyUI samples in the same terms
+    latents = sample_as_trained(pipeline, request.guidance_scale) if request.verify and not is_flow else None
     merge_adapter(student, pipeline)
-    bakes = has_omega_input(pipeline.unet)
+    bakes = has_omega_input(network_of(pipeline))
     usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
     configuration = config_text(pipeline) if needs_config(student.facts) else None
     companion = path.with_suffix(COMPANION)
@@ -284,13 +297,15 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
                 f"{request.guidance_scale:g}."
             )
         sentence = unverified(path)
-        if latents is not None:
+        if request.verify:
             del pipeline
             loaded, bound = read_back(partial, configs), BOUNDS[request.dtype]
-            close = check_close(pipeline_outputs(loaded, request.guidance_scale), expected, bound, path)
+            sentence = check_close(pipeline_outputs(loaded, request.guidance_scale), expected, bound, path)
+        if latents is not None:
             with safe_open(partial, "pt") as file:
                 keys = set(file.keys())
-            sentence = f"{close}, {check_sampling(loaded, request.guidance_scale, latents, student.facts, keys, bound)}"
+            sampled = check_sampling(loaded, request.guidance_scale, latents, student.facts, keys, bound)
+            sentence = f"{sentence}, {sampled}"
         if configuration is not None:
             write_text(companion, configuration)
     return f"{sentence}; {use}"
@@ -310,8 +325,11 @@ pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{usage.sch
 def single_file_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file is used in ComfyUI and A1111."""
     comfy, a1111 = sampler_lines(usage, usage.file.removesuffix(".safetensors"), is_written=True)
+    in_comfy = ProgramUse("ComfyUI", (f"Copy {usage.file} to models/checkpoints.", f"Load Checkpoint, {comfy}."))
+    if usage.facts.is_flow:
+        return (in_comfy,)
     return (
-        ProgramUse("ComfyUI", (f"Copy {usage.file} to models/checkpoints.", f"Load Checkpoint, {comfy}.")),
+        in_comfy,
         ProgramUse("A1111", (f"Copy {usage.file} to models/Stable-diffusion.", f"Settings: {a1111}.")),
     )
 

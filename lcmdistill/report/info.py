@@ -92,11 +92,12 @@ def _shortened(value: str) -> str:
 def _checkpoint(path: Path, header: Header) -> list[Row]:
     info = inspect_checkpoint(path, header)
     encoders = tuple(prefix for prefix, _ in info.layout.text_encoders.values())
-    parts = {"U-Net": (info.unet.prefix,), "VAE": (VAE,), "text encoders": encoders}
+    network = info.family.network_label
+    parts = {network: (info.unet.prefix,), "VAE": (VAE,), "text encoders": encoders}
     held = {
-        "U-Net": True,
+        network: True,
         "VAE": "vae" in info.parts,
-        "text encoders": not {*info.layout.text_encoders} - {*info.parts},
+        "text encoders": not {*info.layout.text_encoders} - {*info.parts, *info.layout.optional_encoders},
     }
     rows = [("type", "single-file checkpoint"), ("detected as", info.why)]
     for name, starts in parts.items():

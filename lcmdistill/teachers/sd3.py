@@ -11,13 +11,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lcmdistill.teachers.family import Alias, TeacherFamily, no_condition
+from lcmdistill.teachers.family import Alias, SingleFileLayout, TeacherFamily, no_condition
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lcmdistill.diffusion.types import Conditioning
+
+SD3 = SingleFileLayout(
+    key="sd3",
+    title="Stable Diffusion 3",
+    text_title="CLIP's text encoders",
+    marker="text_encoders.clip_l.",
+    text_encoders={
+        "text_encoder": ("text_encoders.clip_l.transformer.", "clip-projection"),
+        "text_encoder_2": ("text_encoders.clip_g.transformer.", "clip-projection"),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.", "t5"),
+    },
+    width=4096,
+    architectures={"flow_prediction": "stable-diffusion-3"},
+    base_versions={"flow_prediction": "sd3"},
+    default_prediction="flow_prediction",
+    network_marker="joint_blocks.0.x_block.attn.qkv.weight",
+    optional_encoders=("text_encoder_3",),
+)
 
 CLIP_TOKENS = 77
 "tokens of CLIP's embeddings, which precede T5's"
@@ -142,8 +160,14 @@ STABLE_DIFFUSION_3 = TeacherFamily(
         "text_encoder.": "text_encoder",
         "text_encoder_2.": "text_encoder_2",
     },
-    layouts=(),
-    layout_of=None,
+    layouts=(SD3,),
+    layout_of=lambda config: SD3,
+    single_file_options={
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+        "image_encoder": None,
+        "feature_extractor": None,
+    },
     onnx_classes={},
     text_layers_read=True,
     clip_skip=None,

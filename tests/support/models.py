@@ -207,18 +207,20 @@ def build_sd3(folder: Path, *, has_t5: bool = True) -> Path:
         num_attention_heads=2,
         joint_attention_dim=40,
         caption_projection_dim=16,
-        pooled_projection_dim=12 + 20,
+        pooled_projection_dim=16 + 20,
         pos_embed_max_size=12,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
     write_tokenizer(folder.parent / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
+    text_encoder = CLIPTextModelWithProjection(text_config(3, projection_dim=16))
+    nn.init.eye_(text_encoder.text_projection.weight)  # as published, and as diffusers reads single files
     SD3(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=small_vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModelWithProjection(text_config(3, projection_dim=12)),
+        text_encoder=text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
         text_encoder_3=small_t5(40) if has_t5 else None,
         tokenizer=tokenizer,

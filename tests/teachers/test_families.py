@@ -49,7 +49,7 @@ EXPORTS = {
     ("inpainting", "lora"): ("kohya", "peft"),
     ("ssd1b", "full"): ("pipeline", "single-file"),
     ("ssd1b", "lora"): ("kohya", "single-file"),
-    ("sd3", "full"): ("pipeline",),
+    ("sd3", "full"): ("pipeline", "single-file"),
     ("sd3", "lora"): ("diffusers-lora", "peft", "fused"),
     ("pixart", "full"): ("pipeline",),
     ("pixart", "lora"): ("peft", "fused"),

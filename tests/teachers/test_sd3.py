@@ -100,7 +100,7 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     assert {"transformer_blocks.0.attn2.to_q", "transformer_blocks.1.attn.add_k_proj"} <= layers
     assert {"transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff_context.net.2"} <= layers
     pipeline = load_teacher(str(folders[False])).pipeline
-    inputs = torch.randn(1, 16, 8, 8), torch.randn(1, 333, 40), torch.randn(1, 32), torch.tensor([500.0])
+    inputs = torch.randn(1, 16, 8, 8), torch.randn(1, 333, 40), torch.randn(1, 36), torch.tensor([500.0])
     weight = {name: module.weight.clone() for name, module in pipeline.transformer.named_modules() if name in layers}
     with torch.no_grad():
         before = pipeline.transformer(*inputs, return_dict=False)[0]

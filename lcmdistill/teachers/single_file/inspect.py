@@ -72,8 +72,8 @@ class CheckpointInfo:
     Attributes:
         family: The family that opens it.
         layout: The layout of its keys.
-        unet: How the keys of its U-Net are written.
-        parts: The components of the pipeline that it holds: "unet", "vae" and text encoders.
+        unet: How the keys of its U-Net or transformer are written.
+        parts: The components of the pipeline that it holds: the network, "vae" and text encoders.
         prediction_type: What its network predicts.
         states_prediction: Whether the file itself states that.
         zero_snr: Whether its schedule ends in pure noise.
@@ -92,7 +92,8 @@ class CheckpointInfo:
     @property
     def missing(self) -> tuple[str, ...]:
         """The components that the pipeline needs and the file lacks, text encoders first."""
-        return tuple(part for part in (*self.layout.text_encoders, "vae") if part not in self.parts)
+        needed = (*self.layout.text_encoders, "vae")
+        return tuple(part for part in needed if part not in (*self.parts, *self.layout.optional_encoders))
 
 
 def read_header(path: Path) -> Header:
@@ -133,10 +134,12 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     if is_lora(header):
         raise UsageError(f"{path} is a LoRA; specify the checkpoint that it belongs to")
     unet = _unet_keys(names)
+    if unet is None and (found := _transformer(names)) is not None:
+        return found
     if unet is None:
         raise UsageError(
-            f"{path} holds no Stable Diffusion U-Net ({UNET}input_blocks...); use a whole checkpoint of Stable Diffusion 1, 2 "
-            "or XL, or a diffusers folder"
+            f"{path} holds no Stable Diffusion U-Net ({UNET}input_blocks...); use a whole checkpoint of Stable Diffusion 1, 2, "
+            "XL or 3, or a diffusers folder"
         )
     width = next((s[1] for n, (_, s) in names.items() if n.endswith("attn2.to_k.weight")), 0)
     layout = _layout_of(names, unet)
@@ -172,6 +175,32 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
         zero_snr=zero_snr,
         why=", ".join(parts),
     )
+
+
+def _transformer(names: Mapping[str, object]) -> CheckpointInfo | None:
+    """Return what a file of a transformer is; None if it holds none of a known layout."""
+    for family, layout in single_file_layouts():
+        for prefix in (UNET, "") if layout.network_marker else ():
+            if f"{prefix}{layout.network_marker}" not in names:
+                continue
+            prefixes = {"vae": VAE, **{part: start for part, (start, _) in layout.text_encoders.items()}}
+            held = [part for part, start in prefixes.items() if any(name.startswith(start) for name in names)]
+            encoders = [part for part in layout.text_encoders if part in held]
+            text = f"{len(encoders)} text encoders" if encoders else "no text encoder"
+            why = f"{layout.title} ({text}{', no VAE' * ('vae' not in held)}), flow matching"
+            unused = set(encoders) & set(layout.optional_encoders)
+            why += "; its T5 is used with --base only, which supplies the tokenizer" if unused else ""
+            return CheckpointInfo(
+                family=family,
+                layout=layout,
+                unet=UnetKeys(prefix, False),
+                parts=(family.network, *held),
+                prediction_type=layout.default_prediction,
+                states_prediction=True,
+                zero_snr=False,
+                why=why,
+            )
+    return None
 
 
 def _unet_keys(names: Mapping[str, object]) -> UnetKeys | None:

@@ -51,7 +51,7 @@ def load_single_file(
             f"{path} holds no {' and no '.join(missing)}; pass {' and '.join(options)}, or --base MODEL for all parts that it "
             "lacks"
         )
-    if base is not None and not info.missing:
+    if base is not None and not info.missing and not info.layout.optional_encoders:
         raise UsageError(f"{path} holds all parts of a pipeline, so --base has no effect; remove the option")
     if base is not None:
         return _onto_base(path, info, base(), prediction_type)
@@ -65,13 +65,13 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
     import torch
     import transformers
 
-    modules = {}
-    for part in ("unet", "vae", *info.layout.text_encoders):
+    modules, network = {}, info.family.network
+    for part in (network, "vae", *(part for part in info.layout.text_encoders if part not in _optional(info))):
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         if part in info.layout.text_encoders:
             modules[part] = _empty(getattr(transformers, config["architectures"][0]), config)
         else:
-            config = _unet_config(path, info, config) if part == "unet" else config
+            config = _network_config(path, info, config) if part == network else config
             modules[part] = _empty(getattr(diffusers, config["_class_name"]), config)
     _fill(path, info, modules)
     kind: Any = getattr(diffusers, info.family.pipeline_classes[0])
@@ -85,19 +85,22 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
 def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str | None) -> Any:
     """Return a base's pipeline with the parts that a file holds. The base's schedule stays unless the file states another."""
     family = family_of_class(type(base).__name__)
-    layout = family.layout_of(base.unet.config) if family is not None and family.layout_of else None
+    layout = family.layout_of(getattr(base, family.network).config) if family and family.layout_of else None
     if family is None or layout is None or (family.key, layout.key) != (info.family.key, info.layout.key):
         title = layout.title if layout else type(base).__name__
         ours = f"{info.layout.title}{' inpainting' * info.family.takes_mask}"
         title = f"{title}{' inpainting' * bool(layout and family and family.takes_mask)}"
         raise UsageError(f"{path} is {ours} and --base is {title}; use a base of the same kind")
-    modules = {"unet": _empty(type(base.unet), _unet_config(path, info, dict(base.unet.config)))}
-    for part in info.parts[1:]:
+    network = getattr(base, family.network)
+    modules = {family.network: _empty(type(network), _network_config(path, info, dict(network.config)))}
+    for part in (part for part in info.parts[1:] if getattr(base, part) is not None):  # a base may lack a T5
         modules[part] = _empty(type(getattr(base, part)), getattr(base, part).config)
     _fill(path, info, modules)
     for module in modules.values():
         module.eval().requires_grad_(False)
     base.register_modules(**modules)
+    if info.layout.network_marker:
+        return base
     changes = {"prediction_type": prediction_type or info.prediction_type} if info.states_prediction else {}
     changes |= {"prediction_type": prediction_type} if prediction_type else {}
     changes |= {"rescale_betas_zero_snr": True} if info.zero_snr else {}
@@ -105,9 +108,24 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     return base
 
 
-def _unet_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a file's U-Net: the published one, or a base's, with the blocks that the file has."""
+def _optional(info: CheckpointInfo) -> tuple[str, ...]:
+    """Return the text encoders that a pipeline works without, and whose tokenizers are not bundled."""
+    return info.layout.optional_encoders
+
+
+def _network_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a file's network: the published one, or a base's, with the blocks that the file has."""
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if info.layout.network_marker:
+        from lcmdistill.teachers.single_file.mmdit_keys import mmdit_config
+
+        try:
+            counted = mmdit_config(read_header(path).tensors, info.unet.prefix)
+        except KeyError as error:
+            raise UsageError(
+                f"{path} lacks {error.args[0]}, a weight of its transformer; use a complete file"
+            ) from error
+        return {**config, **counted, "sample_size": config["sample_size"]}
     config |= {"time_cond_proj_dim": None}
     return with_counted_blocks(config, read_header(path).tensors, info.unet)
 
@@ -129,19 +147,28 @@ def _empty(kind: Any, config: Any) -> Any:
 
 def _fill(path: Path, info: CheckpointInfo, modules: dict[str, Any]) -> None:
     """Load the weights of the modules that a file holds. Raises UsageError for weights that are missing or not read."""
-    from lcmdistill.teachers.single_file.weights import TEXT_SOURCES, CheckpointFile, unet_sources, vae_sources
+    from lcmdistill.teachers.single_file.weights import (
+        TEXT_SOURCES,
+        CheckpointFile,
+        mmdit_sources,
+        unet_sources,
+        vae_sources,
+    )
 
     file = CheckpointFile(path, read_header(path))
-    sources = {"unet": unet_sources(modules["unet"], info.unet)}
+    network = info.family.network
+    network_sources = mmdit_sources if info.layout.network_marker else unet_sources
+    sources = {network: network_sources(modules[network], info.unet)}
     if "vae" in info.parts:
         sources["vae"] = vae_sources(modules["vae"])
     for part, (prefix, style) in info.layout.text_encoders.items():
-        if part in info.parts:
+        if part in info.parts and part in modules:
             sources[part] = TEXT_SOURCES[style](modules[part], prefix)
-    titles = {"unet": info.family.network_label, "vae": "VAE"}
+    titles = {network: info.family.network_label, "vae": "VAE"}
     for part, each in sources.items():
         file.fill(modules[part], each, titles.get(part, part))
-    file.refuse_unread(info.unet.prefix, sources["unet"], titles["unet"])
+    if info.unet.prefix or not info.layout.network_marker:
+        file.refuse_unread(info.unet.prefix, sources[network], titles[network])
 
 
 @contextmanager
@@ -151,16 +178,28 @@ def _config_folder(info: CheckpointInfo, prediction_type: str | None, configs: P
         folder = Path(temporary) / "configs"
         shutil.copytree(configs, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
         prediction = prediction_type or info.prediction_type
+        if info.layout.network_marker:
+            if prediction_type:
+                raise UsageError(
+                    f"a {info.layout.title} predicts the velocity of flow matching; remove --prediction-type"
+                )
+            _write_vocabularies(folder)
+            yield folder
+            return
         scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": info.zero_snr}
         _change(folder / "scheduler" / "scheduler_config.json", **scheduler)
         unet: dict[str, Any] = {"in_channels": info.family.input_channels, "time_cond_proj_dim": None}
         if configs == CONFIGS / info.layout.key and prediction in info.layout.sample_sizes:
             unet["sample_size"] = info.layout.sample_sizes[prediction]
         _change(folder / "unet" / "config.json", **unet)
-        for tokenizer in folder.glob("tokenizer*"):
-            if not {"tokenizer.json", "vocab.json"} & {path.name for path in tokenizer.iterdir()}:
-                write_vocabulary(tokenizer)
+        _write_vocabularies(folder)
         yield folder
+
+
+def _write_vocabularies(folder: Path) -> None:
+    for tokenizer in folder.glob("tokenizer*"):
+        if not {"tokenizer.json", "vocab.json"} & {path.name for path in tokenizer.iterdir()}:
+            write_vocabulary(tokenizer)
 
 
 def _change(path: Path, **values: Any) -> None:

@@ -76,6 +76,22 @@ def original_clip(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict
     return {**tensors, f"{prefix}text_model.embeddings.position_ids": ids}
 
 
+def original_clip_projection(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
+    """Return the weights of a CLIPTextModelWithProjection under transformers' names, as in SD3."""
+    flat = dict(state)
+    projection = flat.pop("text_projection.weight")
+    return original_clip(flat, config, prefix) | {f"{prefix}text_projection.weight": projection}
+
+
+def original_t5(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
+    """Return the weights of a T5EncoderModel under transformers' names.
+
+    Its one table of embeddings is there under both of its names: ComfyUI reads the one, and diffusers needs the other.
+    """
+    tensors = {f"{prefix}{key}": value for key, value in state.items()}
+    return tensors | {f"{prefix}encoder.embed_tokens.weight": state["shared.weight"].clone()}
+
+
 def original_openclip(state: Mapping[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
     """Return the weights of a CLIP text model under OpenCLIP's names, as in SDXL's second encoder.
 
@@ -126,6 +142,8 @@ def original_sd2_text(state: Mapping[str, Tensor], config: Any, prefix: str) -> 
 
 TEXT_STYLES: dict[str, Callable[[Mapping[str, Tensor], Any, str], dict[str, Tensor]]] = {
     "clip": original_clip,
+    "clip-projection": original_clip_projection,
+    "t5": original_t5,
     "openclip": original_openclip,
     "openclip-penultimate": original_sd2_text,
 }

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.teachers.single_file.inspect import Header, UnetKeys
+from lcmdistill.teachers.single_file.mmdit_keys import mmdit_place, swapped
 from lcmdistill.teachers.single_file.sd_keys import openclip_places, original_key, unet_places, vae_places
 from lcmdistill.utils.errors import UsageError
 
@@ -36,11 +37,13 @@ class Source(NamedTuple):
         key: The key in the file.
         part: Which third of the first axis it is, for query, key and value in one tensor; None for all of it.
         transposed: Whether the stored matrix is the weight's transpose.
+        is_swapped: Whether the stored tensor's halves are in the other order.
     """
 
     key: str
     part: int | None = None
     transposed: bool = False
+    is_swapped: bool = False
 
 
 def without_weights(make: Callable[[], Any]) -> Any:
@@ -51,8 +54,11 @@ def without_weights(make: Callable[[], Any]) -> Any:
     """
     with torch.device("meta"):
         module = make()
+    stored = module.state_dict()
     for name, buffer in list(module.named_buffers()):
         owner, _, last = name.rpartition(".")
+        if last != "position_ids" and name in stored:
+            continue  # a table that files hold among the weights
         if last != "position_ids":
             raise ValueError(f"{name} is a buffer of unknown content")
         positions = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
@@ -148,6 +154,7 @@ class CheckpointFile:
         if source.part is not None:
             value = value.chunk(3)[source.part]
         value = value.T if source.transposed else value
+        value = swapped(value) if source.is_swapped else value
         if _squeezed(value.shape) != _squeezed(shape):  # 1x1 convolutions may be stored as linear layers
             raise UsageError(
                 f"{self.path} could not be loaded: {source.key} has the shape {tuple(value.shape)}, and the {what} of this "
@@ -218,5 +225,29 @@ def openclip_sources(encoder: Any, prefix: str) -> Sources:
     return sources
 
 
-TEXT_SOURCES = {"clip": clip_sources, "openclip": openclip_sources, "openclip-penultimate": openclip_sources}
+def mmdit_sources(transformer: Any, keys: UnetKeys) -> Sources:
+    """Return where an SD3Transformer2DModel's weights are stored under the original names."""
+    places = {name: mmdit_place(name, transformer.config.num_layers) for name in transformer.state_dict()}
+    return {
+        name: [Source(f"{keys.prefix}{place.key}", place.part, is_swapped=place.is_swapped)]
+        for name, place in places.items()
+    }
+
+
+def t5_sources(encoder: Any, prefix: str) -> Sources:
+    """Return where a T5 encoder's weights are stored; its embeddings have two names, of which files have one."""
+    embeddings = ("shared.weight", "encoder.embed_tokens.weight")
+    return {
+        name: [Source(f"{prefix}{each}") for each in (embeddings if name in embeddings else (name,))]
+        for name in encoder.state_dict()
+    }
+
+
+TEXT_SOURCES = {
+    "clip": clip_sources,
+    "clip-projection": clip_sources,
+    "t5": t5_sources,
+    "openclip": openclip_sources,
+    "openclip-penultimate": openclip_sources,
+}
 "the key styles of SingleFileLayout.text_encoders: (encoder, key prefix) -> its sources"
