@@ -19,7 +19,6 @@ import torch
 
 from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.base import Teacher
@@ -35,7 +34,7 @@ from lcmdistill.utils.errors import UsageError
 LIMITS = (8, 12, 16, 24)
 ROWS = (
     *("sd15-lora", "sd15-lora-tdm", "sd15-full", "sd15-full-tdm", "sd21-lora", "sd21-full"),
-    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "pixart-lora", "pixart-full"),
+    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "sd35m-lora", "sd35m-full", "pixart-lora", "pixart-full"),
 )
 SPLIT = {"optim.batch_size": 4, "optim.gradient_accumulation_steps": 3}
 GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
@@ -43,9 +42,9 @@ CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 
 
 def full_size(name: str, device: str = "meta") -> Teacher:
-    """A teacher of sd15, sd21, sdxl or pixart in its published size, without weights, or with random ones on a device."""
-    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "pixart": "sdxl"}[name]
-    family = FAMILIES[{"sd15": "sd", "sd21": "sd"}.get(name, name)]
+    """A teacher of a row in its published size, without weights, or with random ones on a device."""
+    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sd35m": "sd3", "pixart": "sdxl"}.get(name, name)
+    family = FAMILIES[{"sd15": "sd", "sd21": "sd", "sd35m": "sd3"}.get(name, name)]
     library: Any = diffusers
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     network_class = getattr(library, family.network_class)
@@ -53,7 +52,7 @@ def full_size(name: str, device: str = "meta") -> Teacher:
         if name == "pixart":  # its class has the published size, and SDXL's VAE has the same shapes
             network = network_class(sample_size=128, caption_channels=4096)
         else:
-            network = network_class.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+            network = network_class.from_config(json.loads((folder / family.network / "config.json").read_text()))
         vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
     network.eval().requires_grad_(False)
 
@@ -62,16 +61,19 @@ def full_size(name: str, device: str = "meta") -> Teacher:
         if name == "pixart":
             mask = torch.ones(n, 120, dtype=torch.int64)
             return Conditioning({"prompt_embeds": torch.zeros(n, 120, 4096), "attention_mask": mask})
+        if name == "sd35m":  # with a T5
+            return Conditioning({"prompt_embeds": torch.zeros(n, 77 + 256, 4096), "pooled": torch.zeros(n, 2048)})
         embeds = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
         return Conditioning(embeds | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
 
+    schedule, prediction_type = family.denoiser(scheduler)
     return Teacher(
         family=family,
         pipeline=SimpleNamespace(components={"vae": vae, family.network: network}),
         network=network,
         vae=vae,
-        schedule=vp_schedule(scheduler),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        schedule=schedule,
+        prediction_type=prediction_type,
         call=family.call,
         encode_prompts=encode_prompts,
         condition=family.condition,

@@ -155,6 +155,9 @@ class Exporter:
             call = f"pipeline(num_inference_steps={count}{', class_labels=0' if facts.classes else ''})"
         elif config.teacher.clip_skip and facts.family.clip_skip == "recorded":  # its weights cannot skip layers
             call = f"{call.removesuffix(')')}, clip_skip={config.teacher.clip_skip})"
+        # diffusers' U-Net pipelines read what flow-matching schedulers lack.
+        is_flow_unet = facts.is_flow and facts.family.network == "unet"
+        before = "pipeline.scheduler.init_noise_sigma = 1.0\n" if is_flow_unet else ""
         return Usage(
             place=place,
             file=file,
@@ -162,7 +165,7 @@ class Exporter:
             counts=counts,
             steps=count,
             guidance_scale=guidance,
-            call=f"image = {call}.images[0]",
+            call=f"{before}image = {call}.images[0]",
             facts=facts,
             model=config.teacher.model,
         )

@@ -11,12 +11,15 @@ import torch
 
 from lcmdistill.diffusion.flow import FlowSchedule, sampled_sigmas
 from lcmdistill.diffusion.parameterization import FLOW
+from lcmdistill.export import EXPORTERS
+from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.objectives import flow_scheduler_of, method_sampled_by
 from lcmdistill.students.lora_files import scheduler_of
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pipelines import call_pipeline
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
+from tests.support.runs import resolve
 from tests.support.teachers import SMALL, Command, build_teacher
 
 
@@ -97,6 +100,10 @@ def test_a_run_from_the_preflight_to_its_images(
     assert images[0] == images[1]
     code, output, error = command("info", "run")
     assert code == 0, error
+    if (objective, kind) == ("lcm", "full"):
+        code, _, error = command("evaluate", "run", "--steps", "1,2", "--guidance-scale", 3, "--num-images", 2)
+        assert code == 0, error
+        assert Path("run/report.html").is_file()
     if kind == "full":
         code, _, error = command("export", "run", "--format", "single-file", "--output", "f.safetensors")
         assert (code, "flow_prediction" in error) == (2, True)
@@ -120,3 +127,15 @@ def test_a_call_visits_the_sigmas_that_students_are_trained_at(
 def test_other_schedulers_are_refused(flow_teacher: Path, command: Command) -> None:
     code, _, error = command("sample", flow_teacher, "--scheduler", "dpm++", "--prompt", "a cat", "--output", "o")
     assert (code, "not for flow-matching models" in error, "use lcm or euler" in error) == (2, True, True)
+
+
+def test_the_code_of_a_card_runs(flow_teacher: Path, tmp_path: Path) -> None:
+    """diffusers' own pipeline with what the instructions say: other schedulers than its betas' need one value more."""
+    facts = SamplingFacts(prediction_type=FLOW)
+    config = resolve({}, {"teacher.model": str(flow_teacher), "objective.name": "pcm"})
+    usage = EXPORTERS["pipeline"].usage(config, facts, str(flow_teacher), steps=2)
+    code = EXPORTERS["pipeline"].python(usage)
+    assert "sigmas=[1.0, 0.5]" in code
+    values: dict[str, Any] = {}
+    exec(code, values)
+    assert values["image"].size == (16, 16)
