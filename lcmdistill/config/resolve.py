@@ -192,8 +192,9 @@ def _check(config: RunConfig) -> None:
         raise UsageError(
             f"student.alpha is {config.student.alpha:g}; it must be above 0: the update is scaled by alpha / r"
         )
-    if unknown := [part for part in config.teacher.drop or () if part != "safety_checker"]:
-        raise UsageError(f"teacher.drop is {unknown[0]!r}; only safety_checker can be dropped")
+    can_drop = ("safety_checker", "text_encoder_3")
+    if unknown := [part for part in config.teacher.drop or () if part not in can_drop]:
+        raise UsageError(f"teacher.drop is {unknown[0]!r}; only {' and '.join(can_drop)} can be dropped")
     if getattr(config.objective, "guidance", None) == "free" and not config.data.caption_drop:
         raise UsageError(
             "objective.guidance is free and data.caption_drop is 0; set it to 0.1, for example, because guidance needs the "

@@ -115,7 +115,7 @@ class TeacherConfig:
     clip_skip: int | None = setting(None, least=0)
     "Number of CLIP layers to skip, counted as in diffusers: 1 is A1111's clip skip 2, or 3 for SDXL."
     drop: tuple[str, ...] | None = None
-    "Component to leave out of the saved pipeline (only: safety_checker). Some licenses require keeping it."
+    "Component to leave out: safety_checker, which some licenses require keeping, or text_encoder_3, the T5 of SD 3."
     allow_pickle: bool = setting(False, mutable_on_resume=True)
     "Also load .bin weights, which can run any code. Never taken from a file; LCMDISTILL_ALLOW_PICKLE=1 for all commands."
 

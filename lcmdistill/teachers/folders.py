@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ WEIGHT_FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safete
 "the name of a weight file, with its variant"
 
 
-def check_folder(folder: Path, model: str, *, variant: str | None, allow_pickle: bool) -> dict[str, Any]:
+def check_folder(
+    folder: Path, model: str, *, variant: str | None, allow_pickle: bool, dropped: Collection[str] = ()
+) -> dict[str, Any]:
     """Check that a folder is a complete diffusers pipeline, and return its model_index.json.
 
     Args:
@@ -30,13 +32,14 @@ def check_folder(folder: Path, model: str, *, variant: str | None, allow_pickle:
         model: The name that the user knows it by, for messages.
         variant: The variant of the weight files, such as fp16.
         allow_pickle: Whether weights may be pickles.
+        dropped: Parts that are left out, and need not be there.
 
     Raises:
         UsageError: The folder is incomplete, brings code of its own, or has weights of another kind.
     """
     index = read_index(folder)
     check_classes(model, index)
-    parts = component_names(index)
+    parts = component_names(index) - set(dropped)
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:
         raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")

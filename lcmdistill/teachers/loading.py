@@ -156,13 +156,14 @@ def _open_pipeline(
             f"there is no model {model!r}{did_you_mean(model)}; specify an existing diffusers folder or .safetensors "
             f"file, a hub id like owner/name, or one of {', '.join(ALIASES)}"
         )
-    dropped: dict[str, Any] = dict.fromkeys(drop)
+    dropped: dict[str, Any] = dict.fromkeys(each for part in drop for each in _with_tokenizer(part))
     if "safety_checker" in drop:
         dropped["requires_safety_checker"] = False
     options = {"variant": variant, "use_safetensors": None if allow_pickle else True, **dropped}
     try:
         folder = local if local.is_dir() else _download(name, revision, options)
-        index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle)
+        index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle, dropped=dropped)
+        _check_drop(model, index, drop)
         options |= dtype_option(torch.float32)
         # diffusers asks for parts by name that a saved pipeline lacks, such as a T5.
         options |= {part: None for part, value in index.items() if value == [None, None]}
@@ -184,6 +185,19 @@ def _open_pipeline(
     if skip := index.get("_clip_skip"):
         pipeline.register_to_config(_clip_skip=skip)  # of a student's pipeline; diffusers does not read this key
     return pipeline
+
+
+def _with_tokenizer(part: str) -> tuple[str, ...]:
+    """Return the parts that are dropped together: a text encoder and its tokenizer."""
+    return (part, part.replace("text_encoder", "tokenizer")) if part.startswith("text_encoder") else (part,)
+
+
+def _check_drop(model: str, index: Mapping[str, Any], drop: Sequence[str]) -> None:
+    """Raise UsageError for a text encoder that a pipeline does not work without, or does not have."""
+    family = family_of_class(str(index["_class_name"]))
+    optional = {part for layout in (family.layouts if family else ()) for part in layout.optional_encoders}
+    if unknown := [part for part in drop if part != "safety_checker" and part not in optional]:
+        raise UsageError(f"{model} has no {unknown[0]} that can be dropped; remove --drop {unknown[0]}")
 
 
 def _download(name: str, revision: str | None, options: Mapping[str, Any]) -> Path:

@@ -178,4 +178,4 @@ def test_a_safety_checker_goes_along_unless_it_is_dropped_by_name(
 
 def test_a_part_that_cannot_be_left_out_is_refused(command: Command) -> None:
     code, _, error = command("distill", "--teacher", "tiny", "--drop", "unet")
-    assert (code, "only safety_checker can be dropped" in error) == (2, True)
+    assert (code, "only safety_checker and text_encoder_3 can be dropped" in error) == (2, True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lcmdistill.students.lora_files import family_of_lora
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.prompts import count_truncated, token_limit
+from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
 from tests.support.models import build_sd3
 from tests.support.teachers import SMALL, Command
@@ -40,6 +41,19 @@ def test_prompts_are_encoded_like_the_pipeline_encodes_them(has_t5: bool, folder
         found = teacher.call(teacher.network, z, t, cond.values, None)
         expected = teacher.network(z, embeds, pooled, t, return_dict=False)[0]
     torch.testing.assert_close(found, expected)
+
+
+def test_the_t5_can_be_dropped(folders: dict[bool, Path], small_teacher: Path) -> None:
+    """Its 4.7 billion weights need not be loaded."""
+    dropped, without = load_teacher(str(folders[True]), drop=("text_encoder_3",)), load_teacher(str(folders[False]))
+    assert (dropped.pipeline.text_encoder_3, dropped.pipeline.tokenizer_3) == (None, None)
+    shapes = [
+        {name: value.shape for name, value in teacher.encode_prompts(PROMPTS).values.items()}
+        for teacher in (dropped, without)
+    ]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(UsageError, match="has no text_encoder_3 that can be dropped; remove --drop text_encoder_3"):
+        load_teacher(str(small_teacher), drop=("text_encoder_3",))
 
 
 def test_latents_are_shifted_and_scaled_like_in_the_pipeline(folders: dict[bool, Path]) -> None:
