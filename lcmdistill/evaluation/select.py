@@ -26,7 +26,13 @@ from lcmdistill.evaluation.metrics.features import (
     kid_metric,
     teacher_set_metrics,
 )
-from lcmdistill.evaluation.metrics.pretrained import FID_IMAGES, clip_metric, fid_metric, lpips_metric
+from lcmdistill.evaluation.metrics.pretrained import (
+    FID_IMAGES,
+    clip_metric,
+    fid_metric,
+    fid_to_teacher_metrics,
+    lpips_metric,
+)
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
 from lcmdistill.evaluation.prompts import PromptChoice
 from lcmdistill.utils.checksums import digest
@@ -88,7 +94,7 @@ def select_metrics(
                 f"KID, precision and recall need {least} images, and {count} were generated (--num-images {least})."
             )
     if options.inception is not None:
-        metrics["fid"] = _fid(run, options.inception, real, count, device)
+        metrics |= _fid(run, options, real, count, device, notes)
     if options.clip is not None:
         metrics["clip"] = clip_metric(options.clip, device)
     if options.lpips is not None:
@@ -125,17 +131,33 @@ def _add_kid(
         notes.append(f"KID to real images needs {least} of them, and {words} has {len(images)}.")
 
 
-def _fid(run: EvaluatedRun, inception: Path, real: Sequence[str], count: int, device: torch.device) -> Metric:
+def _fid(
+    run: EvaluatedRun,
+    options: EvaluationOptions,
+    real: Sequence[str],
+    count: int,
+    device: torch.device,
+    notes: list[str],
+) -> dict[str, Metric]:
+    """Return FID to the teacher's images, and to real ones where there are enough, or a note that there are not."""
     if count < FID_IMAGES:
         raise UsageError(
             f"--inception: FID needs at least {FID_IMAGES} images because its bias dominates below, and --num-images is "
             f"{count}; pass --num-images {FID_IMAGES}, or use KID"
         )
-    if not real:
-        raise UsageError("--inception: FID needs real images, and the run has none; specify them with --real")
-    network = ScriptedFeatures(inception, "--inception").to(device)
-    images = real_images(real, run.config.data.resolution, max(count, FID_IMAGES))
-    return fid_metric(network, inception.stem, features_of(network, images), ", ".join(map(public_word, real)))
+    assert options.inception is not None
+    network, name = ScriptedFeatures(options.inception, "--inception").to(device), options.inception.stem
+    resolution = run.config.data.resolution
+    metrics = fid_to_teacher_metrics(network, name, resolution)
+    images = real_images(real, resolution, max(count, FID_IMAGES)) if real else torch.zeros(0)
+    if len(images) >= FID_IMAGES or options.real is not None:
+        words = ", ".join(map(public_word, real))
+        metrics["fid"] = fid_metric(network, name, features_of(network, images), words)
+    else:
+        notes.append(
+            f"FID to real images needs {FID_IMAGES} of them that belong to the prompts, and there are {len(images)}."
+        )
+    return metrics
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -102,3 +102,21 @@ def test_a_run_on_photos_is_evaluated_with_its_own_captions(
     assert "6 images per row of 4 captions held out of the run's own data" in about
     assert "KID, precision and recall need 50 images, and 6 were generated" in about
     assert not any("real images" in reason for reason in verdict(results).reasons)
+
+
+def test_fid_to_the_teacher_needs_no_real_images(
+    small_run: Path, image_folder: Path, small_features: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcmdistill.evaluation.select.FID_IMAGES", 16)
+    monkeypatch.setattr("lcmdistill.evaluation.metrics.pretrained.FID_IMAGES", 16)
+    run, cpu, options = evaluated_run(small_run), torch.device("cpu"), EvaluationOptions(inception=small_features)
+    for real, number in (((), 0), ((str(image_folder),), 12)):
+        selected = select_metrics(run, options, real, 16, cpu)
+        assert "fid_teacher" in selected.metrics
+        assert "fid" not in selected.metrics
+        assert (
+            f"FID to real images needs 16 of them that belong to the prompts, and there are {number}." in selected.notes
+        )
+    asked = EvaluationOptions(inception=small_features, real=str(image_folder))
+    with pytest.raises(UsageError, match="FID needs at least 16 real images"):
+        select_metrics(run, asked, (str(image_folder),), 16, cpu)

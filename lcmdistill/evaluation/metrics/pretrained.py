@@ -3,6 +3,7 @@
 Nothing is downloaded. Shapes: B images, M real images, H W pixels, F features.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,56 @@ def fid_metric(network: nn.Module, name: str, reference: Tensor, real_images: st
         decimals=2,
         min_images=FID_IMAGES,
     )
+
+
+PATCH = 299
+"the side of the patches of patch FID, which Inception reads without resizing"
+
+
+def fid_to_teacher_metrics(network: nn.Module, name: str, resolution: int) -> dict[str, Metric]:
+    """Return FID to the teacher's own images at full steps, of whole images and of patches, from the same prompts.
+
+    Patch FID compares the central patch of PATCH pixels at full resolution, and so fine detail (Lin et al. 2024,
+    SDXL-Lightning). Smaller images have none.
+
+    Args:
+        network: The Inception network, on the device that computes it.
+        name: The network's name.
+        resolution: The side of the images in pixels.
+    """
+    device = next(network.parameters()).device
+
+    def both(pair: ImagePair, crop: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = (pair.pixels, pair.reference_pixels)
+        return torch.cat([network(eight_bit(crop(part)).to(device)) for part in parts], dim=1)
+
+    def metric(label: str, description: str, crop: Callable[[Tensor], Tensor]) -> Metric:
+        return Metric(
+            label,
+            "lower",
+            description,
+            name,
+            TEACHER_REFERENCE,
+            lambda pair: both(pair, crop),
+            lambda features: _frechet(*features.chunk(2, dim=1)),
+            published="comparable for the same teacher, its steps and guidance, number of images, prompts and Inception file",
+            decimals=2,
+            min_images=FID_IMAGES,
+        )
+
+    whole = (
+        "Distance between the set of generated images and the teacher's, by Inception features: whether style is kept."
+    )
+    metrics = {"fid_teacher": metric("FID to the teacher", whole, center_square)}
+    if resolution >= PATCH:
+        detail = f"The same for the central {PATCH} x {PATCH} pixels at full resolution: fine detail."
+        metrics["patch_fid_teacher"] = metric("Patch FID to the teacher", detail, _center_patch)
+    return metrics
+
+
+def _center_patch(pixels: Tensor) -> Tensor:
+    top, left = ((side - PATCH) // 2 for side in pixels.shape[-2:])
+    return pixels[..., top : top + PATCH, left : left + PATCH]
 
 
 class _PrecomputedFeatures(nn.Module):

@@ -18,7 +18,7 @@ from lcmdistill.evaluation.metrics.features import (
     kid_metric,
     precision_recall,
 )
-from lcmdistill.evaluation.metrics.pretrained import clip_metric, fid_metric, lpips_metric
+from lcmdistill.evaluation.metrics.pretrained import clip_metric, fid_metric, fid_to_teacher_metrics, lpips_metric
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import write_tokenizer
 
@@ -257,3 +257,22 @@ def test_the_standard_error_of_kid_is_that_of_repeated_samples() -> None:
         errors.append(kid_error(features, real))
     spread = float(torch.tensor(values).std())
     assert 0.6 * spread < sum(errors) / len(errors) < 2 * spread
+
+
+def test_fid_to_the_teacher_compares_whole_images_and_patches(tmp_path: Path) -> None:
+    network = scripted(tmp_path)
+    assert list(fid_to_teacher_metrics(network, "x", 256)) == ["fid_teacher"]
+    metrics = fid_to_teacher_metrics(network, "x", 512)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(2, 3, 320, 400, generator=generator)
+    changed = reference.clone()
+    changed[..., :5, :] = 0.0  # outside of the patch
+    pair = ImagePair(reference, changed, reference, reference, ("a", "b"))
+    whole, patch = (metrics[name].per_image(pair).chunk(2, dim=1) for name in ("fid_teacher", "patch_fid_teacher"))
+    assert not torch.equal(*whole)
+    assert torch.equal(*patch)
+    features = torch.randn(50, 6, generator=generator).double()
+    for metric in metrics.values():
+        assert metric.min_images == 10_000
+        assert metric.reduce(torch.cat([features, features], 1)) == pytest.approx(0.0, abs=1e-6)
+        assert metric.reduce(torch.cat([features + 1.0, features], 1)) == pytest.approx(6.0, rel=1e-3)
