@@ -209,24 +209,35 @@ class Shards(Replicas):
         """Do work on the main process, which announces each evaluation of the network so that the others take part."""
         network = student.for_sampling()  # all choose the same adapter
         device = self.accelerator.device
-        autocast = torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
-        if not self.accelerator.is_main_process:
-            with torch.no_grad(), autocast:
-                while (call := self._broadcast(None)) is not None:
-                    args, kwargs = tree_map_only(Tensor, lambda value: value.to(device), call)
-                    network(*args, **kwargs)
-            return None
+        with self._autocast(network):
+            if not self.accelerator.is_main_process:
+                with torch.no_grad():
+                    while (call := self._broadcast(None)) is not None:
+                        args, kwargs = tree_map_only(Tensor, lambda value: value.to(device), call)
+                        network(*args, **kwargs)
+                return None
 
-        def announce(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._broadcast(tree_map_only(Tensor, lambda value: value.cpu(), (args, kwargs)))
+            def announce(module: nn.Module, args: Any, kwargs: Any) -> None:
+                self._broadcast(tree_map_only(Tensor, lambda value: value.cpu(), (args, kwargs)))
 
-        hook = network.register_forward_pre_hook(announce, with_kwargs=True, prepend=True)
+            hook = network.register_forward_pre_hook(announce, with_kwargs=True, prepend=True)
+            try:
+                result = work(network)
+            finally:
+                hook.remove()
+        # After an error the others may be in the middle of an evaluation: the launcher ends them.
+        self._broadcast(None)
+        return result
+
+    @contextlib.contextmanager
+    def _autocast(self, network: Any) -> Iterator[None]:
+        """Evaluate a network in the precision that its gathered weights have, whatever a pipeline sets around it."""
+        if self._dtype != torch.float32:
+            network.forward = torch.autocast(self.accelerator.device.type, dtype=self._dtype)(network.forward)
         try:
-            with autocast:
-                return work(network)
+            yield
         finally:
-            hook.remove()
-            self._broadcast(None)
+            vars(network).pop("forward", None)
 
     def agreed(self, value: bool) -> bool:
         """Return the main process's value."""

@@ -57,6 +57,18 @@ def test_shards_train_as_one_process_does(method: str, small_teacher: Path, imag
         assert losses(folder) == pytest.approx(losses(one), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_validations_sample_in_bf16(kind: str, small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    """The gathered weights are in bf16, and a pipeline around them in fp32."""
+    settings = settings_of("lcm", small_teacher, image_folder, tmp_path / "one")
+    settings |= {"student.kind": kind, "run.precision": "bf16", "optim.max_train_steps": 2, "run.validate_every": 2}
+    settings |= {"run.validation_prompts": ("red heart",), "student.rank": 4}
+    one = distill(resolve({}, settings))
+    launch(2, one / "config.toml", tmp_path / "two", "--gradient-accumulation-steps", "3", "--shard", "full")
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=0.05)
+    assert (tmp_path / "two" / "samples" / "step-000002.png").is_file()
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process in /proc")
 def test_a_killed_process_ends_all_in_one_sentence(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     settings = settings_of("lcm", small_teacher, image_folder, tmp_path / "one")
