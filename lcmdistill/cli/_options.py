@@ -78,6 +78,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "teacher.vae",
         "teacher.text_encoder",
         "teacher.base",
+        "teacher.loras",
         "teacher.clip_skip",
         "teacher.drop",
     ),
@@ -90,6 +91,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "student.dropout",
         "student.target_modules",
         "student.quantize_base",
+        "student.lora_relative_to",
     ),
     "Optimization": ("optim.learning_rate", "optim.batch_size", "optim.gradient_accumulation_steps"),
     "Run": ("run.seed", "run.precision", "run.device", "run.report_to", "run.push_to_hub", "run.hub_private"),
@@ -98,6 +100,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 RENAMED_OPTIONS = {
     "teacher.model": "teacher",
+    "teacher.loras": "teacher_lora",
     "data.sources": "data",
     "objective.name": "objective",
     "run.hub_private": "private",

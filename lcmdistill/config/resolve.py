@@ -11,6 +11,7 @@ from typing import Any
 from lcmdistill.config.build import build_section, choose, is_known
 from lcmdistill.config.defaults import ALIAS_DEFAULTS, LORA_ALIAS_DEFAULTS, LORA_DEFAULTS
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import split_lora
 from lcmdistill.config.presets import PRESETS
 from lcmdistill.config.recorded import RENAMED, read_run_config
 from lcmdistill.config.schema import MOST, SECTIONS, RunConfig, TeacherConfig, known_sections
@@ -199,6 +200,16 @@ def _check(config: RunConfig) -> None:
         raise UsageError(
             "objective.guidance is free and data.caption_drop is 0; set it to 0.1, for example, because guidance needs the "
             "empty prompt to be trained too"
+        )
+    for word in config.teacher.loras or ():
+        split_lora(word)
+    if config.student.lora_relative_to == "base" and not config.teacher.loras:
+        raise UsageError(
+            "student.lora_relative_to is base, but the teacher has no LoRAs; remove it, or pass --teacher-lora"
+        )
+    if config.teacher.lora_checksums and not config.teacher.loras:
+        raise UsageError(
+            "teacher.lora_checksums is set, but the teacher has no LoRAs; remove it, or pass --teacher-lora"
         )
     if not config.data.sources:
         raise UsageError("data.sources is empty; specify a folder, shards, or teacher")

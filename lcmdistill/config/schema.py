@@ -108,6 +108,10 @@ class TeacherConfig:
     "Replacement for the teacher's text encoders, one each: a diffusers folder, a hub id, or a .safetensors file."
     base: str | None = setting(None, unset="none")
     "Model that supplies the parts which a .safetensors file lacks, such as VAE and text encoders for a U-Net."
+    loras: tuple[str, ...] | None = None
+    "LoRA to fuse into the teacher before it teaches: FILE or FILE:SCALE, such as style.safetensors:0.8. Repeatable."
+    lora_checksums: tuple[str, ...] | None = setting(None, unset="those of the files", decided_by_teacher=True)
+    "SHA-256 of each of these files. A run records them, and refuses files that have changed."
     vae_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the VAE. SDXL's own VAE overflows in fp16."
     vae_tiling: bool = False
@@ -146,6 +150,8 @@ class StudentConfig:
         LORA_MODULES, unset="those of the published LCM-LoRAs", decided_by_teacher=True, only_for="lora"
     )
     "Layers that get a LoRA, matched by name suffix."
+    lora_relative_to: Literal["teacher", "base"] = setting("teacher", only_for="lora")
+    "What the LoRA is an addition to: the teacher with its LoRAs, or the plain base: the file then contains those LoRAs, too."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, sweep_ru
 from lcmdistill.sampling.generate import check_steps, load_student, sampling_dtype
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.device import pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import progress
@@ -101,13 +102,15 @@ def _evaluate_run(
     selected = select_metrics(run, options, real, len(prompts), device)
     metrics, metrics_key = selected.metrics, selected.key
     square_noise = lambda: start_noise(teacher, resolution, len(prompts), options.seed)  # noqa: E731
+    weights, teacher_fingerprint = fingerprint(run.weight_files()), teacher.fingerprint(with_network=True)
     pair = SamplerPair(
         teacher=teacher,
         pipeline=pipeline,
         student_scale=1.0 if run.is_baked else None,
         noise=bucketed_noise(teacher, sizes, options.seed) if sizes else square_noise(),
-        teacher_fingerprint=teacher.fingerprint(with_network=True),
-        student_fingerprint=fingerprint(run.weight_files()),
+        teacher_fingerprint=teacher_fingerprint,
+        # The images of a LoRA depend on its base, too.
+        student_fingerprint=digest([weights, teacher_fingerprint]) if model.loras else weights,
         dtype=dtype,
         batch_size=options.batch_size,
         device=device_name(device),

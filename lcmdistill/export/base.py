@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import split_lora
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.a1111_config import needs_config
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
@@ -61,6 +62,7 @@ class Usage:
         call: The Python expression that generates an image with `pipeline`.
         facts: How the student is sampled.
         model: The teacher, as the run's configuration names it.
+        loras: The LoRAs of the teacher that its student must be used with; () if the export contains them.
     """
 
     place: str
@@ -72,6 +74,7 @@ class Usage:
     call: str
     facts: SamplingFacts
     model: str
+    loras: tuple[str, ...] = ()
 
     @property
     def scheduler_options(self) -> str:
@@ -82,9 +85,13 @@ class Usage:
     @property
     def base_code(self) -> str:
         """Python code that opens the teacher as `pipeline`, with the student's scheduler."""
-        return loading_code(
+        code = loading_code(
             self.model, self.facts.family.pipeline_classes[0], self.method.scheduler, self.scheduler_options
         )
+        for lora in map(split_lora, self.loras):
+            code += f'pipeline.load_lora_weights("{lora.name}")\npipeline.fuse_lora(lora_scale={lora.scale:g})\n'
+            code += "pipeline.unload_lora_weights()\n"
+        return code
 
     @property
     def settings(self) -> str:
@@ -168,7 +175,14 @@ class Exporter:
             call=f"{before}image = {call}.images[0]",
             facts=facts,
             model=config.teacher.model,
+            loras=(config.teacher.loras or ()) if needs_loras(config) else (),
         )
+
+
+def needs_loras(config: RunConfig) -> bool:
+    """Return whether a run's student is a LoRA that must be used together with the LoRAs of its teacher."""
+    is_relative = config.student.kind == "lora" and config.student.lora_relative_to == "teacher"
+    return is_relative and bool(config.teacher.loras)
 
 
 def comfyui_node(facts: SamplingFacts, separator: str = "") -> str:

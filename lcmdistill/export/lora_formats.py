@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import split_lora, with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.base import (
     Exporter,
@@ -25,6 +24,8 @@ from lcmdistill.export.base import (
     sampler_lines,
     unverified,
 )
+from lcmdistill.export.lora_writers import write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.relative_lora import written_lora
 from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.export.trained_student import TrainedStudent
@@ -38,36 +39,13 @@ from lcmdistill.students.lora_files import (
     alpha_of,
     rank_of,
 )
-from lcmdistill.teachers.lora.adapters import LoraLayer
-from lcmdistill.teachers.lora.files import Lora, kohya_tensors
+from lcmdistill.teachers.lora.files import Lora
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import is_flow
 from lcmdistill.utils.atomic import atomic_dir, atomic_file
 from lcmdistill.utils.errors import UsageError
-
-
-def peft_tensors(lora: Lora, prefix: str) -> dict[str, Tensor]:
-    """Return `<prefix>.<path>.lora_A.weight | lora_B.weight` in fp32, under diffusers' or peft's prefix."""
-    tensors: dict[str, Tensor] = {}
-    for path, layer in lora.items():
-        tensors[f"{prefix}.{path}.lora_A.weight"] = layer.down.contiguous()
-        tensors[f"{prefix}.{path}.lora_B.weight"] = layer.up.contiguous()
-    return tensors
-
-
-def adapter_config(lora: Lora) -> dict[str, Any]:
-    """Return peft's LoraConfig as plain values; target_modules lists whole paths, so that no other layer matches."""
-    return {
-        "peft_type": "LORA",
-        "r": rank_of(lora),
-        "lora_alpha": alpha_of(lora),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(lora),
-        "rank_pattern": {},  # diffusers 0.35 asks for it
-    }
 
 
 def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dict[str, str]:
@@ -80,6 +58,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         base_pipeline: The teacher's pipeline, which decides the architecture.
     """
     base, side = public_name(config.teacher.model), config.data.resolution
+    teacher = with_loras(base, config.teacher.loras)
     family = family_of(base_pipeline)
     _, prediction_type = family.denoiser(base_pipeline.scheduler.config)
     method, omegas = _method(config, base_pipeline), omega_range(config)
@@ -91,7 +70,9 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         prediction_type=prediction_type,
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
-    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
+    own = config.student.lora_relative_to == "teacher" and config.teacher.loras
+    needs = f"; together with {with_loras('', config.teacher.loras).removeprefix(' with ')}" if own else ""
+    needs += comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
     skip = config.teacher.clip_skip
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
     return {
@@ -102,7 +83,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         **file_header(config, title),
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.description": f"{method.lora_title} {method.relation} {base} with {omega}",
+        "modelspec.description": f"{method.lora_title} {method.relation} {teacher} with {omega}",
         "modelspec.usage_hint": f"{method.sampler} sampler, {method.steps(config.objective).text}, {cfg}, LoRA weight 1{needs}",
         "modelspec.tags": f"{method.tags[0]},{method.lora_title.lower().replace(' ', '-')},lcmdistill",
         "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
@@ -155,49 +136,6 @@ def _method(config: RunConfig, base_pipeline: Any) -> MethodInfo:
     return info.on_flow() if is_flow(base_pipeline.scheduler.config) else info
 
 
-def write_kohya(lora: Lora, path: Path, metadata: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
-    """Write one file for ComfyUI, A1111 and diffusers."""
-    save_file(kohya_tensors(lora, dtype), path, metadata=dict(metadata))
-
-
-def write_diffusers_lora(lora: Lora, path: Path, metadata: Mapping[str, str], network: str) -> None:
-    """Write a file for diffusers with the adapter's metadata, without which diffusers loses alpha.
-
-    Of a transformer ComfyUI reads these keys, too, but not the metadata: alpha / rank is multiplied into the weights.
-
-    Args:
-        lora: The adapter.
-        path: The file.
-        metadata: Its header.
-        network: The adapted component, "unet" or "transformer".
-    """
-    lora = lora if network == "unet" else {key: with_plain_alpha(layer) for key, layer in lora.items()}
-    adapter = {f"{network}.{key}": value for key, value in adapter_config(lora).items()}
-    extended = {**metadata, "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
-    save_file(peft_tensors(lora, network), path, metadata=extended)
-
-
-def with_plain_alpha(layer: LoraLayer) -> LoraLayer:
-    """Return the same update with alpha = rank, which needs no record of alpha."""
-    rank = len(layer.down)
-    return LoraLayer(layer.down, layer.up * (layer.alpha / rank), float(rank))
-
-
-def write_peft(lora: Lora, folder: Path, base_model: str, sampling: Mapping[str, str]) -> None:
-    """Write a peft adapter's files, for `PeftModel.from_pretrained(unet, folder)`.
-
-    Args:
-        lora: The adapter.
-        folder: An existing folder.
-        base_model: The name of the model that the adapter belongs to.
-        sampling: The result of `sampling_header`.
-    """
-    config = {**adapter_config(lora), "base_model_name_or_path": base_model, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    metadata = {"format": "pt", **sampling}
-    save_file(peft_tensors(lora, "base_model.model"), folder / "adapter_model.safetensors", metadata=metadata)
-
-
 def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:
     """Write one .safetensors file for ComfyUI, A1111 and diffusers.
 
@@ -210,8 +148,8 @@ def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:
     """
     lora = student.require_lora()
     with atomic_file(request.output) as file:
-        metadata, expected = _header_and_outputs(student, request, lora, "kohya")
-        write_kohya(lora, file, metadata, request.dtype)
+        parts, metadata, expected = _parts_header_and_outputs(student, request, lora, "kohya")
+        write_kohya(parts, file, metadata, student.family, request.dtype)
         sentence = _verify(student, request, expected, file.parent, file.name)
     usage = KOHYA.usage(student.config, student.facts, str(request.output.parent), request.output.name)
     return "; ".join([sentence, *(f"{use.program}: {use.lines[-1]}" for use in kohya_programs(usage))])
@@ -229,8 +167,8 @@ def export_diffusers_lora(student: TrainedStudent, request: ExportRequest) -> st
     """
     lora = student.require_lora()
     with atomic_dir(request.output) as folder:
-        metadata, expected = _header_and_outputs(student, request, lora, "diffusers-lora")
-        write_diffusers_lora(lora, folder / DIFFUSERS_LORA, metadata, student.family.network)
+        parts, metadata, expected = _parts_header_and_outputs(student, request, lora, "diffusers-lora")
+        write_diffusers_lora(parts, folder / DIFFUSERS_LORA, metadata, student.family)
         return _verify(student, request, expected, folder, None)
 
 
@@ -246,21 +184,30 @@ def export_peft(student: TrainedStudent, request: ExportRequest) -> str:
     """
     lora = student.require_lora()
     with atomic_dir(request.output) as folder:
-        write_peft(lora, folder, public_name(student.config.teacher.model), student.sampling_header())
+        is_whole = student.config.student.lora_relative_to == "base"
+        parts = written_lora(lora, student.config, student.pipeline()) if is_whole else {student.family.network: lora}
+        if others := sorted(parts.keys() - {student.family.network}):
+            raise UsageError(
+                f"--format peft holds the network only, and the teacher's LoRAs also change the {others[0]}; use --format kohya"
+            )
+        write_peft(
+            parts[student.family.network], folder, public_name(student.config.teacher.model), student.sampling_header()
+        )
         if not request.verify:
             return unverified(request.output)
         from peft import PeftModel
 
         expected = network_outputs(student.family, network_of(student.pipeline()), request.guidance_scale)
-        reloaded = PeftModel.from_pretrained(network_of(student.base_pipeline()), str(folder)).get_base_model()
+        base = network_of(student.base_pipeline(of_file=True))
+        reloaded = PeftModel.from_pretrained(base, str(folder)).get_base_model()
         outputs = network_outputs(student.family, reloaded, request.guidance_scale)
         return check_close(outputs, expected, BOUNDS[torch.float32], request.output)
 
 
-def _header_and_outputs(
+def _parts_header_and_outputs(
     student: TrainedStudent, request: ExportRequest, lora: Lora, format_key: str
-) -> tuple[dict[str, str], Outputs]:
-    """Return a LoRA's header and its outputs; the pipeline is freed before another one is loaded."""
+) -> tuple[Mapping[str, Lora], dict[str, str], Outputs]:
+    """Return what a LoRA's file holds, its header, and its outputs; the pipeline is freed before another one is loaded."""
     trained = student.pipeline()
     family = family_of(trained)
     if format_key not in family.lora_formats:
@@ -268,14 +215,16 @@ def _header_and_outputs(
             f"a {type(trained).__name__} loads no such file; use --format {family.run_lora_format}, or fused for a full "
             "pipeline"
         )
-    metadata = header(lora, student.config, student.run.name, trained)
-    return metadata, network_outputs(family, network_of(trained), request.guidance_scale) if request.verify else {}
+    parts = written_lora(lora, student.config, trained)
+    metadata = header(parts[family.network], student.config, student.run.name, trained)
+    outputs = network_outputs(family, network_of(trained), request.guidance_scale) if request.verify else {}
+    return parts, metadata, outputs
 
 
 def _verify(student: TrainedStudent, request: ExportRequest, expected: Outputs, folder: Path, name: str | None) -> str:
     if not request.verify:
         return unverified(request.output)
-    pipeline = student.base_pipeline()
+    pipeline = student.base_pipeline(of_file=True)
     family = family_of(pipeline)
     base = network_outputs(family, network_of(pipeline), request.guidance_scale)
     pipeline.load_lora_weights(str(folder), weight_name=name or DIFFUSERS_LORA)
@@ -307,11 +256,17 @@ def kohya_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file is used in ComfyUI and A1111."""
     comfy, a1111 = sampler_lines(usage, "CHECKPOINT")
     stem = usage.file.removesuffix(".safetensors")
+    others = [split_lora(word) for word in usage.loras]
+    nodes = "".join(f", Load LoRA {each.name} at strength {each.scale:g}" for each in others)
+    tags = "".join(f"<lora:{each.name.removesuffix('.safetensors')}:{each.scale:g}> " for each in others)
     return (
         ProgramUse(
-            "ComfyUI", (f"Copy {usage.file} to models/loras.", f"Load Checkpoint, Load LoRA at strength 1, {comfy}.")
+            "ComfyUI",
+            (f"Copy {usage.file} to models/loras.", f"Load Checkpoint{nodes}, Load LoRA at strength 1, {comfy}."),
         ),
-        ProgramUse("A1111", (f"Copy {usage.file} to models/Lora.", f"Write <lora:{stem}:1> into the prompt; {a1111}.")),
+        ProgramUse(
+            "A1111", (f"Copy {usage.file} to models/Lora.", f"Write {tags}<lora:{stem}:1> into the prompt; {a1111}.")
+        ),
     )
 
 

@@ -10,7 +10,9 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.export import EXPORTERS
 from lcmdistill.export.base import Exporter, ExportRequest, WriteCard, no_card
 from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.export.lora_formats import header, sampling_header, write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.lora_formats import header, sampling_header
+from lcmdistill.export.lora_writers import write_diffusers_lora, write_kohya, write_peft
+from lcmdistill.export.relative_lora import written_lora
 from lcmdistill.export.trained_student import TrainedStudent, from_checkpoint, load_trained_student
 from lcmdistill.sampling.student_pipeline import student_pipeline
 from lcmdistill.students.student import Student
@@ -127,15 +129,21 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         name = f"{folder.name}.safetensors"
         # The folder is replaced as a whole: a run that resumes under another name leaves no LoRA of the old name.
         with atomic_dir(folder / "lora") as partial:
-            form = teacher.family.run_lora_format
+            parts, form, family = (
+                written_lora(lora, config, teacher.pipeline),
+                teacher.family.run_lora_format,
+                teacher.family,
+            )
+            of_network = parts[teacher.network_name]
             if form == "kohya":
-                write_kohya(lora, partial / name, header(lora, config, folder.name, teacher.pipeline))
+                metadata = header(of_network, config, folder.name, teacher.pipeline)
+                write_kohya(parts, partial / name, metadata, family)
             elif form == "diffusers-lora":
-                metadata = header(lora, config, folder.name, teacher.pipeline)
-                write_diffusers_lora(lora, partial / name, metadata, teacher.family.network)
+                metadata = header(of_network, config, folder.name, teacher.pipeline)
+                write_diffusers_lora(parts, partial / name, metadata, family)
             else:
                 base = public_name(config.teacher.model)
-                write_peft(lora, partial, base, sampling_header(config, teacher.pipeline))
+                write_peft(of_network, partial, base, sampling_header(config, teacher.pipeline))
             write_checksums(partial)
         return folder / "lora" if teacher.family.uses_peft_only else folder / "lora" / name
     network = student.for_export()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.a1111_config import config_text, needs_config
 from lcmdistill.export.bake_guidance import bake_omega
@@ -144,7 +145,7 @@ def file_header(config: RunConfig, title: str) -> dict[str, str]:
     name = license_name(license_of(model))
     header = {
         "modelspec.title": title,
-        "modelspec.description": f"{method.title} {method.relation} {public_name(model)}",
+        "modelspec.description": f"{method.title} {method.relation} {with_loras(public_name(model), config.teacher.loras)}",
     }
     header |= {"modelspec.license": name} if name else {}
     return header | ({"modelspec.author": repo.partition("/")[0]} if repo else {})

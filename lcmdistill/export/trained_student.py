@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.export.relative_lora import base_of_file
 from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
@@ -82,9 +83,13 @@ class TrainedStudent:
         """Load the teacher."""
         return load_teacher(**dataclasses.asdict(self.config.teacher))
 
-    def base_pipeline(self) -> Any:
-        """Load the teacher's pipeline with the student's scheduler: the base of a LoRA."""
-        teacher = self.teacher()
+    def base_pipeline(self, *, of_file: bool = False) -> Any:
+        """Load the teacher's pipeline with the student's scheduler: the base of an adapter.
+
+        Args:
+            of_file: Whether to load the base of the LoRA file instead, which may lack the teacher's own LoRAs.
+        """
+        teacher = load_teacher(**dataclasses.asdict(base_of_file(self.config))) if of_file else self.teacher()
         return student_pipeline(teacher, teacher.network, self.config.data.resolution, objective=self.config.objective)
 
     def pipeline(self) -> Any:

@@ -13,12 +13,13 @@ from typing import Any
 from PIL import Image
 
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import split_lora
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.export import EXPORTERS
-from lcmdistill.export.base import Exporter, ProgramUse
+from lcmdistill.export.base import Exporter, ProgramUse, needs_loras
 from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run, facts_from_teacher
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.objectives.recorded import require_run_config
@@ -155,8 +156,9 @@ def _intro(config: RunConfig) -> str:
         if license_
         else "The license is the teacher's; see its model card."
     )
-    base = public_name(config.teacher.model)
-    return f"{article} {title}{size} ({method.paper}), {method.relation} `{base}` with lcmdistill. {terms}"
+    loras = [split_lora(word).public for word in config.teacher.loras or ()]
+    base = f"`{public_name(config.teacher.model)}`" + (f" with the LoRA {' and '.join(loras)}" if loras else "")
+    return f"{article} {title}{size} ({method.paper}), {method.relation} {base} with lcmdistill. {terms}"
 
 
 def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
@@ -185,6 +187,12 @@ def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
         lines.append(f"uses the text encoder `{public_name(encoder)}` instead of the teacher's")
     if config.teacher.base:
         lines.append(f"takes the parts that the teacher's file lacks from `{public_name(config.teacher.base)}`")
+    needed = "; load them together with this LoRA" if needs_loras(config) else "; this student contains them"
+    for word, checksum in zip(config.teacher.loras or (), config.teacher.lora_checksums or (), strict=False):
+        lora = split_lora(word)
+        lines.append(
+            f"the LoRA `{lora.name}` was fused into the teacher at scale {lora.scale:g} (SHA-256 `{checksum[:10]}`){needed}"
+        )
     if "safety_checker" in (config.teacher.drop or ()):
         lines.append("without the teacher's safety checker")
     return lines

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcmdistill.config.lora_words import with_loras
 from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.lora.kinds import kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
@@ -247,7 +248,7 @@ def _run(folder: Path) -> list[Row]:
         ("run", str(folder)),
         (
             "type",
-            f"run: {title} ({method.paper}), {method.relation} {config.teacher.model}",
+            f"run: {title} ({method.paper}), {method.relation} {with_loras(config.teacher.model, config.teacher.loras)}",
         ),
         (
             "steps",

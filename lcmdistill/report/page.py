@@ -12,6 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.lora_words import with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.evaluation.latents import TEACHER_STEPS
@@ -158,8 +159,9 @@ def run_description(config: RunConfig) -> str:
     """Return one sentence: what was trained, by which method, from which teacher."""
     kind = "A LoRA" if config.student.kind == "lora" else "A full student"
     size = config.optim.batch_size * config.optim.gradient_accumulation_steps
+    teacher = with_loras(public_name(config.teacher.model), config.teacher.loras)
     return (
-        f"{kind}, {config.objective.info.relation} the teacher {public_name(config.teacher.model)} with "
+        f"{kind}, {config.objective.info.relation} the teacher {teacher} with "
         f"{config.objective_name.upper()} in {config.optim.max_train_steps} steps of {size} samples at "
         f"{config.data.resolution} px."
     )
@@ -169,7 +171,7 @@ def configuration_rows(config: RunConfig) -> list[tuple[str, str]]:
     """Return the most important settings as (label, value)."""
     omegas = omega_range(config)
     rows = [
-        ("Teacher", public_name(config.teacher.model)),
+        ("Teacher", with_loras(public_name(config.teacher.model), config.teacher.loras)),
         ("Student", _student(config)),
         ("Objective", f"{config.objective_name}, {config.objective.info.describe(config.objective)}"),
         ("Data", ", ".join(map(public_word, config.data.sources))),

@@ -102,6 +102,8 @@ def find_model(model: str | None) -> ModelToSample:
     }
     if config.student.kind == "lora":
         scheduler = config.objective.info.scheduler
+        if config.student.lora_relative_to == "base":  # the file contains the teacher's LoRAs
+            options |= {"loras": None, "lora_checksums": None}
         return ModelToSample(teacher, loras=(str(lora_file(run)),), scheduler=scheduler, options=options, **recorded)
     if not (run / "pipeline" / "model_index.json").is_file():
         raise UsageError(f"the run {run} has no pipeline/ yet; run its distill command again to finish it")

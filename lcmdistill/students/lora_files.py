@@ -38,7 +38,7 @@ def alpha_of(lora: Lora) -> float:
 def scheduler_of(lora: str) -> str | None:
     """Return the scheduler that a LoRA's header names; None for one that lcmdistill did not train."""
     try:
-        with safe_open(lora_weights_file(lora), framework="pt") as file:
+        with safe_open(lora_weights_file(lora, f"--lora {lora}"), framework="pt") as file:
             return (file.metadata() or {}).get(SCHEDULER_KEY)
     except SafetensorError as error:
         raise UsageError(f"--lora {lora} is not a safetensors file: {error}") from error
@@ -65,7 +65,7 @@ def family_of_lora(folder: Path) -> TeacherFamily:
 
 def scheduler_options_of(lora: str) -> dict[str, Any]:
     """Return the scheduler options that a LoRA's header records; {} if there are none."""
-    with safe_open(lora_weights_file(lora), framework="pt") as file:
+    with safe_open(lora_weights_file(lora, f"--lora {lora}"), framework="pt") as file:
         return read_scheduler_options(file.metadata() or {})
 
 

@@ -38,6 +38,11 @@ def check_start(start: str, kind: str) -> None:
             f"--start {start} is {'a LoRA' if found == 'lora' else 'a full student'}; start from it with lcmdistill {command}, "
             "or merge it with its base first: lcmdistill export"
         )
+    if config is not None and config.student.lora_relative_to == "base":
+        raise UsageError(
+            f"--start {start} is a LoRA that also contains the LoRAs of its teacher (student.lora_relative_to is base), and "
+            "would add them twice; start from a run that is relative to its teacher"
+        )
 
 
 def start_lora(teacher: Teacher, start: str) -> Lora:
@@ -52,7 +57,7 @@ def start_lora(teacher: Teacher, start: str) -> Lora:
     """
     folder = Path(start).expanduser() / "lora"
     file = str(folder if folder.is_dir() else Path(start).expanduser())
-    if not load_lora(teacher.pipeline, file, _NAME):
+    if not load_lora(teacher.pipeline, file, _NAME, option="--start"):
         raise UsageError(f"--start {start} is a LyCORIS file, which cannot be trained further; start from a plain LoRA")
     others = [
         name

@@ -12,6 +12,7 @@ from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
 from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
+from lcmdistill.teachers.lora.fuse import fuse_loras
 from lcmdistill.teachers.naming import ALIASES, is_local, resolve_alias
 from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_layers
 from lcmdistill.teachers.registry import family_of_class, supported_classes
@@ -36,6 +37,8 @@ def load_pipeline(
     vae: str | None = None,
     text_encoder: Sequence[str] | None = None,
     base: str | None = None,
+    loras: Sequence[str] | None = None,
+    lora_checksums: Sequence[str] | None = None,
     vae_dtype: str = "fp32",
     vae_tiling: bool = False,
     clip_skip: int | None = None,
@@ -52,6 +55,8 @@ def load_pipeline(
         vae: A VAE to use instead of the pipeline's own, see `replace_vae`.
         text_encoder: Text encoders to use instead of the pipeline's own, see `replace_text_encoders`.
         base: The model that the parts come from which a single file lacks.
+        loras: LoRAs to fuse into the weights, FILE or FILE:SCALE.
+        lora_checksums: The SHA-256 that each of their files must have; None accepts any.
         vae_dtype: What the VAE computes in, see `configure_vae`.
         vae_tiling: Whether the VAE works in tiles.
         clip_skip: How many of CLIP's last layers to skip.
@@ -81,6 +86,8 @@ def load_pipeline(
     if text_encoder:
         replace_text_encoders(pipeline, text_encoder, allow_pickle=allow_pickle)
     _check_finite(model, pipeline)
+    if loras:
+        fuse_loras(pipeline, loras, lora_checksums)  # before CLIP's layers are skipped: a LoRA would bring them back
     configure_vae(pipeline, vae_dtype, tiling=vae_tiling)
     if clip_skip is not None:
         skip_last_layers(pipeline, clip_skip)

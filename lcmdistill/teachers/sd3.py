@@ -157,6 +157,8 @@ STABLE_DIFFUSION_3 = TeacherFamily(
     lora_prefixes={
         "transformer.": "transformer",
         "lora_unet_": "transformer",
+        "lora_te1_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
         "text_encoder.": "text_encoder",
         "text_encoder_2.": "text_encoder_2",
     },

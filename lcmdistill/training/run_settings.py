@@ -16,6 +16,7 @@ from lcmdistill.objectives.recorded import has_trained_student, load_run_config,
 from lcmdistill.sampling.prompts import nearest_validated
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.lora.fuse import lora_checksums
 from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checkpoint import last_global_batch
@@ -43,6 +44,8 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     config = with_values(
         config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
     )
+    if config.teacher.loras and config.teacher.lora_checksums is None:
+        config = with_values(config, {"teacher.lora_checksums": lora_checksums(config.teacher.loras)})
     config = dataclasses.replace(config, chosen=config.chosen | keys_with(config, "decided_by_teacher"))
     before = resumable_config(folder := Path(config.run.output or ""))
     if before is not None:
@@ -163,6 +166,11 @@ def check_run(config: RunConfig) -> None:
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:
         keys.append("optim.max_train_steps")
     if keys:
+        if keys == ["teacher.lora_checksums"]:
+            raise UsageError(
+                f"a LoRA of the teacher has changed since the run in {folder} started (SHA-256): restore it to resume, or use "
+                "another --output"
+            )
         first = keys[0]
         more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         was, is_now = (redact_value(values.get(first)) for values in (before, now))

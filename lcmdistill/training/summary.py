@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lcmdistill.config.lora_words import with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.sources.base import Source
 from lcmdistill.objectives.recorded import resumable_config
@@ -108,8 +109,8 @@ def log_summary(config: RunConfig, teacher: Teacher, cost: Cost, plan: Plan | No
     is_lora = config.student.kind == "lora"
     student = f"a LoRA of rank {config.student.rank}" if is_lora else "a full network"
     logger.info(
-        f"teacher: {config.teacher.model}, {teacher.prediction_type}-predicting {teacher.family.network_label} of "
-        f"{needed.base:,} parameters; the student, {student}, trains {needed.trainable:,}"
+        f"teacher: {with_loras(config.teacher.model, config.teacher.loras)}, {teacher.prediction_type}-predicting "
+        f"{teacher.family.network_label} of {needed.base:,} parameters; the student, {student}, trains {needed.trainable:,}"
     )
     logger.info(f"method: {info.title} ({config.objective_name}; {info.paper}), {info.describe(config.objective)}")
     size = " x ".join(

@@ -36,6 +36,7 @@ run.validation_guidance_scale run.validation_prompts
 student.alpha student.dropout student.kind student.offload_target student.omega_init student.quantize_base student.rank
 student.start student.target
 student.target_modules
+student.lora_relative_to teacher.loras teacher.lora_checksums
 teacher.allow_pickle teacher.clip_skip teacher.drop teacher.model teacher.prediction_type teacher.revision teacher.vae
 teacher.vae_dtype teacher.vae_tiling teacher.variant
 """
@@ -52,6 +53,8 @@ def test_the_option_list_is_frozen() -> None:
         "run.push_to_hub": "a/b",
         "teacher.prediction_type": "epsilon",
         "teacher.vae": "a",
+        "teacher.loras": ("a.safetensors",),
+        "teacher.lora_checksums": ("0",),
         "data.buckets": ("auto",),
         "teacher.clip_skip": 1,
         "teacher.drop": ("safety_checker",),

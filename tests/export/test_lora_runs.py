@@ -163,7 +163,7 @@ def test_the_header_tells_the_bases_architecture(
 
 
 def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lcmdistill.export import lora_formats as lora_files
+    from lcmdistill.export import lora_writers as lora_files
     from lcmdistill.utils.errors import RunError
 
     whole = lora_files.kohya_tensors
@@ -182,7 +182,7 @@ def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
     lora_run: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     """It adds less than a whole model's weights lose by being rounded."""
-    from lcmdistill.export import lora_formats as lora_files
+    from lcmdistill.export import lora_writers as lora_files
     from lcmdistill.export import trained_student as product
     from lcmdistill.utils.errors import RunError
 

@@ -8,7 +8,8 @@ from torch import nn
 from lcmdistill.config.schema import StudentConfig
 from lcmdistill.config.toml import to_toml
 from lcmdistill.export.diffusers_pipeline import save_pipeline
-from lcmdistill.export.lora_formats import header, write_kohya
+from lcmdistill.export.lora_formats import header
+from lcmdistill.export.lora_writers import write_kohya
 from lcmdistill.export.trained_student import from_checkpoint
 from lcmdistill.hub.model_card import write_run_card
 from lcmdistill.sampling.student_pipeline import student_pipeline
@@ -44,7 +45,7 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     if kind == "lora":
         lora = from_checkpoint(adapter, 3.0)
         told = header(lora, config, run.name, teacher.pipeline)
-        write_kohya(lora, run / "lora" / f"{run.name}.safetensors", told)
+        write_kohya({"unet": lora}, run / "lora" / f"{run.name}.safetensors", told, teacher.family)
     (run / "config.toml").write_text(to_toml(config))
     write_run_card(config, run, teacher)
     return run

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
-from lcmdistill.teachers.lora.kinds import flat_path, kinds_of, other_kinds_of
+from lcmdistill.teachers.lora.kinds import MAGNITUDE, flat_path, is_magnitude, kinds_of, other_kinds_of
 from lcmdistill.teachers.lora.lycoris import merge_lycoris
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import FAMILIES, family_of
@@ -23,7 +23,7 @@ from lcmdistill.utils.errors import UsageError
 Lora = Mapping[str, LoraLayer]
 
 
-def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
+def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option: str = "--lora") -> bool:
     """Load a LoRA into a pipeline's network and text encoders.
 
     Args:
@@ -31,6 +31,7 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
         lora: A kohya, LyCORIS or diffusers file, or a diffusers or peft folder.
         name: The adapter's name.
         scale: How strongly a file acts that is merged into the weights. Adapters are scaled by the caller.
+        option: The option that named it, for messages.
 
     Returns:
         Whether the LoRA became an adapter; if not, it was merged.
@@ -38,27 +39,21 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
     Raises:
         UsageError: The file does not exist, holds no LoRA, or has layers that the model lacks.
     """
-    file, family, network = lora_weights_file(lora), family_of(pipeline), network_of(pipeline)
-    if not family.lora_formats:
-        raise UsageError(f"--lora {lora}: a {type(pipeline).__name__} takes no LoRA; remove the option")
-    weights = _tensors_of(file)
-    adapter = file.with_name("adapter_config.json")
-    peft_lora = from_peft(weights, _config_of(adapter, lora), lora) if adapter.is_file() else None
-    weights = weights if peft_lora is None else kohya_tensors(peft_lora, torch.float32)
-    if family.uses_peft_only and peft_lora is None:
-        raise UsageError(f"--lora {lora} is not a peft folder, the only kind that a {type(network).__name__} takes")
+    label, family = f"{option} {lora}", family_of(pipeline)
+    file, weights, peft_lora = _read(pipeline, lora, label)
     if kinds_of(weights):
-        merge_lycoris(pipeline, family.lora_prefixes, weights, lora, scale)
+        weights = kohya_form(family, weights, _header(file))
+        merge_lycoris(pipeline, family.lora_prefixes, weights, label, scale)
         return False
-    _check_fit(pipeline, family, weights, lora)
+    check_fit(pipeline, family, weights, label)
     if peft_lora is not None and "kohya" not in family.lora_formats:  # diffusers reads no kohya keys there
-        put_lora(network, peft_lora, name)
+        put_lora(network_of(pipeline), peft_lora, name)
         return True
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
     if is_kohya and "kohya" not in family.lora_formats:
         raise UsageError(
-            f"--lora {lora} has kohya's keys, which a {type(network).__name__} does not take; use a file with diffusers' keys "
-            "or a peft folder"
+            f"{label} has kohya's keys, which a {type(network_of(pipeline)).__name__} does not take; use a file with "
+            "diffusers' keys or a peft folder"
         )
     source: Any = _even(weights) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
@@ -67,8 +62,46 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0) -> bool:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are intended
             pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"--lora {lora} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{label} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
     return True
+
+
+def read_kohya_form(pipeline: Any, lora: str, label: str) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of any layout under kohya's keys, checked against a pipeline.
+
+    Args:
+        pipeline: The pipeline that it is for.
+        lora: As for `load_lora`.
+        label: What messages call it, such as "--lora FILE".
+
+    Raises:
+        UsageError: As for `load_lora`.
+    """
+    file, weights, _ = _read(pipeline, lora, label)
+    if not kinds_of(weights):
+        check_fit(pipeline, family_of(pipeline), weights, label)
+    return kohya_form(family_of(pipeline), weights, _header(file))
+
+
+def _read(pipeline: Any, lora: str, label: str) -> tuple[Path, dict[str, Tensor], dict[str, LoraLayer] | None]:
+    """Return a LoRA's file, its tensors, those of a peft folder under kohya's keys, and a peft folder's layers."""
+    file, family, network = lora_weights_file(lora, label), family_of(pipeline), network_of(pipeline)
+    if not family.lora_formats:
+        raise UsageError(f"{label}: a {type(pipeline).__name__} takes no LoRA; remove the option")
+    weights = _tensors_of(file, label)
+    adapter = file.with_name("adapter_config.json")
+    if adapter.is_file():
+        magnitudes = {key: value for key, value in weights.items() if is_magnitude(key)}
+        plain = {key: value for key, value in weights.items() if key not in magnitudes}
+        peft_lora = from_peft(plain, _config_of(adapter, label), label)
+        weights = kohya_tensors(peft_lora, torch.float32)
+        for key, value in magnitudes.items():
+            path = key.removeprefix("base_model.model.").partition(MAGNITUDE)[0].replace(".", "_")
+            weights[f"lora_unet_{path}.dora_scale"] = value.flatten()
+        return file, weights, peft_lora
+    if family.uses_peft_only:
+        raise UsageError(f"{label} is not a peft folder, the only kind that a {type(network).__name__} takes")
+    return file, weights, None
 
 
 @contextmanager
@@ -84,17 +117,21 @@ def _without_load_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def lora_weights_file(lora: str) -> Path:
-    """Return the one .safetensors file of a LoRA's file or folder. Raises UsageError if there is none."""
+def lora_weights_file(lora: str, label: str) -> Path:
+    """Return the one .safetensors file of a LoRA's file or folder.
+
+    Raises:
+        UsageError: There is none, or several.
+    """
     path = Path(lora).expanduser()
     if not path.exists():
-        raise UsageError(f"--lora {lora} does not exist; specify a .safetensors file, or a diffusers or peft folder")
+        raise UsageError(f"{label} does not exist; specify a .safetensors file, or a diffusers or peft folder")
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise UsageError(
-            f"--lora {lora} has {len(files)} .safetensors files and must have one; pickles are not read"
+            f"{label} has {len(files)} .safetensors files and must have one; pickles are not read"
             if path.is_dir()
-            else f"--lora {lora} is not a .safetensors file; pickles are not read"
+            else f"{label} is not a .safetensors file; pickles are not read"
         )
     return files[0]
 
@@ -116,62 +153,98 @@ def _even(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], lora: str) -> dict[str, LoraLayer]:
+def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], label: str) -> dict[str, LoraLayer]:
     """Return a peft adapter as a Lora, with ranks, alphas and rsLoRA's scale as peft reads them.
 
     Args:
         weights: The adapter's tensors.
         config: Its adapter_config.json.
-        lora: Its name in messages.
+        label: What messages call it, such as "--lora FILE".
 
     Raises:
         UsageError: The adapter holds more than plain low-rank updates, which would be lost.
     """
-    from peft.utils.other import get_pattern_key
-
     plain = {key.removeprefix("base_model.model.").removesuffix(".weight"): value for key, value in weights.items()}
     paths = [key.removesuffix(".lora_A") for key in plain if key.endswith(".lora_A")]
     others = [key for key in plain if key.removesuffix(".lora_A").removesuffix(".lora_B") not in paths]
     if config.get("peft_type", "LORA") != "LORA" or others:
         what = f"such as {others[0]}" if others else f"{config['peft_type']}, which is not LoRA"
-        raise UsageError(f"--lora {lora} holds more than plain LoRA layers, {what}; export it with them merged")
-    patterns = config.get("alpha_pattern") or {}
+        raise UsageError(f"{label} holds more than plain LoRA layers, {what}; export it with them merged")
     layers = {}
     for path in paths:
-        alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
         down = plain[f"{path}.lora_A"]
-        # rsLoRA scales by alpha / sqrt(r) (Kalajdzievski 2023), every other layout by alpha / r.
-        layers[path] = LoraLayer(
-            down, plain[f"{path}.lora_B"], alpha * len(down) ** (0.5 * bool(config.get("use_rslora")))
-        )
+        layers[path] = LoraLayer(down, plain[f"{path}.lora_B"], _peft_alpha(config, path, len(down)))
     return layers
 
 
-def _config_of(path: Path, lora: str) -> dict[str, Any]:
+def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Return a layer's alpha, by which its update is scaled as alpha / r, in a peft config with patterns and rsLoRA."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
+    # rsLoRA scales by alpha / sqrt(r) (Kalajdzievski 2023), every other layout by alpha / r.
+    return alpha * rank ** (0.5 * bool(config.get("use_rslora")))
+
+
+def _header(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return diffusers' tensors under kohya's keys, with alphas as the header states them; kohya's own stay as they are.
+
+    Args:
+        family: The family of the base.
+        weights: The file's tensors.
+        header: The file's header, which may hold the adapter's settings.
+    """
+    kohya = {part: prefix for prefix, part in family.lora_prefixes.items() if prefix.endswith("_")}
+    dotted = {prefix: part for prefix, part in family.lora_prefixes.items() if prefix.endswith(".")}
+    settings, tensors = json.loads(header.get("lora_adapter_metadata", "{}")), dict[str, Tensor]()
+    for key, value in weights.items():
+        prefix = next((prefix for prefix in dotted if key.startswith(prefix)), None)
+        ends = ((s, f"lora_{'down' if axis else 'up'}.weight") for s, axis in _SUFFIXES)
+        ends = (*ends, (f"{MAGNITUDE}.weight", "dora_scale"), (MAGNITUDE, "dora_scale"), (".alpha", "alpha"))
+        suffix, end = next(((s, end) for s, end in ends if key.endswith(s)), ("", ""))
+        if prefix is None or not suffix:
+            tensors[key] = value
+            continue
+        path = key.removeprefix(prefix).removesuffix(suffix)
+        stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
+        tensors[f"{stem}.{end}"] = value.flatten() if end == "dora_scale" else value
+        own = {name.removeprefix(prefix): each for name, each in settings.items() if name.startswith(prefix)}
+        if end == "lora_down.weight" and "lora_alpha" in own:
+            tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own, path, len(value)))
+    return tensors
+
+
+def _config_of(path: Path, label: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--lora {lora}: {path.name} is not a peft config with a lora_alpha; export the LoRA again"
+            f"{label}: {path.name} is not a peft config with a lora_alpha; export the LoRA again"
         ) from error
     return config
 
 
-def _tensors_of(path: Path) -> dict[str, Tensor]:
+def _tensors_of(path: Path, label: str) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UsageError(f"--lora {path} is not a safetensors file: {error}") from error
+        raise UsageError(f"{label} is not a safetensors file: {error}") from error
     if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
         raise UsageError(
-            f"--lora {path} holds weights that are not finite, such as {broken}, and would give black images; use an "
+            f"{label} holds weights that are not finite, such as {broken}, and would give black images; use an "
             "earlier checkpoint"
         )
     return tensors
 
 
-def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], lora: str) -> None:
+def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], label: str) -> None:
     """Raise UsageError unless the model has every layer of a LoRA, with the same input and output widths."""
     # The other families' prefixes are known too: a LoRA that has them belongs to another base.
     prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
@@ -198,22 +271,22 @@ def _check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tenso
     if not halves:
         found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
         raise UsageError(
-            f"--lora {lora} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
+            f"{label} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
             "export it as a plain LoRA"
         )
     if unknown:
         raise UsageError(
-            f"--lora {lora} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
+            f"{label} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
             "it would generate other images: merge it into its base, or export it as a plain LoRA"
         )
     if single := [path for (_, path), axes in halves.items() if len(axes) == 1]:
         raise UsageError(
-            f"--lora {lora} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
+            f"{label} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
         )
     if absent or mismatched:
         first = (absent or mismatched)[0]
         raise UsageError(
-            f"--lora {lora} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
+            f"{label} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
             f"width, such as {first}; it was made for another base"
         )
 
@@ -237,11 +310,11 @@ _SUFFIXES = (
 )
 
 
-def kohya_tensors(lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
+def kohya_tensors(lora: Lora, dtype: torch.dtype, prefix: str = "lora_unet_") -> dict[str, Tensor]:
     """Return `lora_unet_<path with _>.lora_down.weight | lora_up.weight | alpha` for every layer."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora.items():
-        name = f"lora_unet_{path.replace('.', '_')}"
+        name = f"{prefix}{path.replace('.', '_')}"
         tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = layer.up.to(dtype).contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)

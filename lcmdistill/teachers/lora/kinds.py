@@ -15,13 +15,15 @@ KINDS = {
 "what the tensors of a layer are called, by kind; several kinds may act on one layer"
 
 OTHER_KINDS = {
-    "lora_magnitude_vector": "DoRA",
     "bundle_emb": "textual inversions",
     "oft_": "OFT",
     ".on_input": "(IA)^3",
     ".a1.weight": "GLoRA",
 }
 "{part of a key: the kind of adapter}, of kinds that cannot be loaded"
+
+MAGNITUDE = ".lora_magnitude_vector"
+"the end of the keys of DoRA's magnitudes in diffusers' and peft's files"
 
 ENDS = {"alpha", *(part for parts in KINDS.values() for part in parts)}
 
@@ -32,8 +34,17 @@ def kinds_of(names: Iterable[str]) -> list[str]:
     return [
         kind
         for kind, parts in KINDS.items()
-        if kind != "lora" and any(name.endswith(tuple(f".{part}" for part in parts)) for name in names)
+        if kind != "lora"
+        and any(
+            name.endswith(tuple(f".{part}" for part in parts)) or (kind == "DoRA" and is_magnitude(name))
+            for name in names
+        )
     ]
+
+
+def is_magnitude(name: str) -> bool:
+    """Return whether a key names the magnitudes of a DoRA layer, as diffusers and peft store them."""
+    return name.removesuffix(".weight").endswith(MAGNITUDE)
 
 
 def other_kinds_of(names: Iterable[str]) -> list[str]:

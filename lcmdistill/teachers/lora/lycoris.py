@@ -7,7 +7,7 @@ Shapes: O outputs and I inputs of a layer, r rank, k its kernel.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,16 @@ Layer = dict[str, Tensor]
 "the tensors of one layer, by the end of their key"
 
 
+class Target(NamedTuple):
+    """The layer of a model that a file changes: its component in the pipeline, its path there, and the module."""
+
+    part: str
+    path: str
+    module: Any
+
+
 def merge_lycoris(
-    pipeline: Any, prefixes: Mapping[str, str], weights: Mapping[str, Tensor], lora: str, scale: float
+    pipeline: Any, prefixes: Mapping[str, str], weights: Mapping[str, Tensor], label: str, scale: float
 ) -> None:
     """Merge a file with kohya's keys into the weights of a pipeline.
 
@@ -32,50 +40,67 @@ def merge_lycoris(
         pipeline: The pipeline to change.
         prefixes: {prefix of a key: the component it belongs to}.
         weights: The file's tensors.
-        lora: Its name in messages.
+        label: What messages call it, such as "--lora FILE".
         scale: How strongly it acts; 1 as trained.
 
     Raises:
         UsageError: The file holds tensors of an unknown kind, or layers that the model lacks or has in other shapes.
     """
+    layers = split_layers(pipeline, prefixes, weights, label)
+    merged = [(target.module, _merged(target.module, layer, stem, label, scale)) for stem, target, layer in layers]
+    with torch.no_grad():
+        for module, parameters in merged:
+            for name, value in parameters.items():
+                getattr(module, name).copy_(value)
+
+
+def split_layers(
+    pipeline: Any, prefixes: Mapping[str, str], weights: Mapping[str, Tensor], label: str
+) -> list[tuple[str, Target, Layer]]:
+    """Return the layers of a file with kohya's keys: their names, what they change, and their tensors in fp32.
+
+    Args:
+        pipeline: The pipeline that the file is for.
+        prefixes: {prefix of a key: the component it belongs to}.
+        weights: The file's tensors.
+        label: What messages call it, such as "--lora FILE".
+
+    Raises:
+        UsageError: The file holds tensors of an unknown kind, or layers that the model lacks.
+    """
     layers: dict[str, Layer] = {}
     unknown = [key for key in weights if not split_key(key)[1]]
     if unknown:
         raise UsageError(
-            f"--lora {lora} holds {len(unknown)} tensors of a kind that is not supported, such as {unknown[0]}; supported "
+            f"{label} holds {len(unknown)} tensors of a kind that is not supported, such as {unknown[0]}; supported "
             f"besides LoRA are {', '.join(kind for kind in KINDS if kind != 'lora')}: merge it into its base instead"
         )
     for key, value in weights.items():
         stem, end = split_key(key)
         layers.setdefault(stem, {})[end] = value.float()
-    modules = {
-        prefix: _modules(getattr(pipeline, part, None)) for prefix, part in (*prefixes.items(), *PREFIXES.items())
-    }
-    targets = {stem: _module_of(stem, modules) for stem in layers}
-    absent = [stem for stem, module in targets.items() if module is None]
+    known = {prefix: _targets(pipeline, part) for prefix, part in (*prefixes.items(), *PREFIXES.items())}
+    targets = {stem: _target_of(stem, known) for stem in layers}
+    absent = [stem for stem, target in targets.items() if target is None]
     if absent:
         raise UsageError(
-            f"--lora {lora} does not fit this model: {len(absent)} of its layers are absent, such as {absent[0]}; it was made "
+            f"{label} does not fit this model: {len(absent)} of its layers are absent, such as {absent[0]}; it was made "
             "for another base"
         )
-    merged = {stem: _merged(targets[stem], layer, stem, lora, scale) for stem, layer in layers.items()}
-    with torch.no_grad():
-        for stem, parameters in merged.items():
-            for name, value in parameters.items():
-                getattr(targets[stem], name).copy_(value)
+    return [(stem, target, layers[stem]) for stem, target in targets.items() if target is not None]
 
 
-def _modules(part: Any) -> dict[str, Any]:
-    """Return {a layer's path with _, also of the original layout: the layer} of a network or text encoder; {} for None."""
-    if part is None:
+def _targets(pipeline: Any, part: str) -> dict[str, Target]:
+    """Return {a layer's path with _, also of the original layout: the layer} of a component; {} if it is absent."""
+    model = getattr(pipeline, part, None)
+    if model is None:
         return {}
-    named = {path.removesuffix(".base_layer"): module for path, module in part.named_modules() if _has_weight(module)}
-    flat = {flat_path(path): module for path, module in named.items()}
-    if "down_block_types" in part.config:
-        places = unet_places(part.config)
+    named = {path.removesuffix(".base_layer"): module for path, module in model.named_modules() if _has_weight(module)}
+    flat = {flat_path(path): Target(part, path, module) for path, module in named.items()}
+    if "down_block_types" in model.config:
+        places = unet_places(model.config)
         for path, module in named.items():
             if original := original_key(f"{path}.weight", places):
-                flat[original.removesuffix(".weight").replace(".", "_")] = module
+                flat[original.removesuffix(".weight").replace(".", "_")] = Target(part, path, module)
     return flat
 
 
@@ -83,20 +108,20 @@ def _has_weight(module: Any) -> bool:
     return isinstance(getattr(module, "weight", None), torch.nn.Parameter)
 
 
-def _module_of(stem: str, modules: Mapping[str, Mapping[str, Any]]) -> Any:
-    for prefix, known in modules.items():
+def _target_of(stem: str, known: Mapping[str, Mapping[str, Target]]) -> Target | None:
+    for prefix, targets in known.items():
         if stem.startswith(prefix):
-            module = known.get(flat_path(stem.removeprefix(prefix)))
-            if module is not None:
-                return module
+            target = targets.get(flat_path(stem.removeprefix(prefix)))
+            if target is not None:
+                return target
     return None
 
 
-def _merged(module: Any, layer: Layer, stem: str, lora: str, scale: float) -> dict[str, Tensor]:
+def _merged(module: Any, layer: Layer, stem: str, label: str, scale: float) -> dict[str, Tensor]:
     """Return a layer's new parameters."""
     if layer.keys() & {"b_norm", "diff_b"} and getattr(module, "bias", None) is None:
         raise UsageError(
-            f"--lora {lora} does not fit this model: it changes the bias of {stem}, which has none; it was made for "
+            f"{label} does not fit this model: it changes the bias of {stem}, which has none; it was made for "
             "another base"
         )
     try:
@@ -110,12 +135,12 @@ def _merged(module: Any, layer: Layer, stem: str, lora: str, scale: float) -> di
             parameters["bias"] = module.bias.detach().float() + scale * layer[bias.pop()]
     except KeyError as error:
         raise UsageError(
-            f"--lora {lora} is damaged: {stem} lacks its {error.args[0]}; download or export it again"
+            f"{label} is damaged: {stem} lacks its {error.args[0]}; download or export it again"
         ) from error
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise UsageError(
-            f"--lora {lora} does not fit this model: {stem} has tensors of other shapes ({reason}); it was made for another "
+            f"{label} does not fit this model: {stem} has tensors of other shapes ({reason}); it was made for another "
             "base, or it is damaged"
         ) from error
     return parameters

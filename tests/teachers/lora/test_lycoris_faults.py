@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.teachers.lora.files import _check_fit
+from lcmdistill.teachers.lora.files import check_fit
 from lcmdistill.teachers.lora.lycoris import _decomposed, _merged
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
@@ -48,5 +48,5 @@ def test_faulty_layers_are_refused_in_words(layer: dict[str, Tensor], sentence: 
 def test_other_adapters_are_named_with_a_key(key: str, kind: str) -> None:
     pipeline: Any = SimpleNamespace()
     with pytest.raises(UsageError) as error:
-        _check_fit(pipeline, FAMILIES["sd"], {key: torch.ones(2, 2)}, "FILE")
+        check_fit(pipeline, FAMILIES["sd"], {key: torch.ones(2, 2)}, "FILE")
     assert f"tensors{kind} such as {key}" in str(error.value)
