@@ -17,21 +17,28 @@ from torch import Tensor, nn
 
 
 class Budget:
-    """A training's wall-clock budget; it goes on counting where an interrupted run stopped."""
+    """A training's budget in minutes of an idle machine; it goes on counting where an interrupted run stopped.
+
+    Processor time of each thread is counted: other load makes a training last longer, not see fewer samples.
+    """
 
     def __init__(self, minutes: float, spent: float = 0.0) -> None:
         self.seconds = minutes * 60
-        self._start = time.monotonic() - spent
+        self._start = _seconds() - spent
 
     @property
     def spent(self) -> float:
         """Seconds spent, those of earlier runs included."""
-        return time.monotonic() - self._start
+        return _seconds() - self._start
 
     @property
     def progress(self) -> float:
         """The share of the budget spent, at most 1."""
         return min(self.spent / self.seconds, 1.0)
+
+
+def _seconds() -> float:
+    return time.process_time() / torch.get_num_threads()
 
 
 def learning_rate(peak: float, progress: float, warmup: float = 0.02, final: float = 0.01) -> float:
