@@ -35,7 +35,7 @@ def evaluate(
         typer.Option(
             min=2,
             max=10**6,
-            help="Images per combination of steps and guidance; prompts repeat.  [default: 16; 32 for small networks]",
+            help="Images per combination of steps and guidance; prompts repeat.  [default: 16; 50 for small networks]",
         ),
     ] = None,
     real: Annotated[

@@ -24,7 +24,6 @@ from lcmdistill.export.trained_student import load_trained_student
 from lcmdistill.export.verify import network_inputs, network_output
 from lcmdistill.hub.model_card import model_card, write_run_card
 from lcmdistill.sampling.generate import find_model, load_student, scheduler_for_loras
-from lcmdistill.sampling.prompts import PROMPTS
 from lcmdistill.students.build import make_student
 from lcmdistill.students.lora import ONLINE, TARGET
 from lcmdistill.students.lora_files import SCHEDULER_KEY
@@ -80,7 +79,7 @@ def test_a_run_writes_a_kohya_file_and_a_card(lora_run: Path):
     assert (lora_run / "lora" / "README.md").read_text() == card
     shown = yaml.safe_load(card.split("---\n")[1])["widget"]
     captions = (lora_run / "captions.json").read_text()
-    assert len(shown) == 1
+    assert len(shown) == 4
     assert all(f'"{each["text"]}"' in captions for each in shown)  # the user's own
     places = [each["output"]["url"] for each in shown]
     assert [place for place in places if not (lora_run / "lora" / place).is_file()] == []
