@@ -104,7 +104,9 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
 
 
 def _base_header(base_pipeline: Any, prediction_type: str) -> dict[str, str]:
-    """Return the header strings by which programs match a LoRA to its base."""
+    """Return the header strings by which programs match a LoRA to its base; none where no program reads its files."""
+    if not family_of(base_pipeline).layouts:
+        return {}
     layout = layout_of(base_pipeline)
     architecture = architecture_of(base_pipeline, prediction_type) or architecture_of(base_pipeline, "epsilon")
     return {

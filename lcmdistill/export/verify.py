@@ -78,7 +78,7 @@ def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Ten
     """Return the outputs of a pipeline's network, VAE (both directions) and text encoders."""
     outputs = network_outputs(family_of(pipeline), network_of(pipeline), guidance_scale)
     if "vae" in pipeline.components:
-        outputs["VAE"] = _vae_both_ways(pipeline.vae)
+        outputs["VAE"] = _vae_both_ways(pipeline)
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder") and part is not None:
             outputs[name] = _text_encoding(part)
@@ -86,17 +86,18 @@ def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Ten
 
 
 @torch.no_grad()
-def _vae_both_ways(vae: Any) -> list[Tensor]:
-    vae, rng, side = vae.float().eval(), torch.Generator().manual_seed(0), 2 * 2 ** len(vae.config.block_out_channels)
+def _vae_both_ways(pipeline: Any) -> list[Tensor]:
+    family, vae, rng = family_of(pipeline), pipeline.vae.float().eval(), torch.Generator().manual_seed(0)
+    side = 4 * family.vae_factor(vae.config)
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=rng)
     pixels = torch.rand(1, vae.config.in_channels, side, side, generator=rng) * 2 - 1
-    return [vae.decode(latents, return_dict=False)[0], vae.encode(pixels, return_dict=False)[0].mean]
+    return [vae.decode(latents, return_dict=False)[0], family.vae(pipeline).encode(pixels).latent_dist.mean]
 
 
 @torch.no_grad()
 def _text_encoding(encoder: Any) -> list[Tensor]:
     config = encoder.config
-    shape = (2, getattr(config, "max_position_embeddings", 77))
+    shape = (2, min(getattr(config, "max_position_embeddings", 77), 77))
     ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     output = encoder.float().eval()(ids)
     return [value for value in (output.last_hidden_state, output.get("text_embeds")) if value is not None]

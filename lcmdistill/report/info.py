@@ -11,7 +11,7 @@ from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.lora.kinds import kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
-from lcmdistill.teachers.schedulers import is_flow
+from lcmdistill.teachers.schedulers import is_flow, static_shift
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.redact import redact_word
@@ -162,7 +162,7 @@ def _pipeline(folder: Path) -> list[Row]:
     rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
     side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
     if isinstance(side, int | list) and side:
-        factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+        factor = family.vae_factor(vae) if family else 1
         sides = {each * factor for each in (side if isinstance(side, list) else [side])}
         rows.append(("resolution", f"{' x '.join(map(str, sorted(sides)))} px"))
     if "time_cond_proj_dim" in config:
@@ -176,7 +176,7 @@ def _pipeline(folder: Path) -> list[Row]:
 def _denoiser(config: Mapping[str, Any]) -> list[Row]:
     if is_flow(config):
         is_dynamic = config.get("use_dynamic_shifting")
-        shift = "shift by image size" if is_dynamic else f"shift {config.get('shift', 1.0):g}"
+        shift = "shift by image size" if is_dynamic else f"shift {static_shift(config):g}"
         schedule = (
             f"rectified flow, {shift}, T = {config.get('num_train_timesteps', 1000)} ({config.get('_class_name')})"
         )

@@ -62,7 +62,7 @@ class Teacher:
     @property
     def vae_factor(self) -> int:
         """The VAE's downscale factor: pixels per latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.in_pixels else self.family.vae_factor(self.vae.config)
 
     @property
     def in_pixels(self) -> bool:

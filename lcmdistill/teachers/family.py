@@ -180,7 +180,8 @@ class TeacherFamily:
         rejects: (pipeline, caption) -> why a sample with this caption cannot be used; None if it can.
         own_prompts: (pipeline) -> the prompts to generate training data for where the bundled prompts do not apply.
         check: Raise UsageError for a pipeline that has the right class and the wrong parts.
-        vae: (pipeline) -> its VAE; in pixel space, an object that passes pixels through.
+        vae: (pipeline) -> its VAE, whose `encode` returns a posterior; in pixel space, an object that passes pixels through.
+        vae_levels: The entry of the VAE's config that has one element per level of resolution.
         denoiser: (scheduler config) -> the schedule and the prediction type that the network was trained with.
         sampler: (pipeline, schedule, prediction type, prompts, noise, steps, guidance scale) -> latents, where no diffusers
             pipeline samples such a network.
@@ -239,6 +240,7 @@ class TeacherFamily:
 
     check: Callable[[Any], None]
     vae: Callable[[Any], Any] = lambda pipeline: pipeline.vae
+    vae_levels: str = "block_out_channels"
     denoiser: Callable[[Mapping[str, Any]], tuple[NoiseSchedule, str]] = usual_denoiser
     sampler: Callable[[Any, NoiseSchedule, str, Sequence[str], Tensor, int, float], Tensor] | None = None
     data_scheduler: str = "DPMSolverMultistepScheduler"
@@ -267,6 +269,10 @@ class TeacherFamily:
     def a1111_clip_skip(self, count: int) -> int:
         """Return A1111's clip skip for diffusers' `clip_skip`. A1111 counts from the layer that is read."""
         return count + self.clip_skip_offset
+
+    def vae_factor(self, config: Mapping[str, Any]) -> int:
+        """Return the downscale factor of a VAE's config: pixels per latent pixel."""
+        return 2 ** (len(config.get(self.vae_levels, [0])) - 1)
 
     @property
     def run_lora_format(self) -> str:

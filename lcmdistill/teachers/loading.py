@@ -79,7 +79,7 @@ def load_pipeline(
         pipeline = _open_file(model, revision, prediction_type, base, allow_pickle, vae, text_encoder)
     else:
         pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
-    prepare_flow(pipeline.scheduler)
+    pipeline.scheduler = prepare_flow(pipeline.scheduler)
     make_sample_size_plain(pipeline)
     if vae is not None:
         replace_vae(pipeline, vae, allow_pickle=allow_pickle)

@@ -46,6 +46,11 @@ def replace_vae(pipeline: Any, vae: str, *, allow_pickle: bool = False) -> None:
     current = pipeline.components.get("vae")
     if current is None:
         raise UsageError(f"--vae {vae}: the teacher, a {type(pipeline).__name__}, has no VAE to replace")
+    if (class_name := type(current).__name__) != "AutoencoderKL":
+        raise UsageError(
+            f"--vae {vae}: the teacher's VAE is of the class {class_name}, and only an AutoencoderKL can be replaced; "
+            "remove --vae"
+        )
     replacement = _load_vae(vae, current, allow_pickle).eval().requires_grad_(False)
     if missing := [name for name, value in replacement.state_dict().items() if value.is_meta]:
         raise UsageError(f"--vae {vae} lacks {len(missing)} weights, such as {missing[0]}; use a complete VAE")
@@ -161,8 +166,9 @@ def configure_vae(pipeline: Any, dtype: str, *, tiling: bool) -> None:
     if tiling:
         vae.enable_slicing()
         vae.enable_tiling()
-        vae.tile_sample_min_size = side = min(TILE, *np.atleast_1d(vae.config.sample_size).tolist())
-        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
+        if "sample_size" in vae.config:  # tiles have its size by default; those of VAEs without it are of TILE pixels
+            vae.tile_sample_min_size = side = min(TILE, *np.atleast_1d(vae.config.sample_size).tolist())
+            vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
     if tiling or compute_dtype != torch.float32:
         pipeline.register_to_config(_vae=f"{dtype}{', tiled' * tiling}")
 

@@ -84,7 +84,7 @@ class IdentityVae:
 
     def __init__(self, channels: int) -> None:
         """Take the number of channels: 1 (gray) or 3."""
-        self.config = SimpleNamespace(latent_channels=channels, block_out_channels=(channels,), scaling_factor=1.0)
+        self.config = SimpleNamespace(latent_channels=channels, scaling_factor=1.0)
 
     @property
     def dtype(self) -> Any:

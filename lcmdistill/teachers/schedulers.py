@@ -28,8 +28,17 @@ FLOW_SAMPLER = "FlowMatchEulerDiscreteScheduler"
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Return whether a scheduler config belongs to flow matching: a velocity and shifted sigmas instead of betas."""
+    if config.get("prediction_type") == "flow_prediction":  # of DPM-Solver and UniPC
+        return True
     name = config.get("_class_name")  # only in configs that were read from a file
     return "base_image_seq_len" in config if name is None else str(name).startswith("FlowMatch")
+
+
+def static_shift(config: Mapping[str, Any]) -> float:
+    """Return the shift in a scheduler config. DPM-Solver and UniPC call it `flow_shift`; flow-matching classes, `shift`."""
+    is_flow_match = str(config.get("_class_name")).startswith("FlowMatch")
+    by_solver = config.get("prediction_type") == "flow_prediction" and not is_flow_match
+    return config.get("flow_shift" if by_solver else "shift", 1.0)
 
 
 def student_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
@@ -52,12 +61,19 @@ def student_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str
 
 
 def prepare_flow(scheduler: Any) -> Any:
-    """Let a pipeline of U-Nets call a flow-matching scheduler, and return it. Other schedulers stay as they are.
+    """Return a flow-matching scheduler that every pipeline can call. Other schedulers stay as they are.
 
-    These pipelines multiply the start noise by `init_noise_sigma` and scale the network's input; flow matching starts at
-    sigma = 1 and scales nothing, and its schedulers in diffusers say neither.
+    DPM-Solver and UniPC, which step from rounded times, become Euler's method with the same shift. Pipelines of U-Nets
+    multiply the start noise by `init_noise_sigma` and scale the network's input; flow matching starts at sigma = 1 and scales
+    nothing, and its schedulers in diffusers say neither.
     """
     if is_flow(scheduler.config):
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            import diffusers
+
+            schedule, _ = flow_denoiser(scheduler.config)
+            kind = getattr(diffusers, FLOW_SAMPLER)
+            scheduler = kind(num_train_timesteps=schedule.num_steps, shift=schedule.shift)
         scheduler.init_noise_sigma = 1.0
         scheduler.scale_model_input = _unscaled
     return scheduler
@@ -104,7 +120,7 @@ def flow_denoiser(config: Mapping[str, Any]) -> "tuple[FlowSchedule, str]":
     from lcmdistill.diffusion.parameterization import FLOW
 
     try:
-        return flow_schedule(config), FLOW
+        return flow_schedule({**config, "shift": static_shift(config)}), FLOW
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -14,6 +14,7 @@ from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.export import EXPORTERS
 from lcmdistill.export.sampling_facts import SamplingFacts
 from lcmdistill.objectives import flow_scheduler_of, method_sampled_by
+from lcmdistill.report.info import describe
 from lcmdistill.students.lora_files import scheduler_of
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.pipelines import call_pipeline
@@ -139,3 +140,16 @@ def test_the_code_of_a_card_runs(flow_teacher: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {}
     exec(code, values)
     assert values["image"].size == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_solver_with_flow_sigmas_is_a_flow_schedule(name: str, flow_teacher: Path, tmp_path: Path) -> None:
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(flow_teacher)
+    # A config keeps the values of the class that it was made from, so `shift` must not be read.
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    pipeline.save_pretrained(tmp_path / "m")
+    assert "rectified flow, shift 2, T = 1000" in dict(describe(str(tmp_path / "m")))["schedule"]
+    teacher = load_teacher(str(tmp_path / "m"))
+    assert (teacher.schedule, teacher.prediction_type) == (FlowSchedule(1000, 2.0), FLOW)
+    assert teacher.pipeline.scheduler.config.shift == 2.0
