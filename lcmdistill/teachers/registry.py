@@ -17,6 +17,7 @@ FAMILIES = LazyRegistry(
         "sd-inpaint": "lcmdistill.teachers.inpaint:STABLE_DIFFUSION_INPAINT",
         "sdxl-inpaint": "lcmdistill.teachers.inpaint:STABLE_DIFFUSION_XL_INPAINT",
         "sd3": "lcmdistill.teachers.sd3:STABLE_DIFFUSION_3",
+        "sana": "lcmdistill.teachers.sana:SANA",
         "pixart": "lcmdistill.teachers.pixart:PIXART_ALPHA",
     }
 )

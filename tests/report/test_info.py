@@ -23,7 +23,7 @@ def test_a_teacher_is_described(family: str, tmp_path: Path) -> None:
     pipeline, rows = opened(folder), dict(describe(str(folder)))
     assert type(pipeline).__name__ in rows["type"]
     assert "not supported" not in rows["type"]
-    is_flow = family == "sd3"
+    is_flow = family in ("sd3", "sana")
     wanted = "velocity (flow matching)" if is_flow else pipeline.scheduler.config.prediction_type
     assert rows["prediction type"] == wanted
     assert ("rectified flow, shift 3, T = 1000" in rows["schedule"]) is is_flow

@@ -38,6 +38,8 @@ SD3: Any = diffusers.StableDiffusion3Pipeline
 
 SD3Transformer: Any = diffusers.SD3Transformer2DModel
 
+SanaTransformer: Any = diffusers.SanaTransformer2DModel
+
 PixArt: Any = diffusers.PixArtTransformer2DModel
 
 PixArtPipeline: Any = diffusers.PixArtAlphaPipeline
@@ -230,12 +232,77 @@ def build_sd3(folder: Path, *, has_t5: bool = True) -> Path:
     return folder
 
 
+def build_sana(folder: Path) -> Path:
+    """Two blocks under a Gemma 2, an autoencoder with linear attention at its last level, and the published scheduler."""
+    transformer = SanaTransformer(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=32,
+        timestep_scale=0.5,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),  # pyright: ignore[reportArgumentType]
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),  # pyright: ignore[reportArgumentType]
+        encoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.4,
+    )
+    text = transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=512,
+        )
+    )
+    diffusers.SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=text,  # pyright: ignore[reportArgumentType]
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def gemma_tokenizer() -> Any:
+    """A Gemma tokenizer of letters, which puts <bos> before a prompt."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"▁abcdefghijklmnopqrstuvwxyz"]
+    fast = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", fuse_unk=True)
+    )
+    fast.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    fast.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    return transformers.GemmaTokenizerFast(tokenizer_object=fast, model_max_length=4096, **special)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # Of each family; those of BUILDERS are the layouts that single files have.
 FAMILY_BUILDERS = BUILDERS | {
     "inpainting": build_inpainting,
     "sdxl-inpainting": build_sdxl_inpainting,
     "ssd1b": build_ssd1b,
     "sd3": build_sd3,
+    "sana": build_sana,
     "pixart": build_pixart,
 }
 

@@ -51,11 +51,16 @@ EXPORTS = {
     ("ssd1b", "lora"): ("kohya", "single-file"),
     ("sd3", "full"): ("pipeline", "single-file"),
     ("sd3", "lora"): ("diffusers-lora", "peft", "fused"),
+    ("sana", "full"): ("pipeline",),
+    ("sana", "lora"): ("diffusers-lora", "peft", "fused"),
     ("pixart", "full"): ("pipeline",),
     ("pixart", "lora"): ("peft", "fused"),
 }
 
-SLOW = {("ssd1b", "full"), *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "pixart"))}
+SLOW = {
+    ("ssd1b", "full"),
+    *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "sana", "pixart")),
+}
 
 
 # SDXL's inpainting is SDXL and inpainting, both of which are run. Full students are in every run of the tests, but for
@@ -81,7 +86,7 @@ def test_a_run_from_the_preflight_to_its_images(
     own |= {"run.validate_every": 2, "run.validation_prompts": '["a cat"]'}
     own |= {"student.rank": 2, "student.alpha": 1.0} if kind == "lora" else {}
     # The omega of transformers is their own published one: these networks have no input for a range.
-    is_transformer = family in ("sd3", "pixart")
+    is_transformer = family in ("sd3", "sana", "pixart")
     left_out = ("optim.max_train_steps", *(("objective.w_min", "objective.w_max") if is_transformer else ()))
     sets = [f"--set={key}={value}" for key, value in own.items() if key not in left_out]
     base = [name, "--teacher", folders[family], "--data", image_folder, "--output", tmp_path / "run", *sets]

@@ -33,6 +33,7 @@ EXAMPLES: dict[str, Callable[[Path], Path]] = {
     "sd-inpaint": FAMILY_BUILDERS["inpainting"],
     "sdxl-inpaint": FAMILY_BUILDERS["sdxl-inpainting"],
     "sd3": FAMILY_BUILDERS["sd3"],
+    "sana": FAMILY_BUILDERS["sana"],
     "pixart": FAMILY_BUILDERS["pixart"],
     "pixel": build_pixel,
 }
@@ -156,7 +157,7 @@ def test_families_are_read_without_torch() -> None:
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
 
 
-FAMILY_FILES = {"sd.py", "sdxl.py", "sd3.py", "inpaint.py", "pixart.py", "pixel.py"}
+FAMILY_FILES = {"sd.py", "sdxl.py", "sd3.py", "sana.py", "inpaint.py", "pixart.py", "pixel.py"}
 
 # Classes that belong to no family: diffusers' base class, which opens any pipeline, and ONNX's file reader.
 GENERIC = {"DiffusionPipeline", "OnnxRuntimeModel", "ModelMixin"}
