@@ -333,7 +333,7 @@ def guidance_warning(model: ModelToSample, guidance_scale: float) -> str | None:
     if model.omegas is None:
         return None
     if model.is_baked:
-        if guidance_scale in (1, model.guidance_scale):
+        if guidance_scale == 1:
             return None
         effect = "applies CFG on top of it, at twice the cost" if guidance_scale > 1 else "has no effect"
         return (

@@ -20,6 +20,7 @@ from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.quantize import check_quantization
+from lcmdistill.students.student import guidance_of
 from lcmdistill.students.warm_start import check_start
 from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_input
 from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
@@ -70,6 +71,12 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         check_layers(teacher.network, config.student)
     if config.student.lora_relative_to == "base":
         check_low_rank(config.teacher.loras or ())
+    scale = config.run.validation_guidance_scale
+    if scale not in (None, 1.0) and guidance_of(teacher, config.student, config.objective.omega) == "baked":
+        logger.warning(
+            f"run.validation_guidance_scale is {scale:g}, but the student's guidance is in its weights: validation applies CFG "
+            "on top of it, and so does sample; remove the setting, or use 1"
+        )
     omegas = omega_range(config)
     is_baked = config.student.kind == "lora" or config.objective.omega == "baked"
     has_input = supports_omega_input(teacher.network) or teacher.in_pixels or is_baked

@@ -274,6 +274,8 @@ def test_guidance_outside_the_training_is_reported(is_baked: bool, scale: float,
     warning = guidance_warning(model, scale)
     assert warning is None if sentence is None else sentence in (warning or "")
     assert guidance_warning(ModelToSample("m"), scale) is None
+    recorded = ModelToSample("m", omegas=OmegaRange(1.0, 5.0), is_baked=True, guidance_scale=3.0)
+    assert "use 1" in (guidance_warning(recorded, 3.0) or "")  # a run may record what does not fit
 
 
 def test_the_command_reports_guidance_outside_the_training(command: Command, small_run: Path) -> None:

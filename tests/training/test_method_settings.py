@@ -221,6 +221,17 @@ def test_a_run_is_measured_at_the_guidance_that_acts(
     assert len({value for value in drawn if value is not None}) == len(drawn)
 
 
+@pytest.mark.parametrize(("scale", "is_reported"), [(4.0, True), (1.0, False)])
+def test_guidance_on_top_of_baked_guidance_is_reported(
+    command: Command, small_teacher: Path, image_folder: Path, scale: float, is_reported: bool
+) -> None:
+    data = ["--teacher", small_teacher, "--data", image_folder, "--resolution", 16]
+    code, said, error = command(
+        "distill-lora", *data, "--rank", 4, "--set", f"run.validation_guidance_scale={scale}", "--dry-run"
+    )
+    assert (code, f"run.validation_guidance_scale is {scale:g}, but the student's" in said + error) == (0, is_reported)
+
+
 def test_what_has_no_teacher_is_not_measured_against_one(method_run: MethodRunner) -> None:
     folder = method_run("lcf", optim__max_train_steps=1)
     with pytest.raises(UsageError, match="was fine-tuned without a teacher"):
