@@ -206,14 +206,14 @@ def test_dropout_of_an_adapter_acts_on_both_sides_alike(method_run: MethodRunner
     ids=["omega is an input", "no guidance", "a LoRA of free guidance"],
 )
 def test_a_run_is_measured_at_the_guidance_that_acts(
-    method_run: MethodRunner, small_features: Path, objective: str, kind: str, scales: tuple[float, ...]
+    method_run: MethodRunner, objective: str, kind: str, scales: tuple[float, ...]
 ) -> None:
     own: dict[str, Any] = {"objective__w_min": 2.0, "objective__w_max": 3.0} if objective == "tcd" else {}
     if kind == "lora":
         own = {"student__kind": "lora", "student__rank": 4, "student__alpha": 4.0, "objective__guidance": "free"}
     own |= {"run__validation_guidance_scale": 4.0} if objective == "tcd" else {}
     folder = method_run(objective, optim__max_train_steps=1, **own)
-    evaluate([folder], EvaluationOptions(steps=(1, 2), num_images=2, features=small_features, device="cpu"))
+    evaluate([folder], EvaluationOptions(steps=(1, 2), num_images=2, device="cpu"))
     found = read_results(folder)
     assert found is not None
     assert tuple(found.info["guidance_scales"]) == scales
