@@ -25,9 +25,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert result.stdout.strip() == "set()"
 
 
-def test_a_run_from_its_training_to_its_export(
-    small_teacher: Path, image_folder: Path, small_features: Path, tmp_path: Path
-) -> None:
+def test_a_run_from_its_training_to_its_export(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     settings = {key: value for key, value in SMALL.items() if not key.startswith("optim.")}
     run = lcmdistill.distill(
         teacher=small_teacher,
@@ -49,7 +47,7 @@ def test_a_run_from_its_training_to_its_export(
     assert images[0].image.size == (config.data.resolution,) * 2
     assert len(list((run / "images").glob("*.png"))) == 3  # and a grid
 
-    (results,) = lcmdistill.evaluate(run, steps=[1], guidance_scale=4, num_images=2, features=small_features)
+    (results,) = lcmdistill.evaluate(run, steps=[1], guidance_scale=4, num_images=2)
     assert results.steps == [1]
     assert lcmdistill.report(run) == run / "report.html"
 

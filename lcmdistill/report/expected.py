@@ -4,12 +4,13 @@ A loss depends on the teacher, the data and most settings, so the curves are sho
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import flatten
 
 FILE = "loss-curves.json"
@@ -41,7 +42,9 @@ def _recorded() -> list[dict[str, Any]]:
 def expected_loss(config: RunConfig) -> tuple[tuple[float, float], ...]:
     """Return (step, loss) of our own run with the same settings; () if there is none."""
     settings = relevant_settings(config)
+    # A setting that is newer than a recording changes nothing by default.
+    unset = relevant_settings(replace(config, objective=type(config.objective)(), student=StudentConfig()))
     for curve in _recorded():
-        if curve["settings"] == settings:
+        if {**unset, **curve["settings"]} == settings:
             return tuple((float(step), float(loss)) for step, loss in curve["loss"])
     return ()

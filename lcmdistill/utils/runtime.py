@@ -49,6 +49,9 @@ def configure_process() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # from huggingface_hub, about diffusers' call
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces a temporary folder for its cache
+    logging.getLogger("torchao").setLevel(
+        logging.ERROR
+    )  # diffusers imports it; it lists kernels of GPUs that are not there
     os.environ |= thread_environment(os.environ)
     collect_garbage_rarely()
     for stream in (sys.stdout, sys.stderr):

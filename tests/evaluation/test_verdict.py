@@ -112,7 +112,7 @@ def test_a_student_of_pale_smears_is_not_usable_however_good_it_is_relative_to_i
     assert (judged.enough, judged.usable) == (None, False)
     assert set(judged.grades.values()) == {"unusable"}
     assert any("SHARPNESS 0.095 of the teacher's" in reason for reason in judged.reasons)
-    assert "Train longer" in judged.reasons[-1]
+    assert "Train longer" in judged.reasons[0]
 
 
 @pytest.mark.parametrize(

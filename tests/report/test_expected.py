@@ -16,7 +16,7 @@ def config(**values: Any) -> Any:
 
 @pytest.mark.parametrize("objective", ["lcm", "tdm"])
 def test_a_default_run_of_the_bundled_teacher_has_an_expected_loss(objective: str):
-    """A setting that is new, or whose default changes, needs another recording: examples/tiny_teacher/loss_curves.py."""
+    """A setting whose default changes needs another recording: examples/tiny_teacher/loss_curves.py."""
     curve = expected_loss(config(objective__name=objective))
     assert len(curve) > 30
     assert curve[0][1] > curve[-1][1] > 0
