@@ -28,7 +28,7 @@ FLOW_SAMPLER = "FlowMatchEulerDiscreteScheduler"
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Return whether a scheduler config belongs to flow matching: a velocity and shifted sigmas instead of betas."""
-    if config.get("prediction_type") == "flow_prediction":  # of DPM-Solver and UniPC
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":  # of DPM-Solver and UniPC
         return True
     name = config.get("_class_name")  # only in configs that were read from a file
     return "base_image_seq_len" in config if name is None else str(name).startswith("FlowMatch")

@@ -49,9 +49,8 @@ def configure_process() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # from huggingface_hub, about diffusers' call
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces a temporary folder for its cache
-    logging.getLogger("torchao").setLevel(
-        logging.ERROR
-    )  # diffusers imports it; it lists kernels of GPUs that are not there
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao, which lists kernels that are not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ |= thread_environment(os.environ)
     collect_garbage_rarely()
     for stream in (sys.stdout, sys.stderr):

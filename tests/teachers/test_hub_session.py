@@ -57,7 +57,7 @@ def test_a_hub_that_stalls_ends_in_a_sentence(stalled: str) -> None:
     began = time.monotonic()
     with pytest.raises(RunError, match=r"owner/name is not in the local cache .* and the hub cannot be reached"):
         load_pipeline("owner/name")
-    vae = SimpleNamespace(components={"vae": object()})
+    vae = SimpleNamespace(components={"vae": type("AutoencoderKL", (), {})()})
     with pytest.raises(RunError, match=r"--vae owner/name is not in the local cache and the hub cannot be reached"):
         replace_vae(vae, "owner/name")
     with pytest.raises(
