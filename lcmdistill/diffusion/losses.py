@@ -28,9 +28,9 @@ def norm_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     c: by default .00054 sqrt(number of elements); 0 is the norm.
     """
     difference = (a.float() - b.float()).flatten(1)
-    c = 0.00054 * difference.shape[1] ** 0.5 if c is None else c
+    width = 0.00054 * difference.shape[1] ** 0.5 if c is None else c
     # The root of 0 has no gradient.
-    return (difference.square().sum(1) + c**2).clamp(min=1e-20).sqrt() - c
+    return (difference.square().sum(1) + width**2).clamp(min=1e-20).sqrt() - width
 
 
 DISTANCES: dict[str, LossFunction] = {"huber": pseudo_huber, "norm-huber": norm_huber, "l1": l1, "l2": l2}

@@ -56,7 +56,7 @@ def family_of_lora(folder: Path) -> TeacherFamily:
     if file is not None:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-    if (key := header.get(FAMILY_KEY)) in FAMILIES:
+    if (key := header.get(FAMILY_KEY, "")) in FAMILIES:
         return FAMILIES[key]
     if (folder / "adapter_config.json").is_file():  # of a run before the key was written
         return next(family for family in FAMILIES.values() if family.uses_peft_only)

@@ -43,7 +43,7 @@ def test_golden_stages(step: int, stage: int) -> None:
 def test_golden_pairs(schedule: NoiseSchedule, fields: dict[str, float], step: int, power: int) -> None:
     """r = t (1 - n(t) / q^(stage + 1)), n(t) = 1 + 8 sigmoid(-t), and never below the first time."""
     first = float(noise_ratio(schedule, schedule.grid(2))[0])
-    t, r = ratios(schedule, step, **fields)
+    t, r = ratios(schedule, step, **fields)  # pyright: ignore[reportArgumentType]
     for found, ratio in zip(r.tolist(), t.tolist(), strict=True):
         n = 1 + 8 / (1 + math.exp(ratio))
         expected = max(first, ratio * (1 - n / power))
