@@ -49,7 +49,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     return flags
 
 
-def settle(kind: str, options: dict[str, Any]) -> RunConfig:
+def configuration_from(kind: str, options: dict[str, Any]) -> RunConfig:
     """Return the configuration that a training command's options describe, and log what a preset changes.
 
     Args:
@@ -103,7 +103,7 @@ def settle(kind: str, options: dict[str, Any]) -> RunConfig:
 
 def _train(kind: str, options: dict[str, Any]) -> Path:
     """Settle the configuration and run it. options: a training command's own, by name."""
-    resolved = settle(kind, options)
+    resolved = configuration_from(kind, options)
     from lcmdistill.hub.client import check_login
     from lcmdistill.training import preflight
 

@@ -14,7 +14,7 @@ import typer
 
 from lcmdistill.cli._aliases import Command
 from lcmdistill.cli._options import SETTINGS, Debug, takes, training_options
-from lcmdistill.cli.distill import settle
+from lcmdistill.cli.distill import configuration_from
 from lcmdistill.cli.evaluate import evaluate_and_report, step_counts
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_names import RUNS
@@ -199,7 +199,7 @@ def _configuration(command: str, run: Path, words: Sequence[str]) -> Any:
 
     kind = "lora" if command == "distill-lora" else "full"
     try:
-        config = _parser(command, lambda **options: settle(kind, options)).main(
+        config = _parser(command, lambda **options: configuration_from(kind, options)).main(
             args=[*words, f"--output={run}"], prog_name=f"lcmdistill {command}", standalone_mode=False
         )
         preflight.check_early(config)

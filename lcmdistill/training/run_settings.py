@@ -150,7 +150,7 @@ def check_run(config: RunConfig) -> None:
             )
         return
     now, before = flatten(config), flatten(recorded)
-    unsettled = keys_with(config, "decided_by_teacher") - config.chosen | {
+    undecided = keys_with(config, "decided_by_teacher") - config.chosen | {
         k for k, v in _requested(folder).items() if now[k] == v
     }
     same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
@@ -160,7 +160,7 @@ def check_run(config: RunConfig) -> None:
         last_global_batch(folder / "checkpoints") == optim.batch_size * optim.gradient_accumulation_steps * world
     )
     same_batch = {"optim.batch_size", "optim.gradient_accumulation_steps"} if is_same_batch else set()
-    immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - unsettled - same_data - same_batch
+    immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - undecided - same_data - same_batch
     keys = sorted(k for k in immutable if now.get(k) != before.get(k))
     keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:

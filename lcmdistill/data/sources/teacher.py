@@ -30,8 +30,8 @@ class TeacherSource(Source):
     @cached_property
     def prompts(self) -> tuple[str, ...]:
         """The prompts: those of the file, the teacher's own, or the bundled list."""
-        own = self.options.own_prompts if self.options.prompts is None else ()
-        return tuple(own or read_prompts(self.options.prompts))
+        taught = self.options.own_prompts if self.options.prompts is None else ()
+        return tuple(taught or read_prompts(self.options.prompts))
 
     def count(self) -> int:
         """See `Source.count`."""
