@@ -47,7 +47,8 @@ def sample(
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance in diffusers' convention (omega + 1).  [default: the run's value, otherwise 8.5; 1 with a LoRA]",
+            help="Guidance in diffusers' convention (omega + 1).  "
+            "[default: the run's value, otherwise the published one or 8.5; 1 with a LoRA]",
             callback=finite,
         ),
     ] = None,
@@ -177,7 +178,8 @@ def sample(
     if picture is not None and painted is None:
         wanted_size = None if resolution is None and width is None and height is None else size
         start = start_image(pipeline, picture, 0.6 if strength is None else strength, steps, wanted_size)
-    default_guidance = found.guidance_scale or (1.0 if loras or family_of(pipeline).in_pixels else 8.5)
+    published = family_of(pipeline).published.get("data.guidance_scale", 8.5)
+    default_guidance = found.guidance_scale or (1.0 if loras else published)
     guidance = guidance_scale if guidance_scale is not None else default_guidance
     texts = texts or list(default_prompts(found.teacher, pipeline))
     if warning := sampling.guidance_warning(found, guidance):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lcmdistill.export.single_file import write_single_file
 from lcmdistill.sampling import generate as sampling
 from lcmdistill.teachers.loading import load_pipeline
+from tests.support.models import FAMILY_BUILDERS
 from tests.support.teachers import Command
 
 
@@ -61,6 +62,13 @@ def test_a_file_without_a_vae_is_sampled_with_another(command: Command, run: Pat
     assert command("sample", "part.safetensors", *options, "--base", small_teacher)[0] == 0
     code, _, error = command("sample", run, *SMALL, "--base", small_teacher)
     assert (code, "--base is for single files that lack parts" in error) == (2, True)
+
+
+def test_a_model_that_is_not_a_run_is_sampled_at_its_published_guidance(command: Command, tmp_path: Path) -> None:
+    folder = FAMILY_BUILDERS["sd3"](tmp_path / "model")
+    code, said, error = command("sample", folder, "--steps", 1, "--prompt", "red heart", "--output", "out")
+    assert (code, error) == (0, "")
+    assert "guidance scale 4.5" in said
 
 
 def test_an_image_is_where_sampling_starts(command: Command, run: Path, tmp_path: Path) -> None:
