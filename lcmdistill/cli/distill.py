@@ -102,7 +102,7 @@ def configuration_from(kind: str, options: dict[str, Any]) -> RunConfig:
 
 
 def _train(kind: str, options: dict[str, Any]) -> Path:
-    """Settle the configuration and run it. options: a training command's own, by name."""
+    """Resolve the configuration and run it. options: a training command's own, by name."""
     resolved = configuration_from(kind, options)
     from lcmdistill.hub.client import check_login
     from lcmdistill.training import preflight

@@ -55,5 +55,9 @@ def split_lora(word: str) -> LoraWord:
 
 def with_loras(model: str, loras: Sequence[str] | None) -> str:
     """Return a teacher's name with the LoRAs that are fused into it: "sd15 with style.safetensors (0.8)"."""
-    names = [split_lora(word).public for word in loras or ()]
-    return f"{model} with {' and '.join(names)}" if names else model
+    return f"{model} with {lora_names(loras)}" if loras else model
+
+
+def lora_names(loras: Sequence[str] | None) -> str:
+    """Return the public names and scales of LoRAs: "style.safetensors (0.8) and face.safetensors (1)"."""
+    return " and ".join(split_lora(word).public for word in loras or ())

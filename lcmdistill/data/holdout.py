@@ -40,7 +40,7 @@ class RunCaptions:
 
     Attributes:
         captions: Distinct captions, at most MOST; () for bundled data.
-        held_out: Whether training never sees them. Otherwise the data were too few to hold some out, or nobody asked for it.
+        held_out: Whether training never sees them. Otherwise there were too few to hold some out, or `data.holdout` was 0.
     """
 
     captions: tuple[str, ...] = ()

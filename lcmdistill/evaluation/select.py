@@ -88,7 +88,7 @@ def select_metrics(
         if count >= least or options.features is not None:
             metrics = {**of_teacher, **metrics}  # what the teacher would make of the same prompts comes first
             if real:
-                _add_kid(metrics, key, notes, network, real, run, count, asked=options.real is not None)
+                _add_kid(metrics, key, notes, network, real, run, count, is_requested=options.real is not None)
         else:
             notes.append(
                 f"KID, precision and recall need {least} images, and {count} were generated (--num-images {least})."
@@ -115,15 +115,15 @@ def _add_kid(
     run: EvaluatedRun,
     count: int,
     *,
-    asked: bool,
+    is_requested: bool,
 ) -> None:
-    """Add KID to real images, or a note that there are too few of them. asked: whether --real names them."""
+    """Add KID to real images, or a note that there are too few of them. is_requested: whether --real names them."""
     images, words = real_images(real, run.config.data.resolution, 2 * count), ", ".join(map(public_word, real))
     least = metrics["kid_teacher"].min_images
     if len(images) >= least:
         metrics["kid"] = kid_metric(*network, features_of(network[0], images), f"{len(images)} real images of {words}")
         key["real"] = [list(real), len(images), digest(images.mean((1, 2, 3)).tolist())]
-    elif asked:
+    elif is_requested:
         raise UsageError(
             f"--real {words} has {len(images)} images, and KID needs {least}; add images, or remove --real"
         )

@@ -151,7 +151,7 @@ class Exporter:
             file: The file name inside of it.
             steps: The number of sampling steps to recommend; by default the method's.
         """
-        method = config.objective.info.on_flow() if facts.is_flow else config.objective.info
+        method = config.objective.info.for_teacher(is_flow=facts.is_flow)
         is_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
         is_free = omega_range(config) is None
         guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0

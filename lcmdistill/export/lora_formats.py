@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lcmdistill.config.guidance import omega_range
-from lcmdistill.config.lora_words import split_lora, with_loras
+from lcmdistill.config.lora_words import lora_names, split_lora, with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export.base import (
     Exporter,
@@ -21,6 +21,7 @@ from lcmdistill.export.base import (
     Usage,
     a1111_setup,
     comfyui_node,
+    needs_loras,
     sampler_lines,
     unverified,
 )
@@ -70,8 +71,7 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
         prediction_type=prediction_type,
         zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
-    own = config.student.lora_relative_to == "teacher" and config.teacher.loras
-    needs = f"; together with {with_loras('', config.teacher.loras).removeprefix(' with ')}" if own else ""
+    needs = f"; together with {lora_names(config.teacher.loras)}" if needs_loras(config) else ""
     needs += comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
     skip = config.teacher.clip_skip
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
@@ -134,8 +134,7 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
 
 
 def _method(config: RunConfig, base_pipeline: Any) -> MethodInfo:
-    info = config.objective.info
-    return info.on_flow() if is_flow(base_pipeline.scheduler.config) else info
+    return config.objective.info.for_teacher(is_flow=is_flow(base_pipeline.scheduler.config))
 
 
 def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:

@@ -129,21 +129,14 @@ def write_trained_student(config: RunConfig, folder: Path, teacher: Teacher, stu
         name = f"{folder.name}.safetensors"
         # The folder is replaced as a whole: a run that resumes under another name leaves no LoRA of the old name.
         with atomic_dir(folder / "lora") as partial:
-            parts, form, family = (
-                written_lora(lora, config, teacher.pipeline),
-                teacher.family.run_lora_format,
-                teacher.family,
-            )
+            parts, family = written_lora(lora, config, teacher.pipeline), teacher.family
             of_network = parts[teacher.network_name]
-            if form == "kohya":
-                metadata = header(of_network, config, folder.name, teacher.pipeline)
-                write_kohya(parts, partial / name, metadata, family)
-            elif form == "diffusers-lora":
-                metadata = header(of_network, config, folder.name, teacher.pipeline)
-                write_diffusers_lora(parts, partial / name, metadata, family)
-            else:
+            if family.uses_peft_only:
                 base = public_name(config.teacher.model)
                 write_peft(of_network, partial, base, sampling_header(config, teacher.pipeline))
+            else:
+                write = write_kohya if family.run_lora_format == "kohya" else write_diffusers_lora
+                write(parts, partial / name, header(of_network, config, folder.name, teacher.pipeline), family)
             write_checksums(partial)
         return folder / "lora" if teacher.family.uses_peft_only else folder / "lora" / name
     network = student.for_export()

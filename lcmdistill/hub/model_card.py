@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from lcmdistill.config.guidance import omega_range
-from lcmdistill.config.lora_words import split_lora
+from lcmdistill.config.lora_words import lora_names, split_lora
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.evaluation.results import read_results
@@ -156,8 +156,8 @@ def _intro(config: RunConfig) -> str:
         if license_
         else "The license is the teacher's; see its model card."
     )
-    loras = [split_lora(word).public for word in config.teacher.loras or ()]
-    base = f"`{public_name(config.teacher.model)}`" + (f" with the LoRA {' and '.join(loras)}" if loras else "")
+    loras = lora_names(config.teacher.loras)
+    base = f"`{public_name(config.teacher.model)}`" + (f" with the LoRA {loras}" if loras else "")
     return f"{article} {title}{size} ({method.paper}), {method.relation} {base} with lcmdistill. {terms}"
 
 

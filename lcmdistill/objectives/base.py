@@ -122,6 +122,10 @@ class MethodInfo:
         """Return how the method's students of flow-matching teachers are sampled: with schedulers that have no options."""
         return replace(self, is_flow=True, scheduler_options=lambda objective, num_steps: {}, **self.flow)
 
+    def for_teacher(self, *, is_flow: bool) -> "MethodInfo":
+        """Return how the method's students are sampled, given whether their teacher is one of flow matching."""
+        return self.on_flow() if is_flow else self
+
     def pipeline_call(self, steps: int, guidance_scale: float) -> str:
         """Return the Python code that generates an image with a pipeline of this method's students."""
         options = "".join(f", {name}={value:g}" for name, value in self.sampling_options.items())

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lcmdistill.diffusion import SOLVERS
-from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
@@ -19,6 +17,7 @@ from lcmdistill.objectives.common import (
     loss_function,
     teacher_forwards,
 )
+from lcmdistill.objectives.pairs import consistency_pair
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -82,8 +81,5 @@ class ConsistencyDistillation:
         return State(t=t, s=s, z_t=z_t, z_s=z_s)
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
-        t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
-        with torch.no_grad():
-            goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
-        return loss_function(self.distance, self.lpips_weights, z_t.device)(prediction, goal)
+        prediction, goal = consistency_pair(student, target, schedule, batch, state)
+        return loss_function(self.distance, self.lpips_weights, prediction.device)(prediction, goal)

@@ -150,6 +150,14 @@ def check_solver(solver: str) -> None:
         raise ValueError(f"objective.solver is {solver!r}; choose from {', '.join(SOLVERS)}")
 
 
+def check_curriculum(curriculum_steps: int | None, p_std: float) -> None:
+    """Check the length of a curriculum, and the spread of a lognormal of noise levels."""
+    if curriculum_steps is not None and curriculum_steps < 1:
+        raise ValueError(f"objective.curriculum_steps (K) is {curriculum_steps}; it must be at least 1")
+    if p_std <= 0:
+        raise ValueError(f"objective.p_std is {p_std}; it must be above 0")
+
+
 def check_lpips(distance: str, weights: str | None) -> None:
     """Check that LPIPS comes with weights, and weights with LPIPS."""
     if distance == "lpips" and weights is None:

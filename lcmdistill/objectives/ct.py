@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.schema import TargetKind
-from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import EMPTY_PROMPTS, MethodInfo, State
-from lcmdistill.objectives.common import check_decay, check_lpips, loss_function, noise_ratio
+from lcmdistill.objectives.common import check_curriculum, check_decay, check_lpips, loss_function, noise_ratio
+from lcmdistill.objectives.pairs import consistency_pair, same_noise
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -91,10 +91,7 @@ class ConsistencyTraining:
             raise ValueError(
                 "objective.s0 is 1, a first grid of one point; it must be at least 2 where objective.growth is sqrt"
             )
-        if self.curriculum_steps is not None and self.curriculum_steps < 1:
-            raise ValueError(f"objective.curriculum_steps (K) is {self.curriculum_steps}; it must be at least 1")
-        if self.p_std <= 0:
-            raise ValueError(f"objective.p_std is {self.p_std}; it must be above 0")
+        check_curriculum(self.curriculum_steps, self.p_std)
         check_decay("mu0", self.mu0)
         check_lpips(self.distance, self.lpips_weights)
 
@@ -105,17 +102,12 @@ class ConsistencyTraining:
 
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
         t, s = self.sample_timesteps(schedule, rng)
-        noise = rng.normal("noise", batch.latents.shape[1:])
-        z_t, z_s = (schedule.diffuse(batch.latents, noise, time) for time in (t, s))
-        return State(t=t, s=s, z_t=z_t, z_s=z_s)
+        return same_noise(schedule, batch, t, s, rng)
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
-        t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
-        with torch.no_grad():
-            goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
-        distance = loss_function(self.distance, self.lpips_weights, z_t.device)(prediction, goal)
-        return self._weight(schedule, t, s) * distance
+        prediction, goal = consistency_pair(student, target, schedule, batch, state)
+        distance = loss_function(self.distance, self.lpips_weights, prediction.device)(prediction, goal)
+        return self._weight(schedule, state.t, state.s) * distance
 
     def _draw(self, schedule: NoiseSchedule, grid: Tensor, rng: Rng) -> Tensor:
         if self.times == "uniform":

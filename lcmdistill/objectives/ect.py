@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lcmdistill.config.schema import TargetKind
-from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import norm_huber
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import EMPTY_PROMPTS, MethodInfo, State
-from lcmdistill.objectives.common import check_decay, check_lpips, loss_function, noise_ratio
+from lcmdistill.objectives.common import check_curriculum, check_decay, check_lpips, loss_function, noise_ratio
+from lcmdistill.objectives.pairs import consistency_pair, same_noise
 from lcmdistill.utils.device import copy_to_device
 
 CLOSEST = 1.05
@@ -82,10 +82,7 @@ class EasyConsistencyTuning:
             raise ValueError(f"objective.q is {self.q:g}; it must be above 1, such as 2, or 256 with one stage")
         if not 1 <= self.stages <= 64:
             raise ValueError(f"objective.stages is {self.stages}; it must be from 1 to 64")
-        if self.curriculum_steps is not None and self.curriculum_steps < 1:
-            raise ValueError(f"objective.curriculum_steps (K) is {self.curriculum_steps}; it must be at least 1")
-        if self.p_std <= 0:
-            raise ValueError(f"objective.p_std is {self.p_std}; it must be above 0")
+        check_curriculum(self.curriculum_steps, self.p_std)
         if self.huber_c < 0:
             raise ValueError(f"objective.huber_c is {self.huber_c}; it must be at least 0")
         check_decay("ema_decay", self.ema_decay)
@@ -105,18 +102,13 @@ class EasyConsistencyTuning:
 
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
         t, s = self.sample_timesteps(schedule, rng)
-        noise = rng.normal("noise", batch.latents.shape[1:])
-        z_t, z_s = (schedule.diffuse(batch.latents, noise, time) for time in (t, s))
-        return State(t=t, s=s, z_t=z_t, z_s=z_s)
+        return same_noise(schedule, batch, t, s, rng)
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
-        t, s, z_t, z_s, c = state.t, state.s, state.z_t, state.z_s, batch.cond
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, None).x0, t)
-        with torch.no_grad():
-            goal = consistency_function(schedule, z_s, target(z_s, s, c, None).x0, s)
-        named = loss_function(self.distance, self.lpips_weights, z_t.device)
+        prediction, goal = consistency_pair(student, target, schedule, batch, state)
+        named = loss_function(self.distance, self.lpips_weights, prediction.device)
         distance = partial(norm_huber, c=self.huber_c) if self.distance == "norm-huber" else named
         loss = distance(prediction, goal)
         if self.weighting == "uniform":
             return loss
-        return loss / (noise_ratio(schedule, t) - noise_ratio(schedule, s)).float()
+        return loss / (noise_ratio(schedule, state.t) - noise_ratio(schedule, state.s)).float()

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import MethodInfo, State
 from lcmdistill.objectives.common import check_decay, check_omega, check_skip, sample_omega, sample_times
+from lcmdistill.objectives.pairs import consistency_pair, same_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +73,8 @@ class LatentConsistencyFineTuning:
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
         t, s = self.sample_timesteps(schedule, rng)
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        noise = rng.normal("noise", batch.latents.shape[1:])
-        z_t, z_s = (schedule.diffuse(batch.latents, noise, time) for time in (t, s))
-        return State(t=t, s=s, z_t=z_t, z_s=z_s, w=w)
+        return same_noise(schedule, batch, t, s, rng, w)
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
-        t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
-        with torch.no_grad():
-            goal = consistency_function(schedule, z_s, target(z_s, s, c, w).x0, s)
+        prediction, goal = consistency_pair(student, target, schedule, batch, state)
         return DISTANCES[self.distance](prediction, goal)

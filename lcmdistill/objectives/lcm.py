@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lcmdistill.diffusion import SOLVERS
-from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
@@ -22,6 +20,7 @@ from lcmdistill.objectives.common import (
     sample_times,
     teacher_forwards,
 )
+from lcmdistill.objectives.pairs import consistency_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,5 @@ class LatentConsistency:
         return State(t=t, s=s, z_t=z_t, z_s=z_s, w=w)
 
     def loss(self, student: Network, target: Network, schedule: NoiseSchedule, batch: Batch, state: State) -> Tensor:
-        t, s, z_t, z_s, w, c = state.t, state.s, state.z_t, state.z_s, state.w, batch.cond
-        prediction = consistency_function(schedule, z_t, student(z_t, t, c, w).x0, t)
-        with torch.no_grad():
-            goal = consistency_function(schedule, z_s, target(z_s, s, c, w).x0, s)
+        prediction, goal = consistency_pair(student, target, schedule, batch, state)
         return DISTANCES[self.distance](prediction, goal)

@@ -1,4 +1,4 @@
-"""The loss of our own runs of the bundled teacher, drawn behind the loss of a run with the same settings.
+"""The loss of our own runs of the bundled teacher, shown behind the loss of a run with the same settings.
 
 A loss depends on the teacher, the data and most settings, so the curves are shown for no other run.
 """

@@ -7,7 +7,6 @@ Shapes: O outputs and I inputs of a layer.
 """
 
 import importlib.util
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,11 +69,6 @@ def quantize_base(network: Any, kind: str) -> None:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, _nf4(layer))
         return
-    for library in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # notices about kernels for other hardware, and to its developers
-        logging.getLogger(library).setLevel(logging.ERROR)
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,

@@ -76,7 +76,7 @@ class Teacher:
 
     def method(self, info: MethodInfo) -> MethodInfo:
         """Return what is known about a method, with the sampler of this teacher's students."""
-        return info.on_flow() if self.is_flow else info
+        return info.for_teacher(is_flow=self.is_flow)
 
     @property
     def network_name(self) -> str:

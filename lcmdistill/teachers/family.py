@@ -140,6 +140,25 @@ def no_condition(samples: SampleInfo) -> Conditioning:
     return Conditioning({})
 
 
+def transformer_kwargs(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments of a diffusers transformer, which names the latents `hidden_states`."""
+    return {"hidden_states" if name == "sample" else name: value for name, value in inputs.items()}
+
+
+def published_guidance(scale: float) -> dict[str, Any]:
+    """Return `TeacherFamily.published` of a family that was published with one guidance scale.
+
+    It is fixed: the student has no input for another one, and is sampled without CFG.
+    """
+    omega = scale - 1
+    return {
+        "data.guidance_scale": scale,
+        "objective.w_min": omega,
+        "objective.w_max": omega,
+        "run.validation_guidance_scale": 1.0,
+    }
+
+
 def no_extra_kwargs(count: int, height: int, width: int, image_and_mask: tuple[Any, Any] | None) -> dict[str, Any]:
     """Return no arguments: the pipeline needs prompts and sizes only."""
     return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lcmdistill.teachers.family import SampleInfo, TeacherFamily
+from lcmdistill.teachers.family import SampleInfo, TeacherFamily, published_guidance, transformer_kwargs
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -53,8 +53,8 @@ def _example_inputs(network: Any, generator: Generator, batch: int) -> dict[str,
 
 def _network_kwargs(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the transformer's keyword arguments. It reads the keys of `added_cond_kwargs` even where it uses none."""
-    kwargs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in family.added_inputs}
-    kwargs["hidden_states"] = kwargs.pop("sample")
+    own = {name: value for name, value in inputs.items() if name not in family.added_inputs}
+    kwargs = transformer_kwargs(family, network, own)
     return {**kwargs, "added_cond_kwargs": {name: inputs.get(name) for name in family.added_inputs}}
 
 
@@ -101,13 +101,7 @@ PIXART_ALPHA = TeacherFamily(
         "clean_caption": False,
     },
     check=lambda pipeline: None,
-    published={
-        # PixArt's own guidance, fixed: the student has no input for another one, and is sampled without CFG.
-        "data.guidance_scale": 4.5,
-        "objective.w_min": 3.5,
-        "objective.w_max": 3.5,
-        "run.validation_guidance_scale": 1.0,
-    },
+    published=published_guidance(4.5),
     # Those of the public PixArt LoRA script, without the two that are narrower than a usual rank.
     lora_modules=(*_ATTENTION, "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2"),
     lora_formats=("peft",),

@@ -12,7 +12,7 @@ from inspect import signature
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lcmdistill.teachers.family import TeacherFamily, no_condition
+from lcmdistill.teachers.family import TeacherFamily, no_condition, published_guidance, transformer_kwargs
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,11 +61,6 @@ def _example_inputs(network: Any, generator: Generator, batch: int) -> dict[str,
     import torch
 
     return {"encoder_hidden_states": torch.randn(batch, 77, network.config.caption_channels, generator=generator)}
-
-
-def _network_kwargs(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the transformer's keyword arguments, which name the latents `hidden_states`."""
-    return {"hidden_states" if name == "sample" else name: value for name, value in inputs.items()}
 
 
 def _encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
@@ -130,7 +125,7 @@ SANA = TeacherFamily(
     sample_size_is_default=False,  # the pipeline knows the sizes 16, 32, 64 and 128 only
     call=call_sana,
     example_inputs=_example_inputs,
-    network_kwargs=_network_kwargs,
+    network_kwargs=transformer_kwargs,
     encode_prompts=_encode_prompts,
     condition=no_condition,
     # Sizes are used as they are, and prompts are encoded as for training.
@@ -143,13 +138,7 @@ SANA = TeacherFamily(
     vae_levels="encoder_block_out_channels",
     data_scheduler="FlowMatchEulerDiscreteScheduler",
     reference_scheduler="FlowMatchEulerDiscreteScheduler",
-    published={
-        # SANA's own guidance, fixed: the student has no input for another one, and is sampled without CFG.
-        "data.guidance_scale": 4.5,
-        "objective.w_min": 3.5,
-        "objective.w_max": 3.5,
-        "run.validation_guidance_scale": 1.0,
-    },
+    published=published_guidance(4.5),
     # Both attentions. The public LoRA script for SANA leaves the last of these out.
     lora_modules=("to_q", "to_k", "to_v", "to_out.0"),
     lora_formats=("diffusers-lora", "peft"),

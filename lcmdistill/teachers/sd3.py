@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lcmdistill.teachers.family import Alias, SingleFileLayout, TeacherFamily, no_condition
+from lcmdistill.teachers.family import (
+    Alias,
+    SingleFileLayout,
+    TeacherFamily,
+    no_condition,
+    published_guidance,
+    transformer_kwargs,
+)
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,11 +80,6 @@ def _example_inputs(network: Any, generator: Generator, batch: int) -> dict[str,
     }
 
 
-def _network_kwargs(family: TeacherFamily, network: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the transformer's keyword arguments, which name the latents `hidden_states`."""
-    return {"hidden_states" if name == "sample" else name: value for name, value in inputs.items()}
-
-
 def _encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
     """Return embeddings (B, L, D), CLIP's and then T5's, and CLIP's pooled embeddings (B, P), in fp32."""
     import torch
@@ -126,19 +128,13 @@ STABLE_DIFFUSION_3 = TeacherFamily(
     sample_size_is_default=False,  # the position embeddings depend on it
     call=call_mmdit,
     example_inputs=_example_inputs,
-    network_kwargs=_network_kwargs,
+    network_kwargs=transformer_kwargs,
     encode_prompts=_encode_prompts,
     condition=no_condition,
     check=_check,
     data_scheduler="FlowMatchEulerDiscreteScheduler",
     reference_scheduler="FlowMatchEulerDiscreteScheduler",
-    published={
-        # Stable Diffusion 3.5's own guidance, fixed: the student has no input for another one, and is sampled without CFG.
-        "data.guidance_scale": 4.5,
-        "objective.w_min": 3.5,
-        "objective.w_max": 3.5,
-        "run.validation_guidance_scale": 1.0,
-    },
+    published=published_guidance(4.5),
     # All products of the blocks; "to_q" and the like are also those of the second attention of 3.5 medium.
     lora_modules=(
         "to_q",

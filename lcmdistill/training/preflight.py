@@ -26,7 +26,7 @@ from lcmdistill.teachers.base import Teacher, has_omega_input, supports_omega_in
 from lcmdistill.teachers.downloads import Download, check_downloads, pending_downloads
 from lcmdistill.teachers.family import needs_caption
 from lcmdistill.teachers.loading import checkpoint_summary, load_teacher
-from lcmdistill.teachers.lora.fuse import check_low_rank, lora_checksums
+from lcmdistill.teachers.lora.fuse import check_files, check_low_rank
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.teachers.registry import family_of_folder
 from lcmdistill.training.cost_disk import check_space
@@ -190,7 +190,7 @@ def check_early(config: RunConfig) -> None:
     check_quantization(config.student.quantize_base)
     check_sharding(config, pick_device(config.run.device))
     check_cache(config.data)
-    lora_checksums(config.teacher.loras or ())  # raises for a file that does not exist, before anything is downloaded
+    check_files(config.teacher.loras or ())  # before anything is downloaded
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     survey(sources_of(config), config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)
     if os.environ.get("RANK", "0") == "0" and (line := check_downloads(_downloads(config.teacher))):

@@ -64,9 +64,9 @@ def test_too_few_images_give_no_kid(small_run: Path, image_folder: Path, small_f
     assert "kid" not in enough.metrics
     assert next(iter(enough.metrics)) == "kid_teacher"
     assert enough.notes == (f"KID to real images needs 50 of them, and {image_folder.name} has 12.",)
-    asked = EvaluationOptions(features=small_features, real=str(image_folder))
+    requested = EvaluationOptions(features=small_features, real=str(image_folder))
     with pytest.raises(UsageError, match="has 12 images, and KID needs 50"):
-        select_metrics(run, asked, (str(image_folder),), 50, cpu)
+        select_metrics(run, requested, (str(image_folder),), 50, cpu)
 
 
 def test_several_runs_share_their_captions():
@@ -117,6 +117,6 @@ def test_fid_to_the_teacher_needs_no_real_images(
         assert (
             f"FID to real images needs 16 of them that belong to the prompts, and there are {number}." in selected.notes
         )
-    asked = EvaluationOptions(inception=small_features, real=str(image_folder))
+    requested = EvaluationOptions(inception=small_features, real=str(image_folder))
     with pytest.raises(UsageError, match="FID needs at least 16 real images"):
-        select_metrics(run, asked, (str(image_folder),), 16, cpu)
+        select_metrics(run, requested, (str(image_folder),), 16, cpu)

@@ -174,7 +174,7 @@ def teacher_set_metrics(network: nn.Module, name: str) -> dict[str, Metric]:
             "higher",
             "Share of the generated images that look like one of the teacher's.",
             *shared,
-            lambda features: _precision_recall_of(features)[0],
+            lambda features: precision(*features.chunk(2, dim=1)),
             min_images=MIN_KID_IMAGES,
         ),
         "recall": Metric(
@@ -182,7 +182,7 @@ def teacher_set_metrics(network: nn.Module, name: str) -> dict[str, Metric]:
             "higher",
             "Share of the teacher's images that one of the generated images looks like; low where variety is lost.",
             *shared,
-            lambda features: _precision_recall_of(features)[1],
+            lambda features: precision(*features.chunk(2, dim=1)[::-1]),
             min_images=MIN_KID_IMAGES,
         ),
     }
@@ -246,8 +246,8 @@ def kid_error(features: Tensor, real: Tensor) -> float:
     return float(torch.tensor([kid(some, others) for some, others in pairs]).std() / count**0.5)
 
 
-def precision_recall(features: Tensor, real: Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
-    """Return precision and recall by k nearest neighbors (Kynkaanniemi et al. 2019, Eq. 1 and 2).
+def precision(features: Tensor, real: Tensor, *, k: int = NEIGHBORS) -> float:
+    """Return precision by k nearest neighbors (Kynkaanniemi et al. 2019, Eq. 1 and 2); recall with the sets exchanged.
 
     A set's manifold is the union of balls around its members, each reaching to the member's k-th nearest neighbor. Precision
     is the share of the generated images in the real images' manifold, recall the share of the real images in the generated
@@ -258,16 +258,6 @@ def precision_recall(features: Tensor, real: Tensor, k: int = NEIGHBORS) -> tupl
         real: The real images' features, (M, F).
         k: The number of neighbors.
     """
-    return _share_inside(features, real, k), _share_inside(real, features, k)
-
-
-def _precision_recall_of(features: Tensor) -> tuple[float, float]:
-    generated, real = features.chunk(2, dim=1)
-    return precision_recall(generated, real)
-
-
-def _share_inside(points: Tensor, centers: Tensor, k: int) -> float:
-    """Return the share of points, (N, F), in at least one ball around centers, (M, F)."""
-    # A center's nearest neighbor is itself, at distance 0.
-    radii = torch.cdist(centers, centers).kthvalue(min(k + 1, len(centers)), dim=1).values
-    return float((torch.cdist(points, centers) <= radii).any(1).double().mean())
+    # A member's nearest neighbor is itself, at distance 0.
+    radii = torch.cdist(real, real).kthvalue(min(k + 1, len(real)), dim=1).values
+    return float((torch.cdist(features, real) <= radii).any(1).double().mean())

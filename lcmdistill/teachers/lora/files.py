@@ -203,20 +203,21 @@ def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Map
     kohya = {part: prefix for prefix, part in family.lora_prefixes.items() if prefix.endswith("_")}
     dotted = {prefix: part for prefix, part in family.lora_prefixes.items() if prefix.endswith(".")}
     settings, tensors = json.loads(header.get("lora_adapter_metadata", "{}")), dict[str, Tensor]()
+    own_settings = {
+        prefix: {name.removeprefix(prefix): each for name, each in settings.items() if name.startswith(prefix)}
+        for prefix in dotted
+    }
     for key, value in weights.items():
         prefix = next((prefix for prefix in dotted if key.startswith(prefix)), None)
-        ends = ((s, f"lora_{'down' if axis else 'up'}.weight") for s, axis in _SUFFIXES)
-        ends = (*ends, (f"{MAGNITUDE}.weight", "dora_scale"), (MAGNITUDE, "dora_scale"), (".alpha", "alpha"))
-        suffix, end = next(((s, end) for s, end in ends if key.endswith(s)), ("", ""))
+        suffix, end = next(((s, end) for s, end in _KOHYA_ENDS if key.endswith(s)), ("", ""))
         if prefix is None or not suffix:
             tensors[key] = value
             continue
         path = key.removeprefix(prefix).removesuffix(suffix)
         stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
         tensors[f"{stem}.{end}"] = value.flatten() if end == "dora_scale" else value
-        own = {name.removeprefix(prefix): each for name, each in settings.items() if name.startswith(prefix)}
-        if end == "lora_down.weight" and "lora_alpha" in own:
-            tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own, path, len(value)))
+        if end == "lora_down.weight" and "lora_alpha" in own_settings[prefix]:
+            tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own_settings[prefix], path, len(value)))
     return tensors
 
 
@@ -308,6 +309,13 @@ _SUFFIXES = (
     # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
     *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
 )
+
+
+_KOHYA_ENDS = (
+    *((suffix, f"lora_{'down' if axis else 'up'}.weight") for suffix, axis in _SUFFIXES),
+    *((f"{MAGNITUDE}.weight", "dora_scale"), (MAGNITUDE, "dora_scale"), (".alpha", "alpha")),
+)
+"the ends of keys in diffusers' files, and what kohya calls them"
 
 
 def kohya_tensors(lora: Lora, dtype: torch.dtype, prefix: str = "lora_unet_") -> dict[str, Tensor]:

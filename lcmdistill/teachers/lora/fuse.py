@@ -44,6 +44,12 @@ def lora_checksums(loras: Sequence[str]) -> tuple[str, ...]:
     return tuple(checksums)
 
 
+def check_files(loras: Sequence[str]) -> None:
+    """Raise UsageError for a LoRA whose file does not exist. loras: as `teacher.loras` names them."""
+    for path, _ in map(split_lora, loras):
+        lora_weights_file(path, f"{OPTION} {path}")
+
+
 def fuse_loras(pipeline: Any, loras: Sequence[str], checksums: Sequence[str] | None = None) -> None:
     """Merge LoRAs into the weights of a pipeline's network and text encoders, one after the other.
 

@@ -6,7 +6,7 @@ lack the prefix, or have the keys of diffusers.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,8 +156,7 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     if match is None:
         raise UsageError(f"{path}: its U-Net takes {channels} channels; supported are 4, and 9 (inpainting)")
     family, layout = match
-    prefixes = {"vae": VAE, **{part: prefix for part, (prefix, _) in layout.text_encoders.items()}}
-    held = [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)]
+    held = _held_parts(layout, names)
     prediction_type, reason, is_stated = _prediction_type(header, layout)
     name = f"{layout.title}{' inpainting' * family.takes_mask}"
     text = layout.text_title if set(held) & set(layout.text_encoders) else "no text encoder"
@@ -183,8 +182,7 @@ def _transformer(names: Mapping[str, object]) -> CheckpointInfo | None:
         for prefix in (UNET, "") if layout.network_marker else ():
             if f"{prefix}{layout.network_marker}" not in names:
                 continue
-            prefixes = {"vae": VAE, **{part: start for part, (start, _) in layout.text_encoders.items()}}
-            held = [part for part, start in prefixes.items() if any(name.startswith(start) for name in names)]
+            held = _held_parts(layout, names)
             encoders = [part for part in layout.text_encoders if part in held]
             text = f"{len(encoders)} text encoders" if encoders else "no text encoder"
             why = f"{layout.title} ({text}{', no VAE' * ('vae' not in held)}), flow matching"
@@ -201,6 +199,12 @@ def _transformer(names: Mapping[str, object]) -> CheckpointInfo | None:
                 why=why,
             )
     return None
+
+
+def _held_parts(layout: SingleFileLayout, names: Collection[str]) -> list[str]:
+    """Return the components that a file holds besides the network."""
+    prefixes = {"vae": VAE, **{part: prefix for part, (prefix, _) in layout.text_encoders.items()}}
+    return [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)]
 
 
 def _unet_keys(names: Mapping[str, object]) -> UnetKeys | None:

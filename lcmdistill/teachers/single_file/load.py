@@ -66,7 +66,11 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
     import transformers
 
     modules, network = {}, info.family.network
-    for part in (network, "vae", *(part for part in info.layout.text_encoders if part not in _optional(info))):
+    for part in (
+        network,
+        "vae",
+        *(part for part in info.layout.text_encoders if part not in info.layout.optional_encoders),
+    ):
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         if part in info.layout.text_encoders:
             modules[part] = _empty(getattr(transformers, config["architectures"][0]), config)
@@ -106,11 +110,6 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     changes |= {"rescale_betas_zero_snr": True} if info.zero_snr else {}
     base.scheduler = type(base.scheduler).from_config({**base.scheduler.config, **changes})
     return base
-
-
-def _optional(info: CheckpointInfo) -> tuple[str, ...]:
-    """Return the text encoders that a pipeline works without, and whose tokenizers are not bundled."""
-    return info.layout.optional_encoders
 
 
 def _network_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lcmdistill.evaluation.metrics.features import (
     kid,
     kid_error,
     kid_metric,
-    precision_recall,
+    precision,
 )
 from lcmdistill.evaluation.metrics.pretrained import clip_metric, fid_metric, fid_to_teacher_metrics, lpips_metric
 from lcmdistill.utils.errors import UsageError
@@ -232,6 +232,10 @@ def test_only_the_center_of_other_shapes_is_compared_with_square_images() -> Non
     assert torch.equal(center_square(pixels), pixels[..., 2:10])
     assert torch.equal(center_square(pixels.mT), pixels.mT[..., 2:10, :])
     assert torch.equal(center_square(pixels[..., :8]), pixels[..., :8])
+
+
+def precision_recall(features: Tensor, real: Tensor, k: int) -> tuple[float, float]:
+    return precision(features, real, k=k), precision(real, features, k=k)
 
 
 def test_precision_and_recall_of_points_on_a_line() -> None:
