@@ -3,8 +3,10 @@
 A sharded run's hold the files of `utils/sharded_checkpoint.py` instead of the groups' files.
 """
 
+import io
 import logging
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -123,7 +125,7 @@ def last_global_batch(folder: Path) -> int | None:
     """Return the samples per step that the newest checkpoint was trained with; None if there is none to be read."""
     for path in reversed(checkpoints(folder)):
         try:
-            return torch.load(path / "state.pt", weights_only=True, map_location="cpu")["global_batch"]
+            return _read_state(path)["global_batch"]
         except (*_DAMAGE, KeyError):
             continue
     return None
@@ -131,11 +133,24 @@ def last_global_batch(folder: Path) -> int | None:
 
 def _read(path: Path, read: Callable[[Path], Groups] = read_groups) -> tuple[Groups, dict[str, Any]]:
     """Return (groups, state). A checkpoint that an older version wrote has no checksums to verify."""
-    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    state = _read_state(path)
     for name, expected in state.pop("checksums", {}).items():
         if checksum(path / name) != expected:
             raise EOFError(f"{name} does not match its checksum")
     return read(path), state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return the plain values of a checkpoint. torch stores checksums of them, and does not compare them itself."""
+    raw = (path / "state.pt").read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise EOFError(f"{damaged} does not match its checksum")
+        return dict(torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu"))
+    except Exception as error:  # damaged bytes are instructions to the unpickler
+        raise EOFError(f"state.pt cannot be read: {error}") from error
 
 
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, UnpicklingError, FileNotFoundError)

@@ -162,16 +162,30 @@ def _reader(path: Path) -> Any:
     class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             with (path / METADATA).open("rb") as file:
-                metadata = _DescriptionUnpickler(file).load()
-            metadata.storage_meta = None
-            return metadata
+                try:
+                    metadata = _DescriptionUnpickler(file).load()
+                    metadata.storage_meta = None
+                    return metadata
+                except Exception as error:  # damaged bytes are instructions to the unpickler
+                    raise pickle.UnpicklingError(f"{METADATA} cannot be read: {error}") from error
 
     return Reader(path)
 
 
-_PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout")}
-_PLAIN |= {("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")}
-"what a description refers to besides the classes of torch.distributed.checkpoint"
+_TORCH = "torch.distributed.checkpoint"
+
+_NAMES = {
+    f"{_TORCH}.metadata": (
+        "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+        "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+    ),
+    f"{_TORCH}.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "pathlib": "Path PosixPath WindowsPath",
+    "pathlib._local": "Path PosixPath WindowsPath",  # Python 3.13
+}
+"what a description refers to, by module. With other names of the same modules a file could call their functions"
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
@@ -179,8 +193,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class by its name."""
-        is_description = module.startswith("torch.distributed.checkpoint.") and name.lstrip("_")[:1].isupper()
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_description and not is_dtype and (module, name) not in _PLAIN:
+        if not is_dtype and name not in _NAMES.get(module, "").split():
             raise pickle.UnpicklingError(f"{METADATA} refers to {module}.{name}")
         return super().find_class(module, name)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,16 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     flip_a_bit(path / "student.safetensors")
     with pytest.raises(RunError, match=r"is damaged \(student.safetensors does not match its checksum\)"):
         load_checkpoint(path)
+
+
+def test_a_flipped_bit_of_the_state_is_noticed(tmp_path: Path) -> None:
+    """Some make torch raise what the damaged bytes ask for, others change a number."""
+    path = save_checkpoint(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {"best": 0.25, "checks": [1.5, 2.5]})
+    state, unchanged = (path / "state.pt").read_bytes(), load_checkpoint(path)[1]
+    for i in range(0, len(state), 3):
+        (path / "state.pt").write_bytes(state[:i] + bytes([state[i] ^ 0x11]) + state[i + 1 :])
+        with suppress(RunError):
+            assert load_checkpoint(path)[1] == unchanged, f"byte {i}"
 
 
 def test_a_missing_file_is_damage(tmp_path: Path) -> None:
