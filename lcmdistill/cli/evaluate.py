@@ -48,10 +48,14 @@ def evaluate(
         Path | None, typer.Option(help="TorchScript feature network for KID.  [default: MobileNetV2, if installed]")
     ] = None,
     inception: Annotated[Path | None, typer.Option(help="TorchScript Inception for FID; needs 10,000 images.")] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP folder, or a cached hub id, for the CLIP score.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Short for --scorer clip=MODEL.")] = None,
     lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet file, for LPIPS to the teacher.")] = None,
     scorer: Annotated[
-        str | None, typer.Option(help="CLIP-shaped preference model, such as PickScore: folder or cached hub id.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=MODEL, a local path or a cached hub id; repeatable. NAME: clip, clip_dmd2, pickscore, hpsv2, "
+            "imagereward or aesthetic."
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the start noise, the same for all combinations.")
@@ -83,6 +87,7 @@ def evaluate(
 
     from lcmdistill.evaluation.options import EvaluationOptions
     from lcmdistill.evaluation.results import read_results
+    from lcmdistill.evaluation.scorers.registry import parse_scorers
 
     options = EvaluationOptions(
         steps=counts,
@@ -95,9 +100,8 @@ def evaluate(
         real=real,
         features=features,
         inception=inception,
-        clip=clip,
         lpips=lpips,
-        scorer=scorer,
+        scorers=parse_scorers([*([f"clip={clip}"] if clip else []), *(scorer or [])]),
     )
     evaluate_and_report(runs, options, page, rank_by)
     return [read_results(run) for run in runs]

@@ -1,6 +1,7 @@
 """What is evaluated: the options of an evaluation, and the finished runs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcmdistill.config.guidance import omega_range
@@ -32,9 +33,8 @@ class EvaluationOptions:
         real: A data source of real images.
         features: A TorchScript feature network for KID.
         inception: A TorchScript Inception for FID.
-        clip: A CLIP folder or a cached hub id.
         lpips: torchvision's AlexNet file.
-        scorer: A preference model's folder or cached hub id.
+        scorers: The weights of each scorer to use, by its key: a local path or a cached hub id.
     """
 
     steps: tuple[int, ...] = STEPS
@@ -47,9 +47,8 @@ class EvaluationOptions:
     real: str | None = None
     features: Path | None = None
     inception: Path | None = None
-    clip: str | None = None
     lpips: Path | None = None
-    scorer: str | None = None
+    scorers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import checked_json, read_checked_json
 from lcmdistill.utils.errors import UsageError
 
-RECORDED = ("label", "better", "description", "measured_on", "compared_with", "published", "decimals")
+RECORDED = ("label", "better", "description", "measured_on", "compared_with", "published", "decimals", "limits")
 "the fields of a metric that sweep.json records"
 
 

@@ -28,13 +28,14 @@ from lcmdistill.evaluation.metrics.features import (
 )
 from lcmdistill.evaluation.metrics.pretrained import (
     FID_IMAGES,
-    clip_metric,
     fid_metric,
     fid_to_teacher_metrics,
     lpips_metric,
 )
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
 from lcmdistill.evaluation.prompts import PromptChoice
+from lcmdistill.evaluation.scorers.base import scorer_metric
+from lcmdistill.evaluation.scorers.registry import SCORERS
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.redact import public_word, redact_word
@@ -75,7 +76,7 @@ def select_metrics(
     metrics = {name: metric for name, metric in BASIC_METRICS.items() if count >= metric.min_images}
     files = [options.features, options.inception, options.lpips]
     key: dict[str, Any] = {"files": [fingerprint([path]) if path and path.is_file() else None for path in files]}
-    key |= {"models": [options.clip, options.scorer]}
+    key |= {"scorers": {name: [word, _file_sizes(Path(word).expanduser())] for name, word in options.scorers.items()}}
     notes: list[str] = []
     network = None
     if options.features is not None:
@@ -95,12 +96,9 @@ def select_metrics(
             )
     if options.inception is not None:
         metrics |= _fid(run, options, real, count, device, notes)
-    if options.clip is not None:
-        metrics["clip"] = clip_metric(options.clip, device)
     if options.lpips is not None:
         metrics["lpips"] = lpips_metric(options.lpips, device)
-    if options.scorer is not None:
-        metrics["score"] = clip_metric(options.scorer, device, scorer=True)
+    metrics |= {name: scorer_metric(SCORERS[name], word, device) for name, word in options.scorers.items()}
     for metric in metrics.values():
         check_count(metric, count)
     return Selection(metrics, key, tuple(notes))
@@ -167,6 +165,12 @@ def fingerprint(files: Sequence[Path]) -> str:
         with path.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "blake2b").digest())
     return total.hexdigest()
+
+
+def _file_sizes(path: Path) -> list[tuple[str, int]]:
+    """Return what tells a model's local files from others without reading them; [] for a hub id."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    return [(each.name, each.stat().st_size) for each in files]
 
 
 def real_sources(runs: Sequence[EvaluatedRun], options: EvaluationOptions, choice: PromptChoice) -> tuple[str, ...]:

@@ -223,12 +223,13 @@ def _measured(run: Path, config: RunConfig) -> dict[str, Any] | None:
         numbers = [results.number(name, "student", n) for name in measures]
         rows.append([str(n), *("" if value is None else f"{value:g}" for value in numbers)])
     features = "; ".join(f"{each['label']}: {each['measured_on']}, {each['published']}" for each in measures.values())
+    limits = "".join(f" {each['label']}: {each['limits']}" for each in measures.values() if each.get("limits"))
     return {
         "headline": judged.headline,
         "reasons": judged.reasons,
         "labels": [each["label"] for each in measures.values()],
         "rows": rows,
-        "about": f"{results.info['images']} images per row, guidance scale {results.guidance_scale:g}. {features}.",
+        "about": f"{results.info['images']} images per row, guidance scale {results.guidance_scale:g}. {features}.{limits}",
         "plots": [
             {"file": f"samples/{name}.png", "title": title}
             for name, title in PLOTS.items()

@@ -17,6 +17,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.results import Results, read_results
+from lcmdistill.evaluation.scorers.registry import SCORERS
 from lcmdistill.evaluation.sweep import Sampler
 from lcmdistill.evaluation.verdict import Verdict, seconds, verdict
 from lcmdistill.objectives.recorded import require_run_config
@@ -101,7 +102,24 @@ def evaluation_summary(run: Path) -> str:
     if results is None:
         raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
     judged = verdict(results)
-    return "\n".join([f"{run.name}: {judged.headline}", *(f"  {reason}" for reason in judged.reasons)])
+    lines = [*judged.reasons, *score_lines(results, judged.enough or results.steps[-1])]
+    return "\n".join([f"{run.name}: {judged.headline}", *(f"  {line}" for line in lines)])
+
+
+def score_lines(results: Results, steps: int) -> list[str]:
+    """Return what the scorers found at a number of steps and of the teacher, with what they cannot see."""
+    lines = []
+    for name, metric in results.metrics.items():
+        value, full = results.number(name, "student", steps), results.full(name)
+        if name not in SCORERS or value is None:
+            continue
+        error = results.error(name, "student", steps)
+        number = f"{value:g}" if error is None else f"{value:g} ± {error:g}"
+        teacher = "" if full is None else f", and the teacher at {TEACHER_STEPS} steps {full:g}"
+        lines.append(
+            f"{metric['label']} at {steps_text(steps)}: {number}{teacher}. {metric.get('limits', '')}".rstrip()
+        )
+    return lines
 
 
 def context(run: Path, config: RunConfig) -> dict[str, Any]:
@@ -317,7 +335,7 @@ def _quality(name: str, results: Results, cards: list[dict[str, Any]]) -> dict[s
 
 def metric_rows(results: Results) -> list[dict[str, Any]]:
     """Return the metrics' descriptions for the table of metrics."""
-    return [{**metric, "good": good(metric["better"])} for metric in results.metrics.values()]
+    return [{"limits": "", **metric, "good": good(metric["better"])} for metric in results.metrics.values()]
 
 
 def table(results: Results) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Metric:
         decimals: How many decimals are recorded.
         min_images: The number of images below which there is no result.
         standard_error: The values of a set, (N, K) fp64, to the standard error of the number; None if it has none.
+        limits: What the features cannot see, in one sentence; "" if the description states it.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Metric:
     decimals: int = 3
     min_images: int = 1
     standard_error: Callable[[Tensor], float] | None = None
+    limits: str = ""
 
 
 def mean(values: Tensor) -> float:

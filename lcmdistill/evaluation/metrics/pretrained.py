@@ -1,18 +1,17 @@
-"""Metrics with weights that the user has on disk: FID, CLIP score, LPIPS and preference scorers.
+"""Metrics with weights that the user has on disk: FID and LPIPS.
 
 Nothing is downloaded. Shapes: B images, M real images, H W pixels, F features.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcmdistill.diffusion.lpips import Lpips
 from lcmdistill.evaluation.metrics.base import TEACHER_REFERENCE, ImagePair, Metric, center_square, eight_bit, mean
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.errors import UsageError
 
 FID_IMAGES = 10_000
 "the smallest set for FID: with fewer images its bias is larger than typical differences"
@@ -118,73 +117,6 @@ def _frechet(features: Tensor, reference: Tensor) -> float:
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return float(metric.compute())
-
-
-def clip_metric(folder: str, device: torch.device, *, scorer: bool = False) -> Metric:
-    """Return the CLIP score, 100 cos(image, prompt), or the logit of a CLIP-shaped preference model such as PickScore.
-
-    Args:
-        folder: The folder of a transformers CLIPModel with its processor, or a hub id in the local cache.
-        device: The device that computes it.
-        scorer: Whether it is a preference model.
-
-    Raises:
-        UsageError: It is not a CLIP model.
-        RunError: It is neither a folder nor in the local cache.
-    """
-    model, processor = _load_clip(folder, "--scorer" if scorer else "--clip")
-    model.to(device)
-    name = Path(folder).name
-
-    def per_image(pair: ImagePair) -> Tensor:
-        inputs = processor(
-            text=list(pair.prompts),
-            images=[image.permute(1, 2, 0).numpy() for image in eight_bit(pair.pixels)],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        )
-        output = model(**inputs.to(device))
-        cosine = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        return (cosine * model.logit_scale.exp() if scorer else 100 * cosine).view(-1, 1)
-
-    return Metric(
-        f"Score ({name})" if scorer else "CLIP score",
-        "higher",
-        "Predicted human preference for the image, given its prompt."
-        if scorer
-        else "Agreement between the image and its prompt.",
-        name,
-        "the prompt",
-        per_image,
-        mean,
-        published="comparable for the same model and prompts",
-    )
-
-
-def _load_clip(folder: str, option: str) -> tuple[Any, Any]:
-    from transformers import CLIPModel, CLIPProcessor
-
-    if Path(folder).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise UsageError(
-            f"{option} {folder} is a bare checkpoint without a model description; pass the folder of a CLIPModel, such as "
-            "CLIP or PickScore (the packages of ImageReward and HPS are incompatible with the installed transformers)"
-        )
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True)
-        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        if Path(folder).is_dir():
-            raise UsageError(
-                f"{option} {folder} holds no CLIP model; pass the folder of a transformers CLIPModel with its processor"
-            ) from error
-        raise RunError(
-            f"{option} {folder} is neither a folder nor in the local hub cache; download it first (hf download {folder}), or "
-            "pass the folder of a transformers CLIPModel with its processor"
-        ) from error
-    if type(model.config).model_type != "clip":
-        raise UsageError(f"{option} {folder} is a {model.config.model_type} model; a CLIPModel is needed")
-    return model.eval().requires_grad_(False), processor
 
 
 def lpips_metric(path: Path, device: torch.device) -> Metric:

@@ -215,6 +215,12 @@ def write_vocabulary(folder: Path) -> None:
     )
 
 
+def write_clip_tokenizer(folder: Path) -> None:
+    """Write CLIP's tokenizer, as SD 1 has it: a folder that transformers reads."""
+    shutil.copytree(CONFIGS / "sd1" / "tokenizer", folder, dirs_exist_ok=True)
+    write_vocabulary(folder)
+
+
 def clip_vocabulary(merges: Sequence[str]) -> list[str]:
     """Return CLIP's tokens in the order of their ids: bytes, bytes that end a word, merges, and the two markers.
 

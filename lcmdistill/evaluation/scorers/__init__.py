@@ -1,0 +1,1 @@
+"""Scorers: published models that rate an image, mostly by its prompt."""
