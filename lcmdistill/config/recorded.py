@@ -72,6 +72,7 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
             "or start the run again in a new folder"
         )
     _check_whole(path)
+    flat.setdefault("data.holdout", 0.0)  # versions without the setting trained on every sample
     try:
         name = choose("objective.name", str(flat.pop("objective.name")), tuple(objectives))
         sections: dict[str, type] = {**SECTIONS, "objective": objectives[name]}

@@ -19,7 +19,6 @@ from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import checked_json, read_checked_json
 from lcmdistill.utils.errors import RunError
-from lcmdistill.utils.run_dir import checkpoints
 from lcmdistill.utils.units import counted
 
 logger = logging.getLogger(__name__)
@@ -83,17 +82,15 @@ def hold_out(folder: Path, dataset: LatentDataset, own: Sequence[bool], share: f
         folder: The run folder.
         dataset: All samples of the run.
         own: Per source of the data set, whether it has the user's own captions.
-        share: `data.holdout`.
+        share: `data.holdout`, 0 for a run that an earlier version started.
 
     Returns:
         The captions to record with `record_captions`, once every process has called this.
     """
     captions = dataset.captions(own)
     record = read_captions(folder)
-    if record is None:
-        # A run that an earlier version started has trained on all samples.
-        was_started = bool(checkpoints(folder / "checkpoints"))
-        record = choose_captions(captions, 0.0 if was_started else share)
+    if record is None:  # a new run, or its record was lost: the same share of the same captions holds out the same ones
+        record = choose_captions(captions, share)
     if record.held_out:
         held = set(record.captions)
         dataset.leave_out([i for i, caption in enumerate(captions) if caption in held])

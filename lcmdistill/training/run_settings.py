@@ -53,7 +53,8 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         unchanged = [
             k for k, v in _requested(folder).items() if v == now[k] and (same_memory or k == "optim.optimizer")
         ]
-        config = with_values(config, {key: planned[key] for key in unchanged})
+        kept = [*unchanged, *_kept_if_not_chosen(config)]
+        config = with_values(config, {key: planned[key] for key in kept})
     optim = config.optim
     max_samples = config.data.max_samples or (before.data.max_samples if before else None)
     if max_samples is None:
@@ -88,6 +89,11 @@ def _requested(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}  # no file, or a damaged one: then the settings must be equal
     return values if isinstance(values, dict) else {}
+
+
+def _kept_if_not_chosen(config: RunConfig) -> set[str]:
+    """Return the settings that a resumed run keeps where the command does not choose them: their default was another."""
+    return {"data.holdout"} - config.chosen
 
 
 def finished(config: RunConfig) -> bool:
@@ -153,6 +159,7 @@ def check_run(config: RunConfig) -> None:
     undecided = keys_with(config, "decided_by_teacher") - config.chosen | {
         k for k, v in _requested(folder).items() if now[k] == v
     }
+    undecided |= _kept_if_not_chosen(config)
     same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
     # The same samples per step, on another number of processes.
     world, optim = int(os.environ.get("WORLD_SIZE", "1")), config.optim

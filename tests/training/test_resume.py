@@ -311,6 +311,18 @@ def test_a_changed_setting_is_refused_by_name(
     assert (plain_run / "config.toml").read_bytes() == before
 
 
+@pytest.mark.parametrize(("line", "kept"), [("holdout = 0.2\n", "holdout = 0.2\n"), ("", "holdout = 0.0\n")])
+def test_a_resumed_run_holds_out_the_share_that_it_was_started_with(
+    train_run: Runner, plain_run: Path, tmp_path: Path, line: str, kept: str
+) -> None:
+    """A version without the setting trained on every sample."""
+    config = shutil.copytree(plain_run, tmp_path / "run") / "config.toml"
+    text = config.read_text().replace("holdout = 0.05\n", line)
+    config.write_text(f"{text.rpartition('#')[0]}# checksum: any\n")
+    train_run(optim__max_train_steps=5)
+    assert kept in config.read_text()
+
+
 def test_a_schedule_with_an_end_cannot_be_made_longer(train_run: Runner) -> None:
     train_run(optim__lr_scheduler="linear")
     with pytest.raises(UsageError, match=r"contains a run with optim\.max_train_steps = 4 \(this command: 6\)"):
