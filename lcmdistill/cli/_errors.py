@@ -9,7 +9,7 @@ import typer
 
 from lcmdistill.utils.errors import explain
 from lcmdistill.utils.logging import discard_output
-from lcmdistill.utils.redact import redact_text
+from lcmdistill.utils.redact import printable, redact_text
 
 # The parser's errors are click's, or those of Typer's own copy of click: it depends on the version of Typer.
 PARSER_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -52,7 +52,7 @@ def _print_once(sentence: str, code: int) -> int:
         # If the first process fails as well, the launcher ends this one meanwhile; an error of this process only is printed.
         time.sleep(5)
         sentence = f"process {rank}: {sentence}"
-    sentence = redact_text(sentence)
+    sentence = printable(redact_text(sentence), lines=False)
     if not rank or code < 128:
         print(f"Error: {sentence}" if code < 128 else sentence, file=sys.stderr)  # a signal is not an error
     return code

@@ -4,10 +4,12 @@ import sys
 from collections.abc import Sequence
 
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.redact import printable
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header, each column as wide as its widest cell."""
+    rows = [[printable(cell, lines=False) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

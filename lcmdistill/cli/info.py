@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lcmdistill.cli._options import Debug, model_or_run
+from lcmdistill.utils.redact import printable
 
 
 def info(
@@ -19,4 +20,4 @@ def info(
     rows = describe(model_or_run(model) or model)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
-        print(f"{label:<{width}}  {text}")
+        print(f"{label:<{width}}  {printable(text, lines=False)}")

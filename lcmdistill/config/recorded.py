@@ -1,6 +1,5 @@
 """Read the configuration that a run folder records, back into the dataclasses that it was written from."""
 
-import json
 import logging
 import tomllib
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from lcmdistill.config.schema import SECTIONS, RunConfig
 from lcmdistill.config.toml import ANY_CHECKSUM, CHECKSUM_LINE
 from lcmdistill.utils.checksums import checksum_of_text
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.run_dir import looks_like_run
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,10 @@ def run_takes_omega(run: Path) -> bool:
     """
     path = run / "pipeline" / "unet" / "config.json"
     try:
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
+        config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
+    return isinstance(config, dict) and config.get("time_cond_proj_dim") is not None
 
 
 def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | None:
@@ -98,7 +99,7 @@ def _read_flat(path: Path) -> dict[str, Any]:
     """Return a TOML file's values as {"section.key": value}; empty if there is none, or it is not TOML in sections."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write the mark
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); specify an existing TOML file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}
     for section, values in tree.items():

@@ -29,6 +29,7 @@ from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.teachers.schedulers import ends_in_noise
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.errors import Interrupted, RunError
+from lcmdistill.utils.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_metadata(file: Any) -> dict[str, Any]:
     """Return the metadata of an open file of a cache."""
-    return json.loads((file.metadata() or {})[_METADATA])
+    return parse_json((file.metadata() or {})[_METADATA])
 
 
 def is_ours(path: Path) -> bool:
@@ -174,7 +175,7 @@ def read_intact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
                 return tensors, metadata
     except FileNotFoundError:
         return None
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError):
         pass  # shorter than its header says, or a header that is damaged
     logger.warning(f"{path} is damaged; it will be made again")
     return None

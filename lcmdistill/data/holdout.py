@@ -119,7 +119,7 @@ def read_captions(folder: Path) -> RunCaptions | None:
         return RunCaptions(tuple(values["captions"]), bool(values["held_out"]))
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise RunError(
             f"{folder / FILE} is damaged, and which captions are held out of training is not known; restore the file"
         ) from error

@@ -126,7 +126,7 @@ def read_results(run: Path) -> Results | None:
         return None
     try:
         return _read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"the evaluation in {folder} cannot be read ({error}); evaluate again: lcmdistill evaluate {run}"
         ) from error

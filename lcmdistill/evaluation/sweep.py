@@ -335,7 +335,7 @@ def recorded_key(path: Path) -> str | None:
     """Return the key of a results file; None if it does not exist or cannot be read, so that it is made again."""
     try:
         return read_checked_json(path)["key"]
-    except (FileNotFoundError, ValueError, KeyError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 

@@ -14,6 +14,7 @@ from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import write_checksums
+from lcmdistill.utils.json_text import parse_json
 
 
 def export_pipeline(student: TrainedStudent, request: ExportRequest) -> str:
@@ -98,7 +99,7 @@ def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
 def add_vocabularies(folder: Path) -> None:
     """Write vocab.json and merges.txt next to each tokenizer.json: transformers 4 reads them, version 5 writes neither."""
     for path in folder.glob("tokenizer*/tokenizer.json"):
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = parse_json(path.read_text(encoding="utf-8"))["model"]
         if path.with_name("vocab.json").exists() or model["type"] != "BPE":
             continue
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -110,14 +111,14 @@ def remove_local_names(folder: Path) -> None:
     """Remove the folders that models were loaded from, which the libraries record in the configs."""
     for path in folder.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if '"_name_or_path"' in text else None
+        values = parse_json(text) if '"_name_or_path"' in text else None
         if isinstance(values, dict) and is_local(str(values.pop("_name_or_path", "a/b"))):
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _default_to_fp32(config: Path) -> None:
     """Make transformers 5 load fp32 by default, as diffusers does for the other parts."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = parse_json(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 

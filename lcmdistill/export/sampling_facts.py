@@ -1,6 +1,5 @@
 """How a run's student is sampled, from the teacher at hand or from the files of a finished run."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.registry import FAMILIES, family_of_folder
 from lcmdistill.teachers.schedulers import is_flow
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.run_dir import lora_file
 
 ZERO_SNR_KEY = "lcmdistill.zero_terminal_snr"
@@ -122,4 +122,4 @@ def _scheduler_options(config: RunConfig, family: TeacherFamily, num_steps: int,
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -45,6 +45,7 @@ from lcmdistill.teachers.single_file.mmdit_keys import original_mmdit
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES, original_unet, original_vae
 from lcmdistill.utils.atomic import atomic_file, write_text
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.json_text import parse_json
 
 COMPANION = ".yaml"
 "the ending of the configuration file that A1111 reads next to a checkpoint"
@@ -233,7 +234,7 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
         # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
         config = folder / "unet" / "config.json"
         if config.is_file():
-            config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": None}))
+            config.write_text(json.dumps({**parse_json(config.read_text()), "time_cond_proj_dim": None}))
         del pipeline  # the caller can free its memory
         yield folder
 

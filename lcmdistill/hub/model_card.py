@@ -26,6 +26,7 @@ from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.naming import is_local, license_name, license_of, public_name, public_path, redact_paths
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,7 @@ def _digest(text: str) -> str:
 def _record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:  # damaged: the card counts as edited
         return {}
     return record if isinstance(record, dict) else {}

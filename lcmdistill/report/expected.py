@@ -12,6 +12,7 @@ from typing import Any
 
 from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import flatten
+from lcmdistill.utils.json_text import parse_json
 
 FILE = "loss-curves.json"
 
@@ -30,13 +31,13 @@ def relevant_settings(config: RunConfig) -> dict[str, Any]:
     chosen = {k: v for k, v in flat.items() if (k.startswith(SECTIONS) or k in KEYS) and k not in NOT_COMPARED}
     if config.optim.lr_scheduler != "constant":
         chosen["optim.max_train_steps"] = flat["optim.max_train_steps"]
-    return json.loads(json.dumps(chosen))
+    return parse_json(json.dumps(chosen))
 
 
 @cache
 def _recorded() -> list[dict[str, Any]]:
     path = Path(str(files("lcmdistill") / "assets" / FILE))
-    return json.loads(path.read_text(encoding="utf-8"))["curves"]
+    return parse_json(path.read_text(encoding="utf-8"))["curves"]
 
 
 def expected_loss(config: RunConfig) -> tuple[tuple[float, float], ...]:

@@ -1,6 +1,5 @@
 """`lcmdistill info`: describe a teacher, a run or a LoRA from its files. No weights are loaded."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +7,13 @@ from typing import Any
 
 from lcmdistill.config.lora_words import with_loras
 from lcmdistill.teachers.folders import WEIGHT_FILE
-from lcmdistill.teachers.lora.kinds import kinds_of, other_kinds_of
+from lcmdistill.teachers.lora.kinds import adapter_settings, kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.schedulers import is_flow, static_shift
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
 from lcmdistill.utils.run_names import did_you_mean
 from lcmdistill.utils.units import counted
@@ -114,10 +114,10 @@ def _lora(path: Path, header: Header) -> list[Row]:
     adapter = path.with_name("adapter_config.json")
     metadata = header.metadata
     if adapter.is_file():
-        kind, config = "peft", json.loads(adapter.read_text(encoding="utf-8"))
+        kind, config = "peft", _json(adapter)
         alpha, base = config.get("lora_alpha", config.get("alpha")), config.get("base_model_name_or_path")
     elif "lora_adapter_metadata" in metadata:
-        kind, config = "diffusers", json.loads(metadata["lora_adapter_metadata"])
+        kind, config = "diffusers", adapter_settings(metadata, f"{path}")
         alpha, base = config.get("unet.lora_alpha"), metadata.get("ss_sd_model_name")
     else:
         kind = "kohya" if any(name.startswith("lora_") for name in names) else "diffusers"
@@ -220,7 +220,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     return tree if isinstance(tree, dict) else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -30,7 +31,7 @@ from lcmdistill.teachers.pipelines import call_pipeline, network_of
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import student_scheduler
 from lcmdistill.utils.device import compute_dtype
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_dir import lora_file
 
 logger = logging.getLogger(__name__)
@@ -302,11 +303,30 @@ def generate(
         kwargs |= {key: value for key, value in (("eta", eta), ("strength", strength)) if value is not None}
         generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
         call, kwargs = (pipeline, kwargs) if start is None else start.replace(kwargs, len(batch_prompts))
-        outputs = call_pipeline(call, kwargs, steps=steps, generator=generators).images
+        outputs = _called(call, kwargs, steps, generators)
         finished = [GeneratedImage(*each) for each in zip(outputs, batch_prompts, batch_seeds, strict=True)]
         images += finished
         on_images(finished)
     return images
+
+
+def _called(pipeline: Any, kwargs: Mapping[str, Any], steps: int, generators: list[torch.Generator]) -> list[Any]:
+    """Return the images of one call of a pipeline, or raise RunError for what the model's files make of it."""
+    try:
+        with np.errstate(invalid="raise"):  # of NaN that becomes 8 bits
+            return call_pipeline(pipeline, kwargs, steps=steps, generator=generators).images
+    except FloatingPointError as error:
+        raise RunError(
+            "the model generates NaN instead of images; use --precision fp32 or bf16, or another checkpoint"
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if "memory" in str(error).lower():
+            raise
+        reason = (str(error).strip() or "no reason").split("\n")[0]
+        raise RunError(
+            f"the model cannot generate images with these options ({type(error).__name__}: {reason}); its configuration "
+            "files may be damaged or of another model"
+        ) from error
 
 
 def _check_size(pipeline: Any, size: Size) -> None:

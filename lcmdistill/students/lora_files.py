@@ -1,16 +1,17 @@
 """What the LoRA files that lcmdistill writes record: how they are sampled, and their one rank and alpha."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.files import Lora, lora_weights_file
 from lcmdistill.teachers.registry import FAMILIES, family_of_lora_header
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 SCHEDULER_KEY = "lcmdistill.scheduler"
 "the header key with the diffusers scheduler class that the LoRA is sampled with"
@@ -39,9 +40,16 @@ def scheduler_of(lora: str) -> str | None:
     """Return the scheduler that a LoRA's header names; None for one that lcmdistill did not train."""
     try:
         with safe_open(lora_weights_file(lora, f"--lora {lora}"), framework="pt") as file:
-            return (file.metadata() or {}).get(SCHEDULER_KEY)
+            name = (file.metadata() or {}).get(SCHEDULER_KEY)
     except SafetensorError as error:
         raise UsageError(f"--lora {lora} is not a safetensors file: {error}") from error
+    known = {kind for each in OBJECTIVES.values() for kind in (each.info.scheduler, each.info.on_flow().scheduler)}
+    if name is not None and name not in known:
+        raise UsageError(
+            f"--lora {lora} names the scheduler {name} in its header, which no method samples with; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    return name
 
 
 def family_of_lora(folder: Path) -> TeacherFamily:
@@ -72,7 +80,7 @@ def scheduler_options_of(lora: str) -> dict[str, Any]:
 def read_scheduler_options(header: Mapping[str, str]) -> dict[str, Any]:
     """Return the scheduler options of a header; {} if it has none, or unreadable ones."""
     try:
-        options = json.loads(header.get(SCHEDULER_OPTIONS_KEY, "{}"))
+        options = parse_json(header.get(SCHEDULER_OPTIONS_KEY, "{}"))
     except ValueError:
         return {}
     return options if isinstance(options, dict) else {}

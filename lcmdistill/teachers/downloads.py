@@ -1,7 +1,6 @@
 """What loading a teacher will download from the hub, known from the hub's metadata before it is paid."""
 
 import fnmatch
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from lcmdistill.teachers.hub_session import limited_waiting
 from lcmdistill.teachers.naming import is_local, resolve_alias
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.run_dir import free_space
 from lcmdistill.utils.units import size_text
 
@@ -99,7 +99,7 @@ def _size_on_the_hub(repository: str, revision: str | None, variant: str | None,
             sizes = {each.rfilename: each.size or 0 for each in files}
             components = None
             if "model_index.json" in sizes:
-                index = json.loads(
+                index = parse_json(
                     Path(hf_hub_download(repository, "model_index.json", revision=revision)).read_text("utf-8")
                 )
                 components = {name for name in index if not name.startswith("_")} - set(drop)

@@ -1,6 +1,5 @@
 """Inspect a diffusers folder before a library opens it: its parts, its weight files, and no code of its own."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 from lcmdistill.teachers.registry import supported_classes
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 PICKLE_VARIABLE = "LCMDISTILL_ALLOW_PICKLE"
 "the environment variable that lets every command open pickled weights"
@@ -72,7 +72,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} is missing model_index.json, which a diffusers pipeline has at its top")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(index, dict) or "_class_name" not in index:

@@ -24,6 +24,9 @@ from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_names import did_you_mean
 
+MOST_TIMESTEPS, MOST_PIXELS = 100_000, 100_000
+"above these, a number in a configuration file is taken for damage"
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -86,6 +89,7 @@ def load_pipeline(
     if text_encoder:
         replace_text_encoders(pipeline, text_encoder, allow_pickle=allow_pickle)
     _check_finite(model, pipeline)
+    _check_settings(model, pipeline)
     if loras:
         fuse_loras(pipeline, loras, lora_checksums)  # before CLIP's layers are skipped: a LoRA would bring them back
     configure_vae(pipeline, vae_dtype, tiling=vae_tiling)
@@ -179,7 +183,10 @@ def _open_pipeline(
             kind = getattr(diffusers, index[part][1])
             options[part] = kind.from_pretrained(folder / part, use_safetensors=False, **dtype_option(torch.float32))
         pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError),
+        SafetensorError,
+    ) as error:
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:
@@ -266,6 +273,33 @@ def _check_finite(model: str, pipeline: Any) -> None:
             f"{model}: the weights of its {broken} contain NaN or Inf; its training diverged or a file is damaged: use "
             "another checkpoint (for a run: export --weights best)"
         )
+
+
+def _check_settings(model: str, pipeline: Any) -> None:
+    """Raise UsageError for settings in a model's configuration files that its images would be black with, or none at all.
+
+    Infinity is allowed: some schedulers of diffusers have it as a limit.
+    """
+    import torch
+
+    parts = {name: part for name, part in pipeline.components.items() if hasattr(part, "register_to_config")}
+    for name, part in parts.items():
+        config = dict(part.config)
+        broken = [key for key, value in config.items() if isinstance(value, float) and value != value]
+        broken += [key for key, value in vars(part).items() if isinstance(value, torch.Tensor) and value.isnan().any()]
+        steps = config.get("num_train_timesteps", 1)
+        broken += ["num_train_timesteps"] * (not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS)
+        factor = config.get("scaling_factor", 1.0)
+        broken += ["scaling_factor"] * (name == "vae" and not isinstance(factor, int | float))
+        sides = config.get("sample_size") or 1
+        sides = sides if isinstance(sides, list | tuple) else [sides]
+        broken += ["sample_size"] * any(not isinstance(side, int) or not 1 <= side <= MOST_PIXELS for side in sides)
+        if broken:
+            value = config.get(broken[0], "NaN")
+            raise UsageError(
+                f"{model}: {broken[0]} of its {name} is {value!r} in its configuration, which no model can have; restore the "
+                "file"
+            )
 
 
 def nonfinite_part(pipeline: Any) -> str | None:

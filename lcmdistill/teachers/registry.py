@@ -1,12 +1,12 @@
 """The registry of teacher families, and the ways to find a family. Nothing here imports torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lcmdistill.teachers.family import SingleFileLayout, TeacherFamily
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.registry import LazyRegistry
 
 FAMILIES = LazyRegistry(
@@ -49,7 +49,7 @@ def family_of(pipeline: Any) -> TeacherFamily:
 def family_of_folder(folder: Path) -> TeacherFamily | None:
     """Return the family that a diffusers folder's `model_index.json` names; None if there is none."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return family_of_class(str(index.get("_class_name"))) if isinstance(index, dict) else None

@@ -1,7 +1,6 @@
 """Checks before a run: the settings against the teacher, the data, the memory, and the time that it takes."""
 
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
@@ -38,6 +37,7 @@ from lcmdistill.training.sharding import check_sharding
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _takes_prompts(model: str) -> bool:
         family = family_of_folder(folder)
         if family is None:
             return folder.exists()
-        config = json.loads((folder / family.network / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / family.network / "config.json").read_text(encoding="utf-8"))
         return family.takes_captions(config)
     except (OSError, ValueError, AttributeError):
         return Path(model).expanduser().exists()

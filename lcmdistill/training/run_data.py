@@ -14,6 +14,7 @@ from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ def write_record(folder: Path, record: Sequence[RecordedSource]) -> None:
 def read_record(folder: Path) -> tuple[RecordedSource, ...] | None:
     """Return the record in a run's folder; None if it is missing or damaged."""
     try:
-        loaded = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        loaded = parse_json((folder / FILE).read_text(encoding="utf-8"))
         if loaded["digest"] == digest(loaded["sources"]):
             return tuple(RecordedSource(**each) for each in loaded["sources"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         pass
     return None
 

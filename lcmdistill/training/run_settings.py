@@ -21,6 +21,7 @@ from lcmdistill.training.run_data import RecordedSource, check_record, is_same_d
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checkpoint import last_global_batch
 from lcmdistill.utils.errors import UsageError, disk_error, is_utf8
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.logging import LOG_FILE
 from lcmdistill.utils.redact import redact_value
 from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_name
@@ -85,8 +86,8 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
 def _requested(folder: Path) -> dict[str, Any]:
     """Return the settings that the command of a started run requested, where the memory plan changed them."""
     try:
-        values = json.loads((folder / _REQUESTED).read_text(encoding="utf-8")) if resumable_config(folder) else {}
-    except (OSError, ValueError, RecursionError):
+        values = parse_json((folder / _REQUESTED).read_text(encoding="utf-8")) if resumable_config(folder) else {}
+    except (OSError, ValueError):
         return {}  # no file, or a damaged one: then the settings must be equal
     return values if isinstance(values, dict) else {}
 

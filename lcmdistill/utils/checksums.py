@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 MANIFEST = ".checksums.json"
 "the file in a folder with the checksums of the others"
@@ -48,7 +49,7 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is damaged.
     """
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
     expected = values.pop(_CHECKSUM, None)
@@ -74,7 +75,7 @@ def verify_checksums(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        sums = dict(json.loads(path.read_text(encoding="utf-8")))
+        sums = dict(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}); remove it to use the folder without a check") from error
     for name, expected in sums.items():

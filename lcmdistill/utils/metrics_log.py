@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.trackers import make_tracker, tracked
 
 METRICS = {
@@ -80,7 +81,7 @@ def _lines(path: Path) -> list[str]:
 def _parsed(text: str) -> dict[str, Any] | None:
     """Return a line of metrics; None if it is incomplete or damaged. Values of another type than numbers are left out."""
     try:
-        line = json.loads(text)
+        line = parse_json(text)
     except ValueError:
         return None
     if not isinstance(line, dict) or not _is_number(line.get("step")):

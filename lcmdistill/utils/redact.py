@@ -1,4 +1,4 @@
-"""Remove secrets from text: credentials in URLs, shell commands, and private folders.
+"""Make text fit to show: without credentials in URLs, shell commands, private folders, and codes that control a terminal.
 
 A run's own `config.toml` and `.data.json` keep the settings as they are, because resuming reads them. Everything else that
 shows a setting goes through here: messages, errors, `log.txt`, reports, model cards, exports and trackers.
@@ -13,6 +13,8 @@ COMMAND = "pipe:"
 
 HIDDEN_COMMAND = f"{COMMAND}..."
 "stands for a shell command"
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,20}://"
 
@@ -44,6 +46,19 @@ def redact_text(text: str) -> str:
     return _URL_IN_TEXT.sub(_redact_url, _COMMAND_IN_TEXT.sub(HIDDEN_COMMAND, text))
 
 
+def printable(text: str, *, lines: bool = True) -> str:
+    """Return text with the characters escaped that move the cursor, change colors or reverse the reading direction.
+
+    Names and metadata of files that others made may hold some. Tabs stay.
+
+    Args:
+        text: What will be shown.
+        lines: Whether line feeds stay, too.
+    """
+    text = text if lines else text.replace("\n", "\\n")
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def public_word(word: str) -> str:
     """Return what a setting names, in a form that is safe to publish: of local paths, only the last part remains."""
     parts = re.split(r"::(?=[/~.{])", redact_word(word))  # shards of several kinds may be joined
@@ -59,12 +74,12 @@ def split_credentials(url: str) -> tuple[str, str]:
 
 
 class RedactingFilter(logging.Filter):
-    """Redact the message of every record that a handler gets."""
+    """Redact the message of every record that a handler gets, and escape its control characters."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replace the message and keep the record."""
         message = record.getMessage()
-        if (redacted := redact_text(message)) != message:
+        if (redacted := printable(redact_text(message))) != message:
             record.msg, record.args = redacted, None
         return True
 

@@ -24,7 +24,7 @@ from lcmdistill.sampling.generate import (
     sampling_dtype,
 )
 from lcmdistill.sampling.png import GeneratedImage
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.images import newest_image
 from tests.support.teachers import Command
 
@@ -231,6 +231,17 @@ def test_the_networks_have_the_precision_and_the_vae_stays_in_fp32(
         assert command("sample", small_run, *options)[0] == 0
         images.append(np.asarray(Image.open(newest_image(tmp_path / precision)), dtype=float))
     assert 0 < np.abs(images[0] - images[1]).mean() < 8
+
+
+def test_images_of_nan_are_an_error(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = load_student(str(small_run / "pipeline"), torch.device("cpu"))
+    options: dict[str, Any] = {"steps": 1, "guidance_scale": 4.0, "size": 16}
+    monkeypatch.setattr(student.vae, "decode", lambda latents, **options: (latents[:, :3] * float("nan"),))
+    with pytest.raises(RunError, match="generates NaN instead of images"):
+        generate(student, ["a"], [0], **options)
+    student.scheduler.register_to_config(prediction_type="evil")
+    with pytest.raises(RunError, match=r"cannot generate images with these options \(ValueError: .*evil"):
+        generate(student, ["a"], [0], **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,6 +1,7 @@
 """Diffusers folders of somebody else: no code of theirs runs, and odd but valid ones load."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -114,6 +115,28 @@ def test_pickled_weights_in_parts_are_loaded_on_request(small_teacher: Path, tmp
         load_teacher(str(folder))
     expected = load_teacher(str(small_teacher)).fingerprint(with_network=True)
     assert load_teacher(str(folder), allow_pickle=True).fingerprint(with_network=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("vae", {"scaling_factor": math.nan}, "scaling_factor of its vae is nan"),
+        ("vae", {"scaling_factor": None}, "scaling_factor of its vae is None"),
+        ("unet", {"sample_size": "x"}, "sample_size of its unet is 'x'"),
+        ("unet", {"sample_size": 10**9}, "sample_size of its unet is 1000000000"),
+        ("scheduler", {"beta_start": math.nan}, "beta_start of its scheduler is nan"),
+        ("scheduler", {"beta_end": math.inf}, "betas of its scheduler is 'NaN'"),
+        ("scheduler", {"num_train_timesteps": 0}, "cannot be loaded as a diffusers pipeline"),
+    ],
+)
+def test_settings_that_no_model_can_have_are_refused(
+    small_teacher: Path, tmp_path: Path, part: str, values: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(small_teacher, tmp_path / "teacher"))
+    path = folder / part / f"{'scheduler_' * (part == 'scheduler')}config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(UsageError, match=message):
+        load_teacher(str(folder))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from lcmdistill.utils.errors import RunError
-from lcmdistill.utils.redact import public_word, redact_text, redact_value, redact_word, split_credentials
+from lcmdistill.utils.redact import printable, public_word, redact_text, redact_value, redact_word, split_credentials
 
 WORDS = {
     "tiny": "tiny",
@@ -76,6 +76,11 @@ def test_a_url_is_split_into_credentials_and_the_rest() -> None:
     assert split_credentials("https://h/a@2.tar") == ("", "https://h/a@2.tar")
 
 
+def test_control_characters_are_escaped() -> None:
+    assert printable("a\x1b[2Jb\r\x07\x9b\u202e\tc\nd é") == "a\\x1b[2Jb\\r\\x07\\x9b\\u202e\tc\nd é"
+    assert printable("a\nError: b", lines=False) == "a\\nError: b"
+
+
 def test_messages_and_errors_are_redacted_at_last(capsys: pytest.CaptureFixture[str]) -> None:
     from lcmdistill.cli._errors import report_error
     from lcmdistill.utils.logging import ConsoleHandler
@@ -84,6 +89,10 @@ def test_messages_and_errors_are_redacted_at_last(capsys: pytest.CaptureFixture[
     ConsoleHandler().handle(record)
     assert report_error(RunError("http://me:secret@h/a?secret failed")) == 1
     assert report_error(ValueError("pipe:secret")) == 1
+    record.msg = "\x1b[2J"
+    ConsoleHandler().handle(record)
+    assert report_error(RunError("\x1b]0;title\x07 in\ntwo lines")) == 1
     shown = capsys.readouterr()
-    assert shown.out == "read http://h/a\n"
+    assert shown.out == "read http://h/a\n\\x1b[2J\n"
+    assert shown.err.splitlines()[-1] == "Error: \\x1b]0;title\\x07 in\\ntwo lines"
     assert "secret" not in shown.err

@@ -203,6 +203,8 @@ def _member(entry: _Entry) -> Member:
     try:
         if entry.row is not None:
             caption = caption_of(row, "text", "caption")
+        elif entry.caption_file is not None and not entry.caption_file.is_file():
+            problem = "caption is not a file"  # a pipe or a device, whose reading might not end
         elif entry.caption_file is not None:
             caption = decode_text(entry.caption_file.read_bytes())
         if problem:

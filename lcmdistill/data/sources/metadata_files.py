@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lcmdistill.data.text import NOT_TEXT, TextEncodingError, decode_table, is_decoded, split_lines
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 _LISTED = 3
 "line numbers that a reason lists"
@@ -27,6 +27,8 @@ def metadata_rows(path: Path, name: str) -> list[tuple[dict[str, Any], str | Non
     Raises:
         UsageError: If the encoding is unknown or the table has no usable header; the message names file and line.
     """
+    if not path.is_file():  # a pipe or a device, whose reading might not end
+        raise UsageError(f"{path} is not a file; replace it by one, or remove it")
     try:
         text = decode_table(path.read_bytes())
     except TextEncodingError as error:
@@ -51,8 +53,8 @@ def _json_rows(text: str) -> Iterator[_Row]:
             continue
         row, problem = {}, None
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             problem = "not valid JSON"
         if not is_decoded(line):
             problem = NOT_TEXT

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import logging
 import lzma
 import re
@@ -26,6 +25,7 @@ from lcmdistill.data.sources.base import (
 )
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
 
 logger = logging.getLogger(__name__)
@@ -366,7 +366,7 @@ def _member(key: str, files: Files) -> Member:
 def _json(raw: bytes) -> dict[str, Any] | None:
     """Return a sample's metadata, None if they cannot be parsed, {} if they are not an object."""
     try:
-        loaded = json.loads(decode_text(raw))
-    except (ValueError, RecursionError):
+        loaded = parse_json(decode_text(raw))
+    except ValueError:
         return None
     return loaded if isinstance(loaded, dict) else {}

@@ -1,6 +1,5 @@
 """Read LoRA files of the common layouts, and load them into a pipeline."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,19 @@ from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
-from lcmdistill.teachers.lora.kinds import MAGNITUDE, flat_path, is_magnitude, kinds_of, other_kinds_of
+from lcmdistill.teachers.lora.kinds import (
+    MAGNITUDE,
+    adapter_settings,
+    flat_path,
+    is_magnitude,
+    kinds_of,
+    other_kinds_of,
+)
 from lcmdistill.teachers.lora.lycoris import merge_lycoris
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import FAMILIES, family_of
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 Lora = Mapping[str, LoraLayer]
 
@@ -202,7 +209,7 @@ def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Map
     """
     kohya = {part: prefix for prefix, part in family.lora_prefixes.items() if prefix.endswith("_")}
     dotted = {prefix: part for prefix, part in family.lora_prefixes.items() if prefix.endswith(".")}
-    settings, tensors = json.loads(header.get("lora_adapter_metadata", "{}")), dict[str, Tensor]()
+    settings, tensors = adapter_settings(header, "the LoRA"), dict[str, Tensor]()
     own_settings = {
         prefix: {name.removeprefix(prefix): each for name, each in settings.items() if name.startswith(prefix)}
         for prefix in dotted
@@ -223,7 +230,7 @@ def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Map
 
 def _config_of(path: Path, label: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -237,6 +244,8 @@ def _tensors_of(path: Path, label: str) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UsageError(f"{label} is not a safetensors file: {error}") from error
+    if empty := next((key for key, value in tensors.items() if not value.numel()), None):
+        raise UsageError(f"{label} is damaged: {empty} is empty")
     if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
         raise UsageError(
             f"{label} holds weights that are not finite, such as {broken}, and would give black images; use an "

@@ -1,7 +1,11 @@
 """The keys of LoRA files: the kinds beyond plain LoRA, and the names of layers. Nothing here imports torch."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 KINDS = {
     "lora": ("lora_up.weight", "lora_down.weight"),
@@ -69,3 +73,22 @@ def flat_path(path: str) -> str:
 
 def _without_processor(match: re.Match[str]) -> str:
     return f"_{match[1]}_0" if match[1] == "to_out" else f"_{match[1]}"
+
+
+def adapter_settings(header: Mapping[str, str], label: str) -> dict[str, Any]:
+    """Return the settings of an adapter, such as its alphas, that diffusers writes into a header; {} without any.
+
+    Args:
+        header: The file's header.
+        label: What messages call the file.
+
+    Raises:
+        UsageError: They are damaged.
+    """
+    try:
+        settings = parse_json(header.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise UsageError(f"{label} has damaged adapter settings in its header ({error}); export it again") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{label} has adapter settings in its header that are not a JSON object; export it again")
+    return settings

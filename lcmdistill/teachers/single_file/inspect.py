@@ -5,14 +5,15 @@ The keys are those of the original programs: `model.diffusion_model.` for the U-
 lack the prefix, or have the keys of diffusers.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lcmdistill.teachers.family import SingleFileLayout, TeacherFamily
 from lcmdistill.teachers.registry import single_file_layouts
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 UNET = "model.diffusion_model."
 
@@ -107,16 +108,28 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= path.stat().st_size - 8:
                 raise ValueError("its first bytes are not the length of a header")
-            tree = json.loads(file.read(length))
+            tree = parse_json(file.read(length))
         if not isinstance(tree, dict):
             raise ValueError("its header is not a table of tensors")
         strings = tree.pop("__metadata__", None) or {}
+        if not isinstance(strings, dict) or not all(isinstance(value, str) for value in strings.values()):
+            raise ValueError("its metadata are not a table of strings")
+        _check_entries(tree)
         missing = max((each["data_offsets"][1] for each in tree.values()), default=0) + 8 + length - path.stat().st_size
         if missing > 0:
             raise ValueError(f"{missing:,} bytes are missing at its end; download or copy it again")
         return Header(strings, {name: (each["dtype"], tuple(each["shape"])) for name, each in tree.items()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
+
+
+def _check_entries(tree: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry of a header whose values have other types than those of a tensor."""
+    for name, each in tree.items():
+        sizes = [*each["shape"], *each["data_offsets"]]
+        is_tensor = isinstance(each["dtype"], str) and all(type(size) is int and size >= 0 for size in sizes)
+        if not is_tensor or len(each["data_offsets"]) != 2:
+            raise ValueError(f"its entry {name} does not describe a tensor")
 
 
 def is_lora(header: Header) -> bool:

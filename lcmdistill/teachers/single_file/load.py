@@ -18,6 +18,7 @@ from lcmdistill.teachers.registry import family_of_class
 from lcmdistill.teachers.single_file.inspect import CheckpointInfo, inspect_checkpoint, read_header
 from lcmdistill.teachers.single_file.unet_blocks import with_counted_blocks
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.json_text import parse_json
 
 CONFIGS = Path(str(files("lcmdistill") / "assets" / "configs"))
 
@@ -71,7 +72,7 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
         "vae",
         *(part for part in info.layout.text_encoders if part not in info.layout.optional_encoders),
     ):
-        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / part / "config.json").read_text(encoding="utf-8"))
         if part in info.layout.text_encoders:
             modules[part] = _empty(getattr(transformers, config["architectures"][0]), config)
         else:
@@ -202,7 +203,7 @@ def _write_vocabularies(folder: Path) -> None:
 
 
 def _change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    path.write_text(json.dumps({**parse_json(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
 def write_vocabulary(folder: Path) -> None:

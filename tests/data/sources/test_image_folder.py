@@ -189,3 +189,14 @@ def test_the_spelling_of_a_folder_is_not_in_the_fingerprint(tmp_path: Path, monk
     assert [make_source(word).fingerprint() for word in words] == [make_source("x").fingerprint()] * len(words)
     (tmp_path / "x").rename(tmp_path / "y")
     assert make_source("y").fingerprint() == make_source("./y").fingerprint()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders")
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, 2, "a")
+    (tmp_path / "0.txt").unlink()
+    os.mkfifo(tmp_path / "0.txt")
+    assert reasons(tmp_path) == {"kept": 1, "caption is not a file": 1}
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(UsageError, match=r"metadata\.jsonl is not a file"):
+        reasons(tmp_path)

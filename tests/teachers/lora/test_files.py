@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
-from lcmdistill.teachers.lora.files import load_lora
+from lcmdistill.teachers.lora.files import load_lora, read_kohya_form
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
 from tests.support.lora_files import ENCODERS, WRITERS, Key, kohya, outputs, peft_folder, styled
@@ -105,6 +105,24 @@ def test_a_file_with_half_a_layer_is_refused(lost: str, small_teacher: Path, tmp
         UsageError, match="is damaged: 1 of its layers have one matrix instead of two, such as down_blocks_0"
     ):
         load_lora(opened(small_teacher), str(tmp_path / "half.safetensors"), "it")
+
+
+def test_an_empty_layer_is_refused(small_teacher: Path, tmp_path: Path) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    down = next(key for key in file if "lora_down" in key)
+    up = down.replace("lora_down", "lora_up")
+    file |= {down: file[down][:0], up: file[up][:, :0].contiguous()}
+    save_file(file, tmp_path / "empty.safetensors")
+    with pytest.raises(UsageError, match=r"is damaged: \w+\.lora_(down|up)\.weight is empty"):
+        load_lora(opened(small_teacher), str(tmp_path / "empty.safetensors"), "it")
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", "[" * 50_000])
+def test_damaged_adapter_settings_are_refused(settings: str, small_teacher: Path, tmp_path: Path) -> None:
+    pipeline = opened(small_teacher)
+    save_file(styled(pipeline, ["unet"], kohya), tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+    with pytest.raises(UsageError, match="adapter settings in its header"):
+        read_kohya_form(pipeline, str(tmp_path / "a.safetensors"), "--teacher-lora a")
 
 
 def test_a_file_that_is_not_finite_is_refused(small_teacher: Path, tmp_path: Path) -> None:

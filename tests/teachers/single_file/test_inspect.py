@@ -157,7 +157,33 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_is(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish that is longer than eight bytes", b"\x05\0\0\0\0\0\0\0[1,2]"])
+def with_header(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"rubbish that is longer than eight bytes",
+        *map(
+            with_header,
+            (
+                b"[1,2]",
+                b"[" * 50_000,
+                b'{"__metadata__": ["a"]}',
+                b'{"__metadata__": {"a": 1}}',
+                b'{"a": 7}',
+                b'{"a": {"dtype": 7, "shape": [], "data_offsets": [0, 0]}}',
+                b'{"a": {"dtype": "F32", "shape": "ab", "data_offsets": [0, 0]}}',
+                b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}',
+                b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [-4, 0]}}',
+                b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}}',
+            ),
+        ),
+    ],
+    ids=lambda content: repr(content[8:70]),
+)
 def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match="is not a safetensors file"):
