@@ -21,6 +21,9 @@ from lcmdistill.data.sources.base import Member
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.teachers.family import Frame, needs_caption, whole_frame
 
+LONGEST_CAPTION = 20_000
+"characters; no text encoder reads more of them, and a tokenizer takes minutes for megabytes"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -74,6 +77,8 @@ def check_sample(
         caption.encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which no tokenizer takes
         return Rejected("caption is not valid Unicode")
+    if len(caption) > LONGEST_CAPTION:
+        return Rejected(f"caption longer than {LONGEST_CAPTION:,} characters")
     if reason := rejects(caption):
         return Rejected(reason)
     if config.max_watermark is not None and _number(member.meta.get("pwatermark")) > config.max_watermark:

@@ -14,7 +14,7 @@ from lcmdistill.utils.errors import UsageError
 def test_only_schedulers_of_methods_are_taken_from_a_header(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(1)}, path, {SCHEDULER_KEY: name})
-    with pytest.raises(UsageError, match="which no method samples with; known are .*LCMScheduler"):
+    with pytest.raises(UsageError, match=r"which no method samples with; known are .*LCMScheduler"):
         scheduler_of(str(path))
     save_file({"a": torch.zeros(1)}, path, {SCHEDULER_KEY: "TCDScheduler"})
     assert scheduler_of(str(path)) == "TCDScheduler"

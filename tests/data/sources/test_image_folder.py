@@ -200,3 +200,9 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metadata.jsonl")
     with pytest.raises(UsageError, match=r"metadata\.jsonl is not a file"):
         reasons(tmp_path)
+
+
+def test_a_caption_of_megabytes_is_dropped(tmp_path: Path) -> None:
+    fill(tmp_path, 2, "word " * 2000)
+    (tmp_path / "1.txt").write_text("word " * 1_000_000)
+    assert reasons(tmp_path) == {"kept": 1, "caption longer than 20,000 characters": 1}
