@@ -79,7 +79,7 @@ def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
-    """{"cell": {measure: number}} of a finished run; what was measured before is read again."""
+    """{"point": {measure: number}} of a finished run; what was measured before is read again."""
     folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
     each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in COMPARED else IMAGES)
     steps, scales = wanted(name)
@@ -102,7 +102,7 @@ def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) ->
         eta=eta,
     )
     sweep_run(folder, cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
-    cells = {cell.name: folder / "cells" / cell.name / "numbers.json" for cell in sweep.points()}
+    cells = {cell.name: folder / "points" / cell.name / "numbers.json" for cell in sweep.points()}
     return {name: json.loads(path.read_text(encoding="utf-8"))["numbers"] for name, path in cells.items()}
 
 

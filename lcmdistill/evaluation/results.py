@@ -25,13 +25,13 @@ class Results:
     Attributes:
         folder: RUN/evaluation.
         info: The content of sweep.json.
-        cells: The content of each point's numbers.json, by the point's name.
+        points: The content of each point's numbers.json, by the point's name.
         consistency: (noise level, student's error, teacher's error).
     """
 
     folder: Path
     info: Mapping[str, Any]
-    cells: Mapping[str, Mapping[str, Any]]
+    points: Mapping[str, Mapping[str, Any]]
     consistency: tuple[tuple[float, float, float], ...] = ()
 
     def is_current(self, config: RunConfig) -> bool:
@@ -54,20 +54,20 @@ class Results:
         """The first guidance scale, which the verdict uses."""
         return float(self.info["guidance_scales"][0])
 
-    def cell(self, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> Mapping[str, Any] | None:
+    def point(self, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> Mapping[str, Any] | None:
         """Return a point's results, by default at the first guidance scale; None if the sweep does not have it."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return self.cells.get(SweepPoint(sampler, steps, scale).name)
+        return self.points.get(SweepPoint(sampler, steps, scale).name)
 
     def number(self, metric: str, sampler: Sampler, steps: int, guidance_scale: float | None = None) -> float | None:
         """Return one number; None if it does not exist or is not finite."""
-        cell = self.cell(sampler, steps, guidance_scale)
-        value = None if cell is None else cell["numbers"].get(metric)
+        point = self.point(sampler, steps, guidance_scale)
+        value = None if point is None else point["numbers"].get(metric)
         return value if value is not None and math.isfinite(value) else None
 
     def error(self, metric: str, sampler: Sampler, steps: int) -> float | None:
         """Return the standard error of a number; None if it has none."""
-        value = (self.cell(sampler, steps) or {}).get("standard_errors", {}).get(metric)
+        value = (self.point(sampler, steps) or {}).get("standard_errors", {}).get(metric)
         return value if value is not None and math.isfinite(value) else None
 
     def full(self, metric: str) -> float | None:
@@ -76,18 +76,18 @@ class Results:
 
     def seconds(self, sampler: Sampler, steps: int) -> float | None:
         """Return the time per image."""
-        cell = self.cell(sampler, steps)
-        return None if cell is None else cell["seconds_per_image"]
+        point = self.point(sampler, steps)
+        return None if point is None else point["seconds_per_image"]
 
     def conditions(self, sampler: Sampler, steps: int) -> str:
         """Return the conditions of that time, such as "batches of 16 on cpu, 2 threads"."""
-        recorded = (self.cell(sampler, steps) or {}).get("conditions")
+        recorded = (self.point(sampler, steps) or {}).get("conditions")
         # Earlier versions recorded it once per sweep.
         return recorded or f"batches of {self.info.get('batch_size')} on {self.info.get('device')}"
 
     def previews(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
         """Return a point's preview images."""
-        return sorted((self.folder / "cells" / SweepPoint(sampler, steps, guidance_scale).name).glob("*.webp"))
+        return sorted((self.folder / "points" / SweepPoint(sampler, steps, guidance_scale).name).glob("*.webp"))
 
 
 def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more:
         more: Further plain values to record.
     """
     info = {
-        "cells": [point.name for point in sweep.points()],
+        "points": [point.name for point in sweep.points()],
         "steps": sweep.steps,
         "guidance_scales": sweep.guidance_scales,
         "images": len(sweep.prompts),
@@ -134,24 +134,24 @@ def read_results(run: Path) -> Results | None:
 
 def _read(folder: Path) -> Results:
     info = _upgrade_info(read_checked_json(folder / "sweep.json"))
-    cells = {}
-    for name in info["cells"]:
-        path = folder / "cells" / name / "numbers.json"
+    points = {}
+    for name in info["points"]:
+        path = folder / "points" / name / "numbers.json"
         if path.is_file():
-            cell = read_checked_json(path)
-            cells[name] = _renamed(cell, {"seconds_an_image": "seconds_per_image", "how": "conditions"})
-            _check_cell(path, cells[name])
+            point = read_checked_json(path)
+            points[name] = _renamed(point, {"seconds_an_image": "seconds_per_image", "how": "conditions"})
+            _check_point(path, points[name])
     path = folder / "consistency.json"
-    points = read_checked_json(path)["points"] if path.is_file() else []
-    return Results(folder, info, cells, tuple(map(tuple, points)))
+    curve = read_checked_json(path)["points"] if path.is_file() else []
+    return Results(folder, info, points, tuple(map(tuple, curve)))
 
 
-def _check_cell(path: Path, cell: Mapping[str, Any]) -> None:
+def _check_point(path: Path, point: Mapping[str, Any]) -> None:
     """Raise ValueError if a point's results have other types than they are written with."""
-    numbers, seconds, errors = cell["numbers"], cell["seconds_per_image"], cell.get("standard_errors", {})
+    numbers, seconds, errors = point["numbers"], point["seconds_per_image"], point.get("standard_errors", {})
     values = [*numbers.values(), *errors.values(), seconds] if isinstance(numbers, dict) else []
     are_numbers = all(value is None or isinstance(value, int | float) for value in values)
-    if not isinstance(numbers, dict) or not are_numbers or not isinstance(cell.get("conditions", ""), str):
+    if not isinstance(numbers, dict) or not are_numbers or not isinstance(point.get("conditions", ""), str):
         raise ValueError(f"{path} holds values of another type")
 
 

@@ -1,6 +1,6 @@
 """A sweep over steps and guidance scales. Each point is generated, measured and written as a whole, so a sweep can resume.
 
-RUN/evaluation holds the results: sweep.json describes the sweep and its metrics, cells/NAME holds one point's numbers.json and
+RUN/evaluation holds the results: sweep.json describes the sweep and its metrics, points/NAME holds one point's numbers.json and
 preview images. The teacher's latents are stored next to the latent cache and serve every run of that teacher.
 Shapes: N images, C h w latents, H W pixels.
 """
@@ -164,9 +164,9 @@ class SamplerPair:
         shape = self.noise.shape if isinstance(self.noise, Tensor) else [list(each.shape) for each in self.noise]
         return {
             "format": FORMAT,
-            "cell": point.name,
+            "point": point.name,
             "weights": self.student_fingerprint if is_student else self.teacher_fingerprint,
-            "told": self.student_scale if is_student else None,
+            "student_scale": self.student_scale if is_student else None,
             **({"eta": self.eta} if is_student and self.eta is not None else {}),
             **({"trained_steps": trained_steps} if is_student and trained_steps != 50 else {}),
             "prompts": sweep.prompts,
@@ -301,7 +301,7 @@ def sweep_run(
 
     for point in sweep.points():
         key = digest([pair.cache_key(point, sweep), metrics_key, sorted(metrics), METRICS_VERSION])
-        results_folder, scale = folder / "cells" / point.name, point.guidance_scale
+        results_folder, scale = folder / "points" / point.name, point.guidance_scale
         if recorded_key(results_folder / "numbers.json") == key:
             continue
         images, generated = images_of(point)

@@ -48,30 +48,30 @@ def _base64(text: str) -> str:
 def numbers_csv(evaluated: Mapping[str, Results]) -> str:
     """Return one line per run and sweep point: numbers, their standard errors, and the time per image."""
     metrics = list(dict.fromkeys(name for results in evaluated.values() for name in results.metrics))
-    cells = [cell for results in evaluated.values() for cell in results.cells.values()]
-    with_error = [name for name in metrics if any(name in _errors(cell) for cell in cells)]
+    points = [point for results in evaluated.values() for point in results.points.values()]
+    with_error = [name for name in metrics if any(name in _errors(point) for point in points)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     heads = ["run", "sampler", "steps", "guidance_scale", "images", *metrics]
     writer.writerow([*heads, *(f"{name}_standard_error" for name in with_error), "seconds_per_image"])
     for run, results in evaluated.items():
-        for cell in results.cells.values():
-            own = [run, cell["sampler"], cell["steps"], cell["guidance_scale"], results.info["images"]]
-            own += [cell["numbers"].get(name, "") for name in metrics]
-            own += [_errors(cell).get(name, "") for name in with_error]
-            writer.writerow([*own, cell["seconds_per_image"]])
+        for point in results.points.values():
+            own = [run, point["sampler"], point["steps"], point["guidance_scale"], results.info["images"]]
+            own += [point["numbers"].get(name, "") for name in metrics]
+            own += [_errors(point).get(name, "") for name in with_error]
+            writer.writerow([*own, point["seconds_per_image"]])
     return buffer.getvalue()
 
 
 def numbers_json(evaluated: Mapping[str, Results]) -> str:
     """Return the sweep and its points of each run."""
     runs = {
-        run: {"sweep": dict(results.info), "points": {name: dict(cell) for name, cell in results.cells.items()}}
+        run: {"sweep": dict(results.info), "points": {name: dict(point) for name, point in results.points.items()}}
         for run, results in evaluated.items()
     }
     return json.dumps(runs, indent=1, ensure_ascii=False) + "\n"
 
 
-def _errors(cell: Mapping[str, object]) -> Mapping[str, object]:
-    errors = cell.get("standard_errors")
+def _errors(point: Mapping[str, object]) -> Mapping[str, object]:
+    errors = point.get("standard_errors")
     return errors if isinstance(errors, Mapping) else {}

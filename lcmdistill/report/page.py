@@ -293,7 +293,7 @@ def matrix(results: Results, judged: Verdict, is_free: bool) -> dict[str, Any]:
         cost = " CFG acts on the student and doubles its cost."
     else:
         cost = " Guidance is an input of the student and adds no cost."
-    has_trailing = any(cell["sampler"] == "trailing" for cell in results.cells.values())
+    has_trailing = any(point["sampler"] == "trailing" for point in results.points.values())
     schedulers = ", with its own scheduler and with trailing timesteps" if has_trailing else ""
     about = (
         f"Columns are step counts, rows are guidance scales. The last column is the teacher at its full {TEACHER_STEPS} steps "
@@ -341,9 +341,9 @@ def metric_rows(results: Results) -> list[dict[str, Any]]:
 def table(results: Results) -> dict[str, Any]:
     """Return every number of a sweep: one row per point, one column per metric."""
     rows = []
-    for cell in results.cells.values():
-        name = f"{SAMPLERS[cell['sampler']]}, {steps_text(cell['steps'])}, guidance {cell['guidance_scale']:g}"
-        rows.append({"name": name, "cells": [_with_error(cell, key) for key in results.metrics]})
+    for point in results.points.values():
+        name = f"{SAMPLERS[point['sampler']]}, {steps_text(point['steps'])}, guidance {point['guidance_scale']:g}"
+        rows.append({"name": name, "cells": [_with_error(point, key) for key in results.metrics]})
     return {
         "caption": f"All numbers ({results.info['images']} images per row)",
         "heads": ["Sampler", *[metric["label"] for metric in results.metrics.values()]],
@@ -351,9 +351,9 @@ def table(results: Results) -> dict[str, Any]:
     }
 
 
-def _with_error(cell: Mapping[str, Any], metric: str) -> str:
+def _with_error(point: Mapping[str, Any], metric: str) -> str:
     """Return a number with its standard error, if it has one; "" without a number."""
-    value, error = cell["numbers"].get(metric), cell.get("standard_errors", {}).get(metric)
+    value, error = point["numbers"].get(metric), point.get("standard_errors", {}).get(metric)
     return "" if value is None else f"{value:g}" if error is None else f"{value:g} ± {error:g}"
 
 

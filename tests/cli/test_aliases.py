@@ -151,8 +151,8 @@ def test_a_setting_of_the_other_command_is_refused(
 
 
 def test_a_former_name_of_a_setting_is_taken_and_the_present_one_reported(command: Command) -> None:
-    code, said, _ = command("distill", "--teacher", "tiny", "--dry-run", "--full", "--set", "data.count=77")
+    code, output, _ = command("distill", "--teacher", "tiny", "--dry-run", "--full", "--set", "data.count=77")
     assert code == 0
-    assert "--set data.count is now called data.max_samples" in said
-    assert "max_samples = 77" in said
-    assert "\nresolution = 64 pixels" in said
+    assert "--set data.count is now called data.max_samples" in output
+    assert "max_samples = 77" in output
+    assert "\nresolution = 64 pixels" in output

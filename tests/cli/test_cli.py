@@ -33,7 +33,7 @@ def options(small_teacher: Path, image_folder: Path) -> list[Any]:
 
 
 def sentence(error: str) -> str:
-    """What was said of the error: one line, and no traceback."""
+    """Return the error message: one line, and no traceback."""
     assert error.startswith("Error: ")
     assert error.endswith("\n")
     assert error.count("\n") == 1
@@ -123,7 +123,7 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["distill", "--no-such-option"], r"no such option:? '?--no-such-option"),
         # Typer's own words, or click's: with its version.
@@ -142,10 +142,10 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
         (["distill", "--seed"], "option '--seed' requires an argument"),
     ],
 )
-def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, arguments: list[str], said: str) -> None:
+def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, arguments: list[str], message: str) -> None:
     code, output, error = command(*arguments)
     assert (code, output) == (2, "")
-    assert re.search(said, sentence(error))
+    assert re.search(message, sentence(error))
     assert re.search(r"; see .*lcmdistill.* --help$", sentence(error))
 
 

@@ -28,16 +28,16 @@ SMALL = ["--steps", 2, "--prompt", "red heart", "--device", "cpu"]
 
 def test_images_go_into_the_run_and_none_is_overwritten(command: Command, run: Path) -> None:
     for n in range(2):
-        code, said, error = command("sample", "mine", *SMALL, "--guidance-scale", 3, "--seed", 5)
+        code, output, error = command("sample", "mine", *SMALL, "--guidance-scale", 3, "--seed", 5)
         assert (code, error) == (0, "")
         assert (
-            f"1 image at 2 steps, guidance scale 3: runs/mine/images/00{n}-red-heart_2-steps_cfg-3_seed-5.png" in said
+            f"1 image at 2 steps, guidance scale 3: runs/mine/images/00{n}-red-heart_2-steps_cfg-3_seed-5.png" in output
         )
     names = [f"00{n}-red-heart_2-steps_cfg-3_seed-5.png" for n in range(2)]
     assert Image.open(run / "images" / names[0]).info["model"] == "mine"  # no path, which would name private folders
     assert sorted(path.name for path in (run / "images").iterdir()) == names
-    code, said, _ = command("sample", run, *SMALL, "--num-images", 2, "--output", "out", "--steps", 1)
-    assert "2 images at 1 step, " in said
+    code, output, _ = command("sample", run, *SMALL, "--num-images", 2, "--output", "out", "--steps", 1)
+    assert "2 images at 1 step, " in output
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "000-red-heart_1-step_cfg-4_seed-0.png",
         "001-red-heart_1-step_cfg-4_seed-1.png",
@@ -66,9 +66,9 @@ def test_a_file_without_a_vae_is_sampled_with_another(command: Command, run: Pat
 
 def test_a_model_that_is_not_a_run_is_sampled_at_its_published_guidance(command: Command, tmp_path: Path) -> None:
     folder = FAMILY_BUILDERS["sd3"](tmp_path / "model")
-    code, said, error = command("sample", folder, "--steps", 1, "--prompt", "red heart", "--output", "out")
+    code, output, error = command("sample", folder, "--steps", 1, "--prompt", "red heart", "--output", "out")
     assert (code, error) == (0, "")
-    assert "guidance scale 4.5" in said
+    assert "guidance scale 4.5" in output
 
 
 def test_an_image_is_where_sampling_starts(command: Command, run: Path, tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_what_image_to_image_refuses(
 
 def test_another_scheduler(command: Command, run: Path) -> None:
     assert "made for the" not in command("sample", run, *SMALL, "--scheduler", "lcm", "--output", "lcm")[1]
-    code, said, _ = command("sample", run, *SMALL, "--sampler", "euler", "--output", "euler")
+    code, output, _ = command("sample", run, *SMALL, "--sampler", "euler", "--output", "euler")
     assert code == 0
-    assert "this model is made for the LCM sampler; with euler it may give poor images" in said
+    assert "this model is made for the LCM sampler; with euler it may give poor images" in output
     one, other = (np.asarray(Image.open(next(Path(name).glob("*.png")))) for name in ("lcm", "euler"))
     assert (one != other).any()
 

@@ -46,13 +46,13 @@ PUBLISHED = [
 def test_a_preset_is_what_was_published(
     kind: str, preset: str, rate: float, omega: tuple[float, float], batch: int, steps: int, more: dict[str, Any]
 ) -> None:
-    said = of(kind, preset)
-    assert said["optim.learning_rate"] == rate
-    assert (said["objective.w_min"], said["objective.w_max"]) == omega
-    assert said["optim.batch_size"] * said["optim.gradient_accumulation_steps"] == batch
-    assert said["optim.max_train_steps"] == steps
-    assert said["objective.skip"] == 20
-    assert {key: said[key] for key in more} == more
+    settings = of(kind, preset)
+    assert settings["optim.learning_rate"] == rate
+    assert (settings["objective.w_min"], settings["objective.w_max"]) == omega
+    assert settings["optim.batch_size"] * settings["optim.gradient_accumulation_steps"] == batch
+    assert settings["optim.max_train_steps"] == steps
+    assert settings["objective.skip"] == 20
+    assert {key: settings[key] for key in more} == more
 
 
 def test_the_names_are_those_of_the_presets() -> None:
@@ -67,8 +67,8 @@ def test_every_key_of_a_preset_is_a_setting(preset: str, kind: str) -> None:
         with pytest.raises(UsageError, match=f"--preset {preset} is not for distill.*; choose from .*fast"):
             of(kind, preset)
         return
-    said = of(kind, preset, teacher__model="tiny")
-    assert {key: said[key] for key in values if values[key] is not None} == {
+    settings = of(kind, preset, teacher__model="tiny")
+    assert {key: settings[key] for key in values if values[key] is not None} == {
         key: value for key, value in values.items() if value is not None
     }
 
@@ -91,25 +91,27 @@ def test_a_preset_is_shown_as_a_difference(command: Command, small_teacher: Path
     assert "optim.max_train_steps: 4000 -> 100000" in preset_changes({"optim.max_train_steps": 1}, "paper")
     assert "optim.learning_rate: 0.0001 -> 8e-06" in preset_changes({"teacher.model": "tiny"}, "paper")
     sets = [f"--set={key}={value}" for key, value in SMALL.items() if not key.startswith("objective.")]
-    code, told, error = command(
+    code, output, error = command(
         "distill", "--preset", "paper", "--teacher", small_teacher, "--data", image_folder, *sets, "--dry-run", "--full"
     )
     assert (code, error) == (0, "")
-    assert "preset paper (Luo et al. 2023" in told
-    assert "  objective.w_max: 15.0 -> 14.0\n" in told
-    assert "w_max = 14.0" in told
-    assert "learning_rate = 0.001" in told  # the flag's
-    code, told, error = command("distill", "--preset", "lcm-lora")
-    assert (code, told) == (2, "")
+    assert "preset paper (Luo et al. 2023" in output
+    assert "  objective.w_max: 15.0 -> 14.0\n" in output
+    assert "w_max = 14.0" in output
+    assert "learning_rate = 0.001" in output  # the flag's
+    code, output, error = command("distill", "--preset", "lcm-lora")
+    assert (code, output) == (2, "")
     assert error.startswith("Error: --preset lcm-lora is not for distill; choose from paper, diffusers, fast")
 
 
 def test_the_default_resolution_is_the_teacher_s(small_teacher: Path) -> None:
     teacher = load_teacher(str(small_teacher))
     assert teacher.usual["data.resolution"] == 16  # 8 latent pixels, a factor of 2
-    bare, told = (resolve({}, {"teacher.model": str(small_teacher), **more}) for more in ({}, {"data.resolution": 512}))
+    bare, explicit = (
+        resolve({}, {"teacher.model": str(small_teacher), **more}) for more in ({}, {"data.resolution": 512})
+    )
     assert resolve_run_defaults(bare, 1, teacher).data.resolution == 16
-    assert resolve_run_defaults(told, 1, teacher).data.resolution == 512
+    assert resolve_run_defaults(explicit, 1, teacher).data.resolution == 512
     assert resolve_run_defaults(resolve({"data.resolution": 512}, {}), 1, teacher).data.resolution == 512
     assert resolve_run_defaults(resolve({}, {"teacher.model": "tiny"}), 1, teacher).data.resolution == 64
     # nor does a key that the objective does not have come in
@@ -129,12 +131,12 @@ def test_a_run_at_the_teacher_s_own_resolution_resumes(
     code, _, error = command(*options, "--max-train-steps", 2)
     assert (code, error) == (0, "")
     assert read_toml(tmp_path / "out" / "config.toml")["data.resolution"] == 16
-    code, told, error = command(*options, "--dry-run")
+    code, output, error = command(*options, "--dry-run")
     assert (code, error) == (0, "")
-    assert "a run to resume" in told
-    code, told, error = command(*options)
+    assert "a run to resume" in output
+    code, output, error = command(*options)
     assert (code, error) == (0, "")
-    assert "resuming from step-00000002" in told
+    assert "resuming from step-00000002" in output
     code, _, error = command(*options, "--resolution", 32, "--max-train-steps", 5)
     assert code == 2
     assert "contains a run with data.resolution = 16 (this command: 32)" in error
@@ -182,30 +184,30 @@ def test_an_example_runs_as_its_head_says(
     kind, file = "lora" if words[0] == "distill-lora" else "full", read_toml(path)
     assert file["student.kind"] == kind
     preset = words[words.index("--preset") + 1] if "--preset" in words else None
-    told = flatten(resolve(file, {}, preset))
-    assert {key: told[key] for key in file} == {k: tuple(v) if isinstance(v, list) else v for k, v in file.items()}
+    settings = flatten(resolve(file, {}, preset))
+    assert {key: settings[key] for key in file} == {k: tuple(v) if isinstance(v, list) else v for k, v in file.items()}
     if "--teacher" in words:
         del words[(i := words.index("--teacher")) : i + 2]
     less = ["--teacher", small_teacher, "--resolution", 16, "--device", "cpu", "--set", "teacher.variant=none"]
     less += ["--rank", 4] if kind == "lora" else []
-    code, said, error = command(*words, *less, "--dry-run", "--full")
+    code, output, error = command(*words, *less, "--dry-run", "--full")
     assert (code, error) == (0, "")
-    assert "nothing was written" in said
-    assert json.dumps(file["optim.batch_size"]) in said
+    assert "nothing was written" in output
+    assert json.dumps(file["optim.batch_size"]) in output
 
 
 def test_there_is_an_example_for_every_common_case() -> None:
-    said = {path.stem: read_toml(path) for path in EXAMPLES}
-    teachers = {values.get("teacher.model") for values in said.values()}
+    examples = {path.stem: read_toml(path) for path in EXAMPLES}
+    teachers = {values.get("teacher.model") for values in examples.values()}
     assert {"sd15", "sd21", "sdxl", None} <= teachers
-    assert {values["student.kind"] for values in said.values()} == {"full", "lora"}
+    assert {values["student.kind"] for values in examples.values()} == {"full", "lora"}
 
 
 def test_the_shipped_configurations_are_listed_and_found_by_name(command: Command, tmp_path: Path) -> None:
-    code, said, _ = command("distill", "--config", "list")
+    code, output, _ = command("distill", "--config", "list")
     assert code == 0
     for path in EXAMPLES:
-        assert re.search(rf"^{path.stem}\n    \w.*\n    \S*(lcmdistill|torchrun) ", said, flags=re.MULTILINE)
+        assert re.search(rf"^{path.stem}\n    \w.*\n    \S*(lcmdistill|torchrun) ", output, flags=re.MULTILINE)
         assert config_file(path.stem) == path
     assert example_names() == [path.stem for path in EXAMPLES]
     code, _, error = command("distill", "--config", "sd15-ful")

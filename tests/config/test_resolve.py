@@ -358,8 +358,8 @@ EACH_DEFAULT = [
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_help_tells_in_words_is_true(name: str) -> None:
     command, flags, in_words = COMMANDS[name]
-    told = documented_defaults(command)
-    assert {option: told[option] for option in in_words} == in_words
+    documented = documented_defaults(command)
+    assert {option: documented[option] for option in in_words} == in_words
     assert value(resolve({}, flags), "data.sources") == ("teacher",)
     assert value(resolve({}, {**flags, "teacher.model": "tiny"}), "data.sources") == ("tiny",)
     assert value(resolve({}, flags), "data.prompts") is None
@@ -380,8 +380,8 @@ def test_help_tells_the_default_of_every_option_that_has_one(name: str) -> None:
 @pytest.mark.parametrize(("name", "option"), EACH_DEFAULT)
 def test_the_defaults_that_help_tells_are_the_real_ones(name: str, option: str) -> None:
     command, flags, _ = COMMANDS[name]
-    key, told = SETTINGS[option], documented_defaults(command)[option]
-    usual, _, others = told.partition("; ")
+    key, documented = SETTINGS[option], documented_defaults(command)[option]
+    usual, _, others = documented.partition("; ")
     exceptions = dict(pair.split(": ") for pair in others.split(", ") if pair)
     actual = value(resolve({}, flags), key)
     assert type(actual)(usual) == actual

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: what is cut, how it is kept, told and ordered, and that a run on them is like any other."""
+"""Aspect-ratio buckets: how images are cropped, cached, reported and ordered, and that a run on them is like any other."""
 
 import random
 from collections import Counter
@@ -148,9 +148,9 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
         torch.testing.assert_close(mean, exact, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(std, spread, rtol=2e-3, atol=2e-3)
         assert cond["time_ids"].tolist() == [list(sample.frame)]
-        told = teacher.encode_prompts([sample.caption])
-        torch.testing.assert_close(cond["prompt_embeds"], told["prompt_embeds"], rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(cond["pooled"], told["pooled"], rtol=2e-3, atol=2e-3)
+        condition = teacher.encode_prompts([sample.caption])
+        torch.testing.assert_close(cond["prompt_embeds"], condition["prompt_embeds"], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(cond["pooled"], condition["pooled"], rtol=2e-3, atol=2e-3)
     shares = [
         prepared(str(data), config_for(data, tmp_path / "two"), teacher, 0, rank=rank, world=2) for rank in (0, 1)
     ]
@@ -271,10 +271,10 @@ def test_every_family_learns_from_every_shape(
     left_out = ("objective.w_min", "objective.w_max") if family == "pixart" else ()
     sets = [f"--set={key}={value}" for key, value in {**SMALL, "data.resolution": 32}.items() if key not in left_out]
     base = ["distill", "--teacher", folders[family], "--data", shapes_folder, "--output", tmp_path / "run", *sets]
-    code, told, error = command(*base, "--buckets", "auto", "--max-train-steps", 6)
+    code, output, error = command(*base, "--buckets", "auto", "--max-train-steps", 6)
     assert (code, error) == (0, ""), error
-    assert "20 kept, 0 dropped; " in told
-    assert "at 32x32" in told
+    assert "20 kept, 0 dropped; " in output
+    assert "at 32x32" in output
     code, _, error = command(*base, "--max-train-steps", 7)
     assert (code, "data.buckets" in error) == (2, True)  # other samples in another order
 
@@ -292,7 +292,7 @@ def test_the_memory_is_that_of_the_largest(folders: dict[str, Path], shapes_fold
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"data.buckets": ("auto", "64x32")}, "data.buckets is auto, 64x32; use either auto or sizes"),
         ({"data.buckets": ("square",)}, "data.buckets is 'square'; it must be auto, or sizes as HEIGHTxWIDTH"),
@@ -302,9 +302,9 @@ def test_the_memory_is_that_of_the_largest(folders: dict[str, Path], shapes_fold
     ],
 )
 def test_buckets_that_cannot_be_are_refused(
-    options: dict[str, Any], said: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path
+    options: dict[str, Any], message: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         validate_for_teacher(
             settings(folders["sd1"], shapes_folder, tmp_path, **options), load_teacher(str(folders["sd1"]))
         )
@@ -314,8 +314,8 @@ def test_a_dry_run_tells_the_buckets(
     folders: dict[str, Path], shapes_folder: Path, tmp_path: Path, command: Command
 ) -> None:
     base = ["distill", "--teacher", folders["sd1"], "--data", shapes_folder, "--resolution", 32, "--buckets", "auto"]
-    code, told, error = command(*base, "--output", tmp_path / "run", "--dry-run")
-    assert (code, "4 at 32x32" in told) == (0, True), error
+    code, output, error = command(*base, "--output", tmp_path / "run", "--dry-run")
+    assert (code, "4 at 32x32" in output) == (0, True), error
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("sd1", 77), ("sdxl", 77), ("pixart", 120)])
@@ -337,8 +337,8 @@ def test_captions_that_are_cut_are_counted(family: str, tokens: int, folders: di
 def test_a_long_prompt_is_reported_once_when_sampling(small_run: Path, tmp_path: Path, command: Command) -> None:
     base = ["sample", small_run, "--steps", 1, "--output", tmp_path / "out", "--prompt", "a cat"]
     assert "tokens" not in command(*base)[1]
-    _, told, error = command(*base, "--prompt", "x" * 100, "--num-images", 3)
-    assert (told.count("1 of the prompts are longer than the 77 tokens"), error) == (1, "")
+    _, output, error = command(*base, "--prompt", "x" * 100, "--num-images", 3)
+    assert (output.count("1 of the prompts are longer than the 77 tokens"), error) == (1, "")
 
 
 def test_compiling_pays_where_each_shape_has_steps_enough() -> None:

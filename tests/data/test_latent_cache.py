@@ -304,15 +304,15 @@ def test_what_a_count_excludes_is_reported(tmp_path: Path, spec: str) -> None:
         picture(i).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text("a")
 
-    def said(spec: Path | str, count: int | None) -> str:
+    def note(spec: Path | str, count: int | None) -> str:
         config = DataConfig(sources=(str(spec),), resolution=16, max_samples=count)
         return unused_samples(make_source(str(spec)), config, surveyed(config, seconds=60)[0])
 
     why = "used (data.max_samples, by default as many as a run can use when it first starts)"
-    assert said(data, 2) == f"; 2 of 3 {why}"
-    assert said(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
-    assert said("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
-    assert {said(data, 3), said(data, None), said(spec, 100), said("teacher", 3000)} == {""}
+    assert note(data, 2) == f"; 2 of 3 {why}"
+    assert note(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
+    assert note("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"
+    assert {note(data, 3), note(data, None), note(spec, 100), note("teacher", 3000)} == {""}
     config = DataConfig(sources=("teacher",), resolution=16, max_samples=5)
     report = surveyed(config, seconds=60)[0]
     assert unused_samples(make_source("teacher"), config, report, takes_prompts=False) == "", (

@@ -111,8 +111,8 @@ def test_teacher_outputs_are_computed_once_for_every_omega_and_adapter(
 def test_teacher_outputs_removed_during_caching_are_noticed(
     speed_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked_in_vain(*given: Any, **told: Any) -> Path:
-        folder = precompute(*given, **told)
+    def asked_in_vain(*given: Any, **options: Any) -> Path:
+        folder = precompute(*given, **options)
         shutil.rmtree(folder)
         return folder
 
@@ -125,13 +125,13 @@ def test_teacher_outputs_removed_during_caching_are_noticed(
 
 @pytest.mark.parametrize("kind", ["latents", "teacher-outputs"])
 def test_a_truncated_file_is_made_again(kind: str, speed_settings: Settings, tmp_path: Path) -> None:
-    told = {**speed_settings, "data.teacher_cache_samples": 1, "optim.max_train_steps": 1}
-    distill(resolve({}, told))
+    settings = {**speed_settings, "data.teacher_cache_samples": 1, "optim.max_train_steps": 1}
+    distill(resolve({}, settings))
     (file,) = Path(speed_settings["data.cache_dir"], kind).rglob("*.safetensors")
     whole = file.read_bytes()
     for left in (whole[:-1], b""):
         file.write_bytes(left)
-        distill(resolve({}, {**told, "run.output": str(tmp_path / str(len(left)))}))
+        distill(resolve({}, {**settings, "run.output": str(tmp_path / str(len(left)))}))
         assert file.read_bytes() == whole
 
 
@@ -139,18 +139,23 @@ def test_a_dry_run_tells_what_asking_beforehand_takes(
     speed_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dry_run(resolve({}, {**speed_settings, "data.teacher_cache_samples": 1000}))
-    said = capsys.readouterr().out
-    assert re.search(r"caching teacher outputs +[\d.]+ \S+( \d+ s)?  24,000 outputs", said)
-    assert re.search(r"cached teacher outputs +[\d.]+ MB  24,000, unless they are ready", said)
+    output = capsys.readouterr().out
+    assert re.search(r"caching teacher outputs +[\d.]+ \S+( \d+ s)?  24,000 outputs", output)
+    assert re.search(r"cached teacher outputs +[\d.]+ MB  24,000, unless they are ready", output)
 
 
 def test_a_run_on_cached_teacher_outputs_resumes_bit_for_bit(speed_settings: Settings, tmp_path: Path) -> None:
-    told = {**speed_settings, "data.teacher_cache_samples": 2, "optim.max_train_steps": 4, "run.checkpoint_every": 2}
-    whole = distill(resolve({}, {**told, "run.output": str(tmp_path / "whole")}))
+    settings = {
+        **speed_settings,
+        "data.teacher_cache_samples": 2,
+        "optim.max_train_steps": 4,
+        "run.checkpoint_every": 2,
+    }
+    whole = distill(resolve({}, {**settings, "run.output": str(tmp_path / "whole")}))
     for steps in (2, 4):
-        cut = distill(resolve({}, {**told, "run.output": str(tmp_path / "cut"), "optim.max_train_steps": steps}))
+        cut = distill(resolve({}, {**settings, "run.output": str(tmp_path / "cut"), "optim.max_train_steps": steps}))
     assert_same(whole, cut)
-    live = distill(resolve({}, {**told, "run.output": str(tmp_path / "live"), "data.teacher_cache_samples": 0}))
+    live = distill(resolve({}, {**settings, "run.output": str(tmp_path / "live"), "data.teacher_cache_samples": 0}))
     assert losses(live) != losses(whole)
 
 

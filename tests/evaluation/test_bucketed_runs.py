@@ -48,14 +48,14 @@ def test_a_run_with_buckets_is_validated_and_evaluated_at_its_sizes(
     assert len(results.consistency) == 50
     assert "Image sizes (height x width): 16x24, 24x16." in write_report(bucketed_run).read_text()
     # Another batch size, and what is read back from the cache, give the same numbers.
-    numbers = {name: cell["numbers"] for name, cell in results.cells.items()}
-    for path in (bucketed_run / "evaluation" / "cells").glob("*/numbers.json"):
+    numbers = {name: point["numbers"] for name, point in results.points.items()}
+    for path in (bucketed_run / "evaluation" / "points").glob("*/numbers.json"):
         path.unlink()
     evaluate([bucketed_run], EvaluationOptions(**options, num_images=3, batch_size=1))
     again = read_results(bucketed_run)
     assert again is not None
-    for name, cell in again.cells.items():
-        assert cell["numbers"] == pytest.approx(numbers[name], rel=0.011, abs=0.0011)
+    for name, point in again.points.items():
+        assert point["numbers"] == pytest.approx(numbers[name], rel=0.011, abs=0.0011)
 
 
 def test_a_batch_has_one_size_and_every_image_is_in_one() -> None:

@@ -59,14 +59,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory, small_run: Path, small_featu
 
 def numbers_of(results: Results) -> dict[str, Any]:
     """Return all numbers of a sweep except times."""
-    return {name: cell["numbers"] for name, cell in results.cells.items()}
+    return {name: point["numbers"] for name, point in results.points.items()}
 
 
 def test_a_sweep_has_a_point_for_each_combination(swept: Path):
     found = results_of(swept)
     expected = {f"student-{n:02d}-g{g}" for n in (1, 2) for g in (2, 4)} | {"teacher-50-g4", "teacher-50-g2"}
     expected |= {f"{sampler}-{n:02d}-g4" for sampler in ("teacher", "trailing") for n in (1, 2)}
-    assert set(found.cells) == expected
+    assert set(found.points) == expected
     assert list(found.metrics)[:3] == ["kid_teacher", "precision", "recall"]
     assert set(found.metrics) == {
         "rmse",
@@ -78,15 +78,15 @@ def test_a_sweep_has_a_point_for_each_combination(swept: Path):
         *list(found.metrics)[:3],
     }
     assert found.guidance_scale == 4.0
-    full = found.cells["teacher-50-g4"]["numbers"]
+    full = found.points["teacher-50-g4"]["numbers"]
     assert (full["rmse"], full["ssim"]) == (0.0, 1.0)
     assert full["sharpness"] == full["saturation"] == full["diversity"] == 1.0
-    for cell in found.cells.values():
-        assert cell["images"] == 5
-        assert set(cell["numbers"]) == set(found.metrics)
-        assert set(cell["standard_errors"]) == {"kid", "kid_teacher"}
-        assert cell["seconds_per_image"] > 0
-        assert cell["conditions"].startswith("batches of 5 on cpu, ")
+    for point in found.points.values():
+        assert point["images"] == 5
+        assert set(point["numbers"]) == set(found.metrics)
+        assert set(point["standard_errors"]) == {"kid", "kid_teacher"}
+        assert point["seconds_per_image"] > 0
+        assert point["conditions"].startswith("batches of 5 on cpu, ")
     assert len(found.previews("student", 1, 4.0)) == 5
 
 
@@ -150,11 +150,11 @@ def test_an_interrupted_sweep_resumes(
         patched.setattr(sweep, "student_latents", cut_off)
         with pytest.raises(KeyboardInterrupt):
             evaluated("cut")
-    cells = tmp_path / "cut" / "evaluation" / "cells"
-    assert sorted(path.name for path in cells.iterdir()) == ["student-01-g4", "teacher-50-g4"]
-    first = (cells / "student-01-g4" / "numbers.json").stat().st_mtime_ns
+    points = tmp_path / "cut" / "evaluation" / "points"
+    assert sorted(path.name for path in points.iterdir()) == ["student-01-g4", "teacher-50-g4"]
+    first = (points / "student-01-g4" / "numbers.json").stat().st_mtime_ns
     assert numbers_of(evaluated("cut")) == whole
-    assert (cells / "student-01-g4" / "numbers.json").stat().st_mtime_ns == first
+    assert (points / "student-01-g4" / "numbers.json").stat().st_mtime_ns == first
 
 
 def with_own_cache(small_run: Path, run: Path, cache: Path) -> None:
@@ -172,10 +172,10 @@ def test_damaged_files_are_made_again(evaluated: Evaluated, small_run: Path, tmp
     numbers, points = numbers_of(first), first.consistency
     kept = [*(first.folder / "latents").iterdir(), *(tmp_path / "cache" / "evaluation").iterdir()]
     assert len(kept) > 7
-    kept += [first.folder / "cells" / "student-02-g4" / "numbers.json", first.folder / "consistency.json"]
+    kept += [first.folder / "points" / "student-02-g4" / "numbers.json", first.folder / "consistency.json"]
     for path in kept:
         path.write_bytes(path.read_bytes()[:50])
-    (first.folder / "cells" / "teacher-50-g4" / "numbers.json").unlink()
+    (first.folder / "points" / "teacher-50-g4" / "numbers.json").unlink()
     again = evaluated(guidance_scales=(4.0,), num_images=2)
     assert (numbers_of(again), again.consistency) == (numbers, points)
 

@@ -86,7 +86,7 @@ def degraded(ranked: tuple[Results, Results], tmp_path_factory: pytest.TempPathF
     for degrade in (blurred, washed_out, alike):
         run = tmp_path_factory.mktemp("degraded") / degrade.__name__
         shutil.copytree(equal, run)
-        for path in (*(run / "evaluation" / "cells").glob("student-*"), run / "evaluation" / "latents"):
+        for path in (*(run / "evaluation" / "points").glob("student-*"), run / "evaluation" / "latents"):
             shutil.rmtree(path)
 
         def degraded_latents(*args: Any, degrade: Any = degrade, **options: Any) -> torch.Tensor:

@@ -17,10 +17,10 @@ def sweep_of(
     images: int = 64,
 ) -> Results:
     """Results at guidance 4 with these numbers."""
-    cells: dict[str, Any] = {}
+    points: dict[str, Any] = {}
     for sampler, rows in (("student", student), ("teacher", teacher)):
         for n, numbers in rows.items():
-            cells[f"{sampler}-{n:02d}-g4"] = {
+            points[f"{sampler}-{n:02d}-g4"] = {
                 "numbers": numbers,
                 "seconds_per_image": (own if sampler == "student" else its) * n,
             }
@@ -29,7 +29,7 @@ def sweep_of(
         name: {"better": better.get(name, "one"), "label": name.upper()} for name in next(iter(student.values()))
     }
     info = {"steps": list(student), "guidance_scales": [4.0], "metrics": metrics, "images": images}
-    return Results(Path(), info, cells)
+    return Results(Path(), info, points)
 
 
 TEACHER = {1: 1.138, 2: 0.55, 4: 0.196, 8: 0.119, 50: 0.095}

@@ -115,8 +115,8 @@ def test_a_file_is_sampled_as_its_instructions_say(layout: str, tmp_path: Path) 
         prediction_type="v_prediction", clip_sample=False, beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
     )
     other = sample_as_trained(pipeline, 1.0)
-    said = check_sampling(loaded, 1.0, other, facts, keys, 1e-5)
-    assert "because the noise schedule is not Stable Diffusion's" in said
+    message = check_sampling(loaded, 1.0, other, facts, keys, 1e-5)
+    assert "because the noise schedule is not Stable Diffusion's" in message
 
 
 DEPTHS = {"transformer_layers_per_block": [1, 1, 2], "reverse_transformer_layers_per_block": [2, 1, 1]}

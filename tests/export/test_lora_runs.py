@@ -121,9 +121,9 @@ def test_published_files_have_a_name_and_a_license_and_no_local_path(
         "run.output": "/home/me/runs/x",
     }
     config = resolve({}, {**own, "run.push_to_hub": "me/mine"})
-    told = header(product.lora, config, "it", product.base_pipeline())
-    assert (told["ss_sd_model_name"], told["modelspec.author"]) == (stands_for, "me")
-    assert told.get("modelspec.license") == licence
+    metadata = header(product.lora, config, "it", product.base_pipeline())
+    assert (metadata["ss_sd_model_name"], metadata["modelspec.author"]) == (stands_for, "me")
+    assert metadata.get("modelspec.license") == licence
     card = model_card(config, Path("x"), product.teacher())
     assert f"distilled from `{stands_for}`" in card
     opened = {"tiny": '"lcmdistill") / "assets" / "tiny"'}.get(alias, f'"{stands_for}"')
@@ -133,7 +133,7 @@ def test_published_files_have_a_name_and_a_license_and_no_local_path(
     front = yaml.safe_load(card.split("---\n")[1])
     assert front.get("license") == licence
     assert (f"The license is the teacher's: {licence}." in card) == (licence is not None)
-    for text in (card, json.dumps(told)):
+    for text in (card, json.dumps(metadata)):
         assert "/home/me" not in text
         assert "secret" not in text
         assert str(small_teacher.parent) not in text
@@ -158,9 +158,9 @@ def test_the_header_tells_the_bases_architecture(
 ):
     product = load_trained_student(lora_run)
     assert product.lora is not None
-    told = header(product.lora, product.config, "it", opened(BUILDERS[layout](tmp_path / "base")))
-    assert told["modelspec.architecture"] == architecture
-    assert (told["ss_base_model_version"], told["ss_v2"]) == (version, is_v2)
+    metadata = header(product.lora, product.config, "it", opened(BUILDERS[layout](tmp_path / "base")))
+    assert metadata["modelspec.architecture"] == architecture
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (version, is_v2)
 
 
 def test_the_exporters_verification_can_fail(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -194,8 +194,8 @@ def test_a_small_lora_that_is_lost_is_noticed_in_half_precision(
 
     monkeypatch.setattr(product, "from_checkpoint", little)
     options: dict[str, Any] = {"dtype": dtype, "guidance_scale": None, "verify": True}
-    told = exporting.export(lora_run, "kohya", tmp_path / "whole.safetensors", **options)
-    assert "reloaded, largest difference" in told
+    output = exporting.export(lora_run, "kohya", tmp_path / "whole.safetensors", **options)
+    assert "reloaded, largest difference" in output
     whole = lora_files.kohya_tensors
 
     def without_ups(lora: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -270,11 +270,11 @@ def test_a_run_that_goes_on_under_another_name_has_one_lora(lora_run: Path, tmp_
 def test_another_lora_in_a_run_folder_is_not_used(lora_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(lora_run, run)
-    for words, said in [
+    for words, message in [
         (("kohya", run / "lora" / "again.safetensors"), "is in a folder that the run itself writes"),
         (("peft", run / "samples" / "peft"), "is in a folder that the run itself writes"),
     ]:
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             exporting.export(run, *words, dtype="fp32", guidance_scale=None, verify=False)
     exporting.export(run, "peft", run / "peft", dtype="fp32", guidance_scale=None, verify=False)
     (run / "lora" / ".run.partial.safetensors").touch()  # of a process that was killed
@@ -326,7 +326,7 @@ def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "own", "chosen", "said"),
+    ("first", "second", "scheduler_of_second", "chosen", "is_reported"),
     [
         ("TCDScheduler", None, "DDIMScheduler", "TCDScheduler", False),
         (None, "TCDScheduler", "DDIMScheduler", "TCDScheduler", False),
@@ -339,9 +339,9 @@ def test_choosing_an_adapter_moves_no_weights(small_teacher: Path):
 def test_a_lora_is_sampled_with_the_scheduler_of_its_header(
     first: str | None,
     second: str | None,
-    own: str,
+    scheduler_of_second: str,
     chosen: str,
-    said: bool,
+    is_reported: bool,
     name: str,
     lora_run: Path,
     tmp_path: Path,
@@ -356,14 +356,16 @@ def test_a_lora_is_sampled_with_the_scheduler_of_its_header(
         exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=False)
         (file,) = place.glob("*.safetensors")
         with safe_open(file, framework="pt") as opened_file:
-            told = dict(opened_file.metadata())
-        assert told.pop(SCHEDULER_KEY) == "LCMScheduler"
-        save_file(load_file(file), file, metadata={**told, **({SCHEDULER_KEY: scheduler} if scheduler else {})})
+            header_values = dict(opened_file.metadata())
+        assert header_values.pop(SCHEDULER_KEY) == "LCMScheduler"
+        save_file(
+            load_file(file), file, metadata={**header_values, **({SCHEDULER_KEY: scheduler} if scheduler else {})}
+        )
         loras.append(str(output))
-    assert scheduler_for_loras(loras, own) == chosen
-    told = capsys.readouterr().out
-    assert ("is for a TCDScheduler, and" in told) == said
-    if own == "DDIMScheduler" and not said:
+    assert scheduler_for_loras(loras, scheduler_of_second) == chosen
+    printed = capsys.readouterr().out
+    assert ("is for a TCDScheduler, and" in printed) == is_reported
+    if scheduler_of_second == "DDIMScheduler" and not is_reported:
         pipeline = load_student(load_trained_student(lora_run).config.teacher.model, torch.device("cpu"), loras)
         assert type(pipeline.scheduler).__name__ == chosen
 
@@ -389,9 +391,9 @@ def test_the_best_validation_s_weights_are_exported_on_request(
     keep_best(run, "ssim_4", 1, better)
     for weights in ("last", "best"):
         output = tmp_path / weights
-        code, told, error = command(*words, "--weights", weights, "--output", output)
+        code, printed, error = command(*words, "--weights", weights, "--output", output)
         assert (code, error) == (0, "")
-        assert "largest difference" in told
+        assert "largest difference" in printed
     files = [tmp_path / weights / "unet/diffusion_pytorch_model.safetensors" for weights in ("last", "best")]
     of_last, of_best = map(load_file, files)
     assert any(not torch.equal(of_last[key], of_best[key]) for key in of_last)

@@ -233,8 +233,8 @@ def test_int8_of_a_trained_model_passes_and_a_broken_one_does_not(
 ) -> None:
     import onnx
 
-    folder, said = int8_export
-    assert "(allowed 0.08)" in said
+    folder, message = int8_export
+    assert "(allowed 0.08)" in message
     shutil.copytree(folder, tmp_path / "broken")
     path = tmp_path / "broken" / "unet" / "model.onnx"
     model = onnx.load(path)
@@ -259,15 +259,15 @@ def test_pictures_of_int8_are_those_of_fp32(trained_run: Path, int8_export: tupl
 
     pipeline, graph = load_trained_student(trained_run).pipeline(), session(int8_export[0], "unet")
     prompts = ["red heart", "grinning face", "dog face", "pizza"]
-    told, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    prompt_embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     cond = omega_embedding(torch.zeros(4), 256)
     noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def of_torch(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return pipeline.unet(z, t, told, timestep_cond=cond, return_dict=False)[0]
+        return pipeline.unet(z, t, prompt_embeds, timestep_cond=cond, return_dict=False)[0]
 
     def of_int8(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        feed = {"sample": z, "timestep": t[None], "encoder_hidden_states": told, "timestep_cond": cond}
+        feed = {"sample": z, "timestep": t[None], "encoder_hidden_states": prompt_embeds, "timestep_cond": cond}
         return torch.from_numpy(graph.run(None, {name: value.numpy() for name, value in feed.items()})[0])
 
     def drawn(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:

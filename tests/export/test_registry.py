@@ -53,9 +53,9 @@ def test_every_export_gives_the_trained_output(
 ) -> None:
     output = tmp_path / ("out.safetensors" if name in ("kohya", "single-file") else "out")
     words = ["export", runs[family, kind], "--format", name, "--output", output, "--dtype", "fp32"]
-    code, told, error = command(*words)
+    code, printed, error = command(*words)
     assert (code, error) == (0, "")
-    assert "reloaded, largest difference" in told
+    assert "reloaded, largest difference" in printed
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [output.name]
 
 
@@ -64,9 +64,9 @@ def test_a_pipeline_without_a_single_file_layout(family: str, command: Command, 
     build = build_pixel if family == "pixel" else FAMILY_BUILDERS[family]
     run = finished_run(build(tmp_path / "models" / "teacher"), "full", tmp_path / "run")
     words = ["export", run, "--format", "pipeline", "--output", tmp_path / "out", "--dtype", "fp32"]
-    code, told, error = command(*words)
+    code, printed, error = command(*words)
     assert (code, error) == (0, "")
-    assert "reloaded, largest difference" in told
+    assert "reloaded, largest difference" in printed
     if family != "inpainting":
         for name, output in (("single-file", "x.safetensors"), ("onnx", "x"), ("kohya", "x.safetensors")):
             code, _, error = command("export", run, "--format", name, "--output", tmp_path / output)
@@ -93,9 +93,9 @@ def test_a_guidance_scale_outside_the_trained_range_is_reported(
 ) -> None:
     words = ["export", runs["sd1", "full"], "--format", "single-file", "--no-verify"]
     for scale in (8, 90):
-        code, told, _ = command(*words, "--guidance-scale", scale, "--output", tmp_path / f"{scale}.safetensors")
+        code, output, _ = command(*words, "--guidance-scale", scale, "--output", tmp_path / f"{scale}.safetensors")
         assert code == 0
-        assert (f"and never saw {scale}" in told) == (scale == 90)
+        assert (f"and never saw {scale}" in output) == (scale == 90)
 
 
 @each_family
@@ -124,7 +124,7 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "said"),
+    ("kind", "words", "message"),
     [
         ("full", ["--format", "kohya", "--output", "x.safetensors"], "--format kohya is for LoRA runs"),
         (
@@ -148,12 +148,12 @@ def test_what_the_network_is_given_matters(family: str, runs: dict[tuple[str, st
     ],
 )
 def test_what_cannot_be_exported_is_refused_at_once(
-    kind: str, words: list[str], said: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
+    kind: str, words: list[str], message: str, runs: dict[tuple[str, str], Path], command: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").mkdir()
-    code, told, error = command("export", runs["sd1", kind], *words)
-    assert (code, told, error.count("\n")) == (2, "", 1)
-    assert re.search(said, error)
+    code, output, error = command("export", runs["sd1", kind], *words)
+    assert (code, output, error.count("\n")) == (2, "", 1)
+    assert re.search(message, error)
     assert {path.name for path in tmp_path.iterdir()} <= {"taken", "cache"}
 
 

@@ -44,8 +44,8 @@ def difference(
     """How far a file, read back by diffusers, is from the pipeline that it was made of."""
     with configs_of(pipeline) as configs:
         got = pipeline_outputs(read_back(path, configs), guidance_scale)
-    said = check_close(got, pipeline_outputs(pipeline, guidance_scale), bound, path.name)
-    return float(said.partition("largest difference ")[2].split()[0])
+    message = check_close(got, pipeline_outputs(pipeline, guidance_scale), bound, path.name)
+    return float(message.partition("largest difference ")[2].split()[0])
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Request:
 
 @dataclass
 class StubHub:
-    """What a hub knows, and what it was told."""
+    """The repositories of a hub, and the requests that it received."""
 
     role: str = "write"
     refuses_commits: bool = False
@@ -112,14 +112,14 @@ class StubHub:
 @pytest.fixture
 def stub() -> Iterator[StubHub]:
     """A hub on loopback."""
-    told = StubHub()
+    hub = StubHub()
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             headers = {key.lower(): value for key, value in self.headers.items()}
-            told.requests.append(Request(self.command, self.path, headers, body))
-            status, content = told.answer(told.requests[-1])
+            hub.requests.append(Request(self.command, self.path, headers, body))
+            status, content = hub.answer(hub.requests[-1])
             text = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -135,10 +135,10 @@ def stub() -> Iterator[StubHub]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    told.endpoint = f"http://127.0.0.1:{server.server_port}"
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield told
+    yield hub
     server.shutdown()
     server.server_close()
     thread.join()
@@ -364,11 +364,11 @@ def test_a_failed_upload_leaves_the_run_and_names_the_command_that_uploads_again
     program, *again = shlex.split(found[1])
     assert program == "lcmdistill"
     assert command(monkeypatch, *again) == 0
-    told = capsys.readouterr()
-    assert "nothing to do" in told.out
+    output = capsys.readouterr()
+    assert "nothing to do" in output.out
     assert (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     assert {"README.md", "model_index.json"} <= set(online.repos["me/mine"])
-    assert TOKEN not in error + told.out + told.err
+    assert TOKEN not in error + output.out + output.err
 
 
 def test_a_failed_upload_of_an_export_keeps_the_file(

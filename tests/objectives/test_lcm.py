@@ -47,10 +47,10 @@ def conv_network(seed: int, channels: int = 4, width: int = 2) -> RawNetwork:
     of_prompt, of_omega, of_time = weights(8, width), weights(8, OMEGA_DIM), weights(8, 1)
 
     def raw(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
-        told = c["prompt_embeds"].mean(1) @ of_prompt.T + (t[:, None] / 100) @ of_time.T
+        embedding = c["prompt_embeds"].mean(1) @ of_prompt.T + (t[:, None] / 100) @ of_time.T
         if w is not None:
-            told = told + omega_embedding(w) @ of_omega.T
-        hidden = torch.conv2d(z, first, padding=1) + told[:, :, None, None]
+            embedding = embedding + omega_embedding(w) @ of_omega.T
+        hidden = torch.conv2d(z, first, padding=1) + embedding[:, :, None, None]
         return torch.conv2d(hidden.sin(), last, padding=1)
 
     return raw

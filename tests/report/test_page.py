@@ -153,11 +153,11 @@ def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_pa
     }
     drop = ("held_out", "prompts_origin", "notes", "has_classes", "is_baked", "metrics", "preview_prompts", "sizes")
     changed_sweep(run, drop=drop, is_lora=True, measures=measures, pictured_prompts=old["preview_prompts"])
-    for path in (run / "evaluation" / "cells").glob("*/numbers.json"):
-        cell = json.loads(path.read_text())
-        del cell["checksum"]
-        cell |= {"seconds_an_image": cell.pop("seconds_per_image"), "how": cell.pop("conditions")}
-        path.write_text(json.dumps(cell))
+    for path in (run / "evaluation" / "points").glob("*/numbers.json"):
+        point = json.loads(path.read_text())
+        del point["checksum"]
+        point |= {"seconds_an_image": point.pop("seconds_per_image"), "how": point.pop("conditions")}
+        path.write_text(json.dumps(point))
     page = check_page(write_report(run))
     assert "prompts that were held out of training" in page.text
     assert "guidance is in its weights" in page.text
@@ -192,7 +192,7 @@ def test_guidance_with_little_effect_is_reported(evaluated_run: Path, tmp_path: 
 
     def note(**others: int) -> str | None:
         for name, shade in {**shades, **others}.items():
-            for path in (run / "evaluation" / "cells" / name).glob("*.webp"):
+            for path in (run / "evaluation" / "points" / name).glob("*.webp"):
                 Image.new("RGB", (16, 16), (shade,) * 3).save(path, lossless=True)
         results = read_results(run)
         assert results is not None
@@ -233,7 +233,7 @@ def test_unreadable_parts_are_skipped(evaluated_run: Path, tmp_path: Path):
     pictures = sorted((run / "samples").glob("step-*.png"))
     pictures[0].write_bytes(pictures[0].read_bytes()[:200])
     shutil.copy(pictures[1], run / "samples" / "step-mine.png")
-    previews = sorted((run / "evaluation" / "cells").rglob("*.webp"))
+    previews = sorted((run / "evaluation" / "points").rglob("*.webp"))
     for path, damaged in zip(previews, (b"", b"%!PS-Adobe-3.0", previews[2].read_bytes()[:99]), strict=False):
         path.write_bytes(damaged)
     line = {"step": 5, "loss": 0.5, "grad_norm": float("inf"), "learning_rate": 1e-3, "samples_per_s": 1.0}
@@ -255,15 +255,15 @@ def test_times_say_how_they_were_taken(evaluated_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     assert "without decoding, in batches of 3 on cpu, " in Page(write_report(run)).text
-    path = run / "evaluation" / "cells" / "student-01-g4" / "numbers.json"
-    cell = json.loads(path.read_text())
-    path.write_text(json.dumps(cell | {"conditions": "batches of 1 on cuda"}))
+    path = run / "evaluation" / "points" / "student-01-g4" / "numbers.json"
+    point = json.loads(path.read_text())
+    path.write_text(json.dumps(point | {"conditions": "batches of 1 on cuda"}))
     assert recorded_key(path) is None, "it is measured again"
     with pytest.raises(
         UsageError, match=r"numbers.json was changed or damaged after .* evaluate again: lcmdistill evaluate"
     ):
         write_report(run)
-    path.write_text(json.dumps(cell | {"conditions": "batches of 1 on cuda", "checksum": None}))
+    path.write_text(json.dumps(point | {"conditions": "batches of 1 on cuda", "checksum": None}))
     text = Page(write_report(run)).text
     assert "without decoding, under different conditions" in text
     assert "student, 1 step, in batches of 1 on cuda" in text

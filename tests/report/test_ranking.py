@@ -15,17 +15,17 @@ from tests.support.runs import resolve
 def evaluated(**numbers: float) -> Results:
     """Return results of a student at 2 and 4 steps; metric_steps=number."""
     better = {"ssim": "higher", "kid_teacher": "lower", "sharpness": "one"}
-    cells: dict[str, Any] = {f"student-{n:02d}-g4": {"numbers": {}} for n in (2, 4)}
+    points: dict[str, Any] = {f"student-{n:02d}-g4": {"numbers": {}} for n in (2, 4)}
     for key, value in numbers.items():
         metric, _, steps = key.rpartition("_")
-        cells[f"student-0{steps}-g4"]["numbers"][metric] = value
+        points[f"student-0{steps}-g4"]["numbers"][metric] = value
     metrics = {key.rpartition("_")[0]: None for key in numbers}
     info = {
         "steps": [2, 4],
         "guidance_scales": [4.0],
         "metrics": {m: {"label": m.upper(), "better": better[m]} for m in metrics},
     }
-    return Results(Path(), info, cells)
+    return Results(Path(), info, points)
 
 
 def judged(usable: bool = True) -> Verdict:

@@ -93,10 +93,10 @@ def test_a_folder_or_port_that_cannot_be_served_is_refused(small_run: Path, tmp_
 
 
 def test_the_numbers_can_be_downloaded() -> None:
-    cell = {"sampler": "student", "steps": 4, "guidance_scale": 2.0, "seconds_per_image": 0.5}
+    point = {"sampler": "student", "steps": 4, "guidance_scale": 2.0, "seconds_per_image": 0.5}
     numbers = {"numbers": {"kid_teacher": 0.1, "ssim": 0.7}, "standard_errors": {"kid_teacher": 0.02}}
     info = {"images": 50, "metrics": {"kid_teacher": {}, "ssim": {}}}
-    results = Results(Path(), info, {"student-04-g2": {**cell, **numbers}})
+    results = Results(Path(), info, {"student-04-g2": {**point, **numbers}})
     table, tree = downloads({"a, b": results}, "a")
     assert (table.name, tree.name) == ("a-numbers.csv", "a-numbers.json")
     content = base64.b64decode(table.href.partition(",")[2]).decode()

@@ -102,10 +102,10 @@ def test_the_command_without_arguments_samples_the_newest_run(
     command: Command, tmp_path: Path, small_run: Path
 ) -> None:
     shutil.copytree(small_run, tmp_path / "runs" / "small-lcm")
-    code, told, _ = command("sample", "--steps", 2)
+    code, output, _ = command("sample", "--steps", 2)
     assert code == 0
     folder = "runs/small-lcm/images"
-    assert re.search(rf"\d+ images at 2 steps, guidance scale 4: {folder}, all in {folder}/grid_2-steps", told)
+    assert re.search(rf"\d+ images at 2 steps, guidance scale 4: {folder}, all in {folder}/grid_2-steps", output)
     assert len(list((tmp_path / folder).glob("*_2-steps_cfg-4_seed-?.png"))) >= 4
 
 

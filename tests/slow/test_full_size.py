@@ -15,14 +15,14 @@ MOST = 9.0
 
 
 def peak(arguments: list[str], environment: dict[str, str]) -> tuple[str, float]:
-    """What a process said, and the most memory that it held, in GiB. Raises AssertionError with its words if it failed."""
+    """Return the output and the peak memory (GiB) of a process. Raises AssertionError with its output if it failed."""
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, said
-    return said, usage.ru_maxrss / 2**20
+    assert process.returncode == 0, output
+    return output, usage.ru_maxrss / 2**20
 
 
 @pytest.mark.slow
@@ -34,13 +34,13 @@ def test_a_full_size_lora_run_and_its_exports(
     peak([sys.executable, str(ROOT / "tests" / "full_size.py"), str(teacher)], environment)
 
     def lcmdistill(*words: object) -> str:
-        said, gib = peak([sys.executable, "-m", "lcmdistill", *map(str, words)], environment)
+        printed, gib = peak([sys.executable, "-m", "lcmdistill", *map(str, words)], environment)
         with capsys.disabled():
             print(
-                f"\n{words[0]} {words[3] if words[0] == 'export' else ''}: peak {gib:.1f} GiB; {said.splitlines()[-1]}"
+                f"\n{words[0]} {words[3] if words[0] == 'export' else ''}: peak {gib:.1f} GiB; {printed.splitlines()[-1]}"
             )
         assert gib < MOST
-        return said
+        return printed
 
     words = [
         "--teacher",
@@ -62,8 +62,8 @@ def test_a_full_size_lora_run_and_its_exports(
         "--set",
         f"data.cache_dir={tmp_path / 'cache'}",
     ]
-    said = lcmdistill("distill-lora", *words, "--output", run)
-    assert "generates in 4 steps (2 to 8)" in said
+    printed = lcmdistill("distill-lora", *words, "--output", run)
+    assert "generates in 4 steps (2 to 8)" in printed
     (lora,) = (run / "lora").glob("*.safetensors")
     assert 67_252_224 * 2 < lora.stat().st_size < 67_252_224 * 2 + 200_000
     for name in ("kohya", "diffusers-lora", "peft", "fused", "single-file", "onnx"):

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_all_in_one_sentence(small_teacher: Path, image_fo
     assert time.monotonic() - killed_at < 60
     assert launcher.returncode
     assert not any(Path(f"/proc/{pid}/environ").exists() for pid in children)
-    said = [line for line in errors.splitlines() if line.startswith("Error:")]
-    assert len(said) == 1
-    assert "another process of this run ended" in said[0]
+    messages = [line for line in errors.splitlines() if line.startswith("Error:")]
+    assert len(messages) == 1
+    assert "another process of this run ended" in messages[0]
     launch(2, one / "config.toml", tmp_path / "two", "--shard", "full", "--max-train-steps", "12")

@@ -114,7 +114,7 @@ def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (("nonsense",), "no layer of the teacher is named 'nonsense'"),
         (("to_q", "nonsense"), "no layer of the teacher is named 'nonsense'"),
@@ -126,8 +126,8 @@ def test_a_rank_above_a_layers_width_is_refused(small_teacher: Path):
         (("to_q", "norm1"), r"norm1 \(\w+Norm\) is neither a linear layer nor a convolution"),
     ],
 )
-def test_names_of_what_no_lora_can_be_on_are_refused(small_teacher: Path, names: tuple[str, ...], said: str):
-    with pytest.raises(UsageError, match=said):
+def test_names_of_what_no_lora_can_be_on_are_refused(small_teacher: Path, names: tuple[str, ...], message: str):
+    with pytest.raises(UsageError, match=message):
         lora_student(small_teacher, target_modules=names)
 
 
@@ -137,12 +137,22 @@ def test_a_layer_at_the_top_gets_its_lora_too(small_teacher: Path):
 
 
 @pytest.mark.parametrize("words", [["--rank", 64], ["--rank", 4, "--target-modules", "attn1"]])
-def test_layers_that_cannot_be_are_said_before_data_are_prepared(
+def test_impossible_layers_are_refused_before_data_are_prepared(
     words: list[Any], small_teacher: Path, image_folder: Path, tmp_path: Path, command: Command
 ):
     output = tmp_path / "run"
-    told = ["distill-lora", "--teacher", small_teacher, "--data", image_folder, "--resolution", 16, "--output", output]
-    code, _, error = command(*told, *words)
+    options = [
+        "distill-lora",
+        "--teacher",
+        small_teacher,
+        "--data",
+        image_folder,
+        "--resolution",
+        16,
+        "--output",
+        output,
+    ]
+    code, _, error = command(*options, *words)
     assert (code, error.count("\n")) == (2, 1), error
     assert not output.exists()
 

@@ -44,8 +44,8 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     config = resolve({}, flags)
     if kind == "lora":
         lora = from_checkpoint(adapter, 3.0)
-        told = header(lora, config, run.name, teacher.pipeline)
-        write_kohya({"unet": lora}, run / "lora" / f"{run.name}.safetensors", told, teacher.family)
+        metadata = header(lora, config, run.name, teacher.pipeline)
+        write_kohya({"unet": lora}, run / "lora" / f"{run.name}.safetensors", metadata, teacher.family)
     (run / "config.toml").write_text(to_toml(config))
     write_run_card(config, run, teacher)
     return run

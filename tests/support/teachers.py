@@ -15,7 +15,7 @@ def edited(folder: Path, to: Path, file: str, edit: Callable[[Any], Any]) -> Pat
     return to
 
 
-# Runs `lcmdistill ARGUMENTS`: its exit code, what it said, and what it said of errors.
+# Runs `lcmdistill ARGUMENTS`: return the exit code, standard output and standard error.
 Command = Callable[..., tuple[int, str, str]]
 
 # A run small enough to be repeated dozens of times.

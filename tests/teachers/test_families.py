@@ -90,24 +90,24 @@ def test_a_run_from_the_preflight_to_its_images(
     left_out = ("optim.max_train_steps", *(("objective.w_min", "objective.w_max") if is_transformer else ()))
     sets = [f"--set={key}={value}" for key, value in own.items() if key not in left_out]
     base = [name, "--teacher", folders[family], "--data", image_folder, "--output", tmp_path / "run", *sets]
-    code, told, error = command(*base, "--dry-run")
+    code, output, error = command(*base, "--dry-run")
     assert code == 0, error
-    assert "memory, estimated" in told
+    assert "memory, estimated" in output
     for steps in (1, 2):  # the second is a resumed run
-        code, told, error = command(*base, "--max-train-steps", steps)
+        code, output, error = command(*base, "--max-train-steps", steps)
         assert code == 0, error
-        print(told)
-    assert "resuming from step-00000001" in told
+        print(output)
+    assert "resuming from step-00000001" in output
     assert (tmp_path / "run" / "samples" / "step-000002.png").is_file()
-    code, told, error = command(
+    code, output, error = command(
         "sample", tmp_path / "run", "--steps", 2, "--prompt", "a cat", "--output", tmp_path / "s"
     )
     assert code == 0, error
     for form in EXPORTS.get((family, kind), ()):
         path = tmp_path / (f"{form}.safetensors" if form in ("kohya", "single-file") else form)
-        code, told, error = command("export", tmp_path / "run", "--format", form, "--output", path, "--dtype", "fp32")
+        code, output, error = command("export", tmp_path / "run", "--format", form, "--output", path, "--dtype", "fp32")
         assert code == 0, error
-        assert "reloaded, largest difference" in told
+        assert "reloaded, largest difference" in output
         if path.suffix and family == "inpainting":
             architecture = read_header(path).metadata["modelspec.architecture"]
             assert architecture == "stable-diffusion-v1-inpainting" + "/lora" * (kind == "lora")
@@ -137,7 +137,7 @@ def guided_by_hand(teacher: Teacher, prompt: str, noise: torch.Tensor, steps: in
     z = noise
     for t in scheduler.timesteps:
         with torch.no_grad():
-            c, n = (teacher.call(teacher.network, z, t[None], told.values, None) for told in prompts)
+            c, n = (teacher.call(teacher.network, z, t[None], prompt.values, None) for prompt in prompts)
         z = scheduler.step(n + scale * (c - n), t, z).prev_sample
     return z
 
@@ -223,15 +223,15 @@ def test_the_network_is_shown_what_the_pipeline_would_show_it(folders: dict[str,
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encode = lambda images: teacher.encode_images(images)[0]  # noqa: E731
     seeds = [next(s for s in range(99) if bool(draw_mask(16, 16, s).all()) is whole) for whole in (True, False)]
-    told = teacher.condition(SampleInfo(torch.zeros(2, 6), lambda: pixels, encode, seeds))
+    condition = teacher.condition(SampleInfo(torch.zeros(2, 6), lambda: pixels, encode, seeds))
     masks = torch.stack([draw_mask(16, 16, seed) for seed in seeds])
     pipeline, generators = teacher.pipeline, [torch.Generator() for _ in seeds]
     theirs = pipeline.mask_processor.preprocess(masks, height=16, width=16)
     small, _ = pipeline.prepare_mask_latents(
         theirs, pixels * (theirs < 0.5), 2, 16, 16, torch.float32, "cpu", generators, False
     )
-    assert torch.equal(told["mask"].float(), small)
-    torch.testing.assert_close(told["masked"].float(), encode(pixels * (theirs < 0.5)), atol=1e-3, rtol=1e-3)
+    assert torch.equal(condition["mask"].float(), small)
+    torch.testing.assert_close(condition["masked"].float(), encode(pixels * (theirs < 0.5)), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("source", ["images", "teacher"])
@@ -353,10 +353,10 @@ def test_an_inpainting_model_paints_into_an_image(folders: dict[str, Path], tmp_
         assert (code, error) == (0, "")
         drawn[name] = np.asarray(Image.open(newest_image(tmp_path / f"out-{name}")), dtype=float)
     assert len({picture.tobytes() for picture in drawn.values()}) == 3  # it sees the image, and whether there is one
-    for words, said in (
+    for words, message in (
         ([*base, "--image", "red.png"], "--image and --mask must be used together"),
         ([*base, "--image", "red.png", "--mask", "none.png"], "cannot be read"),
         (["sample", folders["sd1"], "--image", "red.png", "--mask", "mask.png"], "this is not an inpainting model"),
     ):
         code, _, error = command(*words)
-        assert (code, said in error, error.count("\n")) == (2, True, 1)
+        assert (code, message in error, error.count("\n")) == (2, True, 1)

@@ -1,4 +1,4 @@
-"""What the world is told of a teacher: names without folders, licences as the hub takes them, settings without secrets."""
+"""What is published about a teacher: names without folders, licenses as the hub takes them, settings without secrets."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_code_opens_each_kind_of_model_by_its_own_way() -> None:
 
 
 def test_settings_are_shown_without_folders_and_secrets() -> None:
-    told = redact_paths(
+    published = redact_paths(
         {
             "teacher.model": "/opt/models/mine",
             "data.sources": [
@@ -83,7 +83,7 @@ def test_settings_are_shown_without_folders_and_secrets() -> None:
             "run.seed": 0,
         }
     )
-    assert told == {
+    assert published == {
         "teacher.model": "mine",
         "data.sources": ["pictures", "data/own", "pipe:...", "https://h/a.tar"],
         "data.cache_dir": "cache",

@@ -33,7 +33,7 @@ def guided(teacher: Teacher, latents: Tensor, scale: float) -> Tensor:
     c, n = (blank.with_prompt(teacher.encode_prompts([text])).values for text in ("a cat", ""))
     (t,) = scheduler.timesteps
     with torch.no_grad():
-        cond, null = (teacher.call(teacher.network, latents, t[None], told, None) for told in (c, n))
+        cond, null = (teacher.call(teacher.network, latents, t[None], prompt, None) for prompt in (c, n))
     return scheduler.step(null + scale * (cond - null), t, latents).prev_sample
 
 
@@ -51,7 +51,7 @@ def test_the_teacher_and_its_student_sample_with_as_many_layers(
     torch.testing.assert_close(drawn, guided(teacher, noise(), 3.0), rtol=1e-4, atol=1e-4)
     plain = load_teacher(str(folder)).generate_latents(["a cat"], noise(), **options)
     assert (plain - drawn).abs().max() > 4e-4
-    # The student's pipeline, as files and told again what is in them.
+    # The student's pipeline, as files and given the same values as options.
     student = student_pipeline(teacher, teacher.network)
     save_pipeline(student, tmp_path / "student", "")
     latents = [
@@ -85,12 +85,12 @@ def test_the_teacher_and_its_student_sample_with_as_many_layers(
 
 
 def test_a_clip_skip_that_cannot_be_is_refused(folders: dict[str, Path]) -> None:
-    for family, skip, said in (
+    for family, skip, message in (
         ("pixart", 1, "needs CLIP text encoders, and a PixArtAlphaPipeline has none"),
         ("sd1", 1, "this teacher's text encoder can skip 0 to 0 of its layers"),
         ("sdxl", 2, "skip 0 to 1 of its layers"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             load_teacher(str(folders[family]), clip_skip=skip)
 
 
@@ -106,11 +106,11 @@ def test_a_run_samples_with_the_layers_that_it_was_trained_with(
     code, _, error = command(*base, "--clip-skip", 1)
     assert (code, error) == (0, ""), error
     drawn = {}
-    for told in ([], ["--clip-skip", 1], ["--clip-skip", 0]):
+    for options in ([], ["--clip-skip", 1], ["--clip-skip", 0]):
         where = tmp_path / f"samples-{len(drawn)}"
-        code, _, error = command("sample", tmp_path / "run", "--prompt", "a cat", "--output", where, *told)
+        code, _, error = command("sample", tmp_path / "run", "--prompt", "a cat", "--output", where, *options)
         assert (code, error) == (0, ""), error
-        drawn[str(told)] = next(where.glob("*.png")).read_bytes()
+        drawn[str(options)] = next(where.glob("*.png")).read_bytes()
     own, one, none = drawn.values()
     assert (own == one, none != own) == (True, True)
     card = (tmp_path / "run" / "README.md").read_text()

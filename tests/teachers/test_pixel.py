@@ -59,8 +59,8 @@ def test_prompts_are_the_names_of_classes(tmp_path: Path) -> None:
         teacher.encode_prompts(["bag", "a cat"])
     nameless = load_teacher(str(build_pixel(tmp_path / "n", (), num_class_embeds=4)))
     assert nameless.encode_prompts(["3", "0"])["class_labels"].tolist() == [3, 0]
-    told = nameless.encode_prompts(["2"])
-    assert told.with_prompt(nameless.encode_prompts([""])).values == told.values  # no class stands for none
+    condition = nameless.encode_prompts(["2"])
+    assert condition.with_prompt(nameless.encode_prompts([""])).values == condition.values  # no class stands for none
     assert nameless.example(2, 8, "cpu")[2]["class_labels"].tolist() == [0, 0]
     plain = load_teacher(str(build_pixel(tmp_path / "u", ())))
     assert not plain.encode_prompts(["anything at all", ""]).values

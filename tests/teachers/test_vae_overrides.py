@@ -70,7 +70,7 @@ def test_a_teacher_takes_another_vae(
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (
             {"scaling_factor": 0.25},
@@ -84,10 +84,10 @@ def test_a_teacher_takes_another_vae(
     ],
 )
 def test_a_vae_of_another_family_is_refused(
-    values: dict[str, Any], said: str, other: Path, small_teacher: Path, tmp_path: Path
+    values: dict[str, Any], message: str, other: Path, small_teacher: Path, tmp_path: Path
 ) -> None:
     folder = edited(other, tmp_path / "m", "vae/config.json", lambda config: {**config, **values})
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         load_teacher(str(small_teacher), vae=str(folder))
 
 
@@ -108,7 +108,7 @@ def test_what_is_no_vae_of_the_teacher_s_is_refused_in_one_sentence(
     )
     torch.save(tensors, tmp_path / "vae.pt")
     (tmp_path / "empty").mkdir()
-    for name, said in {
+    for name, message in {
         "factor": "a downscale factor of 4 and the teacher's network was trained on a downscale factor of 2",
         "half.safetensors": "cannot be read as a VAE: weights are missing",
         "rubbish.safetensors": "cannot be read as a VAE",
@@ -118,7 +118,7 @@ def test_what_is_no_vae_of_the_teacher_s_is_refused_in_one_sentence(
         "empty": "cannot be read as a VAE",
         "absent": "does not exist; use a diffusers folder",
     }.items():
-        with pytest.raises(UsageError, match=said) as caught:
+        with pytest.raises(UsageError, match=message) as caught:
             load_teacher(str(small_teacher), vae=str(tmp_path / name))
         assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match="is not in the local cache and the hub cannot be reached"):
@@ -163,13 +163,13 @@ def test_a_vae_computes_in_fp32_whatever_stands_around_it(small_teacher: Path) -
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(teacher.encode_images(images())[0], mean)
         assert torch.equal(teacher.decode(mean), shown)
-    told = load_teacher(str(small_teacher), vae_dtype="bf16")
-    half, _ = told.encode_images(images())
+    in_bf16 = load_teacher(str(small_teacher), vae_dtype="bf16")
+    half, _ = in_bf16.encode_images(images())
     assert half.dtype == torch.float32
     assert 1e-4 < (half - mean).abs().max() < 0.1
-    assert 1e-4 < (told.decode(mean) - shown).abs().max() < 0.1
-    assert same_weights(told.vae, teacher.vae)  # what is exported has lost nothing
-    assert told.fingerprint(with_network=False) != teacher.fingerprint(with_network=False)
+    assert 1e-4 < (in_bf16.decode(mean) - shown).abs().max() < 0.1
+    assert same_weights(in_bf16.vae, teacher.vae)  # what is exported has lost nothing
+    assert in_bf16.fingerprint(with_network=False) != teacher.fingerprint(with_network=False)
 
 
 def test_a_vae_that_overflows_in_fp16_works_by_default(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_images_are_decoded_in_fp32_around_half_a_network(small_run: Path) -> No
     decoded: list[Tensor] = []
     decode = pipeline.vae.decode
 
-    def watched(z: Tensor, *args: Any, **told: Any) -> Any:
-        decoded.append(out := decode(z, *args, **told)[0])
+    def watched(z: Tensor, *args: Any, **options: Any) -> Any:
+        decoded.append(out := decode(z, *args, **options)[0])
         return (out,)
 
     pipeline.vae.decode = watched
@@ -246,11 +246,11 @@ def test_prompts_are_what_diffusers_makes_of_them_without_clip_s_last_layers(
         null = pipeline.encode_prompt([""], **options, clip_skip=skip)[0]
         unskipped = pipeline.encode_prompt(["a cat", "a dog"], **options)[0]
     teacher = load_teacher(str(folders[family]), clip_skip=skip)
-    told = teacher.encode_prompts(["a cat", "a dog"])
-    assert torch.equal(told["prompt_embeds"], expected[0])
-    assert (told["prompt_embeds"] - unskipped).abs().max() > 0.1
+    condition = teacher.encode_prompts(["a cat", "a dog"])
+    assert torch.equal(condition["prompt_embeds"], expected[0])
+    assert (condition["prompt_embeds"] - unskipped).abs().max() > 0.1
     if family == "sdxl":
-        assert torch.equal(told["pooled"], expected[2])
+        assert torch.equal(condition["pooled"], expected[2])
         assert not teacher.encode_prompts([""])["prompt_embeds"].any()  # by SDXL's own rule
     else:
         assert torch.equal(teacher.encode_prompts([""])["prompt_embeds"], null)

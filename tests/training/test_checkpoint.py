@@ -68,8 +68,8 @@ def test_exports_do_not_depend_on_the_memory_layout(kind: str, speed_settings: S
 
 
 def test_moments_are_restored_in_the_layout_of_their_parameters(speed_settings: Settings) -> None:
-    told = {**speed_settings, "optim.max_train_steps": 2, "run.checkpoint_every": 2}
-    folder = distill(resolve({}, told))
+    settings = {**speed_settings, "optim.max_train_steps": 2, "run.checkpoint_every": 2}
+    folder = distill(resolve({}, settings))
     run = built(speed_settings)
     step: Any = run.train_step
     torch.nn.ModuleList([step.student.online, step.student.target]).to(memory_format=torch.channels_last)  # pyright: ignore

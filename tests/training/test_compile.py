@@ -16,10 +16,10 @@ from tests.support.training import losses
 def test_compiled_blocks_train_the_same(
     kind: str, speed_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {**speed_settings, "student.kind": kind, "optim.max_train_steps": 3, "run.log_every": 1}
-    told |= {"optim.learning_rate": 1e-6}  # at which rounding differences do not grow
+    settings = {**speed_settings, "student.kind": kind, "optim.max_train_steps": 3, "run.log_every": 1}
+    settings |= {"optim.learning_rate": 1e-6}  # at which rounding differences do not grow
     plain, compiled = (
-        distill(resolve({}, {**told, "run.compile": wish, "run.output": str(tmp_path / wish)}))
+        distill(resolve({}, {**settings, "run.compile": wish, "run.output": str(tmp_path / wish)}))
         for wish in ("off", "on")
     )
     assert capsys.readouterr().out.count("the networks are compiled at the first step, which takes minutes") == 1

@@ -73,8 +73,8 @@ def test_negative_prompts_act_where_guidance_is_free(
     assert require_run_config(folder).run.validation_guidance_scale == 2.0
     pictures = []
     for i, more in enumerate(([], ["--negative-prompt", "blue sky"], ["--guidance-scale", 4])):
-        code, said, error = command("sample", folder, "--prompt", "red heart", "--output", f"out{i}", *more)
-        assert code == 0, said + error
+        code, output, error = command("sample", folder, "--prompt", "red heart", "--output", f"out{i}", *more)
+        assert code == 0, output + error
         pictures.append(newest_image(Path(f"out{i}")).read_bytes())
     assert len(set(pictures)) == 3
     code, _, error = command("sample", folder, "--negative-prompt", "blue", "--guidance-scale", 1)
@@ -93,16 +93,16 @@ def test_lcf_keeps_free_guidance(method_run: MethodRunner, command: Command, tmp
     config = require_run_config(folder)
     assert (config.objective.guidance, config.data.caption_drop) == ("free", 0.1)
     assert config.run.validation_guidance_scale == 2.0
-    code, said, _ = command("info", folder)
-    assert (code, bool(re.search(r"guidance +free: CFG", said))) == (0, True)
+    code, output, _ = command("info", folder)
+    assert (code, bool(re.search(r"guidance +free: CFG", output))) == (0, True)
     (start / "pipeline").rename(tmp_path / "of-nobody")
     again = method_run("lcf", "baked", teacher__model=str(tmp_path / "of-nobody"), optim__max_train_steps=1)
     assert require_run_config(again).objective.guidance == "baked"
     assert re.search(r"guidance +as in the starting model", command("info", again)[1])
-    code, said, error = command(
+    code, output, error = command(
         "sample", folder, "--prompt", "red heart", "--negative-prompt", "blue", "--output", "out"
     )
-    assert code == 0, said + error
+    assert code == 0, output + error
 
 
 def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
@@ -119,7 +119,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
     assert index(folder)["_class_name"] == "StableDiffusionPipeline"
     assert require_run_config(folder).run.validation_guidance_scale == 1.0
     card = (folder / "README.md").read_text().partition("## Configuration")[0]
-    assert "- guidance as in the starting model\n" in card  # it was told no omega
+    assert "- guidance as in the starting model\n" in card  # no omega was given
     assert "omega 5" not in card
 
 
@@ -132,8 +132,8 @@ def test_a_tcd_student_with_an_omega_input_is_not_an_lcm(method_run: MethodRunne
 def test_a_lora_can_be_fine_tuned_on_an_lcm(method_run: MethodRunner, command: Command) -> None:
     lora = {"student__kind": "lora", "student__rank": 4, "student__alpha": 4.0}
     folder = method_run("lcf", "style", **lora)
-    code, said, error = command("sample", folder, "--prompt", "red heart", "--output", "out")
-    assert code == 0, said + error
+    code, output, error = command("sample", folder, "--prompt", "red heart", "--output", "out")
+    assert code == 0, output + error
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,13 @@ def test_guidance_on_top_of_baked_guidance_is_reported(
     command: Command, small_teacher: Path, image_folder: Path, scale: float, is_reported: bool
 ) -> None:
     data = ["--teacher", small_teacher, "--data", image_folder, "--resolution", 16]
-    code, said, error = command(
+    code, output, error = command(
         "distill-lora", *data, "--rank", 4, "--set", f"run.validation_guidance_scale={scale}", "--dry-run"
     )
-    assert (code, f"run.validation_guidance_scale is {scale:g}, but the student's" in said + error) == (0, is_reported)
+    assert (code, f"run.validation_guidance_scale is {scale:g}, but the student's" in output + error) == (
+        0,
+        is_reported,
+    )
 
 
 def test_what_has_no_teacher_is_not_measured_against_one(method_run: MethodRunner) -> None:
@@ -243,7 +246,7 @@ def test_a_dry_run_prints_the_method_s_settings(
     command: Command, small_teacher: Path, small_run: Path, image_folder: Path, objective: str, forwards: int
 ) -> None:
     start = small_run if objective == "lcf" else small_teacher
-    code, said, error = command(
+    code, output, error = command(
         "distill",
         "--dry-run",
         "--full",
@@ -257,7 +260,7 @@ def test_a_dry_run_prints_the_method_s_settings(
         "out",
     )
     assert code == 0, error
-    assert f'name = "{objective}"' in said
-    assert "dry run: nothing was written" in said
+    assert f'name = "{objective}"' in output
+    assert "dry run: nothing was written" in output
     asked = OBJECTIVES[objective]().num_forwards
     assert 3 * asked["student"] + asked["teacher"] + asked["target"] == forwards

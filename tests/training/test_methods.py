@@ -134,9 +134,9 @@ def test_a_tcd_lora_is_sampled_by_its_scheduler(tcd_lora: Path, command: Command
     assert header["lcmdistill.scheduler"] == "TCDScheduler"
     alone = load_student(str(found.teacher), torch.device("cpu"), found.loras)  # as --model BASE --lora FILE
     assert type(alone.scheduler).__name__ == "TCDScheduler"
-    code, said, _ = command("sample", tcd_lora, "--prompt", "red heart", "--eta", "0.5", "--output", "out")
-    assert code == 0, said
-    assert "guidance scale 1" in said
+    code, output, _ = command("sample", tcd_lora, "--prompt", "red heart", "--eta", "0.5", "--output", "out")
+    assert code == 0, output
+    assert "guidance scale 1" in output
 
 
 def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     export(tcd_lora, "fused", tmp_path / "fused", **options, write_card=put_export_card)
     assert json.loads((tmp_path / "fused" / "model_index.json").read_text())["scheduler"][1] == "TCDScheduler"
     assert ", eta=0.3)" in (tmp_path / "fused" / "README.md").read_text()
-    said = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
-    assert "sampler TCD with eta 0.3, or LCM if there is no TCD, 4 steps, CFG 1" in said
+    output = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
+    assert "sampler TCD with eta 0.3, or LCM if there is no TCD, 4 steps, CFG 1" in output
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = file.metadata()
     assert header["modelspec.usage_hint"].startswith("TCD sampler")

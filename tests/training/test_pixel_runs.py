@@ -65,15 +65,15 @@ def test_a_run_from_the_preflight_to_its_images(
         tmp_path / "run",
         *sets,
     ]
-    code, told, error = command(*base, "--dry-run")
+    code, output, error = command(*base, "--dry-run")
     assert code == 0, error
-    assert f"{5 if kind == 'unconditional' else 4} kept" in told
+    assert f"{5 if kind == 'unconditional' else 4} kept" in output
     for steps in (1, 2):  # the second is a resumed run
-        code, told, error = command(*base, "--max-train-steps", steps)
+        code, output, error = command(*base, "--max-train-steps", steps)
         assert code == 0, error
-    assert "resuming from step-00000001" in told
+    assert "resuming from step-00000001" in output
     assert (tmp_path / "run" / "samples" / "step-000002.png").is_file()
-    code, told, error = command("sample", tmp_path / "run", "--steps", 2, "--output", tmp_path / "s")
+    code, output, error = command("sample", tmp_path / "run", "--steps", 2, "--output", tmp_path / "s")
     assert code == 0, error
     drawn = sorted((tmp_path / "s").glob("[!g]*.png"), key=lambda path: path.stem.partition("seed-")[2])
     assert drawn[0].name.startswith("000-image-1_2-steps" if kind == "unconditional" else "000-coat_2-steps")

@@ -196,14 +196,14 @@ def test_a_trace_has_the_requested_steps_with_their_phases(
             with profiler.phase("forward"):
                 torch.mm(torch.ones(8, 8), torch.ones(8, 8))
             profiler.step()
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     if steps < 4:
-        assert told == "profile: the run ended within the 3 warm-up steps; no trace was written\n"
+        assert output == "profile: the run ended within the 3 warm-up steps; no trace was written\n"
         assert list(tmp_path.iterdir()) == []
         return
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == f"steps-4-to-{min(steps, 5)}.json.gz"
-    assert told == f"profile: trace written to {path}; open it at https://ui.perfetto.dev\n"
+    assert output == f"profile: trace written to {path}; open it at https://ui.perfetto.dev\n"
     events: list[dict[str, Any]] = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") in ("user_annotation", "cpu_op")]
     assert names.count("forward") == names.count("aten::mm") == min(steps, 5) - 3

@@ -70,9 +70,9 @@ def test_a_signal_saves_and_the_same_command_ends_where_it_would_have(
     monkeypatch.setattr(sys, "argv", arguments)
     with signalled(3, getattr(signal, name)), pytest.raises(SystemExit) as ended:
         cli.main()
-    told = capfd.readouterr()
+    output = capfd.readouterr()
     assert ended.value.code == code
-    assert [line for line in told.err.splitlines() if line] == [
+    assert [line for line in output.err.splitlines() if line] == [
         "stopping at the next safe point; press Ctrl-C again to stop immediately",
         "stopped at step 3, which is saved; re-run the same command to resume",
     ]

@@ -76,9 +76,9 @@ def gradient_norms() -> Iterator[list[float]]:
 @pytest.mark.parametrize("limit", [1.0, 0.01, 0.0])
 def test_clipping_clips_what_the_optimiser_gets(train_run: Runner, gradient_norms: list[float], limit: float) -> None:
     folder = train_run(optim__max_grad_norm=limit, optim__learning_rate=1e-6, optim__max_train_steps=2)
-    told = [line["grad_norm"] for line in metrics(folder)]
-    assert max(told) > 0.1  # so that there is something to clip
-    expected = [min(norm, limit) if limit else norm for norm in told]
+    norms = [line["grad_norm"] for line in metrics(folder)]
+    assert max(norms) > 0.1  # so that there is something to clip
+    expected = [min(norm, limit) if limit else norm for norm in norms]
     assert gradient_norms == pytest.approx(expected, rel=1e-3)
 
 
@@ -105,7 +105,7 @@ def test_a_run_uses_and_logs_its_learning_rates(train_run: Runner) -> None:
 
 
 def test_the_loss_is_logged_by_noise_level(train_run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is told adds up to the loss, and stands where the objective has really looked."""
+    """The logged losses by noise level add up to the loss, and stand at the times that were sampled."""
     times: list[Tensor] = []
     draw = lcm.sample_times
 
@@ -123,8 +123,8 @@ def test_the_loss_is_logged_by_noise_level(train_run: Runner, monkeypatch: pytes
         assert len(line["loss_by_noise"]) == 10
         counts = torch.bincount(t // 100, minlength=10).tolist()
         assert [value is None for value in line["loss_by_noise"]] == [count == 0 for count in counts]
-        told = sum(v * n for v, n in zip(line["loss_by_noise"], counts, strict=True) if n)
-        assert told / len(t) == pytest.approx(line["loss"], rel=1e-5)
+        total = sum(v * n for v, n in zip(line["loss_by_noise"], counts, strict=True) if n)
+        assert total / len(t) == pytest.approx(line["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0.0, 0.0), (0.3, 0.15, 0.45), (1.0, 1.0, 1.0)])
@@ -217,10 +217,10 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
     assert "![Validation grid](samples/step-000005.png)" in card
     assert f"lcmdistill sample {folder.name}" in card
     assert str(folder.parent) not in card  # which is of this machine
-    told = capsys.readouterr().out
-    assert "12 kept, 0 dropped" in told
+    output = capsys.readouterr().out
+    assert "12 kept, 0 dropped" in output
     assert re.search(
-        r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left [\d.]+ s", told
+        r"step 5/5  loss \d\.\d+  [\d.]+ samples/s  MFU \d+%  left [\d.]+ s", output
     )  # a validation is to come
 
 

@@ -110,14 +110,14 @@ def test_a_dry_run_counts_all_that_is_trained(
 ) -> None:
     config = resolve({}, {**train_settings, "run.output": str(tmp_path / "run"), "optim.max_train_steps": 1})
     preflight.dry_run(config)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     distill(config)
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     trained = sum(value.numel() for value in load_file(saved / "student.safetensors").values())
-    assert f"a full network, trains {trained:,}\n" in said
+    assert f"a full network, trains {trained:,}\n" in output
     log = (tmp_path / "run" / "log.txt").read_text()
     for line in ("teacher: ", "training: 1 step (batch", "time, estimated", "disk: ", "memory, estimated"):
-        assert line in said
+        assert line in output
         assert line in log, line
 
 
@@ -142,10 +142,10 @@ def test_many_passes_over_the_data_are_warned_of(
     config, teacher, sources = prepared(resolve({}, {**train_settings, "optim.max_train_steps": steps}))
     cost = estimate_cost(config, teacher, sources, torch.device("cpu"))
     log_summary(config, teacher, cost, None)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     passes = steps * config.optim.batch_size / 12
-    assert f": {passes:.1f} passes over 12 samples" in said
-    assert bool(re.search(r"warning: each sample is visited \d+ times", said)) == warned
+    assert f": {passes:.1f} passes over 12 samples" in output
+    assert bool(re.search(r"warning: each sample is visited \d+ times", output)) == warned
 
 
 def test_the_samples_of_a_source_are_those_that_can_be_used(train_settings: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def test_a_device_without_room_for_a_pass_leaves_the_time_out(
     monkeypatch.setattr(summary, "measure_rates", Mock(side_effect=torch.OutOfMemoryError))
     cost = estimate_cost(config, teacher, sources, torch.device("cpu"))
     log_summary(config, teacher, cost, None)
-    said = capsys.readouterr().out
-    assert "time: not estimated" in said
-    assert "time, estimated" not in said
-    assert "disk: " in said
+    output = capsys.readouterr().out
+    assert "time: not estimated" in output
+    assert "time, estimated" not in output
+    assert "disk: " in output

@@ -77,14 +77,14 @@ def test_a_peft_adapter_acts_as_it_does_in_peft(settings: dict[str, Any], small_
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [({"modules_to_save": ["conv_out"]}, "conv_out")],
 )
 def test_what_would_be_lost_of_a_peft_adapter_is_refused(
-    settings: dict[str, Any], said: str, small_teacher: Path, tmp_path: Path
+    settings: dict[str, Any], message: str, small_teacher: Path, tmp_path: Path
 ) -> None:
     peft_folder(tmp_path / "adapter", opened(small_teacher), r=4, lora_alpha=3, **settings)
-    with pytest.raises(UsageError, match=f"holds more than plain LoRA layers, such as .*{said}"):
+    with pytest.raises(UsageError, match=f"holds more than plain LoRA layers, such as .*{message}"):
         load_lora(opened(small_teacher), str(tmp_path / "adapter"), "it")
 
 

@@ -1,4 +1,4 @@
-"""Single-file teachers: told apart by their keys, read with the configs that ship here; and full sizes as published."""
+"""Single-file teachers: identified by their keys, read with the configs that ship here; and full sizes as published."""
 
 import json
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def test_the_shipped_configs_have_the_published_sizes(layout: str, full_size: di
 
 
 def test_pixart_has_its_published_size() -> None:
-    """PixArt-XL-2 is told as 0.6B, its checkpoints as 611M; the 512 px one has no embedding of sizes."""
+    """PixArt-XL-2 is described as 0.6B, its checkpoints as 611M; the 512 px one has no embedding of sizes."""
     with torch.device("meta"):
         large = PixArt(sample_size=128, cross_attention_dim=1152, caption_channels=4096)
         small = PixArt(sample_size=64, cross_attention_dim=1152, caption_channels=4096)
@@ -221,8 +221,8 @@ def test_what_it_was_taken_for_is_said_before_anything_is_loaded(
 ) -> None:
     write_single_file(opened(small_teacher), tmp_path / "my.safetensors", dtype=torch.float32)
     words = ["distill", "--teacher", "my.safetensors", "--prediction-type", "v_prediction", "--dry-run"]
-    _, told, error = command(*words)
-    first = told.splitlines()[0]
+    _, output, error = command(*words)
+    first = output.splitlines()[0]
     assert first.startswith(
         "my.safetensors is Stable Diffusion 1 (CLIP's text encoder, cross-attention 16 wide, 4 channels)"
     )

@@ -151,12 +151,12 @@ def test_a_planned_run_reports_its_plan_learns_the_same_and_resumes_bit_for_bit(
     # A sum taken in other parts is rounded otherwise, which AdamW makes grow, on some processors to 1.2e-4 at its usual rate.
     rate = {"optim__learning_rate": 3e-4}
     free, capped = planned_run("free", run__memory="off", **rate), planned_run("capped", **rate)
-    told = capsys.readouterr().out
-    assert "memory, estimated: 0.01 GiB at the peak of a step (" in told
-    said = read_toml(capped / "config.toml")
-    assert said["optim.batch_size"] * said["optim.gradient_accumulation_steps"] == 4
-    assert said["optim.batch_size"] < 4
-    assert "  optim.batch_size = " in told
+    output = capsys.readouterr().out
+    assert "memory, estimated: 0.01 GiB at the peak of a step (" in output
+    settings = read_toml(capped / "config.toml")
+    assert settings["optim.batch_size"] * settings["optim.gradient_accumulation_steps"] == 4
+    assert settings["optim.batch_size"] < 4
+    assert "  optim.batch_size = " in output
     assert losses(capped) == pytest.approx(losses(free), rel=1e-4)
     planned_run("parts", **rate, optim__max_train_steps=2)
     assert_same(capped, planned_run("parts", **rate))
@@ -190,10 +190,10 @@ def test_a_dry_run_prints_the_plan_and_the_planned_settings(
 ) -> None:
     sets = [f"--set={key}={value}" for key, value in {**SMALL, "data.resolution": 32}.items()]
     options = ["distill", "--teacher", small_teacher, "--data", image_folder, *sets, "--output", "out"]
-    code, told, error = command(*options, "--memory", TIGHT, "--dry-run", "--full")
+    code, output, error = command(*options, "--memory", TIGHT, "--dry-run", "--full")
     assert (code, error) == (0, "")
-    assert "leaves 0.01 GiB for tensors" in told
-    assert "batch_size = 4\n" not in told
+    assert "leaves 0.01 GiB for tensors" in output
+    assert "batch_size = 4\n" not in output
     assert not (tmp_path / "out").exists()
 
 
@@ -223,8 +223,10 @@ def test_the_export_is_the_average_in_full_precision(planned_run: PlannedRunner)
 
 def test_8bit_moments_are_refused_where_unsupported(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     eight = OptimConfig(optimizer="adamw8bit")
-    code, told, error = command("distill", "--teacher", "tiny", "--set", "optim.optimizer=adamw8bit", "--device", "cpu")
-    assert (code, told) == (2, "")
+    code, output, error = command(
+        "distill", "--teacher", "tiny", "--set", "optim.optimizer=adamw8bit", "--device", "cpu"
+    )
+    assert (code, output) == (2, "")
     assert error.startswith("Error: optim.optimizer adamw8bit runs on CUDA only, and the device is cpu; use adamw")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"adamw8bit needs: pip install 'lcmdistill\[8bit\]'"):
