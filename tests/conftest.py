@@ -1,5 +1,6 @@
 """Shared fixtures: a small random Stable Diffusion, built from its real classes, and small real image folders."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,17 @@ import pytest
 
 from tests.support.speed import Settings
 from tests.support.teachers import SMALL, Command, build_teacher
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the libraries' objects from garbage collection, which would walk millions of them again and again."""
+    import diffusers  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
 
 
 @pytest.fixture

@@ -58,13 +58,13 @@ EXPORTS = {
 }
 
 SLOW = {
-    ("ssd1b", "full"),
+    *((name, "full") for name in ("ssd1b", "sdxl", "sana", "pixart")),
     *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "sana", "pixart")),
 }
 
 
-# SDXL's inpainting is SDXL and inpainting, both of which are run. Full students are in every run of the tests, but for
-# SSD-1B's, which is SDXL with other numbers of layers; LoRAs, but for SDXL's, SD3's and PixArt's, are in the slow ones.
+# SDXL's inpainting is SDXL and inpainting, both of which are run. The quick tests train one kind of student of each
+# family, and both of SD 3; SSD-1B, which is SDXL with other numbers of layers, is in the slow ones.
 @pytest.mark.parametrize(
     ("family", "kind"),
     [

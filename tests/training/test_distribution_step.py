@@ -113,6 +113,7 @@ def test_a_lora_run_resumes_bit_for_bit(method_run: MethodRunner) -> None:
     assert all((mine / name).read_bytes() == (its / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(method_run: MethodRunner, tmp_path: Path) -> None:
     options = {"optim__max_train_steps": 12, "run__checkpoint_every": 3, "run__log_every": 2}
     whole = method_run("tdm", "whole", **options)

