@@ -356,11 +356,9 @@ def test_a_lora_is_sampled_with_the_scheduler_of_its_header(
         exporting.export(lora_run, name, output, dtype="fp32", guidance_scale=None, verify=False)
         (file,) = place.glob("*.safetensors")
         with safe_open(file, framework="pt") as opened_file:
-            header_values = dict(opened_file.metadata())
-        assert header_values.pop(SCHEDULER_KEY) == "LCMScheduler"
-        save_file(
-            load_file(file), file, metadata={**header_values, **({SCHEDULER_KEY: scheduler} if scheduler else {})}
-        )
+            values = dict(opened_file.metadata())
+        assert values.pop(SCHEDULER_KEY) == "LCMScheduler"
+        save_file(load_file(file), file, metadata={**values, **({SCHEDULER_KEY: scheduler} if scheduler else {})})
         loras.append(str(output))
     assert scheduler_for_loras(loras, scheduler_of_second) == chosen
     printed = capsys.readouterr().out
