@@ -1,6 +1,7 @@
 """Decode text files that people wrote: captions, prompts, JSON and CSV."""
 
 import codecs
+import re
 
 _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -10,6 +11,9 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
+
+_NOT_IN_TEXT = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f]")
+"control characters that no text holds: Cyrillic UTF-16 without a mark is valid UTF-8 with one per letter"
 
 NOT_TEXT = "text is not UTF-8, nor UTF-16 with a byte order mark"
 
@@ -36,8 +40,8 @@ def decode_text(raw: bytes) -> str:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise TextEncodingError(raw.count(b"\n", 0, error.start) + 1) from error
-    if "\0" in text:
-        raise TextEncodingError(text.count("\n", 0, text.index("\0")) + 1)
+    if control := _NOT_IN_TEXT.search(text):
+        raise TextEncodingError(text.count("\n", 0, control.start()) + 1)
     return text
 
 
@@ -55,7 +59,7 @@ def decode_table(raw: bytes) -> str:
 
 def is_decoded(text: str) -> bool:
     """Return whether a part of what `decode_table` returned is text."""
-    return "\0" not in text and not any("\udc80" <= character <= "\udcff" for character in text)
+    return not _NOT_IN_TEXT.search(text) and not any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def _encoding(raw: bytes) -> str:

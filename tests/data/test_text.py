@@ -56,7 +56,15 @@ def test_metadata_of_any_encoding_are_decoded(tmp_path: Path, encoding: str) -> 
 
 
 @pytest.mark.parametrize(
-    "raw", ["naïve".encode("cp1252"), "кот".encode("cp1251"), "猫狗".encode("gbk"), b"a\0b", b"\xff\xfea"]
+    "raw",
+    [
+        "naïve".encode("cp1252"),
+        "кот".encode("cp1251"),
+        "кот".encode("utf-16-le"),
+        "猫狗".encode("gbk"),
+        b"a\0b",
+        b"\xff\xfea",
+    ],
 )
 def test_captions_of_other_encodings_are_counted(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(TextEncodingError):

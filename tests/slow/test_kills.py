@@ -1,4 +1,4 @@
-"""A run is killed right before each of its renames: resumed, it ends bit for bit as ever, with nothing left over."""
+"""Runs and evaluations are killed right before each rename: resumed, they end as ever, with nothing left over."""
 
 import hashlib
 import json
@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from lcmdistill.cli.evaluate import evaluate_and_report
+from lcmdistill.data.latent_cache import cache_root
+from lcmdistill.evaluation.options import EvaluationOptions
+from lcmdistill.objectives.recorded import require_run_config
 from tests.support.runs import distill, resolve
 from tests.support.teachers import SMALL
 
@@ -22,7 +26,9 @@ pytestmark = [
 ]
 
 # What a run says about its own time and place: everything else must be equal.
-_OF_THIS_RUN = {"log.txt", "report.html", ".card.json", ".checksums.json"}
+_OF_THIS_RUN = {"log.txt", "report.html", "card.json", ".checksums.json"}
+
+_TIMES = ("seconds_per_image", "seconds", "checksum")
 
 
 def in_a_fork(work: Callable[[], Any], kill_at: int) -> tuple[bool, int]:
@@ -74,7 +80,12 @@ def contents(folder: Path) -> dict[str, str]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             found[name] = str([(line["step"], line.get("loss"), line.get("val/ssim_4")) for line in lines])
-        elif path.parent.name == "lora" and path.suffix == ".safetensors":  # whose header has a date
+        elif path.name in ("numbers.json", "sweep.json"):  # which have times, and a checksum of them
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = str({key: value for key, value in values.items() if key not in _TIMES})
+        elif (
+            path.parent.name in ("lora", "latents") and path.suffix == ".safetensors"
+        ):  # whose header has a date, or a time
             tensors = sorted(load_file(path).items())
             found[name] = hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in tensors)).hexdigest()
         else:
@@ -106,3 +117,31 @@ def test_a_kill_before_any_rename_changes_nothing(
         assert not in_a_fork(work, 0)[0]
         assert contents(folder) == expected, f"after a kill before rename {kill_at} of {renames}"
         assert set(contents(cache)) == set(expected_cache), f"after a kill before rename {kill_at} of {renames}"
+
+
+def test_a_kill_before_any_rename_of_an_evaluation_changes_nothing(small_run: Path, tmp_path: Path) -> None:
+    """A sweep of runs has no other renames than its runs, their evaluation and the page that compares them."""
+    run, page = tmp_path / "run", tmp_path / "page" / "comparison.html"
+    cache = cache_root(require_run_config(small_run).data) / "evaluation"
+    options = EvaluationOptions(steps=(1,), guidance_scales=(4.0,), num_images=2, device="cpu")
+
+    def work() -> None:
+        evaluate_and_report([run], options, page)
+
+    def start() -> None:
+        for folder in (cache, page.parent, run):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(small_run, run)
+
+    start()
+    killed, renames = in_a_fork(work, 0)
+    assert not killed
+    expected, expected_cache = contents(run), set(contents(cache))
+    assert renames > 10
+    for kill_at in range(1, renames + 1):
+        start()
+        assert in_a_fork(work, kill_at)[0], f"rename {kill_at} of {renames} was not reached"
+        assert not in_a_fork(work, 0)[0]
+        assert contents(run) == expected, f"after a kill before rename {kill_at} of {renames}"
+        assert set(contents(cache)) == expected_cache
+        assert [path.name for path in page.parent.iterdir()] == [page.name]

@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import lzma
+import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,8 @@ _DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ": lzma.LZMAFile,
 }
 "first bytes of compressed archives; tarfile's own decompression does not compare gzip's checksum"
+
+MOST_SHARDS = 1_000_000
 
 _KNOWN = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json")
 
@@ -96,9 +99,18 @@ def shards_in(folder: Path) -> tuple[str, ...]:
 
 
 def expand(word: str) -> tuple[str, ...]:
-    """Return the shards that a brace pattern names, in order."""
+    """Return the shards that a brace pattern names, in order.
+
+    Raises:
+        UsageError: There are more than MOST_SHARDS.
+    """
     from webdataset.shardlists import expand_urls
 
+    count = math.prod(
+        abs(int(last) - int(first)) + 1 for first, last in re.findall(r"{(\d{1,18})\.\.(\d{1,18})}", word)
+    )
+    if count > MOST_SHARDS:
+        raise UsageError(f"--data {redact_word(word)} names {count:,} shards; at most {MOST_SHARDS:,} are read")
     return tuple(url if "://" in url else str(Path(url).expanduser()) for url in expand_urls(word))
 
 
@@ -181,6 +193,13 @@ ENDS_EARLY = "shard ends early (no end-of-archive mark): the rest is missing"
 
 NOT_ADJACENT = "files of a sample are not side by side in a compressed or remote shard; sort it with tar --sort=name"
 
+NOT_A_FILE = "link or device in a shard: not read (pack files with tar --hard-dereference --dereference)"
+
+LARGEST_FILE = 1 << 29
+"bytes of an image or caption; a sparse or compressed file may claim any size, and would be read into memory"
+
+TOO_LARGE = "file of more than 512 MiB in a shard: not read"
+
 NAMED_TWICE = "file named twice in a shard"
 
 NOT_THE_END = (
@@ -194,11 +213,19 @@ MANY_ZEROS = "shard ends in zeros: the rest may be missing (an incomplete downlo
 BAD_CHECKSUM = "checksum of a compressed shard does not match: any sample of it may be damaged"
 
 
-def _samples_files(headers: Iterator[tarfile.TarInfo]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield (key, rest of the name, header) of the files that belong to samples."""
+def _samples_files(
+    headers: Iterator[tarfile.TarInfo], problems: list[str]
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield (key, rest of the name, header) of the files that belong to samples; others that look so are problems."""
     for header in headers:
         match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", header.name, re.DOTALL)
-        if header.isreg() and match and not _META.match(header.name):
+        if not match or _META.match(header.name) or header.isdir():
+            continue
+        if not header.isreg():
+            problems.append(NOT_A_FILE)
+        elif header.size > LARGEST_FILE:
+            problems.append(TOO_LARGE)
+        else:
             yield match[1], match[2].lower(), header
 
 
@@ -213,7 +240,7 @@ def _indexed(stream: Any, problems: list[str], path: Path) -> Iterator[tuple[str
     last, is_scattered = None, False
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
         try:
-            for key, rest, header in _samples_files(_headers(archive)):
+            for key, rest, header in _samples_files(_headers(archive), problems):
                 is_scattered = is_scattered or (key in samples and key != last)
                 files, last = samples.setdefault(key, {}), key
                 if rest in files:
@@ -240,7 +267,7 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
         done: set[str] = set()
         current, files = "", {}
         try:
-            for key, rest, header in _samples_files(_headers(archive)):
+            for key, rest, header in _samples_files(_headers(archive), problems):
                 if key != current:
                     if files:
                         yield current, files

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
@@ -18,10 +19,12 @@ from lcmdistill.data.sources.webdataset import (
     MANY_ZEROS,
     NAMED_TWICE,
     NO_FILES,
+    NOT_A_FILE,
     NOT_ADJACENT,
     NOT_THE_END,
+    TOO_LARGE,
 )
-from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.data import captions, encoded, good, picture, reasons, write_tar
 
 PNG = encoded(picture())
@@ -95,6 +98,31 @@ def test_one_bad_member_is_counted_and_ends_nothing(tmp_path: Path) -> None:
     expected = {"kept": 5, "unreadable JSON": 4, "no caption": 2, "caption is not valid Unicode": 1}
     for name in ("a.tar", "a.tar.gz"):
         assert reasons(write_tar(tmp_path / name, [*good([1, 2]), *files])) == expected
+
+
+def test_a_pattern_of_endless_shards_is_refused(tmp_path: Path) -> None:
+    for word in ("{0..99999999999}.tar", "{000..999}-{0000..9999}.tar"):
+        with pytest.raises(UsageError, match=r"names 1\d[\d,]+ shards; at most 1,000,000 are read"):
+            make_source(str(tmp_path / word))
+
+
+def test_links_and_giants_are_counted(tmp_path: Path) -> None:
+    sparse = tarfile.TarInfo("huge.png")
+    sparse.size, sparse.type, sparse.pax_headers = 0, tarfile.REGTYPE, {"GNU.sparse.realsize": f"{1 << 40}"}
+    sparse.pax_headers |= {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0"}
+    for mode in ("w", "w:gz"):
+        path = tmp_path / f"a.tar{'.gz' * (mode == 'w:gz')}"
+        with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+            for name, content in good([1]):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            for name, kind in (("2.png", tarfile.LNKTYPE), ("2.txt", tarfile.SYMTYPE), ("folder.png", tarfile.DIRTYPE)):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, "0001.png"
+                tar.addfile(info)
+            tar.addfile(sparse)
+        assert reasons(path) == {"kept": 1, NOT_A_FILE: 2, TOO_LARGE: 1}
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes, list[int]], bytes], str]] = {
