@@ -67,7 +67,7 @@ class Rollout(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The random choices of one loss: a segment and, within it, a noise level. Times are (B,), `noise` is (B, C, h, w).
+    """The random choices of one loss: a segment and noise levels. Times are (B,), `noise` is (B, C, h, w).
 
     Attributes:
         segment: Index of the segment.
@@ -75,6 +75,8 @@ class Draw(NamedTuple):
         mid: Where it leads, its cleaner end.
         tau: The time at which distributions are compared, noisier than `mid`.
         noise: What is added on the way from `mid` to `tau`.
+        guidance_tau: The time at which guidance acts, between `mid` and `start`; `tau` unless terms are decoupled.
+        guidance_noise: What is added on the way from `mid` to `guidance_tau`.
     """
 
     segment: Tensor
@@ -82,6 +84,8 @@ class Draw(NamedTuple):
     mid: Tensor
     tau: Tensor
     noise: Tensor
+    guidance_tau: Tensor
+    guidance_noise: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,11 @@ class TrajectoryDistributionMatching:
     DDIMScheduler visits with trailing spacing. At each segment's end the distribution of the student's trajectories is moved
     towards the teacher's: along the difference of the guided teacher's and the critic's estimates of x0, at a random noise
     level within the segment.
+
+    Where `decoupled`, the two terms of that difference have noise levels of their own (Liu et al. 2025, arXiv:2511.22677):
+    the teacher's and the critic's distributions are compared at all levels that are noisier than the segment's end, and
+    guidance acts at levels within the segment. Each term is divided by its own mean absolute value, at least 0.1, so that
+    omega only counts for samples on which guidance has less effect than that.
     """
 
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -133,6 +142,8 @@ class TrajectoryDistributionMatching:
     "largest weight of the critic's loss, which is weighted by the signal-to-noise ratio"
     distance: Literal["huber", "l1", "l2"] = "huber"
     "pseudo-Huber, l2 or l1"
+    decoupled: bool = False
+    "d-DMD: match distributions at all noise levels, guide at those of the segment, and divide both terms by their mean size"
     ema_decay: float = 0.95
     "mu, decay of the student's EMA, which is sampled where student.target is ema"
     same_dropout: ClassVar[bool] = False
@@ -147,7 +158,7 @@ class TrajectoryDistributionMatching:
 
     @property
     def num_forwards(self) -> dict[str, int]:
-        return {"teacher": 2, "student": self.segments + 1, "critic": self.critic_steps + 1}
+        return {"teacher": 3 if self.decoupled else 2, "student": self.segments + 1, "critic": self.critic_steps + 1}
 
     @property
     def num_backwards(self) -> dict[str, int]:
@@ -216,18 +227,24 @@ class TrajectoryDistributionMatching:
         with torch.no_grad():
             z_mid = schedule.diffuse(x0, eps, choice.mid)
             z_tau = renoise(schedule, z_mid, choice.noise, choice.mid, choice.tau)
-            real, null = teacher.with_and_without_prompt(z_tau, choice.tau, cond)
+            z_guided = renoise(schedule, z_mid, choice.guidance_noise, choice.mid, choice.guidance_tau)
+            guided, null = teacher.with_and_without_prompt(z_guided, choice.guidance_tau, cond)
+            real = teacher.network(z_tau, choice.tau, cond, None) if self.decoupled else guided
             fake = critic(z_tau, choice.tau, cond, None)
             w = draw_omega(self.w_min, self.w_max, rng).view(-1, 1, 1, 1)
-            matching, guidance = real.x0 - fake.x0, w * (real.x0 - null.x0)  # the terms DM and CA
-            scale = size(x0 - real.x0 - guidance).clamp(min=1e-6)  # W
+            matching, guidance = real.x0 - fake.x0, w * (guided.x0 - null.x0)  # the terms DM and CA
+            gap = size(x0 - real.x0 - guidance).clamp(min=1e-6)  # W
+            parts = {"teacher_gap": gap, "dm_share": size(matching) / gap, "ca_share": size(guidance) / gap}
+            if self.decoupled:
+                matching, guidance, gap = unit(matching), unit(guidance), torch.ones_like(gap)
             goal = x0 + matching + guidance
-            parts = {"teacher_gap": scale, "dm_share": size(matching) / scale, "ca_share": size(guidance) / scale}
-        loss = DISTANCES[self.distance](x0, goal) / scale
+        loss = DISTANCES[self.distance](x0, goal) / gap
         return StudentLoss(loss, noise_level_fraction(schedule, choice.tau), parts)
 
     def sample(self, name: str, schedule: NoiseSchedule, rollout: Rollout, rng: Rng) -> Draw:
         """Draw a segment per sample, and tau from max(tau_min, mid) up to tau_margin below the segment's start.
+
+        Where terms are decoupled, tau is drawn from there up to the last segment's start, and guidance_tau as tau above.
 
         Args:
             name: Prefix of the streams.
@@ -238,10 +255,16 @@ class TrajectoryDistributionMatching:
         edges = phase_edges(schedule.num_steps, self.segments).to(rng.device)
         segment = rng.integers(f"{name}-segment", self.segments)
         start, mid = edges[segment + 1], edges[segment]
-        low, high = mid.clamp(min=self.tau_min), start - self.tau_margin
-        tau = low + (rng.uniform(f"{name}-time") * (high - low)).long().clamp(max=high - low - 1)
         steps = copy_to_device(schedule.grid(schedule.num_steps), rng.device)
-        return Draw(segment, steps[start], steps[mid], steps[tau], rng.normal(f"{name}-noise", rollout.z.shape[2:]))
+
+        def noise_level(prefix: str, noisiest: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = mid.clamp(min=self.tau_min), noisiest - self.tau_margin
+            tau = low + (rng.uniform(f"{prefix}-time") * (high - low)).long().clamp(max=high - low - 1)
+            return steps[tau], rng.normal(f"{prefix}-noise", rollout.z.shape[2:])
+
+        compared = noise_level(name, edges[-1].expand_as(start) if self.decoupled else start)
+        guided = noise_level(f"{name}-guidance", start) if self.decoupled else compared
+        return Draw(segment, steps[start], steps[mid], *compared, *guided)
 
 
 def at(values: Tensor, segment: Tensor) -> Tensor:
@@ -252,3 +275,8 @@ def at(values: Tensor, segment: Tensor) -> Tensor:
 def size(x: Tensor) -> Tensor:
     """Return the mean absolute value of each sample, (B,)."""
     return x.abs().flatten(1).mean(1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divide each sample by its mean absolute value, at least 0.1."""
+    return x / size(x).clamp(min=0.1).view(-1, 1, 1, 1)

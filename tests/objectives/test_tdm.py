@@ -185,6 +185,56 @@ def test_the_gradient_is_the_analytic_one() -> None:
     torch.testing.assert_close(found.tau, draw.tau / 1000)
 
 
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_decoupled_terms_have_noise_levels_of_their_own(segments: int) -> None:
+    objective = Tdm(segments=segments, decoupled=True)
+    rollout = objective.rollout(teacher_of().network, SCHEDULE, prompts(400), torch.zeros(400, 1, 1, 1))
+    draw = objective.sample("student", SCHEDULE, rollout, Rng(0, 0, range(400)))
+    low = draw.mid.clamp(min=20)
+    for tau, noisiest in ((draw.tau, torch.full_like(draw.start, 999)), (draw.guidance_tau, draw.start)):
+        assert ((low <= tau) & (tau < noisiest - 10)).all()
+        assert ((tau - low) / (noisiest - 10 - low)).mean() == pytest.approx(0.5, abs=0.05)
+    assert not torch.equal(draw.noise, draw.guidance_noise)
+    coupled = Tdm(segments=segments).sample("student", SCHEDULE, rollout, Rng(0, 0, range(400)))
+    assert torch.equal(coupled.tau, coupled.guidance_tau)
+    assert torch.equal(coupled.noise, coupled.guidance_noise)
+
+
+def test_the_gradient_of_decoupled_terms_is_the_analytic_one() -> None:
+    """d/dx0 of l2(x0, sg[x0 + g]) is -2 g / n, with g the sum of both terms, each divided by its mean size or by 0.1."""
+    objective = Tdm(segments=2, distance="l2", w_min=3.0, w_max=3.0, decoupled=True)
+    cond, rng = prompts(6), Rng(3, 5, range(6))
+    outputs: list[Tensor] = []
+
+    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+        x0, eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, z, t)
+        outputs.append(x0.detach().requires_grad_())
+        return X0Eps(outputs[-1], eps)
+
+    critic: Network = lambda z, t, c, w: Gaussian(0.3, 0.9).denoise(SCHEDULE, z, t)  # noqa: E731
+    rollout = objective.rollout(student, SCHEDULE, cond, torch.randn(6, 1, 2, 2))
+    objective.student_loss(student, critic, teacher_of(), SCHEDULE, cond, rollout, rng).loss.sum().backward()
+    x0, draw = outputs[-1], objective.sample("student", SCHEDULE, rollout, rng)
+    eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, rollout.z[draw.segment, torch.arange(6)], draw.start).eps
+
+    def noised(tau: Tensor, noise: Tensor) -> Tensor:
+        a, s, a_mid, s_mid = (f(t) for t in (tau, draw.mid) for f in (SCHEDULE.alpha, SCHEDULE.sigma))
+        k = a / a_mid
+        return k * (a_mid * x0.detach() + s_mid * eps) + (s**2 - (k * s_mid) ** 2).sqrt() * noise
+
+    def estimate(mean: Tensor, std: float, tau: Tensor, noise: Tensor) -> Tensor:
+        return Gaussian(mean, std).denoise(SCHEDULE, noised(tau, noise), tau).x0
+
+    matching = estimate(prompt_mean(cond), 0.5, draw.tau, draw.noise)
+    matching = matching - estimate(torch.tensor(0.3), 0.9, draw.tau, draw.noise)
+    at_guidance = (draw.guidance_tau, draw.guidance_noise)
+    guidance = estimate(prompt_mean(cond), 0.5, *at_guidance) - estimate(prompt_mean(NULL), 0.5, *at_guidance)
+    sizes = [value.abs().mean((1, 2, 3), keepdim=True) for value in (matching, 3 * guidance)]
+    assert min(size.min() for size in sizes) < 0.1 < min(size.max() for size in sizes)
+    terms = matching / sizes[0].clamp(min=0.1) + 3 * guidance / sizes[1].clamp(min=0.1)
+    torch.testing.assert_close(x0.grad, -2 * terms / 4, rtol=1e-3, atol=1e-5)
+
+
 def bias_of_the_critic(segments: int, target: Any, size: int = 500) -> float:
     """The slope of the critic's loss at the exact score of exact trajectories, in deviations of its own noise."""
     objective = Tdm(segments=segments, critic_target=target, w_min=0.0, w_max=0.0)
@@ -278,10 +328,10 @@ def of_size(size: int, seed: int = 1) -> tuple[Conditioning, Tensor, Tensor]:
     return Conditioning({"prompt_embeds": torch.zeros(size, 1, 1)}), samples, torch.randn(size, 2, 1, 1, generator=g)
 
 
-@pytest.mark.parametrize("target", ["x0", "score"])
-def test_a_mixture_is_learnt_in_two_steps(target: Any) -> None:
+@pytest.mark.parametrize(("target", "decoupled"), [("x0", False), ("score", False), ("score", True)])
+def test_a_mixture_is_learnt_in_two_steps(target: Any, decoupled: bool) -> None:
     """Of two DDIM steps the teacher itself has an energy distance of .32 to its own distribution."""
-    objective = Tdm(segments=2, critic_target=target, distance="l2", w_min=0.0, w_max=0.0)
+    objective = Tdm(segments=2, critic_target=target, distance="l2", w_min=0.0, w_max=0.0, decoupled=decoupled)
     student, critic, average = Corrected(0), Corrected(1), Corrected(0)
     optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.0, 0.95)) for net in (student, critic)]
     cond, _, _ = of_size(256)
@@ -312,7 +362,7 @@ def test_a_mixture_is_learnt_in_two_steps(target: Any) -> None:
     assert distance() < 0.05
 
 
-@pytest.mark.parametrize("fields", [{}, {"segments": 1}, {"segments": 8, "critic_steps": 3}])
+@pytest.mark.parametrize("fields", [{}, {"segments": 1}, {"segments": 8, "critic_steps": 3}, {"decoupled": True}])
 def test_declared_forwards_are_those_that_are_counted(fields: dict[str, Any]) -> None:
     objective, counts = Tdm(**fields), {"teacher": 0, "student": 0, "critic": 0}
 
