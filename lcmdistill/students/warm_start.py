@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcmdistill.config.schema import StudentConfig
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.students.student import Student
 from lcmdistill.teachers.base import Teacher, has_omega_input
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.lora.adapters import LoraLayer, lora_layers
 from lcmdistill.teachers.lora.files import Lora, load_lora
+from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.errors import UsageError
 
 WORDS = ("teacher", "scratch")
@@ -23,10 +25,15 @@ WORDS = ("teacher", "scratch")
 _NAME = "start"
 
 
-def check_start(start: str, kind: str) -> None:
-    """Raise UsageError unless a start exists and holds a student of the kind "full" or "lora"."""
+DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
+"endings of the weights whose rows are a LoRA's rank, as kohya, peft and older diffusers write them"
+
+
+def check_start(start: str, student: StudentConfig) -> None:
+    """Raise UsageError unless a start exists, holds a student of the same kind, and a LoRA has no higher rank."""
     if start in WORDS:
         return
+    kind = student.kind
     path = Path(start).expanduser()
     if not path.exists():
         raise UsageError(f"--start {start} does not exist; pass a run folder, or a LoRA's file")
@@ -43,6 +50,20 @@ def check_start(start: str, kind: str) -> None:
             f"--start {start} is a LoRA that also contains the LoRAs of its teacher (student.lora_relative_to is base), and "
             "would add them twice; start from a run that is relative to its teacher"
         )
+    if kind == "lora":
+        _check_rank(start, _rank(path) if config is None else config.student.rank, student.rank)
+
+
+def _rank(path: Path) -> int:
+    """Return the highest rank of a LoRA file; 0 if it is not known from its header."""
+    if path.suffix != ".safetensors":
+        return 0
+    return max((shape[0] for name, (_, shape) in read_header(path).tensors.items() if name.endswith(DOWN)), default=0)
+
+
+def _check_rank(start: str, given: int, rank: int) -> None:
+    if given > rank:
+        raise UsageError(f"--start {start} has rank {given} and this run {rank}; pass --rank {given} --alpha {given}")
 
 
 def start_lora(teacher: Teacher, start: str) -> Lora:
@@ -112,10 +133,7 @@ def put_start_lora(student: Student, lora: Lora, start: str, alpha: float) -> No
     for path, layer in lora.items():
         ours = student.trainable[f"{path}.lora_A"]
         rank, given = len(ours), len(layer.down)
-        if given > rank:
-            raise UsageError(
-                f"--start {start} has rank {given} and this run {rank}; pass --rank {given} --alpha {given}"
-            )
+        _check_rank(start, given, rank)
         scale = (layer.alpha / given) / (alpha / rank)
         for parameters in filter(None, (student.trainable, student.averaged)):
             down, up = parameters[f"{path}.lora_A"], parameters[f"{path}.lora_B"]

@@ -53,7 +53,7 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(str(error)) from error
     check_teacher_cache(config.objective, config.data.teacher_cache_samples)
     _check_start(config, teacher)
-    check_start(config.student.start, config.student.kind)
+    check_start(config.student.start, config.student)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError(
             "student.start is scratch, but a LoRA is an addition to the teacher's weights; use lcmdistill distill"

@@ -82,7 +82,11 @@ def test_a_start_that_does_not_fit_is_refused(
     with pytest.raises(UsageError, match=r"is a full student; start from it with lcmdistill distill, or"):
         method_run("tdm", **LORA, student__start=str(small_run))
     with pytest.raises(UsageError, match=r"has rank 4 and this run 2; pass --rank 4 --alpha 4"):
-        method_run("tdm", **{**LORA, "student__rank": 2}, student__start=str(pcm_lora))
+        method_run("tdm", "low", **{**LORA, "student__rank": 2}, student__start=str(pcm_lora))
+    (file,) = (pcm_lora / "lora").glob("*.safetensors")
+    with pytest.raises(UsageError, match=r"has rank 4 and this run 2; pass --rank 4 --alpha 4"):
+        method_run("tdm", "low", **{**LORA, "student__rank": 2}, student__start=str(file))
+    assert not (tmp_path / "low").exists()  # known before anything is prepared
     with pytest.raises(UsageError, match=r"has \d+ layers that this run does not train, such as .*--target-modules"):
         method_run("tdm", **LORA, student__target_modules=("to_q",), student__start=str(pcm_lora))
     with pytest.raises(UsageError, match="takes guidance as an input of the network"):
