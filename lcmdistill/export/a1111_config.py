@@ -1,7 +1,7 @@
-"""The configuration file that A1111 reads next to a checkpoint, `NAME.yaml`: it states the prediction type of an SD 1 model.
+"""The configuration file that A1111 reads next to a checkpoint, `NAME.yaml`: prediction type and betas of an SD 1 model.
 
-A1111 takes SD 1 checkpoints for epsilon models unless such a file says otherwise. The format is the original one of latent
-diffusion, which diffusers reads as `original_config` as well.
+A1111 takes SD 1 checkpoints for epsilon models with Stable Diffusion's betas unless such a file says otherwise. The format is
+the original one of latent diffusion, which diffusers reads as `original_config` as well.
 """
 
 from typing import Any
@@ -10,10 +10,15 @@ import yaml
 
 from lcmdistill.export.sampling_facts import SamplingFacts
 
+BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
+"diffusers' name of a schedule of betas -> the name in these files; a table of betas has none"
+
 
 def needs_config(facts: SamplingFacts) -> bool:
     """Return whether A1111 would sample a student's checkpoint wrongly without a configuration file."""
-    return facts.layout == "sd1" and facts.prediction_type == "v_prediction"
+    if facts.layout != "sd1" or (facts.betas and facts.betas.schedule not in BETA_SCHEDULES):
+        return False
+    return facts.prediction_type == "v_prediction" or facts.betas is not None
 
 
 def config_text(pipeline: Any) -> str:
@@ -51,7 +56,8 @@ def config_text(pipeline: Any) -> str:
         "dropout": 0.0,
     }
     params = {
-        "parameterization": "v",
+        "parameterization": "v" if scheduler.prediction_type == "v_prediction" else "eps",
+        "beta_schedule": BETA_SCHEDULES[scheduler.beta_schedule],
         "linear_start": scheduler.beta_start,
         "linear_end": scheduler.beta_end,
         "num_timesteps_cond": 1,

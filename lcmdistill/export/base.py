@@ -10,7 +10,6 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.lora_words import split_lora
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.export.a1111_config import needs_config
 from lcmdistill.export.trained_student import SamplingFacts, TrainedStudent
 from lcmdistill.objectives.base import MethodInfo, StepCounts
 from lcmdistill.objectives.common import most_steps
@@ -100,10 +99,17 @@ class Usage:
 
 
 class ProgramUse(NamedTuple):
-    """How a file is used in one program: a sentence per line."""
+    """How a file is used in one program.
+
+    Attributes:
+        program: The program's name.
+        lines: A sentence each.
+        is_supported: Whether the program can sample the student; otherwise the lines say why not.
+    """
 
     program: str
     lines: tuple[str, ...]
+    is_supported: bool = True
 
 
 def no_programs(usage: Usage) -> Sequence[ProgramUse]:
@@ -183,60 +189,6 @@ def needs_loras(config: RunConfig) -> bool:
     """Return whether a run's student is a LoRA that must be used together with the LoRAs of its teacher."""
     is_relative = config.student.kind == "lora" and config.student.lora_relative_to == "teacher"
     return is_relative and bool(config.teacher.loras)
-
-
-def comfyui_node(facts: SamplingFacts, separator: str = "") -> str:
-    """Return the ComfyUI node that a student needs, after a separator, or "".
-
-    ComfyUI reads the prediction type and zero-terminal SNR from SDXL files only. `lcm` in that node samples every model
-    as if it predicted epsilon.
-    """
-    if facts.is_flow:  # native for transformers; the node turns any network into one of flow matching
-        return f"{separator}node ModelSamplingSD3 set to the teacher's shift" if facts.family.network == "unet" else ""
-    is_v = facts.prediction_type == "v_prediction"
-    if facts.layout == "sdxl" or not (is_v or facts.zero_snr):
-        return ""
-    zsnr = ", `zsnr = true`" if facts.zero_snr else ""
-    return f"{separator}node ModelSamplingDiscrete set to `{'v_prediction' if is_v else 'eps'}`{zsnr}"
-
-
-def a1111_setup(facts: SamplingFacts, checkpoint: str, separator: str = "", *, is_written: bool = False) -> str:
-    """Return what A1111 needs next to a checkpoint, after a separator, or "".
-
-    Args:
-        facts: How the student is sampled.
-        checkpoint: The checkpoint's name without its ending.
-        separator: What precedes the text.
-        is_written: Whether the export writes the configuration file that the checkpoint needs.
-    """
-    needs = []
-    if needs_config(facts):
-        origin = "which the export writes" if is_written else "a copy of v1-inference.yaml with `parameterization: v`"
-        needs.append(f"the file {checkpoint}.yaml next to the checkpoint ({origin})")
-    if facts.layout != "sdxl" and facts.zero_snr:
-        needs.append('"Zero Terminal SNR" chosen in Settings, Noise schedule for sampling')
-    return f"{separator}{', and '.join(needs)}" if needs else ""
-
-
-def sampler_lines(usage: Usage, checkpoint: str, *, is_written: bool = False) -> tuple[str, str]:
-    """Return how a student is sampled in ComfyUI and in A1111, with the node and the files that it needs.
-
-    Args:
-        usage: The facts of the export.
-        checkpoint: The name of the checkpoint that is loaded, without its ending.
-        is_written: Whether the export writes the checkpoint's configuration file for A1111.
-    """
-    method, node = usage.method, comfyui_node(usage.facts, "; ")
-    spacing = "simple" if usage.facts.is_flow else "sgm_uniform"
-    comfy = f"KSampler: sampler {method.comfyui_sampler}, scheduler {spacing}, {usage.settings}{node}"
-    schedule = ", schedule type SGM Uniform" if method.deterministic else ""
-    a1111 = f"sampler {method.sampler}{schedule}, {usage.settings}"
-    eta = method.sampling_options.get("eta")
-    if eta is not None:  # with eta 1 its sampler is LCM's
-        sampler = method.sampler
-        comfy += f"; for the {sampler} sampler with eta {eta:g} install the custom nodes ComfyUI-{sampler}"
-        a1111 = f"sampler {sampler} with eta {eta:g}, or LCM if there is no {sampler}, {usage.settings}"
-    return comfy, f"{a1111}{a1111_setup(usage.facts, checkpoint, '; needs ', is_written=is_written)}"
 
 
 def merge_adapter(student: TrainedStudent, pipeline: Any) -> None:

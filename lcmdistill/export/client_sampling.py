@@ -141,12 +141,12 @@ def check_sampling(
         pipeline: The pipeline as it was read from the file.
         guidance_scale: In diffusers' convention, omega + 1.
         expected: The student's latents, from `sample_as_trained`.
-        facts: How the student is sampled.
+        facts: How the student is sampled, with Stable Diffusion's betas.
         keys: The keys of the file.
         bound: The bound of one output's difference.
 
     Raises:
-        RunError: ComfyUI would generate other images although the schedule is the one that it knows.
+        RunError: ComfyUI would generate other images.
     """
     if facts.layout == "sdxl":
         prediction_type, zero_snr = comfyui_detects(facts.layout, keys)
@@ -156,22 +156,7 @@ def check_sampling(
     allowed = min(max(SAMPLING_BOUND * bound, 1e-3), LARGEST_BOUND)
     if value <= allowed:
         return f"two steps by ComfyUI's rule: largest difference {value:.2g} (allowed {allowed:.2g})"
-    if not _has_known_schedule(pipeline):
-        return (
-            f"two steps by ComfyUI's rule are off by {value:.2g}, because the noise schedule is not Stable Diffusion's; use "
-            "diffusers"
-        )
     raise RunError(
         f"two steps by ComfyUI's rule are off by {value:.2g}, allowed is {allowed:.2g}: the file's prediction type or schedule "
         "is not the student's; this is a fault of lcmdistill, please report it"
     )
-
-
-def _has_known_schedule(pipeline: Any) -> bool:
-    """Return whether a pipeline's noise levels are those that ComfyUI knows, at the two times."""
-    schedule, _ = family_of(pipeline).denoiser(pipeline.scheduler.config)
-    if schedule.num_steps != len(comfyui_sigmas()):
-        return False
-    t = torch.tensor(TIMES)
-    tables = ((1 + comfyui_sigmas(zero_snr=zero_snr)[t] ** 2).rsqrt() for zero_snr in (False, True))
-    return any(torch.allclose(schedule.alpha(t).flatten(), alpha, atol=1e-3) for alpha in tables)

@@ -3,6 +3,7 @@
 A LoRA is a mapping from a layer's path in the network to its LoraLayer.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,15 +20,13 @@ from lcmdistill.export.base import (
     ExportRequest,
     ProgramUse,
     Usage,
-    a1111_setup,
-    comfyui_node,
     needs_loras,
-    sampler_lines,
     unverified,
 )
+from lcmdistill.export.client_setup import header_needs, program_uses
 from lcmdistill.export.lora_writers import write_diffusers_lora, write_kohya, write_peft
 from lcmdistill.export.relative_lora import written_lora
-from lcmdistill.export.sampling_facts import ZERO_SNR_KEY, SamplingFacts
+from lcmdistill.export.sampling_facts import BETAS_KEY, SHIFT_KEY, ZERO_SNR_KEY, facts_from_pipeline, schedule_facts
 from lcmdistill.export.single_file import architecture_of, file_header, layout_of
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, network_outputs
@@ -61,18 +60,12 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
     base, side = public_name(config.teacher.model), config.data.resolution
     teacher = with_loras(base, config.teacher.loras)
     family = family_of(base_pipeline)
-    _, prediction_type = family.denoiser(base_pipeline.scheduler.config)
     method, omegas = _method(config, base_pipeline), omega_range(config)
     omega = f"{omegas.omega} (guidance scale {omegas.scale}, which is omega + 1)" if omegas else "free guidance"
-    scheduler = base_pipeline.scheduler.config
-    facts = SamplingFacts(
-        family_key=family.key,
-        layout=layout_of(base_pipeline).key if family.layouts else "",
-        prediction_type=prediction_type,
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-    )
+    facts = facts_from_pipeline(base_pipeline, layout_of(base_pipeline).key if family.layouts else "")
+    prediction_type = facts.prediction_type
     needs = f"; together with {lora_names(config.teacher.loras)}" if needs_loras(config) else ""
-    needs += comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "CHECKPOINT", "; A1111: ")
+    needs += header_needs(facts, "CHECKPOINT") if family.layouts else ""
     skip = config.teacher.clip_skip
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
     return {
@@ -125,11 +118,14 @@ def sampling_header(config: RunConfig, base_pipeline: Any) -> dict[str, str]:
     """
     family = family_of(base_pipeline)
     count, method = base_pipeline.scheduler.config.num_train_timesteps, _method(config, base_pipeline)
+    schedule = schedule_facts(base_pipeline.scheduler.config)
     return {
         SCHEDULER_KEY: method.scheduler,
         SCHEDULER_OPTIONS_KEY: json.dumps(dict(method.scheduler_options(config.objective, count))),
         **({} if "kohya" in family.lora_formats else {FAMILY_KEY: family.key}),
-        **({ZERO_SNR_KEY: "true"} if base_pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}),
+        **({ZERO_SNR_KEY: "true"} if schedule.zero_snr else {}),
+        **({BETAS_KEY: json.dumps(schedule.betas)} if schedule.betas else {}),
+        **({SHIFT_KEY: f"{schedule.shift:g}"} if schedule.shift else {}),
     }
 
 
@@ -244,31 +240,22 @@ def kohya_code(usage: Usage) -> str:
 
 def diffusers_lora_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file of a transformer is used in ComfyUI, which reads diffusers' keys of U-Nets differently."""
-    if usage.facts.family.network == "unet":
+    family = usage.facts.family
+    if family.network == "unet" or not family.layouts:  # or a transformer that ComfyUI does not know
         return ()
-    comfy, _ = sampler_lines(usage, "CHECKPOINT")
-    file = usage.file or DIFFUSERS_LORA
-    return (
-        ProgramUse("ComfyUI", (f"Copy {file} to models/loras.", f"Load Checkpoint, Load LoRA at strength 1, {comfy}.")),
-    )
+    in_place = dataclasses.replace(usage, file=usage.file or DIFFUSERS_LORA)
+    comfy = ("models/loras", "Load Checkpoint, Load LoRA at strength 1, ")
+    return program_uses(in_place, "CHECKPOINT", comfy, None)
 
 
 def kohya_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file is used in ComfyUI and A1111."""
-    comfy, a1111 = sampler_lines(usage, "CHECKPOINT")
     stem = usage.file.removesuffix(".safetensors")
     others = [split_lora(word) for word in usage.loras]
     nodes = "".join(f", Load LoRA {each.name} at strength {each.scale:g}" for each in others)
     tags = "".join(f"<lora:{each.name.removesuffix('.safetensors')}:{each.scale:g}> " for each in others)
-    return (
-        ProgramUse(
-            "ComfyUI",
-            (f"Copy {usage.file} to models/loras.", f"Load Checkpoint{nodes}, Load LoRA at strength 1, {comfy}."),
-        ),
-        ProgramUse(
-            "A1111", (f"Copy {usage.file} to models/Lora.", f"Write {tags}<lora:{stem}:1> into the prompt; {a1111}.")
-        ),
-    )
+    comfy = ("models/loras", f"Load Checkpoint{nodes}, Load LoRA at strength 1, ")
+    return program_uses(usage, "CHECKPOINT", comfy, ("models/Lora", f"Write {tags}<lora:{stem}:1> into the prompt; "))
 
 
 def diffusers_lora_code(usage: Usage) -> str:

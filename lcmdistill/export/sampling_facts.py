@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
@@ -11,17 +11,72 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.diffusion.parameterization import FLOW
+from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
-from lcmdistill.teachers.registry import FAMILIES, family_of_folder
-from lcmdistill.teachers.schedulers import is_flow
+from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_folder
+from lcmdistill.teachers.schedulers import flow_denoiser, is_flow
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.run_dir import lora_file
 
 ZERO_SNR_KEY = "lcmdistill.zero_terminal_snr"
 "the header entry of a LoRA whose base has zero-terminal SNR"
+
+BETAS_KEY = "lcmdistill.betas"
+"the header entry of a LoRA whose base has other betas than programs assume, as JSON"
+
+SHIFT_KEY = "lcmdistill.shift"
+"the header entry of a LoRA whose base was trained with flow matching: its shift"
+
+KNOWN_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+"Stable Diffusion's betas, which ComfyUI and A1111 assume for every model"
+
+
+class Betas(NamedTuple):
+    """Betas that are not Stable Diffusion's.
+
+    Attributes:
+        schedule: diffusers' `beta_schedule`, or "trained_betas" for a table.
+        start: The first beta.
+        end: The last beta.
+        num_steps: The number of time steps.
+    """
+
+    schedule: str
+    start: float
+    end: float
+    num_steps: int
+
+    def __str__(self) -> str:
+        has_ends = self.schedule in ("linear", "scaled_linear")
+        ends = f" {self.start:g} to {self.end:g}" if has_ends else ""
+        return f"{self.schedule}{ends}, {self.num_steps} time steps"
+
+
+class ScheduleFacts(NamedTuple):
+    """A noise schedule as other programs see it: see the attributes of SamplingFacts."""
+
+    zero_snr: bool = False
+    betas: Betas | None = None
+    shift: float | None = None
+
+
+def schedule_facts(scheduler: Mapping[str, Any]) -> ScheduleFacts:
+    """Return what a diffusers scheduler config says about the noise schedule; nothing for an empty config."""
+    if is_flow(scheduler):
+        return ScheduleFacts(shift=flow_denoiser(scheduler)[0].shift)
+    if not scheduler:
+        return ScheduleFacts()
+    alpha = vp_schedule(scheduler).alphas_cumprod.sqrt()
+    for zero_snr in (False, True):
+        known = vp_schedule({**KNOWN_BETAS, "rescale_betas_zero_snr": zero_snr}).alphas_cumprod.sqrt()
+        if len(alpha) == len(known) and float((alpha - known).abs().max()) < 1e-3:
+            return ScheduleFacts(zero_snr)
+    kind = "trained_betas" if scheduler.get("trained_betas") is not None else scheduler.get("beta_schedule", "linear")
+    betas = Betas(kind, scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02), len(alpha))
+    return ScheduleFacts(bool(scheduler.get("rescale_betas_zero_snr")), betas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +88,8 @@ class SamplingFacts:
         layout: The key of the single-file layout; "" for networks without one.
         prediction_type: What the network predicts.
         zero_snr: Whether the noise schedule ends in pure noise (`rescale_betas_zero_snr`).
+        betas: The betas that the schedule is made from, if they are not Stable Diffusion's.
+        shift: The shift of a flow-matching schedule.
         scheduler_options: Options of the student's scheduler besides the teacher's betas.
         has_omega_input: Whether the trained network takes guidance as an input.
         guidance: Where guidance ends up: "input", "baked" or "free".
@@ -43,6 +100,8 @@ class SamplingFacts:
     layout: str = "sd1"
     prediction_type: str = "epsilon"
     zero_snr: bool = False
+    betas: Betas | None = None
+    shift: float | None = None
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     has_omega_input: bool = False
     guidance: str = "baked"
@@ -67,11 +126,28 @@ def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
         family_key=family.key,
         layout=family.layout_of(teacher.network.config).key if family.layout_of else "",
         prediction_type=teacher.prediction_type,
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        **({} if family.in_pixels else schedule_facts(scheduler)._asdict()),
         scheduler_options=_scheduler_options(config, family, teacher.schedule.num_steps, flow=teacher.is_flow),
         has_omega_input=config.student.kind == "full" and guidance == "input",
         guidance=guidance,
         classes=tuple(teacher.own_prompts) if family.in_pixels else (),
+    )
+
+
+def facts_from_pipeline(pipeline: Any, layout: str) -> SamplingFacts:
+    """Return the facts about the schedule and the prediction type of a pipeline.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        layout: The key of its single-file layout, or "".
+    """
+    family, scheduler = family_of(pipeline), pipeline.scheduler.config
+    _, prediction_type = family.denoiser(scheduler)
+    return SamplingFacts(
+        family_key=family.key,
+        layout=layout,
+        prediction_type=prediction_type,
+        **schedule_facts(scheduler)._asdict(),
     )
 
 
@@ -89,7 +165,7 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
         family_key=family.key,
         layout=family.layout_of(network).key if family.layout_of and network else "sd1" if family.layouts else "",
         prediction_type=FLOW if is_flow(scheduler) else scheduler.get("prediction_type", "epsilon"),
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        **({} if family.in_pixels else schedule_facts(scheduler)._asdict()),
         scheduler_options=_scheduler_options(
             config, family, scheduler.get("num_train_timesteps", 1000), flow=is_flow(scheduler)
         ),
@@ -112,6 +188,8 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
         layout=keys[0] if keys else "sd1" if family.layouts else "",
         prediction_type={"v": "v_prediction", "flow": FLOW}.get(prediction, prediction),
         zero_snr=header.get(ZERO_SNR_KEY) == "true",
+        betas=Betas(*json.loads(header[BETAS_KEY])) if BETAS_KEY in header else None,
+        shift=float(header[SHIFT_KEY]) if SHIFT_KEY in header else None,
         scheduler_options=read_scheduler_options(header),
         guidance=guidance,
     )

@@ -23,15 +23,13 @@ from lcmdistill.export.base import (
     ExportRequest,
     ProgramUse,
     Usage,
-    a1111_setup,
-    comfyui_node,
     merge_adapter,
     require_support,
-    sampler_lines,
     unverified,
 )
 from lcmdistill.export.client_sampling import check_sampling, sample_as_trained
-from lcmdistill.export.sampling_facts import SamplingFacts
+from lcmdistill.export.client_setup import header_needs, program_uses
+from lcmdistill.export.sampling_facts import facts_from_pipeline
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.objectives.lcm import LatentConsistency
@@ -171,15 +169,11 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
     baked = (
         "" if guidance_scale is None else f"; guidance {guidance_scale:g} (omega {guidance_scale - 1:g}) is baked in"
     )
-    facts = SamplingFacts(
-        layout=layout_of(pipeline).key,
-        prediction_type=prediction,
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-    )
+    facts = facts_from_pipeline(pipeline, layout_of(pipeline).key)
     method = usage.method if usage else LatentConsistency.info
     counts = usage.counts if usage else method.steps(LatentConsistency())
     cfg, options = (usage.guidance_scale, usage.facts.scheduler_options) if usage else (1.0, {})
-    needs = comfyui_node(facts, "; ComfyUI: ") + a1111_setup(facts, "FILE", "; A1111: ", is_written=True)
+    needs = header_needs(facts, "FILE", of_checkpoint=True)
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -271,8 +265,9 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
     path, pipeline = request.output, student.pipeline()
     require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
     expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
-    is_flow = student.facts.is_flow  # which ComfyUI samples in the same terms
-    latents = sample_as_trained(pipeline, request.guidance_scale) if request.verify and not is_flow else None
+    # ComfyUI samples flow matching in the same terms, and other betas not at all.
+    is_checked = request.verify and not student.facts.is_flow and not student.facts.betas
+    latents = sample_as_trained(pipeline, request.guidance_scale) if is_checked else None
     merge_adapter(student, pipeline)
     bakes = has_omega_input(network_of(pipeline))
     usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
@@ -326,14 +321,9 @@ pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{usage.sch
 
 def single_file_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file is used in ComfyUI and A1111."""
-    comfy, a1111 = sampler_lines(usage, usage.file.removesuffix(".safetensors"), is_written=True)
-    in_comfy = ProgramUse("ComfyUI", (f"Copy {usage.file} to models/checkpoints.", f"Load Checkpoint, {comfy}."))
-    if usage.facts.is_flow:
-        return (in_comfy,)
-    return (
-        in_comfy,
-        ProgramUse("A1111", (f"Copy {usage.file} to models/Stable-diffusion.", f"Settings: {a1111}.")),
-    )
+    a1111 = None if usage.facts.is_flow else ("models/Stable-diffusion", "Settings: ")
+    comfy = ("models/checkpoints", "Load Checkpoint, ")
+    return program_uses(usage, usage.file.removesuffix(".safetensors"), comfy, a1111, of_checkpoint=True)
 
 
 SINGLE_FILE = Exporter(

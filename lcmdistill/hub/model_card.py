@@ -94,11 +94,12 @@ def render_card(
         single = (
             f"lcmdistill export {quote(public_path(run))} --format single-file --output {quote(run.name)}.safetensors"
         )
-        programs.append(ProgramUse("ComfyUI and A1111", (f"Write a single file first: `{single}`.",)))
         writer: Exporter = EXPORTERS["single-file"]
-        programs += writer.programs(
-            writer.usage(config, facts, public_path(run), f"{run.name}.safetensors", usage.steps)
-        )
+        target = writer.usage(config, facts, public_path(run), f"{run.name}.safetensors", usage.steps)
+        uses = writer.programs(target)
+        if names := " and ".join(use.program for use in uses if use.is_supported):
+            programs.append(ProgramUse(names, (f"Write a single file first: `{single}`.",)))
+        programs += uses
     settings = redact_paths(flatten(config))
     card = ModelCard.from_template(
         _metadata(config, facts, {f"samples/{path.name}": _prompt(path) for path in samples}),

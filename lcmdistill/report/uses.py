@@ -40,6 +40,9 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
     entries = [{"name": "diffusers", "lines": [text], "code": EXPORTERS[name].python(usage)}]
     target = programs.usage(config, facts, place, f"{run.name}.safetensors", steps)
     for use in programs.programs(target) if facts.layout or is_lora else ():
+        if not use.is_supported:
+            entries.append({"name": use.program, "lines": [*use.lines], "code": None})
+            continue
         baked = " with the guidance baked in" if facts.guidance == "input" else ""
         first = use.lines[0] if is_lora else f"Write a single file{baked}. {use.lines[0]}"
         entries.append({"name": use.program, "lines": [first, *use.lines[1:]], "code": export})
