@@ -84,7 +84,7 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world: int = 1,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> Path:
     """Write this rank's share of a source's missing or damaged chunks.
 

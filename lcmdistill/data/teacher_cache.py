@@ -15,17 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import is_complete, write_tensors
+from lcmdistill.data.chunks import PART, is_complete, read_intact, write_tensors
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import cache_evicted_error, claim_folder
 from lcmdistill.data.loader import batch_of
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import NoiseSchedule
-from lcmdistill.diffusion.types import Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
+from lcmdistill.diffusion.types import Batch, Conditioning, RawNetwork, TeacherNetwork, x0_eps_network
 from lcmdistill.objectives.base import Objective
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.device import copy_to_device
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import Interrupted, UsageError
 
 CHUNK = 64
 "samples per file"
@@ -100,7 +100,7 @@ def precompute(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> Path:
     """Compute this rank's share of the missing outputs, by the objective's own `teacher_step`.
 
@@ -135,29 +135,52 @@ def precompute(
         path = _path(folder, first)
         if number % world == rank and not is_complete(path):
             pairs = [(i, d) for i in range(first, min(first + CHUNK, size)) for d in range(draws)]
-            parts: list[dict[str, Tensor]] = []
-            for start in range(0, len(pairs), batch_size):
-                on_progress(first * draws + start)
-                some = pairs[start : start + batch_size]
-                rng = Rng(seed, 0, range(len(some)), device, fixed_draws=some)
-                batch = batch_of(dataset.read([index for index, _ in some]), rng, null, caption_drop)
-                outputs: list[Tensor] = []
-
-                def recorded(
-                    z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None, to: list[Tensor] = outputs
-                ) -> Tensor:
-                    to.append(raw(z, t, c, w))
-                    return to[-1]
-
-                with torch.no_grad():
-                    teacher = TeacherNetwork(x0_eps_network(recorded, schedule, prediction_type), null)
-                    objective.teacher_step(teacher, schedule, batch, rng)
-                (output,) = outputs
-                named = zip(("cond", "null"), output.split(len(some)), strict=False)
-                parts.append({name: value.half().cpu() for name, value in named})
-            write_tensors(path, {k: torch.cat([part[k] for part in parts]).unflatten(0, (-1, draws)) for k in parts[0]})
+            interrupted = path.with_suffix(PART)
+            before = read_intact(interrupted)
+            parts: list[dict[str, Tensor]] = [before[0]] if before else []
+            try:
+                for start in range(sum(len(part["cond"]) for part in parts), len(pairs), batch_size):
+                    on_progress(first * draws + start)
+                    some = pairs[start : start + batch_size]
+                    rng = Rng(seed, 0, range(len(some)), device, fixed_draws=some)
+                    batch = batch_of(dataset.read([index for index, _ in some]), rng, null, caption_drop)
+                    parts.append(_outputs(objective, raw, prediction_type, schedule, null, batch, rng))
+            except (Interrupted, KeyboardInterrupt, SystemExit):
+                if parts:
+                    write_tensors(interrupted, _joined(parts))
+                raise
+            write_tensors(path, {name: rows.unflatten(0, (-1, draws)) for name, rows in _joined(parts).items()})
+            interrupted.unlink(missing_ok=True)
         on_progress(min(first + CHUNK, size) * draws)
     return folder
+
+
+def _outputs(
+    objective: Objective,
+    raw: RawNetwork,
+    prediction_type: str,
+    schedule: NoiseSchedule,
+    null: Conditioning,
+    batch: Batch,
+    rng: Rng,
+) -> dict[str, Tensor]:
+    """Return the teacher's raw outputs in one step of a batch: "cond" and, under guidance, "null", each (B, C, h, w) fp16."""
+    outputs: list[Tensor] = []
+
+    def recorded(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> Tensor:
+        outputs.append(raw(z, t, c, w))
+        return outputs[-1]
+
+    with torch.no_grad():
+        teacher = TeacherNetwork(x0_eps_network(recorded, schedule, prediction_type), null)
+        objective.teacher_step(teacher, schedule, batch, rng)
+    (output,) = outputs
+    named = zip(("cond", "null"), output.split(len(batch.latents)), strict=False)
+    return {name: value.half().cpu() for name, value in named}
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _path(folder: Path, first: int) -> Path:

@@ -12,7 +12,7 @@ from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.training.cost_time import SourceSamples, validations
+from lcmdistill.training.cost_time import SourceSamples, validations_left
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.validation import validation_prompts
 from lcmdistill.utils.checkpoint import BEST
@@ -104,7 +104,7 @@ def disk_items(
             )
         )
     prompts = len(validation_prompts(config, teacher))
-    count = validations(config, optim.max_train_steps)
+    count = validations_left(config, 0)
     if count:
         references = prompts * z.numel() * 4 * (1 + len(STEPS))
         items.append(

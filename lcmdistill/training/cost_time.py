@@ -55,6 +55,14 @@ class Rates:
     caption: float
 
 
+ENCODING_PROMPTS, GENERATING, ENCODING = "encoding prompts", "generating latents", "encoding latents"
+REFERENCES, TEACHER_OUTPUTS = "reference images", "caching teacher outputs"
+TRAINING, VALIDATION, WRITING = "training", "validation", "writing the result"
+
+ORDER = (ENCODING_PROMPTS, GENERATING, ENCODING, REFERENCES, TEACHER_OUTPUTS, TRAINING, VALIDATION, WRITING)
+"the phases of a run, by name"
+
+
 @dataclass(frozen=True)
 class Phase:
     """One phase of a run: its name, its seconds, and of what they consist."""
@@ -215,43 +223,41 @@ def phases(
     per_image = (2 if data.guidance_scale > 1 else 1) * data.teacher_steps * rates.forward
     found = []
     if config.objective.info.prompts_only:
-        found.append(Phase("encoding prompts", generated * rates.caption, f"{math.ceil(generated):,} prompts"))
+        found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, f"{math.ceil(generated):,} prompts"))
         generated = 0
     if generated:
         note = f"{math.ceil(generated):,} images of {data.teacher_steps} steps by the teacher"
-        found.append(Phase("generating latents", generated * (per_image + rates.caption), note))
+        found.append(Phase(GENERATING, generated * (per_image + rates.caption), note))
     if encoded:
-        found.append(
-            Phase("encoding latents", encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images")
-        )
+        found.append(Phase(ENCODING, encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images"))
     prompts = len(validation_prompts(config, teacher))
     if run.validate_every and config.objective_name != "lcf":
         scale = run.validation_guidance_scale or 1.0
         forwards = TEACHER_STEPS * (2 if scale > 1 or config.objective.omega != "none" else 1)
         seconds = prompts * (forwards * rates.forward + rates.decode)
-        found.append(Phase("reference images", seconds, f"{prompts} by the teacher in {TEACHER_STEPS} steps; cached"))
+        found.append(Phase(REFERENCES, seconds, f"{prompts} by the teacher in {TEACHER_STEPS} steps; cached"))
     of_step = dict(config.objective.num_forwards)
     if data.teacher_cache_samples:
         outputs = data.teacher_cache_samples * of_step.pop("teacher", 0) * sum(each.total for each in samples) / world
-        found.append(Phase("caching teacher outputs", outputs * rates.forward, f"{math.ceil(outputs):,} outputs"))
+        found.append(Phase(TEACHER_OUTPUTS, outputs * rates.forward, f"{math.ceil(outputs):,} outputs"))
     backwards = sum(backward_passes(config.objective).values())
     adapter = ADAPTER if config.student.kind == "lora" else 1.0
     bare, adapted = of_step.pop("teacher", 0), sum(of_step.values())
     sample = (bare + adapter * adapted) * rates.forward + backwards * rates.backward
     step = optim.gradient_accumulation_steps * optim.batch_size * sample + rates.update
     left = steps_left(config)
-    found.append(Phase("training", left * step, f"{counted(left, 'step')} of {step:.3g} s"))
-    if count := validations(config, left):
+    found.append(Phase(TRAINING, left * step, f"{counted(left, 'step')} of {step:.3g} s"))
+    if count := validations_left(config, optim.max_train_steps - left):
         baked = guidance_of(teacher, config.student, config.objective.omega) != "free"
         steps = [n for n in STEPS if n <= teacher.schedule.num_steps]
-        grids = count * VALIDATION
+        grids = count * GRID
         image = sum(steps) * rates.forward * (1 if baked else 2) + len(steps) * (rates.decode + rates.caption)
-        found.append(Phase("validation", count * prompts * image + grids, f"{count} x {prompts} prompts"))
-    found.append(Phase("writing the result", written / WRITE_RATE + REPORT, "student, card and report"))
+        found.append(Phase(VALIDATION, count * prompts * image + grids, f"{count} x {prompts} prompts"))
+    found.append(Phase(WRITING, written / WRITE_RATE + REPORT, "student, card and report"))
     return found
 
 
-REPORT, VALIDATION = 2.0, 0.5
+REPORT, GRID = 2.0, 0.5
 "seconds of the report and the card, and of drawing the grid of a validation"
 
 
@@ -261,7 +267,32 @@ def steps_left(config: RunConfig) -> int:
     return max(0, config.optim.max_train_steps - (checkpoint_step(saved[-1]) if saved else 0))
 
 
-def validations(config: RunConfig, steps: int) -> int:
-    """Return how many validations the last `steps` of a run make; the one before training is counted, too."""
+def validations(config: RunConfig, after: int) -> int:
+    """Return how many validations a run makes after a step; the one before training is not counted."""
     every, total = config.run.validate_every, config.optim.max_train_steps
-    return (steps == total) + math.ceil(total / every) - (total - steps) // every if every else 0
+    return math.ceil(total / every) - after // every if every else 0
+
+
+def validations_left(config: RunConfig, done: int) -> int:
+    """Return how many validations a run makes that has done some steps; one before training is counted, too."""
+    return validations(config, done) + (config.run.validate_every > 0 and not done)
+
+
+@dataclass
+class TimeLeft:
+    """What a run still takes: its steps, its validations, and writing the result.
+
+    Attributes:
+        config: The resolved configuration.
+        validation: Seconds of the last validation; before the first one, an estimate.
+        writing: Estimated seconds of writing the result.
+    """
+
+    config: RunConfig
+    validation: float = 0.0
+    writing: float = 0.0
+
+    def seconds(self, step: int, per_step: float) -> float:
+        """Return the seconds left once a step is done, whose validation is still ahead."""
+        steps = self.config.optim.max_train_steps - step
+        return steps * per_step + validations(self.config, step - 1) * self.validation + self.writing

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lcmdistill.students.student import Student, raw_network
 from lcmdistill.students.warm_start import WORDS, put_start_lora, put_start_weights, start_lora, start_weights
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.compile import compile_blocks, should_compile
+from lcmdistill.training.cost_time import TEACHER_OUTPUTS
 from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.prefetch import InOrder, order_of_work
 from lcmdistill.training.sharding import Replicas, make_sharing
@@ -53,7 +55,7 @@ def build_train_step(
     accelerator: Accelerator,
     teacher: Teacher,
     dataset: LatentDataset,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> BuiltStep:
     """Put the networks on their device, in the memory layout and dtype that they compute in.
 
@@ -140,7 +142,7 @@ def _cached_outputs(
     train_step: ConsistencyStep,
     dataset: LatentDataset,
     cache_key: Mapping[str, object],
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[float], None],
 ) -> TeacherOutputCache:
     folder = precompute(
         cache_root(config.data),
@@ -165,13 +167,28 @@ def _cached_outputs(
 
 
 def prepare_data(
-    config: RunConfig, sources: Sequence[Source], teacher: Teacher, accelerator: Accelerator, stop: Stop
+    config: RunConfig,
+    sources: Sequence[Source],
+    teacher: Teacher,
+    accelerator: Accelerator,
+    stop: Stop,
+    after: Callable[[int], float] = lambda index: 0.0,
 ) -> list[Path]:
-    """Return the folder of each source's prepared samples, once all processes have done their share."""
+    """Return the folder of each source's prepared samples, once all processes have done their share.
+
+    Args:
+        config: The resolved configuration.
+        sources: The run's sources.
+        teacher: The teacher.
+        accelerator: The processes.
+        stop: The request to stop.
+        after: Returns the seconds of what follows the source of an index.
+    """
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
-    for source in sources:
-        with progress(f"preparing {source.label}", members_of(source, config.data), enabled=rank == 0) as bar:
+    for index, source in enumerate(sources):
+        members, left = members_of(source, config.data), after(index)
+        with progress(f"preparing {source.label}", members, enabled=rank == 0, after=left) as bar:
             report, seed = progress_callback(f"preparing {source.label}", bar, stop, loud=rank == 0), config.run.seed
             stopped = f"stopped while preparing {source.label}; progress is saved, re-run the same command to continue"
             with stop.at_once(stopped):
@@ -185,16 +202,38 @@ def prepare_data(
     return folders
 
 
-def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Callable[[int], None]:
+@contextmanager
+def caching_progress(
+    config: RunConfig, samples: int, stop: Stop, *, loud: bool, after: float
+) -> Iterator[Callable[[float], None]]:
+    """Yield the callback that `build_train_step` calls while it caches teacher outputs; Ctrl-C stops it at once.
+
+    Args:
+        config: The resolved configuration.
+        samples: The number of samples.
+        stop: The request to stop.
+        loud: Whether to show progress.
+        after: The estimated seconds of what follows.
+    """
+    outputs = samples * config.data.teacher_cache_samples
+    with (
+        progress(TEACHER_OUTPUTS, outputs, enabled=loud and outputs > 0, after=after) as bar,
+        stop.at_once(f"stopped while {TEACHER_OUTPUTS}; progress is saved, re-run the same command to continue"),
+    ):
+        yield progress_callback(TEACHER_OUTPUTS, bar, stop, loud=loud)
+
+
+def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Callable[[float], None]:
     """Return a callback that shows progress, in lines where there is no bar, and ends the run after Ctrl-C."""
     last = time.monotonic()
 
-    def report(done: int) -> None:
+    def report(done: float) -> None:
         nonlocal last
         stop.check(f"stopped while {what}; progress is saved, re-run the same command to continue")
         bar.update(done)
         if loud and not bar.visible and time.monotonic() - last > 10:
-            logger.info(f"{what}: {counted(done, 'sample')}{f' of {bar.total:,}' if bar.total else ''}")
+            total, left = f" of {bar.total:,}" if bar.total else "", f", {bar.left_text}" if bar.left_text else ""
+            logger.info(f"{what}: {counted(int(done), 'sample')}{total}{left}")
             last = time.monotonic()
 
     return report

@@ -13,7 +13,22 @@ from lcmdistill.data.sources.base import Source
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.cost_disk import DiskItem, checkpoint_bytes, disk_items, result_bytes
-from lcmdistill.training.cost_time import Phase, SourceSamples, measure_rates, phases, samples_of
+from lcmdistill.training.cost_time import (
+    ENCODING,
+    ENCODING_PROMPTS,
+    GENERATING,
+    ORDER,
+    VALIDATION,
+    WRITING,
+    Phase,
+    SourceSamples,
+    TimeLeft,
+    measure_rates,
+    phases,
+    samples_of,
+    steps_left,
+    validations_left,
+)
 from lcmdistill.training.memory.estimate import Breakdown, step_memory
 from lcmdistill.training.memory.plan import Plan, log_plan
 from lcmdistill.utils.device import compute_dtype
@@ -48,6 +63,31 @@ class Cost:
     def seconds(self) -> float:
         """The estimated time of all phases."""
         return sum(phase.seconds for phase in self.phases)
+
+    def of(self, name: str) -> float:
+        """Return the estimated seconds of a phase."""
+        return sum(phase.seconds for phase in self.phases if phase.name == name)
+
+    def after(self, name: str) -> float:
+        """Return the estimated seconds of all phases after one of ORDER."""
+        return sum(map(self.of, ORDER[ORDER.index(name) + 1 :]))
+
+    def after_source(self, index: int) -> float:
+        """Return the estimated seconds of what follows the preparation of a source: the other sources, and later phases."""
+        seconds = self.after(ENCODING)
+        for generated, name in ((True, self._of_prompts), (False, ENCODING)):
+            missing = [each.missing if each.generated == generated else 0 for each in self.samples]
+            seconds += self.of(name) * sum(missing[index + 1 :]) / max(1, sum(missing))
+        return seconds
+
+    def time_left(self, config: RunConfig) -> TimeLeft:
+        """Return what the training loop needs to estimate the time left."""
+        validations = validations_left(config, config.optim.max_train_steps - steps_left(config))
+        return TimeLeft(config, self.of(VALIDATION) / max(1, validations), self.of(WRITING))
+
+    @property
+    def _of_prompts(self) -> str:
+        return GENERATING if self.of(GENERATING) else ENCODING_PROMPTS
 
 
 def estimate_cost(

@@ -29,7 +29,7 @@ from lcmdistill.teachers.naming import redact_paths
 from lcmdistill.training.best import collapse_warning, compared_with_untrained, history, keep_best, restore_best
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
-from lcmdistill.training.cost_time import validations
+from lcmdistill.training.cost_time import REFERENCES, TEACHER_OUTPUTS, TimeLeft
 from lcmdistill.training.distributed import Accelerator, StopSignal, make_accelerator, min_free_memory
 from lcmdistill.training.documents import RunDocuments
 from lcmdistill.training.finish import finish
@@ -42,7 +42,7 @@ from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_data import record_of, sources_of
 from lcmdistill.training.run_settings import check_run, finished_message, open_run, resolve_run_defaults
-from lcmdistill.training.setup import build_train_step, prepare_data, progress_callback
+from lcmdistill.training.setup import build_train_step, caching_progress, prepare_data
 from lcmdistill.training.sharding import Replicas
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
@@ -56,7 +56,6 @@ from lcmdistill.utils.logging import Progress, log_file, progress
 from lcmdistill.utils.metrics_log import Metrics
 from lcmdistill.utils.run_dir import checkpoints, run_lock
 from lcmdistill.utils.trackers import check_tracker
-from lcmdistill.utils.units import duration_text
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +114,7 @@ def _distill(
     stop.check(early)
     accelerator.wait_for_everyone()
     sources = sources_of(config, teacher)
+    cost = None
     if is_main:
         with stop.at_once(early):
             cost = estimate_cost(config, teacher, sources, accelerator.device, plan=plan, world=world)
@@ -125,7 +125,9 @@ def _distill(
 
     # Set up: data, reference images, networks.
     teacher.to(accelerator.device)
-    folders = prepare_data(config, sources, teacher, accelerator, stop)
+    folders = prepare_data(
+        config, sources, teacher, accelerator, stop, cost.after_source if cost else lambda index: 0.0
+    )
     dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
     if is_main:
         for source, report in zip(sources, dataset.reports, strict=True):
@@ -144,12 +146,12 @@ def _distill(
         with stop.at_once(
             "stopped while the teacher generated the reference images; re-run the same command to continue"
         ):
-            validator.generate_references(dtype, lambda images: None)
-    cached = len(dataset) * config.data.teacher_cache_samples
-    with progress("caching teacher outputs", cached, enabled=is_main and cached > 0) as bar:
-        report = progress_callback("caching teacher outputs", bar, stop, loud=is_main)
+            validator.generate_references(dtype, cost.after(REFERENCES) if cost else 0.0)
+    after = cost.after(TEACHER_OUTPUTS) if cost else 0.0
+    with caching_progress(config, len(dataset), stop, loud=is_main, after=after) as report:
         trainer = make_trainer(config, folder, accelerator, teacher, dataset, report)
     trainer.needed = plan and plan.needed
+    trainer.left = cost.time_left(config) if cost else TimeLeft(config)
     if is_main:
         used = [*dataset.folders, *trainer.train_step.cache_folders]
         used += validator.cache_entries(trainer.train_step.student.network) if validator is not None else []
@@ -174,7 +176,7 @@ def _distill(
     if is_main:
         trainer.writer.close()
         with stop.at_once("stopped while the result was written; re-run the same command to write it"):
-            finish(config, folder, teacher, student, trainer.step, documents)
+            finish(config, folder, teacher, student, trainer.step, documents, trainer.left.writing)
     accelerator.wait_for_everyone()
     return folder
 
@@ -185,7 +187,7 @@ def make_trainer(
     accelerator: Accelerator,
     teacher: Teacher,
     dataset: LatentDataset,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> "Trainer":
     """Build a trainer at its first step. on_progress: as `build_train_step`."""
     built = build_train_step(config, accelerator, teacher, dataset, on_progress)
@@ -203,6 +205,7 @@ def make_trainer(
         sharing=built.sharing,
         writer=built.sharing.writer(folder / "checkpoints", config.run.keep_checkpoints),
         unlogged=Unlogged(accelerator),
+        left=TimeLeft(config),
     )
 
 
@@ -223,6 +226,7 @@ class Trainer:
     profiler: RunProfiler
     unlogged: Unlogged
     "what the steps since the last log line reported"
+    left: TimeLeft
     is_compiled: bool = False
     step: int = 0
     "optimizer steps done"
@@ -230,8 +234,6 @@ class Trainer:
     "the memory that a step was estimated to take"
     waited: float = 0.0
     "seconds that were spent waiting for data since the last log line"
-    validation_seconds: float = 0.0
-    "seconds of the last validation"
 
     @property
     def global_batch(self) -> int:
@@ -248,7 +250,9 @@ class Trainer:
             bar.update(self.step)
             if self._is_due(config.validate_every):
                 if self.sharing.agreed(validator is not None and validator.is_missing(self.step)):
+                    began = time.monotonic()
                     self._validate(validator, metrics)
+                    self.left.validation = time.monotonic() - began
                 elif config.best_metric != "none":
                     weights = self.sharing.whole(self.train_step.student.weights)
                     if validator is not None:
@@ -274,7 +278,7 @@ class Trainer:
                 if self._is_due(config.validate_every):
                     with self.profiler.phase("validation"), self._saved_if_stopped(stop):
                         self._validate(validator, metrics)
-                    self.validation_seconds = time.monotonic() - paused
+                    self.left.validation = time.monotonic() - paused
                 since += time.monotonic() - paused
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -354,15 +358,12 @@ class Trainer:
             values = {"loss": loss, "grad_norm": float(norm), "learning_rate": rate, "samples_per_s": speed}
             values |= {**numbers, "data_wait": waiting, **self.profiler.metrics(count * samples)}
             metrics.log(self.step, values, loss_by_noise=by_noise)
-            steps = total - self.step
-            left = steps * self.global_batch / speed + validations(self.config, steps) * self.validation_seconds
             line = f"loss {loss:.5f}  {speed:.1f} samples/s  MFU {values['mfu']:.0%}"
             if waiting > SLOW_DATA:
                 line += f"  {waiting:.0%} of the time waiting for data"
-            line += f"  left {duration_text(left)}"
-            bar.update(self.step, line)
+            bar.update(self.step, line, left=self.left.seconds(self.step, self.global_batch / speed))
             if not bar.visible:
-                logger.info(f"step {self.step}/{total}  {line}")
+                logger.info(f"step {self.step}/{total}  {line}  {bar.left_text}")
         self.unlogged.clear()
         self.waited = 0.0
 

@@ -1,5 +1,6 @@
 """The validation grid: fixed prompts and fixed noise, sampled every few steps with the EMA student."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +20,6 @@ from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
-    ProgressCallback,
     student_latents,
     teacher_latents,
 )
@@ -33,6 +33,7 @@ from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_file
 from lcmdistill.utils.checksums import digest
+from lcmdistill.utils.logging import progress
 from lcmdistill.utils.metrics_log import Metrics, read_metrics
 from lcmdistill.utils.units import counted
 
@@ -97,14 +98,14 @@ class Validator:
     def _cache(self) -> Path:
         return cache_root(self._config.data) / "evaluation"
 
-    def generate_references(self, dtype: torch.dtype, tell: ProgressCallback) -> None:
+    def generate_references(self, dtype: torch.dtype, after: float = 0.0) -> None:
         """Generate the reference images, the teacher's at its full steps. A resumed run reads them from the cache.
 
         Call it before a LoRA's adapters are added to the teacher's network.
 
         Args:
             dtype: The dtype of autocast around the network.
-            tell: Called after each batch.
+            after: The estimated seconds of what the run does after this.
         """
         config, teacher = self._config, self._teacher
         scale = config.run.validation_guidance_scale or 1.0
@@ -120,7 +121,10 @@ class Validator:
             count = len(self._prompts)
             logger.info(f"generating {count} teacher reference images ({TEACHER_STEPS} steps; cached)")
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
-            return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, on_progress=tell)
+            done = itertools.count(1)
+            with progress("reference images", count, after=after) as bar:
+                options["on_progress"] = lambda images: [bar.update(next(done)) for _ in range(images)]
+                return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype)
 
         latents = cached_latents(self._reference_file, generate).latents
         self._reference = DecodedImages(teacher, latents, self._batch_size)

@@ -6,16 +6,21 @@ Modules log with `logging.getLogger(__name__)`: INFO is for the user, DEBUG for 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.errors import disk_error
 from lcmdistill.utils.redact import RedactingFilter
+from lcmdistill.utils.units import duration_text
 
 PACKAGE = "lcmdistill"
 LOG_FILE = "log.txt"
+
+clock = time.monotonic
 
 logger = logging.getLogger(__name__)
 
@@ -94,39 +99,95 @@ def log_file(folder: Path, *, rank: int = 0) -> Iterator[None]:
 
 
 class Progress:
-    """A bar with speed and time left on a terminal; elsewhere it shows nothing."""
+    """How far a phase of a command is, and how long the command still takes; on a terminal shown as a bar.
 
-    def __init__(self, bar: Any, task: Any, total: int | None = None) -> None:
-        self._bar, self._task, self.total = bar, task, total
+    Args:
+        total: The units of the phase; None if unknown.
+        after: The estimated seconds of what the command does after this phase.
+    """
 
-    def update(self, done: int, note: str = "") -> None:
-        """Set how many units are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+    def __init__(self, total: int | None = None, after: float = 0.0) -> None:
+        self.total = total
+        self._after = after
+        self._show: Callable[[int, str], None] | None = None
+        self._seen: deque[tuple[float, float]] = deque([(clock(), 0.0)], maxlen=50)
+        self._deadline: float | None = None
+
+    def update(self, done: float, note: str = "", left: float | None = None) -> None:
+        """Set how many units are done.
+
+        Args:
+            done: Units in all; a fraction of one counts.
+            note: A text behind the bar.
+            left: Seconds that the command still takes; by default estimated from the units done and what follows.
+        """
+        now = clock()
+        self._seen.append((now, done))
+        if left is not None:
+            self._deadline = now + left
+        if self._show is not None:
+            self._show(int(done), note)
+
+    def skip(self, units: float) -> None:
+        """Count units that were done before: they say nothing about the speed."""
+        self._seen = deque([(when, done + units) for when, done in self._seen], maxlen=self._seen.maxlen)
+        self.update(self._seen[-1][1])
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end of the command; None if they cannot be estimated."""
+        if self._deadline is not None:
+            return max(0.0, self._deadline - clock())
+        (began, before), (until, done) = self._seen[0], self._seen[-1]
+        if self.total is None or done <= before:
+            return None
+        rest = (self.total - done) * (until - began) / (done - before)
+        return max(0.0, rest - (clock() - until)) + self._after
+
+    @property
+    def left_text(self) -> str:
+        """The time left in words, or "" if it cannot be estimated."""
+        seconds = self.seconds_left
+        return "" if seconds is None else f"left {duration_text(seconds)}"
 
     @property
     def visible(self) -> bool:
         """Whether there is a bar."""
-        return self._bar is not None
+        return self._show is not None
 
 
 @contextmanager
-def progress(title: str, total: int | None, *, enabled: bool = True) -> Iterator[Progress]:
-    """Yield a `Progress` for `total` units; without a known total it shows counts and no share or time left."""
+def progress(title: str, total: int | None, *, enabled: bool = True, after: float = 0.0) -> Iterator[Progress]:
+    """Yield a `Progress` for `total` units, with a bar on a terminal.
+
+    Args:
+        title: What the units are done for.
+        total: The number of units; None shows counts without a share or a time left.
+        enabled: Whether to show a bar.
+        after: As for `Progress`.
+    """
+    state = Progress(total, after)
     if not (enabled and sys.stdout is not None and sys.stdout.isatty()):
-        yield Progress(None, None, total)
+        yield state
         return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        ProgressColumn,
         SpinnerColumn,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
-    known = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    class LeftColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(state.left_text)
+
+    known = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), LeftColumn())
     columns = ("{task.description}", *(known if total else (SpinnerColumn(), "{task.completed}", TimeElapsedColumn())))
     with RichProgress(*columns, TextColumn("{task.fields[note]}")) as bar:
-        yield Progress(bar, bar.add_task(title, total=total, note=""), total)
+        task = bar.add_task(title, total=total, note="")
+        state._show = lambda done, note: bar.update(task, completed=done, note=note)
+        yield state

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from lcmdistill.data import teacher_cache
 from lcmdistill.data.loader import batch_of
 from lcmdistill.data.teacher_cache import cached_noise_index, precompute
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.training import setup as loop
 from lcmdistill.training.preflight import dry_run
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.errors import Interrupted, RunError, UsageError
 from tests.support.runs import distill, resolve
 from tests.support.speed import Settings, built
 from tests.support.training import assert_same, losses
@@ -133,6 +134,34 @@ def test_a_truncated_file_is_made_again(kind: str, speed_settings: Settings, tmp
         file.write_bytes(left)
         distill(resolve({}, {**settings, "run.output": str(tmp_path / str(len(left)))}))
         assert file.read_bytes() == whole
+
+
+def test_an_interrupted_caching_resumes_where_it_stopped(
+    speed_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the third of three batches: the first two are kept, and the file is as if nothing had happened."""
+    options = {"data__teacher_cache_samples": 2, "optim__batch_size": 10}
+    built(speed_settings, **options)
+    (file,) = Path(speed_settings["data.cache_dir"], "teacher-outputs").rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.unlink()
+    calls, compute = [0], teacher_cache._outputs
+
+    def interrupted(*arguments: Any) -> dict[str, torch.Tensor]:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise Interrupted("stopped", 2)
+        return compute(*arguments)
+
+    monkeypatch.setattr(teacher_cache, "_outputs", interrupted)
+    with pytest.raises(Interrupted):
+        built(speed_settings, **options)
+    assert file.with_suffix(".part").exists()
+    assert not file.exists()
+    built(speed_settings, **options)
+    assert calls[0] == 4
+    assert file.read_bytes() == whole
+    assert [path.name for path in file.parent.iterdir() if path.is_file()] == [file.name]
 
 
 def test_a_dry_run_tells_what_asking_beforehand_takes(

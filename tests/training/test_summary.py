@@ -15,7 +15,21 @@ from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import preflight, summary
-from lcmdistill.training.cost_time import Rates, SourceSamples, phases, samples_of
+from lcmdistill.training.cost_time import (
+    ENCODING,
+    GENERATING,
+    REFERENCES,
+    TEACHER_OUTPUTS,
+    TRAINING,
+    VALIDATION,
+    WRITING,
+    Phase,
+    Rates,
+    SourceSamples,
+    TimeLeft,
+    phases,
+    samples_of,
+)
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.summary import Cost, estimate_cost, log_summary
 from lcmdistill.utils import run_dir
@@ -95,6 +109,24 @@ def test_the_time_lines_cover_every_phase(speed_settings: dict[str, Any]) -> Non
     cached = names(run__validate_every=0, data__teacher_cache_samples=2)
     assert cached["caching teacher outputs"] == 100 * 2 * 2
     assert cached["training"] < names(run__validate_every=0)["training"]
+
+
+def test_what_follows_a_phase_or_a_source_is_estimated() -> None:
+    samples = [SourceSamples(True, 100, 0), SourceSamples(False, 40, 10), SourceSamples(False, 90, 0)]
+    seconds = [40.0, 12.0, 3.0, 20.0, 5.0, 2.0]
+    names = [GENERATING, ENCODING, REFERENCES, TRAINING, VALIDATION, WRITING]
+    each: Any = [Phase(name, value) for name, value in zip(names, seconds, strict=True)]
+    cost = Cost(needed=None, samples=samples, phases=each, items=(), passes=1.0)  # pyright: ignore[reportArgumentType]
+    assert [cost.after_source(i) for i in range(3)] == [42.0, 39.0, 30.0]
+    assert [cost.after(name) for name in (REFERENCES, TEACHER_OUTPUTS, TRAINING, WRITING)] == [27.0, 27.0, 7.0, 0]
+
+
+def test_the_time_left_has_the_validations_and_the_result_in_it() -> None:
+    left = TimeLeft(resolve({}, {"optim.max_train_steps": 10, "run.validate_every": 4}), validation=3.0, writing=2.0)
+    assert left.seconds(1, per_step=0.5) == 4.5 + 3 * 3 + 2
+    assert left.seconds(4, per_step=0.5) == 3.0 + 3 * 3 + 2  # that of step 4 is still ahead
+    assert left.seconds(5, per_step=0.5) == 2.5 + 2 * 3 + 2
+    assert left.seconds(10, per_step=0.5) == 3 + 2
 
 
 def test_a_resumed_run_counts_what_is_left(train_run: Runner, train_settings: dict[str, Any]) -> None:

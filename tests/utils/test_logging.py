@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lcmdistill.utils.logging import log_file
+from lcmdistill.utils import logging as messages
+from lcmdistill.utils.logging import log_file, progress
 from tests.support.training import ROOT
 
 logger = logging.getLogger("lcmdistill.tests")
@@ -37,14 +38,14 @@ def test_a_run_s_messages_and_warnings_are_in_its_log_file(tmp_path: Path, capsy
 def test_an_application_s_own_handlers_get_no_more_than_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Application(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
+            received.append(record.getMessage())
 
-    root, application, messages = logging.getLogger("lcmdistill"), Application(), list[str]()
+    root, application, received = logging.getLogger("lcmdistill"), Application(), list[str]()
     monkeypatch.setattr(root, "handlers", [application])
     with log_file(tmp_path):
         logger.debug("switches")
         logger.info("message")
-    assert messages == ["message"]
+    assert received == ["message"]
     assert root.handlers == [application]
 
 
@@ -55,6 +56,30 @@ def test_a_full_disk_loses_the_log_and_shows_no_traceback(tmp_path: Path, capsys
         logger.info("message")
     output = capsys.readouterr()
     assert (output.out, output.err) == ("message\n", "")
+
+
+def test_the_time_left_is_that_of_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(messages, "clock", lambda: now[0])
+    with progress("generating", 40, after=60.0) as bar:
+        assert (bar.visible, bar.seconds_left, bar.left_text) == (False, None, "")
+        bar.skip(20)  # cached before
+        assert bar.seconds_left is None
+        now[0] = 110.0
+        bar.update(22.5)  # 2.5 units in 10 s, 17.5 to go
+        assert bar.seconds_left == pytest.approx(70 + 60)
+        assert bar.left_text == "left 2 min 10 s"
+        now[0] = 120.0
+        assert bar.seconds_left == pytest.approx(60 + 60)
+        bar.update(25, left=30)
+        now[0] = 125.0
+        assert bar.seconds_left == pytest.approx(25)
+        now[0] = 200.0
+        assert bar.left_text == "left 0.0 s"
+    with progress("reading", None) as bar:
+        now[0] = 210.0
+        bar.update(5)
+        assert bar.seconds_left is None
 
 
 SCRIPT = """
