@@ -7,6 +7,7 @@ Shapes: n samples of a chunk, u distinct captions of it, C h w latents.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -65,7 +66,7 @@ def write_chunk(
     config: DataConfig,
     seed: int,
     dtype: torch.dtype,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[float], None],
     *,
     bucketed: bool,
     prompts_only: bool = False,
@@ -206,7 +207,7 @@ def _encode(
     config: DataConfig,
     seed: int,
     dtype: torch.dtype,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[float], None],
     part_file: Path,
 ) -> dict[str, Tensor]:
     """Return the tensors of samples of one size.
@@ -219,7 +220,9 @@ def _encode(
     try:
         for i in range(sum(len(part[0]) for part in parts), len(samples), batch_size):
             on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
-            mean, std, condition = _latents(samples[i : i + batch_size], teacher, config, seed, dtype)
+            batch = samples[i : i + batch_size]
+            on_step = _steps_as_samples(batch, config.teacher_steps, on_progress)
+            mean, std, condition = _latents(batch, teacher, config, seed, dtype, on_step)
             parts.append((mean.cpu(), std.cpu(), condition.to("cpu")))
     except (Interrupted, KeyboardInterrupt, SystemExit):
         _write_parts(part_file, parts)
@@ -254,17 +257,22 @@ def latent_shape(teacher: Teacher, config: DataConfig) -> tuple[int, int, int]:
 
 
 def _latents(
-    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
+    samples: Sequence[tuple[int, Sample]],
+    teacher: Teacher,
+    config: DataConfig,
+    seed: int,
+    dtype: torch.dtype,
+    on_step: Callable[[], None],
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """Return mean and std of the scaled latents, and the conditioning that depends on the samples, in fp32.
 
-    The std of latents that the teacher generated is zero.
+    The std of latents that the teacher generated is zero. on_step: called after each of the teacher's sampling steps.
     """
     pixels = [sample.pixels for _, sample in samples if sample.pixels is not None]
     if pixels:
         mean, std = teacher.encode_images(torch.stack(pixels))
     else:
-        mean = _generate(samples, teacher, config, seed, dtype)
+        mean = _generate(samples, teacher, config, seed, dtype, on_step)
         std = torch.zeros_like(mean)
     info = SampleInfo(
         frames=torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32),
@@ -275,8 +283,21 @@ def _latents(
     return mean, std, teacher.condition(info)
 
 
+def _steps_as_samples(
+    batch: Sequence[tuple[int, Sample]], steps: int, on_progress: Callable[[float], None]
+) -> Callable[[], None]:
+    """Return a callback for each sampling step of a batch, which reports the share of its samples that is done."""
+    done = itertools.count(1)
+    return lambda: on_progress(batch[0][0] + len(batch) * min(1.0, next(done) / steps))
+
+
 def _generate(
-    samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int, dtype: torch.dtype
+    samples: Sequence[tuple[int, Sample]],
+    teacher: Teacher,
+    config: DataConfig,
+    seed: int,
+    dtype: torch.dtype,
+    on_step: Callable[[], None],
 ) -> Tensor:
     """Return latents that the teacher generates for the samples' captions."""
     shape = latent_shape(teacher, config)
@@ -288,6 +309,7 @@ def _generate(
         guidance_scale=config.guidance_scale,
         scheduler=teacher.family.data_scheduler,
         dtype=dtype,
+        on_step=on_step,
         **draw_spacing(teacher),
     )
 

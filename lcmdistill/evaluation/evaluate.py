@@ -1,7 +1,6 @@
 """`lcmdistill evaluate`: sweep finished runs over steps and guidance scales, and compute metrics."""
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,14 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.latents import batches, bucketed_noise, start_noise, student_latents
+from lcmdistill.evaluation.latents import bucketed_noise, start_noise
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
+from lcmdistill.evaluation.progress import SweepProgress, measure_image_seconds
 from lcmdistill.evaluation.prompts import PromptChoice, choose_prompts
 from lcmdistill.evaluation.results import write_sweep
 from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
 from lcmdistill.evaluation.self_consistency import write_curve
-from lcmdistill.evaluation.sweep import SamplerPair, Sweep, SweepPoint, sweep_run
+from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
 from lcmdistill.sampling.generate import check_steps, load_student, sampling_dtype
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
@@ -25,8 +25,12 @@ from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.device import pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import progress
+from lcmdistill.utils.units import counted, duration_text
 
 logger = logging.getLogger(__name__)
+
+REPORT = 3.0
+"seconds of the report and the card's plots after an evaluation"
 
 
 def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
@@ -45,7 +49,7 @@ def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
         raise UsageError("the runs have different data.buckets and cannot be compared; evaluate each run separately")
     device = pick_device(options.device)
     choice, real, teacher, loaded = None, (), None, None
-    for run in evaluated:
+    for later, run in zip(range(len(evaluated))[::-1], evaluated, strict=True):
         settings = asdict(run.config.teacher)
         if teacher is None or settings != loaded:
             teacher, loaded = load_teacher(**settings), settings
@@ -57,7 +61,7 @@ def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
             logger.info(
                 f"{run.run}: its guidance scale, {run.guidance_scale:g}, is in its weights, so --guidance-scale has no effect"
             )
-        _evaluate_run(run, options, teacher, choice, real, _guidance_scales(run, evaluated, options), device)
+        _evaluate_run(run, options, teacher, choice, real, _guidance_scales(run, evaluated, options), device, later)
 
 
 def _guidance_scales(run: EvaluatedRun, runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> tuple[float, ...]:
@@ -81,6 +85,7 @@ def _evaluate_run(
     real: tuple[str, ...],
     scales: tuple[float, ...],
     device: torch.device,
+    later: int,
 ) -> None:
     config, folder, model, prompts = run.config, run.run / "evaluation", run.model, choice.prompts
     resolution, buckets = config.data.resolution, run.bucket_sizes(teacher)
@@ -116,20 +121,16 @@ def _evaluate_run(
         device=device_name(device),
     )
     logger.info(f"{run.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
-    logger.info(f"{len(sweep.points())} points, {sweep.evaluations} network evaluations, {_estimate(pair, sweep)}")
+    state = SweepProgress(sweep, measure_image_seconds(pair, prompts))
+    points = counted(len(sweep.points()), "combination")
+    logger.info(
+        f"{counted(state.total, 'image')} in {points} of sampler, steps and guidance: about {duration_text(state.seconds)} "
+        "if none is cached"
+    )
     cache = cache_root(config.data) / "evaluation"
-    with progress("evaluating", sweep.evaluations) as bar:
-        done, last = 0, ""
-
-        def on_progress(point: SweepPoint, images: int) -> None:
-            nonlocal done, last
-            done += images * point.evaluations
-            bar.update(done, point.name)
-            if not bar.visible and point.name != last:
-                logger.info(f"generating {point.name}")
-                last = point.name
-
-        used = sweep_run(folder, cache, sweep, pair, metrics, metrics_key, on_progress)
+    with progress(f"evaluating {run.run.name}", state.total) as bar:
+        state.show(bar, later * state.student_seconds + REPORT)
+        used = sweep_run(folder, cache, sweep, pair, metrics, metrics_key, state)
         used.append(write_curve(folder, cache, sweep, pair))
     evict_lru(cache.parent, config.data.cache_limit * 1e9, used)
     more = {
@@ -145,19 +146,6 @@ def _evaluate_run(
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _estimate(pair: SamplerPair, sweep: Sweep) -> str:
-    """Return how long the sweep takes if nothing is cached. One batch runs twice, and the second time is measured."""
-    indices, noise = next(batches(pair.noise, pair.batch_size))
-    prompts, seconds = [sweep.prompts[i] for i in indices], 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        options = {"steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": len(prompts)}
-        student_latents(pair.pipeline, prompts, noise, **options)
-        seconds = time.perf_counter() - start
-    minutes = seconds / len(prompts) * sweep.evaluations / 60
-    return f"about {minutes:.0f} minutes" if minutes > 1.5 else "about a minute"
 
 
 def device_name(device: torch.device) -> str:

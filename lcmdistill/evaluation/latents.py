@@ -65,11 +65,13 @@ def _generate_batches(
     batch_size: int,
     generate: Callable[[list[int], Tensor], Tensor],
     on_progress: ProgressCallback,
+    done: dict[int, Tensor] | None,
 ) -> _Latents:
     """Call generate(indices, noise) for each batch and return all results, in order, on the CPU."""
-    results: dict[int, Tensor] = {}
+    results = {} if done is None else done
     for indices, z in batches(noise, batch_size):
-        results |= dict(zip(indices, generate(indices, z).float().cpu(), strict=True))
+        if not results.keys() >= {*indices}:
+            results.update(zip(indices, generate(indices, z).float().cpu(), strict=True))
         on_progress(len(indices))
     in_order = [results[i] for i in range(len(noise))]
     return cast(_Latents, torch.stack(in_order) if isinstance(noise, Tensor) else in_order)
@@ -86,6 +88,7 @@ def teacher_latents(
     batch_size: int = 16,
     dtype: torch.dtype = torch.float32,
     on_progress: ProgressCallback = lambda images: None,
+    done: dict[int, Tensor] | None = None,
 ) -> _Latents:
     """Return the teacher's DDIM latents in fp32 on the CPU.
 
@@ -99,6 +102,7 @@ def teacher_latents(
         batch_size: How many images to generate at once.
         dtype: The dtype of autocast around the network.
         on_progress: Called after each batch.
+        done: {index: latents} that need not be generated again; what is generated is added.
     """
     options: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
     options |= {
@@ -111,7 +115,7 @@ def teacher_latents(
     def generate(indices: list[int], z: Tensor) -> Tensor:
         return teacher.generate_latents([prompts[i] for i in indices], z, **options)
 
-    return _generate_batches(noise, batch_size, generate, on_progress)
+    return _generate_batches(noise, batch_size, generate, on_progress, done)
 
 
 @torch.no_grad()
@@ -126,6 +130,7 @@ def student_latents(
     batch_size: int = 16,
     eta: float | None = None,
     on_progress: ProgressCallback = lambda images: None,
+    done: dict[int, Tensor] | None = None,
 ) -> _Latents:
     """Return a student pipeline's latents in fp32 on the CPU.
 
@@ -139,6 +144,7 @@ def student_latents(
         batch_size: How many images to generate at once.
         eta: gamma of a TCDScheduler; None is the method's default.
         on_progress: Called after each batch.
+        done: {index: latents} that need not be generated again; what is generated is added.
     """
 
     def generate(indices: list[int], z: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def student_latents(
         options: Any = {"steps": steps, "guidance_scale": guidance_scale, "generator": generators, "eta": eta}
         return pipeline_latents(pipeline, batch_prompts, z, **options)
 
-    return _generate_batches(noise, batch_size, generate, on_progress)
+    return _generate_batches(noise, batch_size, generate, on_progress, done)
 
 
 def _pixel_latents(

@@ -39,6 +39,11 @@ IMAGES = 8
 DECIMALS = 4
 
 
+def curve_evaluations(images: int) -> int:
+    """Return how many network evaluations the curve of a sweep takes: two of the teacher and one of the student."""
+    return 3 * POINTS * min(images, IMAGES)
+
+
 def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> Path:
     """Write RUN/evaluation/consistency.json unless it is up to date.
 
@@ -67,7 +72,7 @@ def write_curve(folder: Path, cache: Path, sweep: Sweep, pair: SamplerPair) -> P
     file = cache / f"trajectory-{digest(trajectory_key)}.safetensors"
     if recorded_key(path) == key:
         return file
-    followed = cached_latents(file, lambda: trajectory(pair.teacher, prompts, noise, scale, pair.dtype)).latents
+    followed = cached_latents(file, lambda _: trajectory(pair.teacher, prompts, noise, scale, pair.dtype)).latents
     assert isinstance(followed, Tensor)
     student = x0_network(pair.teacher, network_of(pair.pipeline), pair.dtype)
     points = errors(pair.teacher, student, prompts, followed, scale)

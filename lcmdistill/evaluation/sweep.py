@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.data.chunks import read_intact, write_tensors
+from lcmdistill.data.chunks import PART, read_intact, write_tensors
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
@@ -30,6 +30,7 @@ from lcmdistill.evaluation.metrics.base import ImagePair, Metric
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import checked_json, digest, read_checked_json
+from lcmdistill.utils.errors import Interrupted
 
 FORMAT = 1
 "version of the generated latents; points of another version are generated again"
@@ -106,11 +107,6 @@ class Sweep:
                 points += [SweepPoint(sampler, n, scale) for sampler in self.samplers for n in self.steps]
         return points
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations of the whole sweep, if nothing is cached."""
-        return len(self.prompts) * sum(point.evaluations for point in self.points())
-
 
 @dataclass(frozen=True)
 class SamplerPair:
@@ -145,9 +141,11 @@ class SamplerPair:
         """What the time per image depends on, in words."""
         return f"batches of {min(self.batch_size, len(self.noise))} on {self.device}"
 
-    def generate(self, point: SweepPoint, sweep: Sweep, on_progress: ProgressCallback) -> LatentSet:
-        """Return a point's latents."""
-        options: Any = {"steps": point.steps, "batch_size": self.batch_size, "on_progress": on_progress}
+    def generate(
+        self, point: SweepPoint, sweep: Sweep, done: dict[int, Tensor], on_progress: ProgressCallback
+    ) -> LatentSet:
+        """Return a point's latents. done: as for `student_latents`."""
+        options: Any = {"steps": point.steps, "batch_size": self.batch_size, "on_progress": on_progress, "done": done}
         if point.sampler == "student":
             scale = point.guidance_scale if self.student_scale is None else self.student_scale
             options |= {"guidance_scale": scale, "seed": sweep.seed, "eta": self.eta}
@@ -176,6 +174,22 @@ class SamplerPair:
         }
 
 
+class SweepObserver(Protocol):
+    """What a sweep reports its progress to."""
+
+    def starts(self, point: SweepPoint) -> None:
+        """The images of a point are generated now."""
+        ...
+
+    def generated(self, point: SweepPoint, images: int) -> None:
+        """A batch added some images to a point, or they were kept of an interrupted one."""
+        ...
+
+    def finished(self, point: SweepPoint, *, measured: bool) -> None:
+        """A point has its results. measured: whether they were computed now."""
+        ...
+
+
 class GeneratedLatents(NamedTuple):
     """Latents, the seconds that generating them took, and the conditions of that time."""
 
@@ -184,20 +198,38 @@ class GeneratedLatents(NamedTuple):
     conditions: str
 
 
-def cached_latents(path: Path, generate: Callable[[], LatentSet], conditions: str = "") -> GeneratedLatents:
-    """Read latents from a file, or generate and write them atomically. A damaged file is logged and generated again."""
+def cached_latents(
+    path: Path, generate: Callable[[dict[int, Tensor]], LatentSet], conditions: str = ""
+) -> GeneratedLatents:
+    """Read latents from a file, or generate and write them atomically. A damaged file is logged and generated again.
+
+    Args:
+        path: The file.
+        generate: Returns the latents. It is given {index: latents} of an interrupted call, and adds to them what it generates.
+        conditions: What the time depends on, in words.
+    """
     if (cached := read_intact(path)) is not None:
         tensors, metadata = cached
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)  # eviction removes the least recently used files first
         latents = tensors.get("latents", [tensors[name] for name in sorted(tensors)])
         return GeneratedLatents(latents, float(metadata["seconds"]), metadata.get("how", ""))
-    start = time.perf_counter()
-    latents = generate()
-    seconds = time.perf_counter() - start
+    interrupted = path.with_suffix(PART)
+    kept, metadata = read_intact(interrupted) or ({}, {})
+    done, start = {int(name): each for name, each in kept.items()}, time.perf_counter()
+    before = float(metadata.get("seconds", 0.0))
+    try:
+        latents = generate(done)
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        if done:
+            seconds = before + time.perf_counter() - start
+            write_tensors(interrupted, {str(i): each for i, each in done.items()}, {"seconds": f"{seconds:.4f}"})
+        raise
+    seconds = before + time.perf_counter() - start
     several = {} if isinstance(latents, Tensor) else {f"latents.{i:06d}": each for i, each in enumerate(latents)}
     tensors = {"latents": latents.contiguous()} if isinstance(latents, Tensor) else several
     write_tensors(path, tensors, {"seconds": f"{seconds:.4f}", "how": conditions})
+    interrupted.unlink(missing_ok=True)
     return GeneratedLatents(latents, seconds, conditions)
 
 
@@ -269,7 +301,7 @@ def sweep_run(
     pair: SamplerPair,
     metrics: Mapping[str, Metric],
     metrics_key: Any,
-    on_progress: Callable[[SweepPoint, int], None],
+    observer: SweepObserver,
 ) -> list[Path]:
     """Generate and measure every point that has no results yet.
 
@@ -280,7 +312,7 @@ def sweep_run(
         pair: The teacher and the student.
         metrics: The metrics to compute.
         metrics_key: Everything that decides the metrics' numbers, except their code.
-        on_progress: Called with the point and the number of images that a batch added.
+        observer: What the progress is reported to.
 
     Returns:
         The files of `cache` that the sweep uses.
@@ -292,17 +324,18 @@ def sweep_run(
         return parent / f"{digest(pair.cache_key(point, sweep))}.safetensors"
 
     def images_of(point: SweepPoint) -> tuple[DecodedImages, GeneratedLatents]:
-        generated = cached_latents(
-            latents_file(point),
-            lambda: pair.generate(point, sweep, lambda images: on_progress(point, images)),
-            pair.conditions,
-        )
+        def generate(done: dict[int, Tensor]) -> LatentSet:
+            observer.starts(point)
+            return pair.generate(point, sweep, done, lambda images: observer.generated(point, images))
+
+        generated = cached_latents(latents_file(point), generate, pair.conditions)
         return DecodedImages(pair.teacher, generated.latents, pair.batch_size), generated
 
     for point in sweep.points():
         key = digest([pair.cache_key(point, sweep), metrics_key, sorted(metrics), METRICS_VERSION])
         results_folder, scale = folder / "points" / point.name, point.guidance_scale
         if recorded_key(results_folder / "numbers.json") == key:
+            observer.finished(point, measured=False)
             continue
         images, generated = images_of(point)
         is_reference = point.sampler == "teacher" and point.steps == TEACHER_STEPS
@@ -324,9 +357,10 @@ def sweep_run(
             }
             (temporary / "numbers.json").write_text(checked_json(results), encoding="utf-8")
             write_previews(images, temporary)
+        observer.finished(point, measured=True)
     current = {latents_file(point) for point in sweep.points()}
-    for path in (folder / "latents").glob("*.safetensors"):
-        if path not in current:  # of other weights or other prompts
+    for path in (folder / "latents").glob("*.[sp]a*"):  # .safetensors, and .part of an interrupted point
+        if path.with_suffix(".safetensors") not in current:  # of other weights or other prompts
             path.unlink()
     return [path for path in current if path.parent == cache]
 

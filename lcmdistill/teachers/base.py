@@ -3,6 +3,7 @@
 Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D embedding width.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -166,6 +167,7 @@ class Teacher:
         guidance_scale: float,
         scheduler: str,
         dtype: torch.dtype = torch.float32,
+        on_step: Callable[[], None] | None = None,
         **scheduler_options: Any,
     ) -> Tensor:
         """Generate scaled latents for prompts, (B, C, h, w) fp32.
@@ -178,6 +180,7 @@ class Teacher:
             scheduler: A deterministic diffusers scheduler class, configured as the teacher's own scheduler. Teachers with a
                 `sampler` of their own ignore it, and flow-matching ones are sampled with Euler's method.
             dtype: The autocast dtype around the network.
+            on_step: Called after each step; not by teachers with a `sampler` of their own.
             scheduler_options: Config values that differ from the teacher's.
         """
         if self.sampler is not None:
@@ -190,6 +193,8 @@ class Teacher:
             scheduler, scheduler_options = FLOW_SAMPLER, {}
         changed = getattr(diffusers, scheduler).from_config(before.config, **scheduler_options)
         self.pipeline.scheduler = prepare_flow(changed)
+        if on_step is not None:
+            _report_steps(self.pipeline.scheduler, on_step)
         try:
             # Only inpainting pipelines draw random numbers: they sample the encoding of the masked image.
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
@@ -224,6 +229,19 @@ class Teacher:
         for module in parts:
             digest.update(_weights_digest(module))
         return digest.hexdigest()
+
+
+def _report_steps(scheduler: Any, on_step: Callable[[], None]) -> None:
+    """Let a scheduler call a function after each of its steps."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines read its arguments
+    def reported(*arguments: Any, **keywords: Any) -> Any:
+        result = step(*arguments, **keywords)
+        on_step()
+        return result
+
+    scheduler.step = reported
 
 
 _DIGESTS: WeakKeyDictionary[Any, tuple[Any, bytes]] = WeakKeyDictionary()

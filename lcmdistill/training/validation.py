@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
@@ -117,14 +118,14 @@ class Validator:
         if config.objective_name == "lcf":
             return  # its start is a student, which is no reference
 
-        def generate() -> LatentSet:
+        def generate(kept: dict[int, Tensor]) -> LatentSet:
             count = len(self._prompts)
             logger.info(f"generating {count} teacher reference images ({TEACHER_STEPS} steps; cached)")
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             done = itertools.count(1)
             with progress("reference images", count, after=after) as bar:
                 options["on_progress"] = lambda images: [bar.update(next(done)) for _ in range(images)]
-                return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype)
+                return teacher_latents(teacher, self._prompts, self._noise, **options, dtype=dtype, done=kept)
 
         latents = cached_latents(self._reference_file, generate).latents
         self._reference = DecodedImages(teacher, latents, self._batch_size)
@@ -154,7 +155,9 @@ class Validator:
         columns, numbers = [], {}
         for n in self._steps:
             generate = partial(self._latents, pipeline, n)
-            latents = cached_latents(cache / f"{n}.safetensors", generate).latents if cache else generate()
+            latents = (
+                cached_latents(cache / f"{n}.safetensors", lambda _, f=generate: f()).latents if cache else generate()
+            )
             decoded = DecodedImages(teacher, latents, self._batch_size)
             images = decoded.images(range(len(self._prompts)))
             columns.append([images[i] for i in range(len(self._prompts))])

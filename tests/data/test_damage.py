@@ -129,7 +129,7 @@ def test_damaged_latents_are_generated_again(
     path, calls = tmp_path / "a.safetensors", []
     latents = torch.arange(24.0).view(2, 3, 4)
 
-    def generate() -> Tensor | list[Tensor]:
+    def generate(done: dict[int, Tensor]) -> Tensor | list[Tensor]:
         calls.append(1)
         return list(latents) if is_list else latents
 

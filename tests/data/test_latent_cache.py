@@ -214,8 +214,11 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
         config = config_for(
             "teacher", tmp_path / str(at_once), prompts=str(tmp_path / "prompts.txt"), max_samples=7, teacher_steps=3
         )
-        dataset = LatentDataset([prepared("teacher", config, teacher, 0)], [7])
+        shares: list[float] = []
+        dataset = LatentDataset([prepared("teacher", config, teacher, 0, on_progress=shares.append)], [7])
         assert len(dataset) == 7  # the prompts go round
+        assert shares == sorted(shares)  # each of the three steps moves it
+        assert {round(at_once / 3, 6), round(2 * at_once / 3, 6), 7} <= {round(share, 6) for share in shares}
         found.append(dataset.read(range(7)))
     (mean, std, cond), (other_mean, _, other_cond) = found
     torch.testing.assert_close(mean, other_mean, rtol=2e-3, atol=2e-3)
