@@ -22,7 +22,7 @@ from lcmdistill.students.student import Student, raw_network
 from lcmdistill.students.warm_start import WORDS, put_start_lora, put_start_weights, start_lora, start_weights
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.compile import compile_blocks, should_compile
-from lcmdistill.training.cost_time import TEACHER_OUTPUTS
+from lcmdistill.training.cost_time import ENCODING_PROMPTS, GENERATING, TEACHER_OUTPUTS
 from lcmdistill.training.distributed import Accelerator
 from lcmdistill.training.prefetch import InOrder, order_of_work
 from lcmdistill.training.sharding import Replicas, make_sharing
@@ -187,10 +187,17 @@ def prepare_data(
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
     for index, source in enumerate(sources):
-        members, left = members_of(source, config.data), after(index)
-        with progress(f"preparing {source.label}", members, enabled=rank == 0, after=left) as bar:
-            report, seed = progress_callback(f"preparing {source.label}", bar, stop, loud=rank == 0), config.run.seed
-            stopped = f"stopped while preparing {source.label}; progress is saved, re-run the same command to continue"
+        members, left, seed = members_of(source, config.data), after(index), config.run.seed
+        what = (
+            ENCODING_PROMPTS
+            if source.prompts_only
+            else GENERATING
+            if source.is_generated
+            else f"encoding {source.label}"
+        )
+        with progress(what, members, enabled=rank == 0, after=left) as bar:
+            report = progress_callback(what, bar, stop, loud=rank == 0)
+            stopped = f"stopped while {what}; progress is saved, re-run the same command to continue"
             with stop.at_once(stopped):
                 folders.append(
                     prepare(source, config.data, teacher, seed, dtype=dtype, rank=rank, world=world, on_progress=report)

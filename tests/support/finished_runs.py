@@ -9,7 +9,7 @@ from lcmdistill.config.schema import StudentConfig
 from lcmdistill.config.toml import to_toml
 from lcmdistill.export.diffusers_pipeline import save_pipeline
 from lcmdistill.export.lora_formats import header
-from lcmdistill.export.lora_writers import write_kohya
+from lcmdistill.export.lora_writers import write_diffusers_lora, write_kohya
 from lcmdistill.export.trained_student import from_checkpoint
 from lcmdistill.hub.model_card import write_run_card
 from lcmdistill.sampling.student_pipeline import student_pipeline
@@ -23,15 +23,20 @@ from tests.support.runs import resolve
 from tests.support.teachers import fill
 
 
-def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
-    """The folder of a run: a full student whose omega input does something, or a LoRA far from zero, alpha != rank."""
+def finished_run(teacher_folder: Path, kind: str, run: Path, **settings: Any) -> Path:
+    """The folder of a run: a full student whose omega input does something, or a LoRA far from zero, alpha != rank.
+
+    settings: of the run, with two underscores for the dot.
+    """
     teacher = load_teacher(str(teacher_folder))
     flags: dict[str, Any] = {"teacher.model": str(teacher_folder), "student.kind": kind, "data.resolution": 32}
+    flags |= {key.replace("__", "."): value for key, value in settings.items()}
     if kind == "full":
         student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
         if has_omega_input(student):
             student.time_embedding.cond_proj.weight.mul_(4.0)
-        save_pipeline(student_pipeline(teacher, student), run / "pipeline", "")
+        objective = resolve({}, flags).objective
+        save_pipeline(student_pipeline(teacher, student, objective=objective), run / "pipeline", "")
         flags["run.validation_guidance_scale"] = 4.0
     else:
         shape = StudentConfig(kind="lora", rank=4, alpha=3.0)
@@ -45,7 +50,8 @@ def finished_run(teacher_folder: Path, kind: str, run: Path) -> Path:
     if kind == "lora":
         lora = from_checkpoint(adapter, 3.0)
         metadata = header(lora, config, run.name, teacher.pipeline)
-        write_kohya({"unet": lora}, run / "lora" / f"{run.name}.safetensors", metadata, teacher.family)
+        write = write_kohya if "kohya" in teacher.family.lora_formats else write_diffusers_lora
+        write({teacher.family.network: lora}, run / "lora" / f"{run.name}.safetensors", metadata, teacher.family)
     (run / "config.toml").write_text(to_toml(config))
     write_run_card(config, run, teacher)
     return run

@@ -200,20 +200,21 @@ def letter_tokenizer(limit: int) -> Any:
     return transformers.T5TokenizerFast(tokenizer_object=fast, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def build_sd3(folder: Path, *, has_t5: bool = True) -> Path:
+def build_sd3(folder: Path, *, has_t5: bool = True, **changes: Any) -> Path:
     """Three blocks, one of them with a second attention and the last without a way back to the text, as in 3.5 medium."""
-    transformer = SD3Transformer(
-        sample_size=8,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=40,
-        caption_projection_dim=16,
-        pooled_projection_dim=16 + 20,
-        pos_embed_max_size=12,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 40,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 16 + 20,
+        "pos_embed_max_size": 12,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    transformer = SD3Transformer(**{**config, **changes})
     write_tokenizer(folder.parent / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77)
     text_encoder = CLIPTextModelWithProjection(text_config(3, projection_dim=16))

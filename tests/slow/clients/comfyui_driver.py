@@ -1,7 +1,8 @@
 """Run a job in ComfyUI's engine: `python comfyui_driver.py CHECKOUT JOB.json`. It imports nothing of lcmdistill.
 
 A job names a checkpoint, and optionally a LoRA, the settings of the ModelSamplingDiscrete node, a sampler with its steps, and a
-file of noise. The latents, the images and what the engine took the model for are written to the job's output.
+file of noise. The latents, the images and what the engine took the model for are written to the job's output. With a file of
+embeddings only the network is loaded, and there are no images: text encoders of some families have one size in ComfyUI.
 """
 
 import json
@@ -33,15 +34,22 @@ def main(checkout: str, job_file: str) -> None:
     torch.set_grad_enabled(False)
     results: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(job["checkpoint"], output_vae=True, output_clip=True)
+    clip = vae = None
+    if job.get("embeddings"):
+        model = comfy.sd.load_diffusion_model(job["checkpoint"])
+    else:
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            job["checkpoint"], output_vae=True, output_clip=True
+        )
     sampling = model.model.model_sampling
     results["class"] = type(model.model.model_config).__name__
     kind = "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
-    results["detected"] = [kind, bool(sampling.zsnr)]
+    results["detected"] = [kind, bool(getattr(sampling, "zsnr", False))]
     if job.get("lora"):
         lora = comfy.utils.load_torch_file(job["lora"])
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+        if clip is not None:
+            keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         results["lora_modules"] = len(comfy.lora.load_lora(lora, keys))
         model, clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
     if job.get("node"):
@@ -54,9 +62,13 @@ def main(checkout: str, job_file: str) -> None:
     tensors["sigmas"] = sampling.sigmas.clone()
     if job.get("noise"):
         noise = load_file(job["noise"])["noise"]
-        positive, negative = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(job[key])) for key in ("prompt", "negative")
-        )
+        if job.get("embeddings"):
+            given = load_file(job["embeddings"])
+            positive = negative = [[given["prompt_embeds"], {"pooled_output": given["pooled"]}]]
+        else:
+            positive, negative = (
+                clip.encode_from_tokens_scheduled(clip.tokenize(job[key])) for key in ("prompt", "negative")
+            )
         for key in ("sampler", "scheduler"):
             assert job[key] in (comfy.samplers.SAMPLER_NAMES if key == "sampler" else comfy.samplers.SCHEDULER_NAMES)
         tensors["steps"] = comfy.samplers.calculate_sigmas(sampling, job["scheduler"], job["steps"])
@@ -74,7 +86,8 @@ def main(checkout: str, job_file: str) -> None:
             seed=0,
         )
         tensors["latents"] = latents
-        tensors["images"] = vae.decode(latents)
+        if vae is not None:
+            tensors["images"] = vae.decode(latents)
         tensors["embeds"] = positive[0][0]
     save_file({key: value.float().cpu().contiguous().clone() for key, value in tensors.items()}, job["output"])
     Path(job["output"]).with_suffix(".json").write_text(json.dumps(results))

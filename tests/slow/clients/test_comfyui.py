@@ -11,12 +11,9 @@ from torch import Tensor
 from lcmdistill.export.client_sampling import comfyui_sigmas, sgm_uniform
 from lcmdistill.sampling.generate import generate
 from lcmdistill.teachers.lora.files import load_lora
-from tests.support.clients import PROMPT, SEED, SIDE, in_comfyui, opened_student, pixels, write_file, write_lora
+from tests.support.clients import CLOSE, PROMPT, SEED, SIDE, in_comfyui, opened_student, pixels, write_file, write_lora
 
 pytestmark = pytest.mark.slow
-
-CLOSE = 2.0
-"255ths that a pixel may differ by: fp16 files, and times that ComfyUI rounds"
 
 
 def image_of(pipeline: Any, steps: int) -> Tensor:
