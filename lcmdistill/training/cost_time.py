@@ -15,7 +15,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import largest
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
-from lcmdistill.data.survey import members_of
+from lcmdistill.data.survey import SourceReport, members_of
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.objectives.base import backward_passes
 from lcmdistill.sampling.prompts import STEPS
@@ -87,7 +87,7 @@ class SourceSamples:
 
 
 def samples_of(
-    sources: Sequence[Source], config: RunConfig, teacher: Teacher, kept: Sequence[float] | None = None
+    sources: Sequence[Source], config: RunConfig, teacher: Teacher, reports: Sequence[SourceReport] | None = None
 ) -> list[SourceSamples]:
     """Return how many samples each source gives.
 
@@ -95,16 +95,20 @@ def samples_of(
         sources: The run's sources.
         config: The resolved configuration.
         teacher: The teacher.
-        kept: The share of each source's members that can be used, if it is known.
+        reports: What became of each source's members, if they were looked at.
     """
     found = []
     for i, source in enumerate(sources):
         limit, members = config.data.max_samples, members_of(source, config.data)
-        members = limit if members is None else members
+        report = reports[i] if reports else None
+        looked_at = report.kept + report.num_rejected if report else 0
+        if members is None:  # only reading all of them tells
+            members = looked_at if report and report.complete else limit
+        share = report.kept / looked_at if report and looked_at else 1.0
         folder = cache_folder(source, config.data, teacher, config.run.seed)
         spans = [path.stem.split("-") for path in chunk_paths(folder, limit)]
         cached = sum(int(end) - int(start) for start, end in spans)
-        total = round((members or source.count() or 0) * (kept[i] if kept else 1.0))
+        total = round((members or source.count() or 0) * share)
         found.append(SourceSamples(source.is_generated, total, min(cached, members or 0)))
     return found
 

@@ -247,8 +247,7 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
         cached = f"; {ready} cached chunks are ready" if ready else ""
         unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
         logger.info(f"data {source.label}: {report}{unused}{cached}")
-    kept = [report.kept / (report.kept + report.num_rejected) for report in reports]
-    cost = estimate_cost(config, teacher, sources, device, plan=plan, kept=kept)
+    cost = estimate_cost(config, teacher, sources, device, plan=plan, reports=reports)
     log_summary(config, teacher, cost, plan)
     if full:
         logger.info(settings_to_toml(flatten(config)))

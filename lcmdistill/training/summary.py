@@ -10,6 +10,7 @@ import torch
 from lcmdistill.config.lora_words import with_loras
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.sources.base import Source
+from lcmdistill.data.survey import SourceReport
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.cost_disk import DiskItem, checkpoint_bytes, disk_items, result_bytes
@@ -97,7 +98,7 @@ def estimate_cost(
     device: torch.device,
     *,
     plan: Plan | None = None,
-    kept: Sequence[float] | None = None,
+    reports: Sequence[SourceReport] | None = None,
     world: int = 1,
 ) -> Cost:
     """Estimate what a run costs. The teacher is moved to the device.
@@ -108,12 +109,12 @@ def estimate_cost(
         sources: The run's sources.
         device: The device of the run.
         plan: The memory plan, if there is one.
-        kept: The share of each source's members that can be used, if it is known.
+        reports: What became of each source's members, if they were looked at.
         world: The number of processes.
     """
     dtype = compute_dtype(config.run.precision, device)
     needed = plan.needed if plan else step_memory(config, teacher, dtype, world=world)
-    samples = samples_of(sources, config, teacher, kept)
+    samples = samples_of(sources, config, teacher, reports)
     rates = None
     try:
         teacher.to(device)

@@ -2,6 +2,7 @@
 
 import re
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import make_sources
+from lcmdistill.data.survey import SourceReport
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.training import preflight, summary
 from lcmdistill.training.cost_time import (
@@ -35,6 +37,7 @@ from lcmdistill.training.summary import Cost, estimate_cost, log_summary
 from lcmdistill.utils import run_dir
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
+from tests.support.data import write_tar
 from tests.support.runs import distill, resolve
 from tests.support.training import Runner
 
@@ -183,7 +186,20 @@ def test_many_passes_over_the_data_are_warned_of(
 def test_the_samples_of_a_source_are_those_that_can_be_used(train_settings: dict[str, Any]) -> None:
     config, teacher, sources = prepared(resolve({}, train_settings))
     assert samples_of(sources, config, teacher) == [SourceSamples(False, 12, 0)]
-    assert samples_of(sources, config, teacher, [0.5]) == [SourceSamples(False, 6, 0)]
+    half = SourceReport(kept=6, rejected=(("no image", 6),))
+    assert samples_of(sources, config, teacher, [half]) == [SourceSamples(False, 6, 0)]
+
+
+def test_shards_are_counted_by_looking_at_all_of_them(
+    train_settings: dict[str, Any], tmp_path: Path, small_teacher: Path
+) -> None:
+    word = str(write_tar(tmp_path / "a.tar", [("0.jpg", b""), ("0.txt", b"a cat")]))
+    config = resolve({}, {**train_settings, "data.sources": (word,), "data.max_samples": 500})
+    sources, teacher = make_sources(config.data), load_teacher(str(small_teacher))
+    assert samples_of(sources, config, teacher) == [SourceSamples(False, 500, 0)]
+    whole = SourceReport(kept=3, rejected=(("no image", 1),))
+    assert samples_of(sources, config, teacher, [whole]) == [SourceSamples(False, 3, 0)]
+    assert samples_of(sources, config, teacher, [replace(whole, complete=False)]) == [SourceSamples(False, 375, 0)]
 
 
 def test_nothing_but_the_student_moves_while_rates_are_measured(train_settings: dict[str, Any]) -> None:

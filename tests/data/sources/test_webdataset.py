@@ -193,3 +193,8 @@ def test_every_compression_is_read(tmp_path: Path) -> None:
     for module in (gzip, bz2, lzma):
         (tmp_path / "a.tar").write_bytes(module.compress(raw))
         assert captions(tmp_path / "a.tar") == captions(f"pipe:cat {tmp_path}/a.tar") == ["picture 1"]
+
+
+def test_the_bundled_shards_are_counted() -> None:
+    source = make_source("tiny")
+    assert source.count() == sum(1 for _ in source.members())
