@@ -188,7 +188,7 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
         layout=keys[0] if keys else "sd1" if family.layouts else "",
         prediction_type={"v": "v_prediction", "flow": FLOW}.get(prediction, prediction),
         zero_snr=header.get(ZERO_SNR_KEY) == "true",
-        betas=Betas(*json.loads(header[BETAS_KEY])) if BETAS_KEY in header else None,
+        betas=Betas(*parse_json(header[BETAS_KEY])) if BETAS_KEY in header else None,
         shift=float(header[SHIFT_KEY]) if SHIFT_KEY in header else None,
         scheduler_options=read_scheduler_options(header),
         guidance=guidance,
