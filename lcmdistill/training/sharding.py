@@ -179,11 +179,9 @@ class Shards(Replicas):
         self._optimizers.append(optimizer)
         return module, optimizer
 
-    @contextlib.contextmanager
-    def accumulating(self, module: Any, *, is_last: bool) -> Iterator[None]:
-        """Let the gradients of a micro-batch add up whole on each device, and share them after the last one."""
-        _network_of(module).set_requires_gradient_sync(is_last)
-        yield
+    def accumulating(self, module: Any, *, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return no context: each micro-batch's gradients are divided at once, so that no device holds them whole."""
+        return contextlib.nullcontext()
 
     def clip(self, parameters: Mapping[str, Tensor], limit: float) -> Tensor:
         """Clip the gradients to the norm over all shards, and return the norm before."""

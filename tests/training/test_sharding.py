@@ -24,10 +24,10 @@ from tests.support.training import Runner, losses
 
 def test_two_processes_with_shards_equal_one(train_run: Runner, tmp_path: Path) -> None:
     """Losses, checkpoint, validation and product; each process holds half of the bytes; one process resumes the run."""
-    options = {"optim__batch_size": 2, "optim__gradient_accumulation_steps": 2, "run__validate_every": 3}
+    options = {"optim__batch_size": 1, "optim__gradient_accumulation_steps": 4, "run__validate_every": 3}
     options |= {"run__validation_prompts": ("red heart",), "optim__max_train_steps": 3, "run__best_metric": "rmse_1"}
     one = train_run("one", **options)
-    launch(2, one / "config.toml", tmp_path / "two", "--gradient-accumulation-steps", "1", "--shard", "full")
+    launch(2, one / "config.toml", tmp_path / "two", "--gradient-accumulation-steps", "2", "--shard", "full")
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
     last = checkpoints(tmp_path / "two" / "checkpoints")[-1]
     groups, state = load_checkpoint(last)

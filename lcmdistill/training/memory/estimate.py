@@ -259,7 +259,7 @@ def in_shards(memory: Breakdown, config: RunConfig, teacher: Teacher, dtype: tor
     """Return the memory of a step whose weights are divided over processes.
 
     Gathered at the peak are a network's layers outside of its repeated blocks, the block in use and the next one, and the
-    gradients of one block before they are divided. Gradients that accumulate are not divided until the last micro-batch.
+    gradients of one block before they are divided.
 
     Args:
         memory: The memory of the step on one process.
@@ -283,7 +283,7 @@ def in_shards(memory: Breakdown, config: RunConfig, teacher: Teacher, dtype: tor
         student=share(memory.student),
         critic=share(memory.critic),
         target=share(memory.target),
-        gradients=memory.gradients if config.optim.gradient_accumulation_steps > 1 else share(memory.gradients),
+        gradients=share(memory.gradients),
         optimizer=share(memory.optimizer),
         activations=memory.activations + gathered,
         shards=world,
