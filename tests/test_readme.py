@@ -36,6 +36,7 @@ PARSED_ONLY = {
     "--buckets": "trains at 512 x 768 pixels",
     "my-checkpoint.safetensors": "needs a user's file",
     "style.safetensors": "needs a user's file",
+    "runs/k20 runs/k50": "needs runs of several processes",
     "runs/mine runs/fast": "generates more of what the first evaluation of the guide generates",
     "lcmdistill sweep": "trains a grid of runs, as tests/slow/test_sweep.py does",
     "torchrun": "needs several processes",

@@ -1,13 +1,14 @@
 """`lcmdistill evaluate`."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lcmdistill.cli._options import Debug, Device, run_folder
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import Interrupted, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,11 @@ def evaluate_and_report(runs: list[Path], options: Any, page: Path | None, rank_
     from lcmdistill.report.comparison import ranking_text, write_comparison
     from lcmdistill.report.page import evaluation_summary, write_report
 
-    evaluate(runs, options)
+    try:
+        evaluate(runs, options)
+    except KeyboardInterrupt:
+        message = "stopped; finished images and results are kept, re-run the same command to continue"
+        raise Interrupted(message, signal.SIGINT) from None
     for run in runs:
         written = write_report(run)
         write_card_plots(run)

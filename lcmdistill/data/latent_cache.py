@@ -28,6 +28,9 @@ from lcmdistill.utils.errors import UsageError
 
 _CHUNK_NAME = re.compile("[0-9]{8,}-[0-9]{8,}")
 
+READING = 0.5
+"the share of an image's preparation that reading and cropping it counts for in the progress"
+
 _LAYOUT = 3
 "layout of a chunk's file: a new number makes new folders, so that no old chunk is taken for a new one"
 
@@ -96,7 +99,7 @@ def prepare(
         dtype: Of the teacher's network where it generates images; VAE and text encoder stay in fp32.
         rank: The index of this process.
         world: The number of processes.
-        on_progress: Called with the number of members done.
+        on_progress: Called with the number of members done; one that was read but not encoded yet counts half.
 
     Returns:
         The folder of the chunks.
@@ -118,18 +121,24 @@ def prepare(
         chunk = list(itertools.islice(members, CHUNK))
         if not chunk:
             break
+        start, share = number * CHUNK, READING if not source.is_generated else 0.0
+
+        def encoded(done: float, start: int = start, share: float = share, count: int = len(chunk)) -> None:
+            on_progress(start + share * count + (1 - share) * (done - start))
+
         path = folder / f"{number * CHUNK:08d}-{number * CHUNK + len(chunk):08d}.safetensors"
         if number % world == rank and not (complete[path] if path in complete else is_complete(path)):
             samples: list[tuple[int, Sample]] = []
             dropped: Counter[str] = Counter()
-            for place, member in chunk:
+            for i, (place, member) in enumerate(chunk):
+                on_progress(start + share * i)
                 outcome = check_sample(member, config, seed, place, teacher.rejects, sizes)
                 if isinstance(outcome, Sample):
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
             kind = {"bucketed": bool(sizes), "prompts_only": source.prompts_only}
-            write_chunk(path, samples, dropped, teacher, config, seed, dtype, on_progress, **kind)
+            write_chunk(path, samples, dropped, teacher, config, seed, dtype, encoded, **kind)
             num_kept, rejected = num_kept + len(samples), rejected + dropped
             if not num_kept and sum(rejected.values()) >= GIVE_UP_AFTER:
                 raise no_usable_samples_error(source, SourceReport(0, tuple(rejected.most_common()), False))

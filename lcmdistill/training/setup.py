@@ -232,10 +232,11 @@ def caching_progress(
 
 def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Callable[[float], None]:
     """Return a callback that shows progress, in lines where there is no bar, and ends the run after Ctrl-C."""
-    last = time.monotonic()
+    last, most = time.monotonic(), 0.0
 
     def report(done: float) -> None:
-        nonlocal last
+        nonlocal last, most
+        most = done = max(most, done)  # with buckets, samples are encoded size by size
         stop.check(f"stopped while {what}; progress is saved, re-run the same command to continue")
         bar.update(done)
         if loud and not bar.visible and time.monotonic() - last > 10:

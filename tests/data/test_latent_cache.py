@@ -66,9 +66,10 @@ def test_progress_is_reported_within_a_chunk(
     tmp_path: Path, teacher: Teacher, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "PIXELS_PER_BATCH", 4 * 16**2)
-    done: list[int] = []
+    done: list[float] = []
     prepared(spec, config_for(spec, tmp_path / "cache"), teacher, 0, on_progress=done.append)
-    assert (len(done), done[0], done[-1]) == (4, 0, 11)  # ten samples four at a time, and the chunk's end
+    assert done[:11] == [i / 2 for i in range(11)]  # each of eleven members that is read
+    assert (len(done), done[11], done[-1]) == (11 + 4, 5.5, 11)  # ten samples four at a time, and the chunk's end
     assert done == sorted(done)
 
 
