@@ -1,4 +1,4 @@
-"""Sharded training: each method on two processes, resumed on one and on three, and a process that is killed."""
+"""Sharded training: each method on two processes, resumed on other numbers of them, and a process that is killed."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def settings_of(method: str, teacher: Path, images: Path, output: Path) -> dict[
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_train_as_one_process_does(method: str, small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
-    """20 steps on two processes, and 4 more on one and on three, which read the shards of two."""
+    """20 steps on two processes, and 4 more on one, on two with copies and on three: all read the shards of two."""
     settings = settings_of(method, small_teacher, image_folder, tmp_path / "one")
     one = distill(resolve({}, settings))
     config, two = one / "config.toml", tmp_path / "two"
@@ -50,8 +50,8 @@ def test_shards_train_as_one_process_does(method: str, small_teacher: Path, imag
             assert size == pytest.approx(whole[group] / 2, rel=0.1), (rank, group)
 
     distill(resolve({}, {**settings, "optim.max_train_steps": 24}))
-    for count, shard in ((1, "off"), (3, "full")):
-        folder = shutil.copytree(two, tmp_path / f"on-{count}")
+    for count, shard in ((1, "off"), (2, "off"), (3, "full")):  # the second is DDP
+        folder = shutil.copytree(two, tmp_path / f"on-{count}-{shard}")
         accumulation = ("--gradient-accumulation-steps", str(6 // count))
         launch(count, config, folder, *accumulation, "--shard", shard, "--max-train-steps", "24")
         assert losses(folder) == pytest.approx(losses(one), rel=1e-4)
@@ -70,7 +70,10 @@ def test_validations_sample_in_bf16(kind: str, small_teacher: Path, image_folder
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process in /proc")
-def test_a_killed_process_ends_all_in_one_sentence(small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_in_one_sentence(
+    rank: int, small_teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
     settings = settings_of("lcm", small_teacher, image_folder, tmp_path / "one")
     settings |= {"optim.gradient_accumulation_steps": 1, "optim.max_train_steps": 2}
     one = distill(resolve({}, settings))
@@ -81,9 +84,11 @@ def test_a_killed_process_ends_all_in_one_sentence(small_teacher: Path, image_fo
     for line in launcher.stdout:
         if line.startswith("step 5/"):
             break
+    else:
+        pytest.fail(launcher.communicate()[1])
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    victim = next(int(pid) for pid, values in ranks.items() if b"RANK=1" in values)
+    victim = next(int(pid) for pid, values in ranks.items() if f"RANK={rank}".encode() in values)
     os.kill(victim, signal.SIGKILL)
     killed_at = time.monotonic()
     _, errors = launcher.communicate(timeout=60)
