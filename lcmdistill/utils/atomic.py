@@ -32,7 +32,7 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
     """
     restore_replaced(destination)
     partial, replaced = hidden_sibling(destination, PARTIAL), hidden_sibling(destination, REPLACED)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -45,12 +45,20 @@ def atomic_dir(destination: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove_folder(replaced, ignore_errors=True)
     if destination.exists():
         destination.rename(replaced)
     partial.rename(destination)
     _sync_folder(destination.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove_folder(replaced, ignore_errors=True)
+
+
+def remove_folder(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder. Of a link to one, such as to a larger disk, only the link is removed."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def restore_replaced(destination: Path) -> None:

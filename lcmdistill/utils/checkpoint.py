@@ -5,7 +5,6 @@ A sharded run's hold the files of `utils/sharded_checkpoint.py` instead of the g
 
 import io
 import logging
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_sibling, restore_replaced
+from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_sibling, remove_folder, restore_replaced
 from lcmdistill.utils.checksums import checksum
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints, step_name
@@ -163,7 +162,7 @@ def _describe(path: Path, error: BaseException) -> str:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint."""
-    shutil.rmtree(_hide(path))
+    remove_folder(_hide(path))
 
 
 def _hide(path: Path) -> Path:
@@ -186,4 +185,4 @@ def prune(folder: Path, keep: int, last: int | None = None) -> None:
         _hide(path)
     for suffix in (PARTIAL, REPLACED, REMOVED):
         for path in folder.glob(f".step-*.{suffix}"):  # not of `best`, which another thread may be writing
-            shutil.rmtree(path)
+            remove_folder(path)

@@ -1,5 +1,6 @@
 """Paths inside a run folder, and the lock that keeps a second run out of it."""
 
+import errno
 import logging
 import os
 import shutil
@@ -121,7 +122,12 @@ def run_lock(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:  # not through a link: what a foreign folder's `.lock` points to would be overwritten
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UsageError(f"{path} is a link, and a lock must be a file; remove it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -102,6 +102,30 @@ def test_a_stop_during_the_flush_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_a_folder_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    """As of a pipeline that was moved to a larger disk, with a link in its place."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pipeline").symlink_to("../elsewhere")
+    for content in ("first", "second"):
+        with atomic_dir(tmp_path / "run" / "pipeline") as partial:
+            (partial / "a.txt").write_text(content)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]
+    assert (tmp_path / "run" / "pipeline" / "a.txt").read_text() == "second"
+    assert (tmp_path / "elsewhere" / "a.txt").read_text() == "theirs"
+
+
+def test_a_linked_checkpoint_is_pruned_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints", step, {"student": {"w": torch.ones(4)}}, {})
+    moved = (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "moved")
+    (tmp_path / "checkpoints" / "step-00000001").symlink_to(moved)
+    prune(tmp_path / "checkpoints", 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert (moved / "state.pt").is_file()
+
+
 def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     for name in (".out.partial", ".out.old"):
         (tmp_path / name).mkdir()
@@ -296,7 +320,7 @@ def test_an_interrupted_removal_leaves_nothing_that_looks_complete(
     for step in (1, 2):
         save_checkpoint(tmp_path, step, GROUPS, {})
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **options: bool) -> None:
         os.unlink(path / "student.safetensors")
         raise KeyboardInterrupt
 

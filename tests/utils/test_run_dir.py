@@ -44,6 +44,19 @@ def test_a_second_run_in_a_folder_is_refused_in_one_sentence(tmp_path: Path) -> 
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """A folder of somebody else's could have the lock of a run overwrite any file."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(UsageError, match=r"\.lock is a link, and a lock must be a file; remove it"),
+        run_lock(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_an_empty_folder_is_removed_with_its_lock(tmp_path: Path) -> None:
     def refused() -> None:
         with run_lock(tmp_path / "run"):
