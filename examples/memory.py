@@ -19,6 +19,7 @@ import torch
 
 from lcmdistill.config.resolve import resolve
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.data.dataset import Read
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.base import Teacher
@@ -123,10 +124,10 @@ class Latents:
     def __len__(self) -> int:
         return 64
 
-    def read(self, indices: list[int]) -> Any:
-        """(mean, std, conditioning), as a LatentDataset's."""
+    def read(self, indices: list[int]) -> Read:
+        """Zeros, as a LatentDataset's."""
         z = self._z.expand(len(indices), -1, -1, -1)
-        return z, torch.zeros_like(z), self._c.expand(len(indices))
+        return Read(z, torch.zeros_like(z), self._c.expand(len(indices)))
 
 
 def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan | None, int | None]:

@@ -183,9 +183,11 @@ class DataConfig:
     holdout: float = setting(0.05, least=0, most=0.5)
     "Share of the samples of your own data held out of training to validate and evaluate: 4 to 200; none of fewer than 40."
     guidance_scale: float = setting(7.5, decided_by_teacher=True)
-    "Guidance scale of the images that the source teacher generates (diffusers' convention, omega + 1)."
+    "Guidance scale of the images that the source teacher generates (omega + 1). Trajectories use the objective's omega."
     teacher_steps: int = setting(20, least=1, most=1000)
-    "DPM-Solver++ steps of the images that the source teacher generates."
+    "DPM-Solver++ steps of the images that the source teacher generates; of a trajectory, its solver's evaluations."
+    trajectory: int = setting(0, least=0)
+    "States of the teacher's own trajectory per generated sample: training starts on it, such as 8. 0 noises finished latents."
     teacher_cache_samples: int = setting(0, least=0)
     "Noises and times per sample for which teacher outputs are computed beforehand and cached. 0 caches none."
     cache_dir: str | None = setting(None, unset="~/.cache/lcmdistill", mutable_on_resume=True)

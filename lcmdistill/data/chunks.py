@@ -1,9 +1,10 @@
 """One chunk of a cache: what some members of a source become, and how it is stored in its file.
 
-A safetensors file with named tensors: per sample mean, std, row (of its caption) and SAMPLE..., per caption PROMPT.... With
+A safetensors file with named tensors: per sample mean, std, row (of its caption) and SAMPLE..., per caption PROMPT.... Samples
+that are whole trajectories have the states TRAJECTORY and, under guidance, OMEGA, too. With
 buckets the samples of each size have tensors of their own, prefixed by "HEIGHTxWIDTH/"; captions are shared.
 
-Shapes: n samples of a chunk, u distinct captions of it, C h w latents.
+Shapes: n samples of a chunk, u distinct captions of it, C h w latents, M points of a trajectory.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.trajectories import TrajectoryPlan
 from lcmdistill.data.transforms import Sample
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.diffusion.types import Conditioning
@@ -43,8 +46,11 @@ PIXELS_PER_BATCH = 4 * 512 * 512
 PART = ".part"
 "suffix of what an interrupted chunk keeps"
 
-Part = tuple[Tensor, Tensor, Conditioning]
-"mean, std and conditioning of a batch"
+Part = dict[str, Tensor]
+"named tensors with a row per sample of a batch"
+
+TRAJECTORY, OMEGA = "trajectory", "omega"
+"names of the states of the samples' trajectories, (n, M, C, h, w), and of the omega of each, (n,) fp32"
 
 PROMPT, SAMPLE = "prompt.", "sample."
 "prefixes of the names of tensors with a row per caption, and with a row per sample"
@@ -70,6 +76,7 @@ def write_chunk(
     *,
     bucketed: bool,
     prompts_only: bool = False,
+    trajectory: TrajectoryPlan | None = None,
 ) -> None:
     """Encode samples and write them to a file, whole or not at all.
 
@@ -84,6 +91,7 @@ def write_chunk(
         on_progress: Called with the index of the next sample.
         bucketed: Whether the samples have several sizes.
         prompts_only: Whether there are no images: no latents are written but their shape, as metadata.
+        trajectory: How the teacher generates whole trajectories; None for latents only.
 
     Raises:
         RunError: If latents are not finite.
@@ -103,10 +111,18 @@ def write_chunk(
         if prompts_only:
             tensors |= _prompts_only(samples, captions, teacher)
             report |= {"latents": latent_shape(teacher, config)}
+        if trajectory is None:
+            encode, steps = (
+                partial(_latents, teacher=teacher, config=config, seed=seed, dtype=dtype),
+                config.teacher_steps,
+            )
+        else:
+            steps = trajectory.calls(teacher.schedule.num_steps)
+            prompts = Conditioning({name: tensors[f"{PROMPT}{name}"] for name in encoded[0].values})
+            encode = _trajectory_encoder(trajectory, prompts, captions, teacher, config, seed, dtype)
         for size in sorted(counts) if not prompts_only else ():
             some = [each for each in samples if size_of(each[1]) == size]
-            part_file = _part_file(path, size)
-            encoded_samples = _encode(some, captions, teacher, config, seed, dtype, on_progress, part_file)
+            encoded_samples = _encode(some, captions, encode, steps, on_progress, _part_file(path, size))
             tensors |= {f"{size}/{name}" if bucketed else name: value for name, value in encoded_samples.items()}
     write_tensors(path, tensors, report)
     for size in {size_of(sample) for _, sample in samples}:
@@ -118,23 +134,15 @@ def _part_file(path: Path, size: str) -> Path:
     return path.with_suffix(f".{size}{PART}")
 
 
-def _write_parts(path: Path, parts: Sequence[Part]) -> None:
-    """Keep the finished batches of an interrupted chunk, as they are."""
-    if parts:
-        means, stds, conditions = zip(*parts, strict=True)
-        tensors = {"mean": torch.cat(means), "std": torch.cat(stds)}
-        names = conditions[0].values
-        write_tensors(path, tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]) for name in names})
-
-
 def _read_parts(path: Path) -> list[Part]:
     """Return the finished batches of an interrupted chunk as one; [] without any."""
     found = read_intact(path)
-    if found is None:
-        return []
-    tensors = found[0]
-    condition = {name.removeprefix(SAMPLE): value for name, value in tensors.items() if name.startswith(SAMPLE)}
-    return [(tensors["mean"], tensors["std"], Conditioning(condition))]
+    return [] if found is None else [found[0]]
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Return batches as one."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -203,37 +211,37 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]) 
 def _encode(
     samples: Sequence[tuple[int, Sample]],
     captions: Sequence[str],
-    teacher: Teacher,
-    config: DataConfig,
-    seed: int,
-    dtype: torch.dtype,
+    encode: Callable[[Sequence[tuple[int, Sample]], Callable[[], None]], Part],
+    steps: int,
     on_progress: Callable[[float], None],
     part_file: Path,
 ) -> dict[str, Tensor]:
     """Return the tensors of samples of one size.
 
-    captions: the distinct ones of their chunk. part_file: holds the first batches after an interruption.
+    captions: the distinct ones of their chunk. encode: (batch, on_step) -> its tensors. steps: how often it calls on_step, at
+    most. part_file: holds the first batches after an interruption.
     """
     height, width = samples[0][1].frame[4:]
     batch_size = max(1, PIXELS_PER_BATCH // (height * width))
     parts = _read_parts(part_file)
     try:
-        for i in range(sum(len(part[0]) for part in parts), len(samples), batch_size):
+        for i in range(sum(len(part["mean"]) for part in parts), len(samples), batch_size):
             on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
             batch = samples[i : i + batch_size]
-            on_step = _steps_as_samples(batch, config.teacher_steps, on_progress)
-            mean, std, condition = _latents(batch, teacher, config, seed, dtype, on_step)
-            parts.append((mean.cpu(), std.cpu(), condition.to("cpu")))
+            part = encode(batch, _steps_as_samples(batch, steps, on_progress))
+            parts.append({name: value.cpu() for name, value in part.items()})
     except (Interrupted, KeyboardInterrupt, SystemExit):
-        _write_parts(part_file, parts)
+        if parts:
+            write_tensors(part_file, _joined(parts))
         raise
-    means, stds, conditions = zip(*parts, strict=True)
-    tensors = {"mean": torch.cat(means).half(), "std": torch.cat(stds).half()}
+    tensors = _joined(parts)
+    tensors |= {name: tensors[name].half() for name in ("mean", "std", TRAJECTORY) if name in tensors}
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
+    if TRAJECTORY in tensors and not (tensors[TRAJECTORY].isfinite().all() and tensors["mean"].isfinite().all()):
+        raise RunError("the teacher's trajectories have values that are not finite; use --precision fp32 or bf16")
     if not tensors["mean"].isfinite().all():
         raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
-    names = conditions[0].values
-    return tensors | {f"{SAMPLE}{name}": torch.cat([c[name] for c in conditions]) for name in names}
+    return tensors
 
 
 def _prompts_only(
@@ -258,12 +266,13 @@ def latent_shape(teacher: Teacher, config: DataConfig) -> tuple[int, int, int]:
 
 def _latents(
     samples: Sequence[tuple[int, Sample]],
+    on_step: Callable[[], None],
+    *,
     teacher: Teacher,
     config: DataConfig,
     seed: int,
     dtype: torch.dtype,
-    on_step: Callable[[], None],
-) -> tuple[Tensor, Tensor, Conditioning]:
+) -> Part:
     """Return mean and std of the scaled latents, and the conditioning that depends on the samples, in fp32.
 
     The std of latents that the teacher generated is zero. on_step: called after each of the teacher's sampling steps.
@@ -280,7 +289,46 @@ def _latents(
         encode=lambda images: teacher.encode_images(images)[0],
         seeds=[derive_seed(seed, "condition", place) for place, _ in samples],
     )
-    return mean, std, teacher.condition(info)
+    cond = teacher.condition(info).values
+    return {"mean": mean, "std": std, **{f"{SAMPLE}{name}": value for name, value in cond.items()}}
+
+
+def _trajectory_encoder(
+    plan: TrajectoryPlan,
+    prompts: Conditioning,
+    captions: Sequence[str],
+    teacher: Teacher,
+    config: DataConfig,
+    seed: int,
+    dtype: torch.dtype,
+) -> Callable[[Sequence[tuple[int, Sample]], Callable[[], None]], Part]:
+    """Return a function that returns what `_latents` returns, with the teacher's trajectories to the latents.
+
+    prompts: the encoded captions, as they are stored. captions: the distinct ones of the chunk.
+    """
+    generate = plan.generator(teacher, dtype)
+
+    def encode(samples: Sequence[tuple[int, Sample]], on_step: Callable[[], None]) -> Part:
+        rows = torch.tensor([captions.index(sample.caption) for _, sample in samples])
+        frames = torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32)
+        own = teacher.condition(SampleInfo(frames=frames, pixels=_no_pixels, encode=lambda images: images, seeds=[]))
+        prompt = Conditioning({name: value[rows] for name, value in prompts.values.items()}).to("cpu", torch.float32)
+        omega = None
+        if plan.omega is not None:
+            omega = torch.tensor([plan.sample_omega(seed, place) for place, _ in samples])
+        states, mean = generate(_noise(samples, teacher, config, seed), omega, prompt | own.to("cpu"), on_step)
+        part = {"mean": mean, "std": torch.zeros_like(mean), TRAJECTORY: states}
+        part |= {} if omega is None else {OMEGA: omega}
+        return part | {f"{SAMPLE}{name}": value for name, value in own.values.items()}
+
+    return encode
+
+
+def _noise(samples: Sequence[tuple[int, Sample]], teacher: Teacher, config: DataConfig, seed: int) -> Tensor:
+    """Return the noise that the teacher starts from, (n, C, h, w): a function of the seed and each sample's place."""
+    shape = latent_shape(teacher, config)
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
 def _steps_as_samples(
@@ -300,11 +348,9 @@ def _generate(
     on_step: Callable[[], None],
 ) -> Tensor:
     """Return latents that the teacher generates for the samples' captions."""
-    shape = latent_shape(teacher, config)
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "draw", place)) for place, _ in samples]
     return teacher.generate_latents(
         [sample.caption for _, sample in samples],
-        torch.stack([torch.randn(*shape, generator=g) for g in generators]),
+        _noise(samples, teacher, config, seed),
         steps=config.teacher_steps,
         guidance_scale=config.guidance_scale,
         scheduler=teacher.family.data_scheduler,

@@ -4,20 +4,37 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import PROMPT, SAMPLE, read_metadata
+from lcmdistill.data.chunks import OMEGA, PROMPT, SAMPLE, TRAJECTORY, read_metadata
 from lcmdistill.data.latent_cache import chunk_paths
 from lcmdistill.data.sampler import Shape
 from lcmdistill.data.survey import SourceReport
+from lcmdistill.diffusion.trajectory import Trajectory
 from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.utils.units import counted
 
 logger = logging.getLogger(__name__)
+
+
+class Read(NamedTuple):
+    """Samples as they are stored.
+
+    Attributes:
+        mean: The mean of each latent's posterior, (B, C, h, w).
+        std: Its standard deviation.
+        cond: The network's inputs.
+        trajectory: The teacher's trajectories to the latents, where the samples have them.
+    """
+
+    mean: Tensor
+    std: Tensor
+    cond: Conditioning
+    trajectory: Trajectory | None = None
 
 
 class LatentDataset:
@@ -98,9 +115,9 @@ class LatentDataset:
         self.shapes = [shape for i, shape in enumerate(self.shapes) if i not in left_out]
         self.left_out = sorted(left_out)
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Conditioning]:
-        """Return mean, std and conditioning of samples of one shape: (B, C, h, w) twice, then the network's inputs, in fp32."""
-        mean, std, conditions = [], [], []
+    def read(self, indices: Sequence[int]) -> Read:
+        """Return samples of one shape, in fp32."""
+        mean, std, conditions, states, omega = [], [], [], [], []
         for index in indices:
             number, group, i = self._places[index]
             chunk = self._chunks[number]
@@ -109,6 +126,13 @@ class LatentDataset:
             std.append(chunk.get_slice(f"{group}std")[i] if blank is None else blank)
             row, keys = int(chunk.get_slice(f"{group}row")[i]), chunk.keys()
             at = {key: row if key.startswith(PROMPT) else i for key in keys if key.startswith((PROMPT, group + SAMPLE))}
+            states += [chunk.get_slice(f"{group}{TRAJECTORY}")[i]] if f"{group}{TRAJECTORY}" in keys else []
+            omega += [chunk.get_slice(f"{group}{OMEGA}")[i]] if f"{group}{OMEGA}" in keys else []
             conditions.append({key.partition(".")[2]: chunk.get_slice(key)[place] for key, place in at.items()})
         cond = {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
-        return torch.stack(mean).float(), torch.stack(std).float(), Conditioning(cond).to("cpu", torch.float32)
+        return Read(
+            torch.stack(mean).float(),
+            torch.stack(std).float(),
+            Conditioning(cond).to("cpu", torch.float32),
+            Trajectory(torch.stack(states).float(), torch.stack(omega) if omega else None) if states else None,
+        )

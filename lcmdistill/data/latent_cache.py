@@ -48,6 +48,8 @@ def cache_folder(source: Source, config: DataConfig, teacher: Teacher, seed: int
     }
     if source.prompts_only:
         cache_key["prompts_only"] = True
+    elif source.trajectory is not None:
+        cache_key |= {"seed": seed, "trajectory": source.trajectory.cache_key()}
     elif source.is_generated:
         cache_key |= {"seed": seed, "guidance_scale": config.guidance_scale, "teacher_steps": config.teacher_steps}
         cache_key |= draw_spacing(teacher)
@@ -137,7 +139,7 @@ def prepare(
                     samples.append((place, outcome))
                 else:
                     dropped[outcome.reason] += 1
-            kind = {"bucketed": bool(sizes), "prompts_only": source.prompts_only}
+            kind = {"bucketed": bool(sizes), "prompts_only": source.prompts_only, "trajectory": source.trajectory}
             write_chunk(path, samples, dropped, teacher, config, seed, dtype, encoded, **kind)
             num_kept, rejected = num_kept + len(samples), rejected + dropped
             if not num_kept and sum(rejected.values()) >= GIVE_UP_AFTER:

@@ -5,15 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import torch
-from torch import Tensor
 
-from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.dataset import LatentDataset, Read
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Conditioning
 from lcmdistill.utils.device import copy_to_device
-
-Read = tuple[Tensor, Tensor, Conditioning]
-"(mean, std, conditioning), as LatentDataset reads them"
 
 
 def read_ahead(dataset: LatentDataset, index_lists: Iterable[Sequence[int]]) -> Iterator[Read]:
@@ -36,11 +32,11 @@ def batch_of(read: Read, rng: Rng, null: Conditioning, caption_drop: float) -> B
         null: The empty prompt, B = 1.
         caption_drop: The fraction of captions that the empty prompt replaces, 0 to 1.
     """
-    mean, std, cond = read
-    mean, std = copy_to_device(mean, rng.device), copy_to_device(std, rng.device)
+    cond = read.cond
+    mean, std = copy_to_device(read.mean, rng.device), copy_to_device(read.std, rng.device)
     cond = Conditioning({name: copy_to_device(value, rng.device) for name, value in cond.values.items()})
     latents = mean + std * rng.normal("posterior", mean.shape[1:])
     if caption_drop:
         dropped = rng.uniform("caption-drop") < caption_drop
         cond = cond.replace_where(dropped, null.expand(len(mean)))
-    return Batch(latents, cond)
+    return Batch(latents, cond, None if read.trajectory is None else read.trajectory.to(rng.device))

@@ -210,6 +210,16 @@ def ddim_grid(num_steps: int, skip: int) -> Tensor:
     return torch.arange(1, num_steps // skip + 1) * skip - 1
 
 
+def phase_edges(num_steps: int, phases: int) -> Tensor:
+    """Return the edges of the phases, (phases + 1,) int64, rising from 0 to T - 1.
+
+    All but the first are the time steps of diffusers' trailing spacing: round(m T / phases) - 1. Samplers with that spacing
+    stop there; PCM's phases and TDM's segments lie between them.
+    """
+    tops = (num_steps - torch.arange(phases, dtype=torch.float64) * num_steps / phases).round().long() - 1
+    return torch.cat([tops.flip(0).new_zeros(1), tops.flip(0)])
+
+
 def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
     """Return the schedule that a diffusers scheduler config describes. No betas are assumed.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lcmdistill.diffusion.parameterization import X0Eps, guided, network_input, to_x0_eps
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import Denoiser
+from lcmdistill.diffusion.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,14 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents, (B, C, h, w) fp32, and their conditioning."""
+    """Clean latents, (B, C, h, w) fp32, and their conditioning.
+
+    trajectory: the teacher's trajectories that end at the latents, where the data hold them.
+    """
 
     latents: Tensor
     cond: Conditioning
+    trajectory: Trajectory | None = None
 
 
 # (z, t, c, w) -> (x0, eps); w is None for a network without an omega input.

@@ -144,7 +144,7 @@ TRAILING_DDIM: Mapping[str, Any] = MappingProxyType(
         "flow": {"scheduler": "FlowMatchEulerDiscreteScheduler"},
     }
 )
-"the MethodInfo of students that plain DDIM samples from edge to edge of `common.phase_edges`"
+"the MethodInfo of students that plain DDIM samples from edge to edge of `schedules.phase_edges`"
 
 
 @dataclass(frozen=True, kw_only=True)

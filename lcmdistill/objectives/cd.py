@@ -15,6 +15,7 @@ from lcmdistill.objectives.common import (
     check_lpips,
     check_solver,
     loss_function,
+    sample_start,
     teacher_forwards,
 )
 from lcmdistill.objectives.pairs import consistency_pair
@@ -76,7 +77,7 @@ class ConsistencyDistillation:
 
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
         t, s = self.sample_timesteps(schedule, rng)
-        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_t, _ = sample_start(schedule, batch, t, None, rng)
         z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, None), schedule, z_t, t, s)
         return State(t=t, s=s, z_t=z_t, z_s=z_s)
 

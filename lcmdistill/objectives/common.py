@@ -14,6 +14,7 @@ from lcmdistill.diffusion.losses import DISTANCES, LossFunction
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.schedules import MAX_SAMPLED_STEPS, NoiseSchedule, ddim_grid, sampled_steps
+from lcmdistill.diffusion.types import Batch
 from lcmdistill.utils.device import copy_to_device
 
 
@@ -43,16 +44,6 @@ def skipping_grid_options(objective: Any, num_steps: int) -> Mapping[str, Any]:
 def most_steps(scheduler_options: Mapping[str, Any]) -> int:
     """Return the largest number of sampling steps of a scheduler with the options of `skipping_grid_options`."""
     return scheduler_options.get("original_inference_steps", MAX_SAMPLED_STEPS)
-
-
-def phase_edges(num_steps: int, phases: int) -> Tensor:
-    """Return the edges of the phases, (phases + 1,) int64, rising from 0 to T - 1.
-
-    All but the first are the time steps of diffusers' trailing spacing: round(m T / phases) - 1. Samplers with that spacing
-    stop there; PCM's phases and TDM's segments lie between them.
-    """
-    tops = (num_steps - torch.arange(phases, dtype=torch.float64) * num_steps / phases).round().long() - 1
-    return torch.cat([tops.flip(0).new_zeros(1), tops.flip(0)])
 
 
 def sample_times(schedule: NoiseSchedule, skip: int, times: str, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -100,6 +91,25 @@ def noise_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 def sample_omega(guidance: str, w_min: float, w_max: float, rng: Rng) -> Tensor | None:
     """Draw omega per sample, (B,) fp32; None where guidance is "free"."""
     return None if guidance == "free" else draw_omega(w_min, w_max, rng)
+
+
+def sample_start(
+    schedule: NoiseSchedule, batch: Batch, t: Tensor, w: Tensor | None, rng: Rng
+) -> tuple[Tensor, Tensor | None]:
+    """Return the teacher's start z_t, (B, C, h, w), and the omega of its step.
+
+    Where the batch has the teacher's trajectories, both are theirs. Otherwise the latents are noised.
+
+    Args:
+        schedule: The teacher's schedule.
+        batch: The samples.
+        t: The times, (B,).
+        w: The omega that was drawn, (B,); None without guidance.
+        rng: The draws of the micro-batch.
+    """
+    if batch.trajectory is not None:
+        return batch.trajectory.at(schedule, batch.latents, t), batch.trajectory.omega
+    return schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t), w
 
 
 def draw_omega(w_min: float, w_max: float, rng: Rng) -> Tensor:

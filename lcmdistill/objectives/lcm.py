@@ -17,6 +17,7 @@ from lcmdistill.objectives.common import (
     check_skip,
     check_solver,
     sample_omega,
+    sample_start,
     sample_times,
     teacher_forwards,
 )
@@ -78,7 +79,7 @@ class LatentConsistency:
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> State:
         t, s = self.sample_timesteps(schedule, rng)
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_t, w = sample_start(schedule, batch, t, w, rng)
         z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, w), schedule, z_t, t, s)
         return State(t=t, s=s, z_t=z_t, z_s=z_s, w=w)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.schedules import NoiseSchedule, phase_edges
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork
 from lcmdistill.objectives.base import TRAILING_DDIM, EndState, MethodInfo, StepCounts
 from lcmdistill.objectives.common import (
@@ -20,8 +20,8 @@ from lcmdistill.objectives.common import (
     check_omega,
     check_skip,
     check_solver,
-    phase_edges,
     sample_omega,
+    sample_start,
     teacher_forwards,
 )
 from lcmdistill.utils.device import copy_to_device
@@ -131,7 +131,7 @@ class PhasedConsistency:
     def teacher_step(self, teacher: TeacherNetwork, schedule: NoiseSchedule, batch: Batch, rng: Rng) -> EndState:
         t, s, e = self.sample_phases(schedule, rng)
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_t, w = sample_start(schedule, batch, t, w, rng)
         z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, w), schedule, z_t, t, s)
         return EndState(t=t, s=s, z_t=z_t, z_s=z_s, end=e)
 

@@ -19,6 +19,7 @@ from lcmdistill.objectives.common import (
     check_solver,
     sample_end_time,
     sample_omega,
+    sample_start,
     sample_times,
     teacher_forwards,
 )
@@ -91,7 +92,7 @@ class TrajectoryConsistency:
         t, s = self.sample_timesteps(schedule, rng)
         end = sample_end_time(schedule, s, rng)  # s'
         w = sample_omega(self.guidance, self.w_min, self.w_max, rng)
-        z_t = schedule.diffuse(batch.latents, rng.normal("noise", batch.latents.shape[1:]), t)
+        z_t, w = sample_start(schedule, batch, t, w, rng)
         z_s = SOLVERS[self.solver](teacher.denoiser(batch.cond, w), schedule, z_t, t, s)
         return EndState(t=t, s=s, z_t=z_t, z_s=z_s, w=w, end=end)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from lcmdistill.diffusion.losses import DISTANCES, l2
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.renoise import clipped_snr, renoise, renoise_std
-from lcmdistill.diffusion.schedules import NoiseSchedule
+from lcmdistill.diffusion.schedules import NoiseSchedule, phase_edges
 from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork
 from lcmdistill.objectives.base import TRAILING_DDIM, CriticOptions, MethodInfo, StepCounts, StudentLoss
-from lcmdistill.objectives.common import check_decay, check_omega, draw_omega, noise_level_fraction, phase_edges
+from lcmdistill.objectives.common import check_decay, check_omega, draw_omega, noise_level_fraction
 from lcmdistill.utils.device import copy_to_device
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(

@@ -68,7 +68,7 @@ def result_bytes(config: RunConfig, teacher: Teacher, needed: Breakdown) -> int:
 def sample_bytes(config: RunConfig, teacher: Teacher) -> int:
     """Return the bytes of one cached sample with a caption of its own, in fp16."""
     z, _, c = teacher.example(1, largest(config.data, teacher.multiple), "cpu")
-    latents = 0 if config.objective.info.prompts_only else 2 * 2 * z.numel()
+    latents = 0 if config.objective.info.prompts_only else 2 * (2 + config.data.trajectory) * z.numel()
     return latents + 2 * sum(value[:1].numel() for value in c.values.values())
 
 
@@ -89,7 +89,7 @@ def disk_items(
     note = f"{missing:,} samples of {size_text(each)}" + (f", {total - missing:,} are ready" if missing < total else "")
     items = [
         DiskItem(
-            "cached prompts" if config.objective.info.prompts_only else "cached latents",
+            _cached_name(config),
             cache,
             missing * each,
             note=note,
@@ -134,6 +134,13 @@ def disk_items(
     grids = count * prompts * len(STEPS) * pixels * PICTURE_BYTES
     items.append(DiskItem("validation grids, report", folder, grids + 3e5, note=f"{count} grids"))
     return items
+
+
+def _cached_name(config: RunConfig) -> str:
+    """Return what the samples in the cache are."""
+    if config.objective.info.prompts_only:
+        return "cached prompts"
+    return "cached trajectories" if config.data.trajectory else "cached latents"
 
 
 def _size(folder: Path) -> int:

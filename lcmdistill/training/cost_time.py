@@ -16,6 +16,7 @@ from lcmdistill.data.buckets import largest
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.survey import SourceReport, members_of
+from lcmdistill.data.trajectories import TrajectoryPlan
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.objectives.base import backward_passes
 from lcmdistill.sampling.prompts import STEPS
@@ -224,13 +225,16 @@ def phases(
     data, run, optim = config.data, config.run, config.optim
     generated = sum(each.missing for each in samples if each.generated) / world
     encoded = sum(each.missing for each in samples if not each.generated) / world
-    per_image = (2 if data.guidance_scale > 1 else 1) * data.teacher_steps * rates.forward
+    plan, per_image = TrajectoryPlan.of(config), (2 if data.guidance_scale > 1 else 1) * data.teacher_steps
+    per_image = rates.forward * (plan.forwards(teacher.schedule.num_steps) if plan else per_image)
     found = []
     if config.objective.info.prompts_only:
         found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, f"{math.ceil(generated):,} prompts"))
         generated = 0
     if generated:
         note = f"{math.ceil(generated):,} images of {data.teacher_steps} steps by the teacher"
+        if plan is not None:
+            note = f"{math.ceil(generated):,} trajectories of {plan.points} states by the teacher"
         found.append(Phase(GENERATING, generated * (per_image + rates.caption), note))
     if encoded:
         found.append(Phase(ENCODING, encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images"))

@@ -15,6 +15,7 @@ from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.sources.registry import is_generated
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
+from lcmdistill.data.trajectories import check_trajectory
 from lcmdistill.diffusion.lpips import perceptual_distance
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.students.lora import check_layers
@@ -52,6 +53,7 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     check_teacher_cache(config.objective, config.data.teacher_cache_samples)
+    check_trajectory(config, teacher, is_generated=all(map(is_generated, config.data.sources)))
     _check_start(config, teacher)
     check_start(config.student.start, config.student)
     if config.student.kind == "lora" and config.student.start == "scratch":

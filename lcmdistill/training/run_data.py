@@ -10,6 +10,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.latent_cache import cache_folder
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.sources.registry import make_source, make_sources
+from lcmdistill.data.trajectories import TrajectoryPlan
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import digest
@@ -42,7 +43,8 @@ def sources_of(config: RunConfig, teacher: Teacher | None = None) -> tuple[Sourc
     """Return the sources of a run as its method uses them. teacher: for its own default prompts, once it is loaded."""
     own = teacher.own_prompts if teacher is not None else ()
     only = config.objective.info.prompts_only
-    return make_sources(config.data, own_prompts=own, seed=config.run.seed, prompts_only=only)
+    plan = TrajectoryPlan.of(config)
+    return make_sources(config.data, own_prompts=own, seed=config.run.seed, prompts_only=only, trajectory=plan)
 
 
 def record_of(sources: Sequence[Source], config: RunConfig, teacher: Teacher) -> tuple[RecordedSource, ...]:

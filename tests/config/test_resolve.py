@@ -24,7 +24,7 @@ from tests.support.runs import resolve
 KEYS = """
 data.buckets data.cache_dir data.cache_limit data.caption_drop data.max_samples data.crop data.teacher_steps data.flip
 data.guidance_scale data.holdout data.max_watermark data.min_size data.prompts data.resolution data.sources
-data.teacher_cache_samples
+data.teacher_cache_samples data.trajectory
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times
 objective.w_max objective.w_min
 optim.gradient_accumulation_steps optim.adam_eps optim.batch_size optim.beta1 optim.beta2 optim.learning_rate optim.lr_scheduler

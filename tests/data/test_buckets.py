@@ -141,7 +141,7 @@ def test_each_sample_is_kept_at_its_bucket_s_size(
         s for i in range(0, 20, 8) for s in sorted(expected[i : i + 8], key=lambda s: "{}x{}".format(*s.frame[4:]))
     ]
     for index, sample in enumerate(in_order):
-        mean, std, cond = dataset.read([index])
+        mean, std, cond, _ = dataset.read([index])
         assert tuple(mean.shape[2:]) == dataset.shapes[index] == tuple(side // 4 for side in sample.frame[4:])
         assert sample.pixels is not None
         exact, spread = teacher.encode_images(sample.pixels[None])
@@ -167,7 +167,7 @@ def test_a_batch_of_a_bucket_has_its_sizes(folders: dict[str, Path], shapes_fold
     order = SampleOrder(len(dataset), 0, 4, dataset.shapes)
     for step in range(10):
         indices = order.indices(step, range(4))
-        mean, _, cond = dataset.read(indices)
+        mean, _, cond, _ = dataset.read(indices)
         height, width = (side * 4 for side in mean.shape[2:])
         for original_height, original_width, top, left, *target in cond["time_ids"].tolist():
             assert target == [height, width]

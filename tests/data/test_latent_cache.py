@@ -192,7 +192,7 @@ def test_the_values_are_the_vae_s_posterior_and_the_text_encoder_s(
 ) -> None:
     config = config_for(spec, tmp_path / "cache")
     dataset = LatentDataset([prepared(spec, config, teacher, 0)], [None])
-    mean, std, cond = dataset.read([7, 0])
+    mean, std, cond, _ = dataset.read([7, 0])
     images = torch.stack([pixels(picture(i)) for i in (7, 0)])
     with torch.no_grad():
         posterior = teacher.vae.encode(images).latent_dist
@@ -221,7 +221,7 @@ def test_the_teacher_s_draws_do_not_depend_on_the_batch(
         assert shares == sorted(shares)  # each of the three steps moves it
         assert {round(at_once / 3, 6), round(2 * at_once / 3, 6), 7} <= {round(share, 6) for share in shares}
         found.append(dataset.read(range(7)))
-    (mean, std, cond), (other_mean, _, other_cond) = found
+    (mean, std, cond, _), (other_mean, _, other_cond, _) = found
     torch.testing.assert_close(mean, other_mean, rtol=2e-3, atol=2e-3)
     assert torch.equal(cond["prompt_embeds"], other_cond["prompt_embeds"])
     assert bool((std == 0).all())

@@ -12,8 +12,8 @@ from torch import Tensor
 from lcmdistill.diffusion.consistency import consistency_function
 from lcmdistill.diffusion.flow import FlowSchedule, dynamic_shift, flow_schedule, sampled_sigmas, shifted
 from lcmdistill.diffusion.parameterization import FLOW, X0Eps, to_x0_eps
+from lcmdistill.diffusion.schedules import phase_edges
 from lcmdistill.diffusion.solvers import ddim, euler
-from lcmdistill.objectives.common import phase_edges
 from tests.support.solvers import network_denoiser, noise
 
 EulerScheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler

@@ -12,8 +12,8 @@ from torch import Tensor
 from lcmdistill.diffusion.flow import FlowSchedule, sampled_sigmas
 from lcmdistill.diffusion.losses import DISTANCES
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import vp_schedule
-from lcmdistill.objectives.pcm import PhasedConsistency, phase_edges, phase_grid
+from lcmdistill.diffusion.schedules import phase_edges, vp_schedule
+from lcmdistill.objectives.pcm import PhasedConsistency, phase_grid
 from lcmdistill.teachers.schedulers import vp_scheduler
 from tests.support.objectives import NULL, SD15, gaussian_batch
 from tests.support.oracle import Gaussian, oracle_models, prompt_mean, smooth_schedule

@@ -12,10 +12,9 @@ from torch import Tensor
 from lcmdistill.diffusion.flow import FlowSchedule, sampled_sigmas, shifted
 from lcmdistill.diffusion.parameterization import X0Eps
 from lcmdistill.diffusion.random import Rng
-from lcmdistill.diffusion.schedules import vp_schedule
+from lcmdistill.diffusion.schedules import phase_edges, vp_schedule
 from lcmdistill.diffusion.types import Conditioning, Network, TeacherNetwork
 from lcmdistill.objectives.base import step_cost
-from lcmdistill.objectives.common import phase_edges
 from lcmdistill.objectives.tdm import TrajectoryDistributionMatching as Tdm
 from lcmdistill.teachers.schedulers import vp_scheduler
 from tests.support.objectives import NULL, SD15

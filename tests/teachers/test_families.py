@@ -244,7 +244,7 @@ def test_each_sample_has_a_mask_of_its_own(
         sources=(spec,), resolution=16, max_samples=4, teacher_steps=2, cache_dir=str(tmp_path / "cache")
     )
     folder = prepared(spec, config, teacher, 0)
-    mean, _, cond = LatentDataset([folder], [4]).read([0, 1, 2, 3])
+    mean, _, cond, _ = LatentDataset([folder], [4]).read([0, 1, 2, 3])
     assert cond["mask"].shape == (4, 1, 8, 8)
     assert len({tuple(mask.flatten().tolist()) for mask in cond["mask"]}) > 1
     hidden = cond["mask"].bool().expand_as(mean)

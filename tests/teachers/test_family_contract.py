@@ -15,13 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.latent_cache import prepare
+from lcmdistill.data.loader import batch_of
+from lcmdistill.data.trajectories import check_trajectory
+from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.types import TeacherNetwork, x0_eps_network
+from lcmdistill.students.student import AutocastNetwork, raw_network
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_class
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES
+from lcmdistill.training.run_data import sources_of
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.pixel_models import build_pixel
+from tests.support.runs import resolve
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lcmdistill"
@@ -235,3 +244,30 @@ def test_only_family_files_name_classes_of_networks_and_pipelines(file: Path) ->
 def test_knowledge_of_a_family_is_found(source: str) -> None:
     assert family_knowledge(source)
     assert not family_knowledge('type(scheduler).__name__ == "TCDScheduler"; DiffusionPipeline.from_pretrained(x)')
+
+
+@each_family
+def test_a_family_generates_trajectories_that_a_method_starts_on(
+    key: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(folders[key]))
+    settings: dict[str, Any] = {"objective.name": "cd" if teacher.in_pixels else "pcm", "teacher.model": "x"}
+    settings |= {"data.trajectory": 2, "data.teacher_steps": 2, "data.max_samples": 2}
+    settings |= {"data.resolution": teacher.usual["data.resolution"], "data.cache_dir": str(tmp_path / "cache")}
+    config = resolve({}, settings)
+    if teacher.condition_is_random:
+        with pytest.raises(UsageError, match="an inpainting model is trained on masks"):
+            check_trajectory(config, teacher, is_generated=True)
+        return
+    check_trajectory(config, teacher, is_generated=True)
+    (source,) = sources_of(config, teacher)
+    read = LatentDataset([prepare(source, config.data, teacher, 0)], [2]).read([0, 1])
+    rng, null = Rng(0, 0, range(2)), teacher.encode_prompts([""])
+    batch = batch_of(read, rng, null, 0.0)
+    raw = raw_network(AutocastNetwork(teacher.network, teacher.call, torch.float32))
+    network = TeacherNetwork(x0_eps_network(raw, teacher.schedule, teacher.prediction_type), null)
+    with torch.no_grad():
+        state = config.objective.teacher_step(network, teacher.schedule, batch, rng)
+    assert batch.trajectory is not None
+    assert torch.equal(state.z_t, batch.trajectory.at(teacher.schedule, batch.latents, state.t))
+    assert state.z_s.isfinite().all()

@@ -154,7 +154,7 @@ def test_captions_are_classes_and_others_are_counted(tmp_path: Path) -> None:
     assert str(report) == "3 kept, 3 dropped: 3 x caption names no class of the teacher"
     dataset = LatentDataset([prepared(str(folder), config, teacher, 0)], [None])
     assert str(dataset.reports[0]) == str(report)
-    mean, std, cond = dataset.read(range(3))
+    mean, std, cond, _ = dataset.read(range(3))
     assert {(round(float(m.mean() + 1) * 127.5), int(c)) for m, c in zip(mean, cond["class_labels"], strict=True)} == {
         (0, 2),
         (40, 1),
@@ -173,7 +173,7 @@ def test_an_unconditional_network_needs_no_captions(tmp_path: Path) -> None:
     config = resolve_run_defaults(config, 1, teacher)
     assert (config.data.resolution, config.data.guidance_scale) == (8, 1.0)
     dataset = LatentDataset([prepared(str(folder), config.data, teacher, 0)], [None])
-    mean, _, cond = dataset.read([0, 2])
+    mean, _, cond, _ = dataset.read([0, 2])
     assert (len(dataset), mean.shape, cond.values) == (3, (2, 1, 8, 8), {})
     with pytest.raises(UsageError, match=r"2 x no caption|3 x no caption"):
         surveyed(DataConfig(sources=(str(images(tmp_path / "more", [None, None])),)), seconds=9.0)
@@ -185,7 +185,7 @@ def test_a_teacher_without_data_generates_its_own_classes(tmp_path: Path, labels
     own: dict[str, Any] = {"resolution": 8, "teacher_steps": 3, "guidance_scale": 1.0, "max_samples": 7}
     config = DataConfig(sources=("teacher",), cache_dir=str(tmp_path / "cache"), **own)
     dataset = LatentDataset([prepared("teacher", config, teacher, 0)], [7])
-    mean, _, cond = dataset.read(range(7))
+    mean, _, cond, _ = dataset.read(range(7))
     assert len(mean.flatten(1).unique(dim=0)) == 7
     if labels:
         assert cond["class_labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.redact import redact_word
+
+if TYPE_CHECKING:
+    from lcmdistill.data.trajectories import TrajectoryPlan
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -43,11 +46,13 @@ class SourceOptions:
         prompts: File of prompts for the source `teacher`; None for the default ones.
         own_prompts: The teacher's own default prompts; () for the bundled list.
         seed: Decides the order of an image folder; None keeps the order of the names.
+        trajectory: How the source `teacher` generates whole trajectories; None for finished latents only.
     """
 
     prompts: str | None = None
     own_prompts: tuple[str, ...] = ()
     seed: int | None = None
+    trajectory: "TrajectoryPlan | None" = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Source(ABC):
     is_generated: ClassVar[bool] = False
     prompts_only: ClassVar[bool] = False
     is_remote: ClassVar[bool] = False
+
+    @property
+    def trajectory(self) -> "TrajectoryPlan | None":
+        """How the teacher generates whole trajectories of the members; None where there are only latents."""
+        return None
 
     @property
     def label(self) -> str:

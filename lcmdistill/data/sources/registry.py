@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.sources.base import Source, SourceOptions
@@ -10,6 +10,9 @@ from lcmdistill.data.sources.captions import Captions
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.redact import redact_word
 from lcmdistill.utils.registry import LazyRegistry
+
+if TYPE_CHECKING:
+    from lcmdistill.data.trajectories import TrajectoryPlan
 
 SOURCES = LazyRegistry(
     {
@@ -30,6 +33,7 @@ def make_source(
     own_prompts: Sequence[str] = (),
     seed: int | None = None,
     prompts_only: bool = False,
+    trajectory: "TrajectoryPlan | None" = None,
 ) -> Source:
     """Return the source that a --data word names. This is the only place where the word is parsed.
 
@@ -39,11 +43,12 @@ def make_source(
         own_prompts: The teacher's own default prompts.
         seed: Decides the order of an image folder; None keeps the order of the names.
         prompts_only: Whether only the captions are of use.
+        trajectory: How the source `teacher` generates whole trajectories; None for finished latents only.
 
     Raises:
         UsageError: If the word names no source, or one that does not exist.
     """
-    options = SourceOptions(prompts, tuple(own_prompts), seed)
+    options = SourceOptions(prompts, tuple(own_prompts), seed, trajectory)
     for kind in SOURCES:
         source = SOURCES[kind].parse(word, options)
         if source is not None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lcmdistill.data.sources.base import Member, Source, SourceOptions
 from lcmdistill.data.text import TextEncodingError, decode_text, split_lines
 from lcmdistill.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from lcmdistill.data.trajectories import TrajectoryPlan
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class TeacherSource(Source):
     def parse(cls, word: str, options: SourceOptions) -> Self | None:
         """See `Source.parse`."""
         return cls(word, options) if word == cls.kind else None
+
+    @property
+    def trajectory(self) -> "TrajectoryPlan | None":
+        """See `Source.trajectory`."""
+        return self.options.trajectory
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from lcmdistill.config.schema import RunConfig, Shard
 from lcmdistill.data.buckets import largest
+from lcmdistill.data.trajectories import TrajectoryPlan
 from lcmdistill.diffusion.random import Rng
+from lcmdistill.diffusion.trajectory import Trajectory
 from lcmdistill.diffusion.types import Batch, Network, TeacherNetwork, x0_eps_network
 from lcmdistill.students.build import make_student
 from lcmdistill.students.quantize import largest_decoded, saved_bytes
@@ -211,7 +213,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
             parameter.grad = torch.zeros_like(parameter)
 
     with live, _fused_attention():
-        rng, batch = Rng(0, 0, range(len(z)), "meta"), Batch(torch.zeros_like(z), c)
+        rng, batch = Rng(0, 0, range(len(z)), "meta"), Batch(torch.zeros_like(z), c, _trajectory(config, z))
         rehearse = STEP_KINDS[objective.info.train_step].rehearse
         rehearse(objective, student, networks, schedule, batch, rng, before_backward)
     count, critic_count = (sum(p.numel() for p in parameters) for parameters in (trained, of_critic))
@@ -229,6 +231,15 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     )
     memory = in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
     return quantized(memory, config, teacher, dtype)
+
+
+def _trajectory(config: RunConfig, z: Tensor) -> Trajectory | None:
+    """Return the trajectories of a micro-batch, where its samples have them."""
+    plan = TrajectoryPlan.of(config)
+    if plan is None:
+        return None
+    states = torch.zeros(len(z), plan.points, *z.shape[1:], device=z.device)
+    return Trajectory(states, None if plan.omega is None else torch.zeros(len(z), device=z.device))
 
 
 def quantized(memory: Breakdown, config: RunConfig, teacher: Teacher, dtype: torch.dtype) -> Breakdown:
