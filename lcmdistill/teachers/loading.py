@@ -287,8 +287,9 @@ def _check_settings(model: str, pipeline: Any) -> None:
         config = dict(part.config)
         broken = [key for key, value in config.items() if isinstance(value, float) and value != value]
         broken += [key for key, value in vars(part).items() if isinstance(value, torch.Tensor) and value.isnan().any()]
-        steps = config.get("num_train_timesteps", 1)
-        broken += ["num_train_timesteps"] * (not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS)
+        steps = config.get("num_train_timesteps")  # None: of a U-Net in pixel space
+        has_steps = steps is None or (isinstance(steps, int) and 1 <= steps <= MOST_TIMESTEPS)
+        broken += ["num_train_timesteps"] * (not has_steps)
         factor = config.get("scaling_factor", 1.0)
         broken += ["scaling_factor"] * (name == "vae" and not isinstance(factor, int | float))
         sides = config.get("sample_size") or 1
