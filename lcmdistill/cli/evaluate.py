@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lcmdistill.cli._options import Debug, Device, run_folder
+from lcmdistill.evaluation.protocols import PROTOCOLS
 from lcmdistill.utils.errors import Interrupted, UsageError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,15 @@ def evaluate(
             "imagereward or aesthetic."
         ),
     ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="gamma of TCD students, from 0 (no fresh noise) to 1.  [default: 0.3]")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Published protocol: coco10k-dmd2 or coco5k-senseflow. It sets prompts, number of images, steps and metrics."
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the start noise, the same for all combinations.")
     ] = 2026,
@@ -80,8 +90,10 @@ def evaluate(
     debug: Debug = False,
 ) -> list[Any]:
     """Evaluate runs across steps and guidance scales against the teacher on held-out prompts, and write an HTML report."""
-    runs, counts = [run_folder(run) for run in runs], step_counts(steps)
-    scales = () if guidance_scale is None else _numbers("--guidance-scale", ",".join(guidance_scale))
+    published = PROTOCOLS.get(protocol or "")
+    runs = [run_folder(run) for run in runs]
+    counts = published.steps if published and not steps else step_counts(steps)
+    scales = guidance_scales(guidance_scale, "--guidance-scale")
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("a run is listed twice; list each run once")
     page = _page(runs, output)
@@ -102,6 +114,8 @@ def evaluate(
         features=features,
         inception=inception,
         lpips=lpips,
+        eta=eta,
+        protocol=protocol,
         scorers=parse_scorers([*([f"clip={clip}"] if clip else []), *(scorer or [])]),
     )
     evaluate_and_report(runs, options, page, rank_by)
@@ -143,6 +157,11 @@ def evaluate_and_report(runs: list[Path], options: Any, page: Path | None, rank_
 def step_counts(steps: list[str] | None) -> tuple[int, ...]:
     """Return the step counts of an option; None is the default."""
     return tuple(int(n) for n in _numbers("--steps", ",".join(steps or ["1,2,4,8"]), whole=True))
+
+
+def guidance_scales(scales: list[str] | None, option: str) -> tuple[float, ...]:
+    """Return the guidance scales of an option; () is the runs' own."""
+    return () if scales is None else _numbers(option, ",".join(scales))
 
 
 def _page(runs: list[Path], output: Path | None) -> Path | None:

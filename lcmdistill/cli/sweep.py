@@ -15,7 +15,7 @@ import typer
 from lcmdistill.cli._aliases import Command
 from lcmdistill.cli._options import SETTINGS, Debug, takes, training_options
 from lcmdistill.cli.distill import configuration_from
-from lcmdistill.cli.evaluate import evaluate_and_report, step_counts
+from lcmdistill.cli.evaluate import evaluate_and_report, guidance_scales, step_counts
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_names import RUNS
 from lcmdistill.utils.units import counted
@@ -58,6 +58,9 @@ def sweep(
     eval_steps: Annotated[
         list[str] | None, typer.Option(help="Comma-separated step counts of the evaluation.  [default: 1,2,4,8]")
     ] = None,
+    eval_guidance_scale: Annotated[
+        list[str] | None, typer.Option(help="Guidance scale of the evaluation.  [default: the first run's]")
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option(min=2, max=10**6, help="Images per evaluated point.  [default: as evaluate]")
     ] = None,
@@ -83,6 +86,7 @@ def sweep(
     folder = output or RUNS / f"sweep-{'-'.join(short_names([axis.setting for axis in axes]))}"
     cells = [(folder / name, [*fixed, *own]) for name, own in grid_cells(axes)]
     counts, _ = step_counts(eval_steps), _check_rank(rank_by)
+    scales = guidance_scales(eval_guidance_scale, "--eval-guidance-scale")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep runs in one process; start it without accelerate launch or torchrun")
     configs = [_configuration(command, run, own) for run, own in cells]
@@ -106,7 +110,8 @@ def sweep(
             raise UsageError(f"{run.name}: {error}") from error
     page = folder / PAGE
     if finished:
-        options = EvaluationOptions(steps=counts, num_images=num_images, device=configs[0].run.device)
+        device = configs[0].run.device
+        options = EvaluationOptions(steps=counts, guidance_scales=scales, num_images=num_images, device=device)
         evaluate_and_report(finished, options, page, rank_by)
     if failed:
         names = ", ".join(run.name for run in failed)

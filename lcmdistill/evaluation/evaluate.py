@@ -10,15 +10,17 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.data.eviction import evict_lru
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.evaluation.latents import bucketed_noise, start_noise
-from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
+from lcmdistill.evaluation.latents import TEACHER_STEPS, bucketed_noise, start_noise
+from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run, with_protocol
 from lcmdistill.evaluation.progress import SweepProgress, measure_image_seconds
 from lcmdistill.evaluation.prompts import PromptChoice, choose_prompts
+from lcmdistill.evaluation.protocols import deviations
 from lcmdistill.evaluation.results import write_sweep
 from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
 from lcmdistill.evaluation.self_consistency import write_curve
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
 from lcmdistill.sampling.generate import check_steps, load_student, sampling_dtype
+from lcmdistill.sampling.variations import check_eta
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.checksums import digest
@@ -42,6 +44,7 @@ def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
         UsageError: The runs cannot be compared, or an option cannot be met.
     """
     evaluated = [evaluated_run(run) for run in runs]
+    options = with_protocol(options, cache_root(evaluated[0].config.data) / "protocols")
     resolutions = sorted({run.config.data.resolution for run in evaluated})
     if len(resolutions) > 1:
         raise UsageError(f"the runs generate {resolutions} px and cannot be compared; evaluate each run separately")
@@ -104,6 +107,7 @@ def _evaluate_run(
         model.path, device, model.loras, options=model.options, scheduler=model.scheduler, dtype=dtype
     )
     check_steps(pipeline, max(sweep.steps))
+    check_eta(pipeline, options.eta)
     selected = select_metrics(run, options, real, len(prompts), device)
     metrics, metrics_key = selected.metrics, selected.key
     square_noise = lambda: start_noise(teacher, resolution, len(prompts), options.seed)  # noqa: E731
@@ -119,6 +123,7 @@ def _evaluate_run(
         dtype=dtype,
         batch_size=options.batch_size,
         device=device_name(device),
+        eta=options.eta,
     )
     logger.info(f"{run.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
     state = SweepProgress(sweep, measure_image_seconds(pair, prompts))
@@ -140,7 +145,19 @@ def _evaluate_run(
         "notes": selected.notes,
         "has_classes": bool(teacher.own_prompts),
         "trained_steps": config.optim.max_train_steps,
+        **({} if options.eta is None else {"eta": options.eta}),
     }
+    if options.published is not None:
+        differences = deviations(
+            options.published,
+            images=len(prompts),
+            prompts=len(set(prompts)),
+            resolution=resolution,
+            steps=sweep.steps,
+            teacher=f"{TEACHER_STEPS} steps at guidance scale {scales[0]:g}",
+        )
+        protocol = options.published.protocol
+        more["protocol"] = {"name": protocol.key, "source": protocol.source, "deviations": differences}
     write_sweep(folder, sweep, metrics, more)
 
 

@@ -1,12 +1,13 @@
 """What is evaluated: the options of an evaluation, and the finished runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import Size, bucket_sizes
+from lcmdistill.evaluation.protocols import PROTOCOLS, NeededFile, PublishedRun
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.generate import ModelToSample, find_model
 from lcmdistill.teachers.base import Teacher
@@ -35,6 +36,9 @@ class EvaluationOptions:
         inception: A TorchScript Inception for FID.
         lpips: torchvision's AlexNet file.
         scorers: The weights of each scorer to use, by its key: a local path or a cached hub id.
+        eta: gamma of a TCDScheduler; None is the method's default.
+        protocol: The key of a published protocol.
+        published: That protocol with its files; see `with_protocol`.
     """
 
     steps: tuple[int, ...] = STEPS
@@ -49,6 +53,9 @@ class EvaluationOptions:
     inception: Path | None = None
     lpips: Path | None = None
     scorers: Mapping[str, str] = field(default_factory=dict)
+    eta: float | None = None
+    protocol: str | None = None
+    published: PublishedRun | None = None
 
 
 @dataclass(frozen=True)
@@ -98,3 +105,63 @@ def evaluated_run(run: Path) -> EvaluatedRun:
     if not has_trained_student(run):
         raise UsageError(f"the run {run} has not finished; run its distill command again first")
     return EvaluatedRun(run, config, find_model(str(run)))
+
+
+def with_protocol(options: EvaluationOptions, folder: Path) -> EvaluationOptions:
+    """Return the options with what their protocol prescribes and the command does not. Without a protocol, return them as is.
+
+    The real images are only for the protocol's FID, hence they are no longer in `real`.
+
+    Args:
+        options: The options.
+        folder: The folder of all protocols' files.
+
+    Raises:
+        UsageError: The protocol is unknown, or files are missing.
+    """
+    if options.protocol is None:
+        return options
+    protocol = PROTOCOLS.get(options.protocol)
+    if protocol is None:
+        raise UsageError(f"unknown --protocol {options.protocol}; choose one of {', '.join(PROTOCOLS)}")
+    place, missing = folder / protocol.key, []
+
+    def found(needed: NeededFile, own: str | Path | None) -> str:
+        path = place / needed.name
+        if own is None and not path.exists():
+            missing.append(f"{needed.name} ({needed.content}; or {needed.option})")
+        return str(path if own is None else own)
+
+    count = options.num_images or protocol.num_images
+    prompts = found(protocol.prompts, options.prompts)
+    inception = real = None
+    if count >= protocol.num_images:
+        inception = found(protocol.inception, options.inception)
+        real = found(protocol.real, options.real) if protocol.real else None
+    scorers = dict(options.scorers)
+    for name, hub_id in protocol.scorers.items():
+        if name not in scorers:
+            scorers[name] = str(place / name) if (place / name).exists() else hub_id
+            if scorers[name] == hub_id and not _is_cached(hub_id):
+                missing.append(f"{name} (hf download {hub_id}, or --scorer {name}=MODEL)")
+    if missing:
+        raise UsageError(f"--protocol {protocol.key} needs these files in {place}: {'; '.join(missing)}")
+    own = [name for name in ("prompts", "inception", "real") if getattr(options, name) is not None]
+    words = tuple(
+        [f"--{name}" for name in own] + [f"--scorer {name}" for name in protocol.scorers if name in options.scorers]
+    )
+    published = PublishedRun(protocol, Path(inception) if inception else None, real, words)
+    return replace(
+        options, prompts=prompts, num_images=count, inception=None, real=None, scorers=scorers, published=published
+    )
+
+
+def _is_cached(hub_id: str) -> bool:
+    """Return whether the hub's local cache holds a snapshot of a repository."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(hub_id, local_files_only=True)
+    except Exception:  # of one that is not cached
+        return False
+    return True

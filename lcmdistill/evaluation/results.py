@@ -45,6 +45,15 @@ class Results:
         return self.info["metrics"]
 
     @property
+    def protocol(self) -> str:
+        """The published protocol and the deviations from it, in one sentence; "" without a protocol."""
+        recorded = self.info.get("protocol")
+        if not recorded:
+            return ""
+        differences = "; ".join(recorded["deviations"])
+        return f"Protocol {recorded['name']}: {recorded['source']}. Deviations: {differences}."
+
+    @property
     def steps(self) -> list[int]:
         """The student's step counts in ascending order."""
         return sorted(self.info["steps"])

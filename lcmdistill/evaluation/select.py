@@ -32,8 +32,15 @@ from lcmdistill.evaluation.metrics.pretrained import (
     fid_to_teacher_metrics,
     lpips_metric,
 )
+from lcmdistill.evaluation.metrics.published_fid import (
+    central_patch,
+    published_fid_metrics,
+    real_features,
+    whole_image,
+)
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions
 from lcmdistill.evaluation.prompts import PromptChoice
+from lcmdistill.evaluation.protocols import PublishedRun
 from lcmdistill.evaluation.scorers.base import scorer_metric
 from lcmdistill.evaluation.scorers.registry import SCORERS
 from lcmdistill.utils.checksums import digest
@@ -96,6 +103,8 @@ def select_metrics(
             )
     if options.inception is not None:
         metrics |= _fid(run, options, real, count, device, notes)
+    if options.published is not None and options.published.inception is not None:
+        metrics |= _published_fid(options.published, key, device)
     if options.lpips is not None:
         metrics["lpips"] = lpips_metric(options.lpips, device)
     metrics |= {name: scorer_metric(SCORERS[name], word, device) for name, word in options.scorers.items()}
@@ -156,6 +165,27 @@ def _fid(
             f"FID to real images needs {FID_IMAGES} of them that belong to the prompts, and there are {len(images)}."
         )
     return metrics
+
+
+def _published_fid(published: PublishedRun, key: dict[str, Any], device: torch.device) -> dict[str, Metric]:
+    """Return FID and patch FID as a protocol computes them.
+
+    Raises:
+        UsageError: There are not as many real images as the protocol has.
+    """
+    protocol, real = published.protocol, None
+    assert published.inception is not None
+    network = ScriptedFeatures(published.inception, "--inception").to(device)
+    key["protocol"] = [protocol.key, fingerprint([published.inception]), published.real]
+    if published.real is not None:
+        changes = (whole_image(protocol.fid_side), central_patch)
+        real = real_features(network, published.real, protocol.num_images, changes)
+        if len(real[0]) < protocol.num_images:
+            raise UsageError(
+                f"--protocol {protocol.key} compares with {protocol.num_images} real images, and {redact_word(published.real)} "
+                f"has {len(real[0])}; pass all of them with --real, or fewer images with --num-images, which omits FID"
+            )
+    return published_fid_metrics(network, protocol.fid_side, real, protocol.num_images, protocol.key)
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -225,13 +225,15 @@ def _measured(run: Path, config: RunConfig) -> dict[str, Any] | None:
         numbers = [results.number(name, "student", n) for name in measures]
         rows.append([str(n), *("" if value is None else f"{value:g}" for value in numbers)])
     features = "; ".join(f"{each['label']}: {each['measured_on']}, {each['published']}" for each in measures.values())
+    protocol = f"{results.protocol} " if results.protocol else ""
+    count = f"{results.info['images']} images per row, guidance scale {results.guidance_scale:g}"
     limits = "".join(f" {each['label']}: {each['limits']}" for each in measures.values() if each.get("limits"))
     return {
         "headline": judged.headline,
         "reasons": judged.reasons,
         "labels": [each["label"] for each in measures.values()],
         "rows": rows,
-        "about": f"{results.info['images']} images per row, guidance scale {results.guidance_scale:g}. {features}.{limits}",
+        "about": f"{protocol}{count}. {features}.{limits}",
         "plots": [
             {"file": f"samples/{name}.png", "title": title}
             for name, title in PLOTS.items()

@@ -91,7 +91,7 @@ def comparison(runs: Sequence[Path], rank_by: str | None = None) -> dict[str, An
         "title": " and ".join(evaluated) if len(evaluated) == 2 else f"{len(evaluated)} runs",
         "about": (
             f"{first.info['images']} images per row, from the same {held_out}prompts and the same start noise "
-            f"(seed {first.info['seed']})."
+            f"(seed {first.info['seed']}). {first.protocol}".rstrip()
         ),
         "groups": [_group(evaluated, i) for i in range(len(first.info["preview_prompts"]))],
         "heads": [*map(steps_text, first.steps), f"teacher, {TEACHER_STEPS} steps"],

@@ -102,8 +102,8 @@ def evaluation_summary(run: Path) -> str:
     if results is None:
         raise UsageError(f"{run} has not been evaluated; run: lcmdistill evaluate {run}")
     judged = verdict(results)
-    lines = [*judged.reasons, *score_lines(results, judged.enough or results.steps[-1])]
-    return "\n".join([f"{run.name}: {judged.headline}", *(f"  {line}" for line in lines)])
+    lines = [*judged.reasons, *score_lines(results, judged.enough or results.steps[-1]), results.protocol]
+    return "\n".join([f"{run.name}: {judged.headline}", *(f"  {line}" for line in lines if line)])
 
 
 def score_lines(results: Results, steps: int) -> list[str]:
@@ -318,14 +318,16 @@ def _quality(name: str, results: Results, cards: list[dict[str, Any]]) -> dict[s
     elif info.get("has_classes"):
         source = f" of {info['distinct_prompts']} classes"
     notes = "".join(f" {note}" for note in info.get("notes", ()))
+    eta = f", eta {info['eta']:g}" if "eta" in info else ""
     sizes = f" Image sizes (height x width): {', '.join(info['sizes'])}." if info.get("sizes") else ""
     about = (
         f"{info['images']} images per row{source}, from the same start noise (seed {info['seed']}), at guidance scale "
-        f"{results.guidance_scale:g}.{sizes}{notes} These numbers are not comparable with published results unless stated."
+        f"{results.guidance_scale:g}{eta}.{sizes}{notes} These numbers are not comparable with published results unless stated."
     )
     files = downloads({name: results}, name)
     return {
         "about": about,
+        "protocol": results.protocol,
         "charts": cards,
         "files": files,
         "table": table(results),

@@ -15,11 +15,11 @@ from PIL import Image
 from lcmdistill.config.guidance import OmegaRange, omega_range
 from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.data.images import ImageError, open_image
-from lcmdistill.objectives import OBJECTIVES, method_sampled_by
+from lcmdistill.objectives import method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
-from lcmdistill.sampling.variations import StartImage
+from lcmdistill.sampling.variations import StartImage, check_eta
 from lcmdistill.students.lora_files import scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.folders import only_variant
@@ -370,13 +370,7 @@ def guidance_warning(model: ModelToSample, guidance_scale: float) -> str | None:
 
 def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, negative_prompt: str | None) -> None:
     """Raise UsageError for an option that would have no effect."""
-    scheduler = type(pipeline.scheduler).__name__
-    method = method_sampled_by(scheduler)
-    if eta is not None and (method is None or "eta" not in method.sampling_options):
-        known = sorted({each.info.scheduler for each in OBJECTIVES.values() if "eta" in each.info.sampling_options})
-        raise UsageError(f"--eta is for a {', '.join(known)}, and this model has {scheduler}; remove this option")
-    if eta is not None and not 0.0 <= eta <= 1.0:
-        raise UsageError(f"--eta is {eta}; it must be from 0 (no fresh noise) to 1")
+    check_eta(pipeline, eta)
     if family_of(pipeline).in_pixels and (negative_prompt is not None or guidance_scale != 1.0):
         option = "--guidance-scale" if negative_prompt is None else "--negative-prompt"
         raise UsageError(

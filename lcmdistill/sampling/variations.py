@@ -1,4 +1,4 @@
-"""Other ways to sample a model: from an image instead of noise, and with another scheduler."""
+"""Other ways to sample a model: from an image instead of noise, with another scheduler, and with more or less fresh noise."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.sampling.student_pipeline import Size, height_and_width
 from lcmdistill.teachers.pipelines import native_size
 from lcmdistill.teachers.registry import family_of
@@ -135,3 +136,14 @@ def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, 
 
 def _multiple_of_8(side: float) -> int:
     return max(8, 8 * round(side / 8))
+
+
+def check_eta(pipeline: Any, eta: float | None) -> None:
+    """Raise UsageError for an eta that is out of range, or that the pipeline's scheduler does not take."""
+    scheduler = type(pipeline.scheduler).__name__
+    method = method_sampled_by(scheduler)
+    if eta is not None and (method is None or "eta" not in method.sampling_options):
+        known = sorted({each.info.scheduler for each in OBJECTIVES.values() if "eta" in each.info.sampling_options})
+        raise UsageError(f"--eta is for a {', '.join(known)}, and this model has {scheduler}; remove this option")
+    if eta is not None and not 0.0 <= eta <= 1.0:
+        raise UsageError(f"--eta is {eta}; it must be from 0 (no fresh noise) to 1")

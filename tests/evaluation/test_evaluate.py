@@ -240,6 +240,7 @@ def test_prompts_are_spread_over_the_file_and_trained_ones_left_out(
         ),
         ({"features": Path("x.pt")}, "--features x.pt does not exist"),
         ({"scorers": {"clip": "no/such"}}, "--scorer clip=no/such is neither a local path nor in the local hub cache"),
+        ({"eta": 0.0}, "--eta is for a TCDScheduler, and this model has LCMScheduler; remove this option"),
         ({"lpips": Path("x.pth")}, "--lpips x.pth does not exist; pass torchvision's file"),
         ({"real": "/nowhere"}, "--real /nowhere does not exist; pass a folder of images, .tar shards, or tiny"),
     ],

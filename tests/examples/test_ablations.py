@@ -1,12 +1,14 @@
 """The ablations' page is made of its runs' numbers: what is drawn, and that the verdicts follow the numbers."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.runs import resolve
+sweep: Any = import_module("lcmdistill.cli.sweep")
+"the module, of which the package has a function of the same name"
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "ablations"
 
@@ -27,8 +29,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 def numbers(run: Any, **changed: float) -> dict[str, Any]:
     """Made-up numbers that bear out every claim but the last; changed: {"run_steps": rmse and kid}, with _ for -."""
     found: dict[str, Any] = {}
-    for name in [*run.settings(), *run.ETAS]:
-        steps, scales = run.wanted(name)
+    for name in run.FOLDERS:
+        steps = run.MANY if name in run.COMPARED else run.STEPS
+        scales = [omega + 1.0 for omega in run.OMEGAS] if name == "lcm" else [5.0]
         cells = {}
         for scale in scales:
             cells[f"teacher-50-g{scale:g}"] = {"rmse": 0.0, "kid": 0.02}
@@ -43,15 +46,25 @@ def numbers(run: Any, **changed: float) -> dict[str, Any]:
     return found
 
 
-def test_every_run_is_a_configuration(modules: Any) -> None:
+def test_the_sweeps_make_every_run_of_the_page(modules: Any) -> None:
     run, _ = modules
-    for name, own in run.settings().items():
-        config = resolve({}, {**run.COMMON, **own})
-        assert config.data.resolution == 64, name
-        config.objective.check(1000)
-    names = set(run.settings())
-    assert {f"k{k}-{s}" for k in run.SKIPS for s in run.SOLVERS} < names
-    assert {"lcm", "lcm-long", "tcd-long", "ema-0", "ema-0.99"} < names
+    made = set()
+    for words in run.commands():
+        if words[:2] == ["sweep", "distill"]:
+            options = {"--output", "--num-images", "--eval-steps", "--eval-guidance-scale"}
+            pairs = list(zip(words[2::2], words[3::2], strict=True))
+            own = {name: value for name, value in pairs if name in options}
+            assert set(own) == options
+            training = [word for name, value in pairs if name not in options for word in (name, value)]
+            fixed, axes = sweep.split_grid(training, sweep._parameters("distill"))
+            folder = Path(own["--output"])
+            for name, words_of_run in sweep.grid_cells(axes):
+                sweep._configuration("distill", folder / name, [*fixed, *words_of_run])
+                made.add(folder / name)
+        else:
+            assert words[0] == "evaluate"
+    copied = run.RUNS / run.FOLDERS["tcd-long-eta-0"]
+    assert {run.RUNS / folder for folder in run.FOLDERS.values()} == made | {copied}
 
 
 def test_the_page_has_its_figures_and_every_number(modules: Any, tmp_path: Path) -> None:
@@ -94,4 +107,6 @@ def test_missing_numbers_cannot_be_plotted(
     monkeypatch.setattr(sys, "argv", ["run.py", "--draw"])
     with pytest.raises(SystemExit):
         run.main()
-    assert "runs/ablations lacks the numbers of" in capsys.readouterr().err
+    assert (
+        "runs/ablations lacks the numbers of 22 runs, lcm first; remove --draw to make them" in capsys.readouterr().err
+    )

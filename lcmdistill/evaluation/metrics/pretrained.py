@@ -42,7 +42,7 @@ def fid_metric(network: nn.Module, name: str, reference: Tensor, real_images: st
         f"{name}, {reference.shape[1]} features",
         real_images,
         lambda pair: network(eight_bit(center_square(pair.pixels)).to(device)),
-        lambda features: _frechet(features, reference),
+        lambda features: frechet(features, reference),
         published="comparable for the same number of images, prompts, real images and Inception file",
         decimals=2,
         min_images=FID_IMAGES,
@@ -78,7 +78,7 @@ def fid_to_teacher_metrics(network: nn.Module, name: str, resolution: int) -> di
             name,
             TEACHER_REFERENCE,
             lambda pair: both(pair, crop),
-            lambda features: _frechet(*features.chunk(2, dim=1)),
+            lambda features: frechet(*features.chunk(2, dim=1)),
             published="comparable for the same teacher, its steps and guidance, number of images, prompts and Inception file",
             decimals=2,
             min_images=FID_IMAGES,
@@ -110,7 +110,8 @@ class _PrecomputedFeatures(nn.Module):
         return features
 
 
-def _frechet(features: Tensor, reference: Tensor) -> float:
+def frechet(features: Tensor, reference: Tensor) -> float:
+    """Return the Frechet distance between two sets of features, (N, F) and (M, F), as Gaussians."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(_PrecomputedFeatures(features.shape[1]))

@@ -76,11 +76,12 @@ def load_clip(word: str, device: torch.device, scorer: str, weights: str) -> Cli
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    loader: Any = CLIPModel
     if Path(word).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise UsageError(f"--scorer {scorer}={word} is a file without a model description; pass {weights}")
     folder = local_folder(word, scorer, weights)
     try:
-        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"--scorer {scorer}={word} holds no CLIP model; pass {weights}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
@@ -89,16 +90,15 @@ def load_clip(word: str, device: torch.device, scorer: str, weights: str) -> Cli
         raise UsageError(f"--scorer {scorer}={word} {what}; pass {weights}")
     model = model.float().eval().requires_grad_(False).to(device)
     has = {path.name for path in folder.iterdir()}
-    pixels, tokenizer = plain_pixels(model), None
-    if has & {"preprocessor_config.json", "processor_config.json"} and has & {"tokenizer.json", "vocab.json"}:
-        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        tokenizer = processor.tokenizer
+    if not (has & {"preprocessor_config.json", "processor_config.json"} and has & {"tokenizer.json", "vocab.json"}):
+        return Clip(model, clip_tokenizer(), plain_pixels(model))
+    processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
 
-        def pixels(images: Tensor) -> Tensor:
-            arrays = [image.permute(1, 2, 0).numpy() for image in images]
-            return processor.image_processor(images=arrays, return_tensors="pt")["pixel_values"]
+    def pixels(images: Tensor) -> Tensor:
+        arrays = [image.permute(1, 2, 0).numpy() for image in images]
+        return processor.image_processor(images=arrays, return_tensors="pt")["pixel_values"]
 
-    return Clip(model, tokenizer or clip_tokenizer(), pixels)
+    return Clip(model, processor.tokenizer, pixels)
 
 
 def plain_pixels(model: Any, *, pad: bool = False) -> Callable[[Tensor], Tensor]:

@@ -18,10 +18,15 @@ def head_of(state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] 
         state: `layers.INDEX.weight` and `.bias` of five layers, or `weight` and `bias` of a single one.
     """
     if set(state) == {"weight", "bias"}:
-        return nn.Linear(*reversed(state["weight"].shape)), dict(state)
+        return _linear(state["weight"]), dict(state)
     if set(state) != {f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")}:
         return None
     modules: list[nn.Module] = [nn.Identity() for _ in range(max(LAYERS) + 1)]
     for i in LAYERS:
-        modules[i] = nn.Linear(*reversed(state[f"layers.{i}.weight"].shape))
+        modules[i] = _linear(state[f"layers.{i}.weight"])
     return nn.Sequential(*modules), {key.removeprefix("layers."): value for key, value in state.items()}
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    out, inputs = weight.shape
+    return nn.Linear(inputs, out)

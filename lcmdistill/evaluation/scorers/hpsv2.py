@@ -1,5 +1,7 @@
 """Human Preference Score v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341): open_clip's ViT-H/14, fine-tuned on preferences."""
 
+from typing import Any
+
 import torch
 
 from lcmdistill.evaluation.scorers.base import ScoreFunction, Scorer, fill, read_tensors, weights_file
@@ -17,7 +19,7 @@ def _load(word: str, device: torch.device) -> ScoreFunction:
     values = read_tensors(path, HPSV2.key)
     state = values.get("state_dict", values)
     try:
-        model = CLIPModel(config_of(state))
+        model: Any = CLIPModel(config_of(state))
     except (KeyError, IndexError, ValueError) as error:
         raise UsageError(f"--scorer {HPSV2.key}={word} holds no open_clip model; pass {HPSV2.weights}") from error
     fill(model, transformers_weights(state), path, HPSV2.key)

@@ -118,7 +118,7 @@ def test_other_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         RunError, match="--scorer pickscore=nobody/nothing is neither a local path nor in the local hub cache"
     ):
         scorer_metric(SCORERS["pickscore"], "nobody/nothing", CPU)
-    model = small_clip()
+    model: Any = small_clip()
     model.text_projection = nn.Identity()
     model.save_pretrained(tmp_path / "part")
     with pytest.raises(UsageError, match=r"lacks 1 weights of a CLIP model, such as text_projection\.weight"):
