@@ -69,7 +69,7 @@ def test_a_lora_run(small_teacher: Path, image_folder: Path) -> None:
         ({"xyzzy": 1}, "unknown option 'xyzzy' of distill; see lcmdistill distill --help"),
         ({"batch_size": 2.5}, "invalid value for '--batch-size': "),
         ({"batch_size": 0}, "optim.batch_size is 0; it must be from 1 to 65536"),
-        ({"settings": {"optim.bta1": 0.9}}, "unknown config key 'optim.bta1'; did you mean 'optim.beta1'?"),
+        ({"settings": {"optim.bta1": 0.9}}, "unknown setting 'optim.bta1'; did you mean 'optim.beta1'?"),
         ({"objective": "lmc"}, "lmc"),
     ],
 )

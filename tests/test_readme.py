@@ -1,10 +1,13 @@
 """The documents' commands work: `lcmdistill` lines and Python blocks of the README and the guides are run, small; every
 other command is parsed; options, settings, links and make targets exist."""
 
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from lcmdistill.config.reference import settings_table
 from lcmdistill.config.schema import SECTIONS
 from lcmdistill.config.synonyms import normalized
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.objectives.lcm import LatentConsistency
+from lcmdistill.objectives.pairs import consistency_pair
 from lcmdistill.teachers import naming as teachers
 
 ROOT = Path(__file__).parent.parent
@@ -231,3 +236,21 @@ def test_the_settings_guide_lists_the_settings() -> None:
 
 def test_the_readme_is_short() -> None:
     assert README.stat().st_size < 9000
+
+
+@pytest.mark.parametrize("function", [LatentConsistency.teacher_step, LatentConsistency.loss, consistency_pair])
+def test_the_guide_on_extending_shows_the_code_as_it_is(function: Callable[..., Any]) -> None:
+    guide = (ROOT / "examples/guides/extending.md").read_text(encoding="utf-8")
+    assert textwrap.dedent(inspect.getsource(function)) in guide
+
+
+@pytest.mark.parametrize(
+    "document", DOCUMENTS + sorted((ROOT / "lcmdistill").rglob("*.md")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_table_has_a_header(document: Path) -> None:
+    """A table that a blank line cuts in two is shown as text."""
+    blocks = re.findall(r"(?:^\|.*\n)+", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for block in blocks:
+        lines = block.splitlines()
+        assert len(lines) > 1, block
+        assert re.fullmatch(r"\|(?: ?:?-+:? ?\|)+", lines[1]), block

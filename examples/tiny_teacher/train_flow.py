@@ -78,7 +78,7 @@ class FlowTraining:
     """The fine-tuning, with checkpoints and previews."""
 
     def __init__(self, work: Path, minutes: float, batch: int, peak: float) -> None:
-        self.pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", torch_dtype=torch.float32)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny").to(torch.float32)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
         self.unet.set_attn_processor(AttnProcessor())  # plain products: faster than fused attention at these sizes
         self.batch, self.peak, self.checkpoint = batch, peak, work / "flow.pt"

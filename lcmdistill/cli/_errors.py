@@ -1,6 +1,8 @@
 """Report whatever ends a command: one sentence on stderr and an exit code."""
 
+import difflib
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -29,6 +31,12 @@ def parser_sentence(error: Any) -> str:
     """Return a parser's error as one sentence with the value that it got."""
     text = " ".join(error.format_message().split()).rstrip(".")
     text = text.replace(". Choose", "; choose").replace("Value error, ", "").replace(": Input should", ": it should")
+    text = re.sub(r"valid integer(, unable to parse string as an integer)?", "whole number", text)
+    text = re.sub(r"valid number(, unable to parse string as a number)?", "number", text)
+    text = re.sub(r"\. Did you mean (.+)\?", r" (did you mean \1?)", text)
+    if chosen := re.search(r"'([^']*)' is not one of (.+)", text):
+        near = difflib.get_close_matches(chosen[1], re.findall(r"'([^']*)'", chosen[2]), n=1)
+        text += f" (did you mean {near[0]!r}?)" if near else ""
     cause = error.__cause__
     value = cause.errors()[0]["input"] if hasattr(cause, "errors") else None
     got = f", got {value!r}" if value is not None and repr(value) not in text else ""

@@ -9,6 +9,7 @@ import typer
 
 from lcmdistill.cli._options import Debug, Device, run_folder
 from lcmdistill.evaluation.protocols import PROTOCOLS
+from lcmdistill.evaluation.scorers.registry import SCORERS
 from lcmdistill.utils.errors import Interrupted, UsageError
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,7 @@ def evaluate(
     lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet file, for LPIPS to the teacher.")] = None,
     scorer: Annotated[
         list[str] | None,
-        typer.Option(
-            help="NAME=MODEL, a local path or a cached hub id; repeatable. NAME: clip, clip_dmd2, pickscore, hpsv2, "
-            "imagereward or aesthetic."
-        ),
+        typer.Option(help=f"NAME=MODEL, a local path or a cached hub id; repeatable. NAME: {', '.join(SCORERS)}."),
     ] = None,
     eta: Annotated[
         float | None, typer.Option(help="gamma of TCD students, from 0 (no fresh noise) to 1.  [default: 0.3]")
@@ -65,7 +63,7 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Published protocol: coco10k-dmd2 or coco5k-senseflow. It sets prompts, number of images, steps and metrics."
+            help=f"Published protocol: {' or '.join(PROTOCOLS)}. It sets prompts, number of images, steps and metrics."
         ),
     ] = None,
     seed: Annotated[

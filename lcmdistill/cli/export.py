@@ -21,20 +21,21 @@ else:
 def export(
     run: Annotated[Path, typer.Argument(help="Finished run: its folder, or its name under runs/.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="Output format.")],
-    output: Annotated[Path, typer.Option(help="File (kohya, single-file: .safetensors) or folder to write.")],
+    output: Annotated[Path, typer.Option(help="File (.safetensors) or folder to write, as the format requires.")],
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"],
-        typer.Option(help="Data type of the written weights; diffusers-lora, peft and onnx are always fp32."),
+        typer.Option(help="Data type of the written weights, for formats that have a choice; the others are fp32."),
     ] = "fp16",
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Guidance baked into a single file (omega + 1).  [default: the run's value]", callback=finite
+            help="Guidance baked into a file whose format has no guidance input (omega + 1).  [default: the run's value]",
+            callback=finite,
         ),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="onnx: dynamic int8 quantization of the weights and activations of matrix products."),
+        typer.Option(help="Dynamic int8 quantization of the weights and activations of matrix products, for graphs."),
     ] = None,
     weights: Annotated[
         Literal["last", "best"], typer.Option(help="Final weights, or those of the best validation.")

@@ -54,7 +54,9 @@ def sample(
     ] = None,
     negative_prompt: Annotated[
         str | None,
-        typer.Option(help="Negative prompt. Only for students trained with --guidance free, or with cd, ct or ict."),
+        typer.Option(
+            help="Negative prompt. Only for students trained with --guidance free, or by a method without guidance."
+        ),
     ] = None,
     eta: Annotated[
         float | None,
@@ -75,7 +77,7 @@ def sample(
     prediction_type: Annotated[
         Literal["epsilon", "sample", "v_prediction"] | None,
         typer.Option(
-            help="What a model predicts whose files do not say so, or are wrong.  [default: as its files say]"
+            help="Prediction type, if the model's files omit it or state it wrongly.  [default: as its files state]"
         ),
     ] = None,
     clip_skip: Annotated[

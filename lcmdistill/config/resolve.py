@@ -70,7 +70,7 @@ def resolve(
             raise UsageError(f"objective.{key} is not a setting of {name}, which has {known}")
         if unknown[0] in RENAMED:
             raise UsageError(f"{unknown[0]} is now called {RENAMED[unknown[0]]}; rename it")
-        raise UsageError(f"unknown config key {unknown[0]!r}{_closest(unknown[0], sections)}")
+        raise UsageError(f"unknown setting {unknown[0]!r}{_closest(unknown[0], sections)}")
     config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
     if config.run.output is None:
         output = (

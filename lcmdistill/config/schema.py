@@ -95,7 +95,7 @@ class TeacherConfig:
     """[teacher]: the network to distill."""
 
     model: str = "sd15"
-    "Model to distill: tiny (bundled), an alias (sd15, sd21, sdxl, ssd1b), a hub id, a folder or a .safetensors file."
+    "Model to distill: tiny (bundled), an alias (such as sd15, sdxl, sd35-medium), a hub id, a folder or a .safetensors file."
     revision: str | None = None
     "Branch, tag or commit of a hub model."
     variant: str | None = None
@@ -151,7 +151,7 @@ class StudentConfig:
     )
     "Layers that get a LoRA, matched by name suffix."
     lora_relative_to: Literal["teacher", "base"] = setting("teacher", only_for="lora")
-    "What the LoRA is an addition to: the teacher with its LoRAs, or the plain base: the file then contains those LoRAs, too."
+    "teacher: the LoRA is applied on top of the teacher's LoRAs. base: the file contains those LoRAs as well."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ class RunSection:
     device: str = setting("auto", mutable_on_resume=True)
     "Device: auto, cpu, cuda, cuda:1, mps."
     memory: str = setting("auto", mutable_on_resume=True)
-    "GPU memory limit in GiB (12 for a 12 GB card), met by smaller micro-batches and the like: a number, auto (free) or off."
+    "GPU memory limit in GiB (12 for a 12 GB card) that the plan must meet: a number, auto (the free memory) or off."
     gradient_checkpointing: bool = setting(False, mutable_on_resume=True, decided_by_memory_plan=True)
     "Gradient checkpointing: recompute activations in the backward pass, for less memory and about a sixth more time."
     shard: Shard = setting(Shard.auto, mutable_on_resume=True, decided_by_memory_plan=True)

@@ -21,33 +21,39 @@ Denoiser = Callable[[Tensor, Tensor], X0Eps]
 
 
 class Solver(Protocol):
-    """One step of a PF-ODE solver. evaluations: how often it calls the denoiser."""
+    """One step of a PF-ODE solver.
+
+    Attributes:
+        evaluations: How often it calls the denoiser.
+        order: Its order: the global error is O(h^order).
+    """
 
     evaluations: int
+    order: int
 
     def __call__(self, denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor, /) -> Tensor:
         """Return z_s, (B, C, h, w) fp32."""
         ...
 
 
-def solver_of(evaluations: int) -> Callable[[Callable[..., Tensor]], Solver]:
-    """Declare how often a solver calls its denoiser; a test counts."""
+def solver_of(evaluations: int, order: int) -> Callable[[Callable[..., Tensor]], Solver]:
+    """Declare how often a solver calls its denoiser, which a test counts, and its order, which a test measures."""
 
     def declare(step: Callable[..., Tensor]) -> Solver:
         declared: Any = step
-        declared.evaluations = evaluations
+        declared.evaluations, declared.order = evaluations, order
         return declared
 
     return declare
 
 
-@solver_of(evaluations=1)
+@solver_of(evaluations=1, order=1)
 def ddim(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DDIM, first order (Song et al. 2021, arXiv:2010.02502, Eq. 12 with eta = 0): alpha_s x0 + sigma_s eps."""
     return schedule.diffuse(*denoiser(z, t), s)
 
 
-@solver_of(evaluations=1)
+@solver_of(evaluations=1, order=1)
 def euler(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Euler, first order, in sigma space (Karras et al. 2022, Alg. 1 without its correction).
 
@@ -57,7 +63,7 @@ def euler(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: 
     return _where_finite(schedule, t, s, _along_eps(schedule, z, eps, t, s), schedule.diffuse(x0, eps, s))
 
 
-@solver_of(evaluations=2)
+@solver_of(evaluations=2, order=2)
 def heun(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Heun, second order, in sigma space (Karras et al. 2022, Alg. 1): Euler's step with the mean eps of its two ends."""
     x0, eps = denoiser(z, t)
@@ -66,7 +72,7 @@ def heun(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: T
     return _where_finite(schedule, t, s, _along_eps(schedule, z, mean, t, s), end)
 
 
-@solver_of(evaluations=2)
+@solver_of(evaluations=2, order=2)
 def dpm_solver(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DPM-Solver-2, second order, single step (Lu et al. 2022, arXiv:2206.00927, Alg. 1 with r1 = 1/2)."""
     first, m = denoiser(z, t), _midpoint(schedule, t, s)
@@ -75,7 +81,7 @@ def dpm_solver(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor
     return _where_finite(schedule, t, s, step, schedule.diffuse(*first, s))
 
 
-@solver_of(evaluations=2)
+@solver_of(evaluations=2, order=2)
 def dpm_solver_pp(denoiser: Denoiser, schedule: NoiseSchedule, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DPM-Solver++(2S), second order, single step (Lu et al. 2022b, arXiv:2211.01095, Alg. 1 with r = 1/2)."""
     first, m = denoiser(z, t), _midpoint(schedule, t, s)

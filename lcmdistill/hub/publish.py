@@ -4,6 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
+from lcmdistill.export.sampling_facts import facts_from_run
 from lcmdistill.export.single_file import COMPANION
 from lcmdistill.hub import client as hub
 from lcmdistill.hub.model_card import Card, export_card
@@ -25,13 +26,14 @@ def publish_run(run: Path, repo: str, *, private: bool = False) -> None:
     Raises:
         RunError: The upload failed; the message names the command that uploads again.
     """
-    is_lora = require_run_config(run).student.kind == "lora"
+    config = require_run_config(run)
+    is_lora = config.student.kind == "lora"
     folder = run / ("lora" if is_lora else "pipeline")
     file = lora_file(run).name if is_lora else ""
     command = "distill-lora" if is_lora else "distill"
     again = ["lcmdistill", command, "--config", str(run / "config.toml"), "--push-to-hub", repo]
     again += ["--private"] if private else []
-    name = "peft" if (folder / "adapter_config.json").is_file() else "kohya" if is_lora else "pipeline"
+    name = facts_from_run(run, config).family.run_lora_format if is_lora else "pipeline"
     _push(repo, _files(folder), export_card(run, name, repo, file), run.name, again, private)
 
 

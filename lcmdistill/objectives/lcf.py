@@ -36,7 +36,7 @@ class LatentConsistencyFineTuning:
         decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
-    "skipping interval k: time steps between z_t and z_s, from 1 to T"
+    "skipping interval k: time steps between z_t and z_s, from 1 to T - 1; a divisor of T on the grid"
     times: Literal["grid", "all"] = "grid"
     "where t is drawn from: the DDIM grid of T / k points, or all steps"
     guidance: Literal["baked", "free"] = "baked"

@@ -39,7 +39,7 @@ class LatentConsistency:
         decided_by_teacher=("w_min", "w_max"),
     )
     skip: int = 20
-    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T"
+    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T - 1; a divisor of T on the grid"
     times: Literal["grid", "all"] = "grid"
     "where t is drawn from: the DDIM grid of T / k points (public scripts) or all steps (paper)"
     guidance: Literal["baked", "free"] = "baked"

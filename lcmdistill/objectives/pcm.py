@@ -65,7 +65,7 @@ class PhasedConsistency:
     phases: str = "4"
     "number of phases, which is the number of sampling steps, such as 1, 2, 4, 8, 16; a range such as 4-8 draws it per sample"
     skip: int = 20
-    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T"
+    "skipping interval k: teacher time steps between z_t and z_s, from 1 to T - 1"
     guidance: Literal["baked", "free"] = "baked"
     "baked: guidance is distilled into the student's weights; free: CFG and negative prompts still work at sampling time"
     w_min: float = 3.0

@@ -69,7 +69,7 @@ def use_scheduler(pipeline: Any, name: str) -> tuple[Any, str | None]:
         if clip_skip:
             pipeline.register_to_config(_clip_skip=clip_skip)
     config = pipeline.scheduler.config
-    if flow or wanted in ("LCMScheduler", "TCDScheduler"):
+    if flow or method_sampled_by(wanted) is not None:
         pipeline.scheduler = student_scheduler(config, wanted, {})
     else:  # students start at the last time, which only this spacing takes
         betas = {key: config[key] for key in COPIED if key in config}

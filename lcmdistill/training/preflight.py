@@ -146,12 +146,12 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
     if info.start == "student":
         if not is_student or (method is not None and method.scheduler != info.scheduler):
             why = (
-                f"is a {method.title}, whose map is another"
+                f"is a {method.title}, which learned another map"
                 if method is not None
                 else f"is none: it has neither an omega input nor an {info.scheduler}"
             )
             raise UsageError(
-                f"--objective lcf fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
+                f"--objective {info.key} fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"
             )
         if config.objective.omega == "none" and has_omega_input(teacher.network):
             raise UsageError(
@@ -159,10 +159,10 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             )
         if config.student.start != "teacher":
             raise UsageError(
-                f"student.start is {config.student.start}, but --objective lcf fine-tunes an LCM; remove student.start"
+                f"student.start is {config.student.start}, but --objective {info.key} fine-tunes an LCM; remove student.start"
             )
         if any(map(is_generated, config.data.sources)):
-            raise UsageError("--objective lcf trains on your own images; pass them with --data")
+            raise UsageError(f"--objective {info.key} trains on your own images; pass them with --data")
     elif is_student:
         raise UsageError(
             f"{model} is already a few-step model and has no ODE to distill; pass its original teacher"

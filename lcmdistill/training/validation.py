@@ -115,7 +115,7 @@ class Validator:
             scale = omegas.middle if omegas else 1.0
         key = [self._prompts, config.run.seed, config.data.resolution, scale, str(dtype), *self._sizes]
         self._reference_key = [teacher.fingerprint(with_network=True), *key]
-        if config.objective_name == "lcf":
+        if config.objective.info.start == "student":
             return  # its start is a student, which is no reference
 
         def generate(kept: dict[int, Tensor]) -> LatentSet:

@@ -124,7 +124,7 @@ def test_a_lora_s_option_is_explained_to_distill(option: str) -> None:
 )
 def test_set_without_a_section_names_it(command: Command, key: str, meant: str) -> None:
     code, _, error = command("distill", "--teacher", "tiny", "--set", f"{key}=1")
-    assert (code, error) == (2, f"Error: unknown config key {key!r}; did you mean {meant!r}?\n")
+    assert (code, error) == (2, f"Error: unknown setting {key!r}; did you mean {meant!r}?\n")
 
 
 @pytest.mark.parametrize("words", [["-V"], ["--version"], ["-h"], ["distill", "-h"], ["sample", "-h"]])

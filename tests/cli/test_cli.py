@@ -55,7 +55,7 @@ def sentence(error: str) -> str:
         (["--resolution", "20"], "data.resolution is 20; it must be a multiple of 8"),
         (
             ["--set", "optim.lerning_rate=1"],
-            "unknown config key 'optim.lerning_rate'; did you mean 'optim.learning_rate'?",
+            "unknown setting 'optim.lerning_rate'; did you mean 'optim.learning_rate'?",
         ),
         (["--set", "optim.learning_rate"], "--set 'optim.learning_rate' is not of the form section.key=value"),
         (["--skip", "1000"], "objective.skip (k) is 1000; it must be from 1 to 999"),
@@ -129,7 +129,7 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
         # Typer's own words, or click's: with its version.
         (
             ["distill", "--batch-size", "x"],
-            "'--batch-size': (it should be a valid integer.* got|'x' is not a valid int)",
+            "'--batch-size': (it should be a whole number, got 'x'|'x' is not a valid int)",
         ),
         (["distill", "--objective", "dmd"], "'--objective': 'dmd' is not one of 'lcm'"),
         (

@@ -55,7 +55,7 @@ def test_runs_are_named_after_their_settings():
         (["--objective", "lcm"], "has no option with several values"),
         (["--objective", "lcm,nope"], "nope: invalid value for '--objective'"),
         (["--objective", "lcm,ct"], "ct_skip-5: objective.skip is not a setting of ct"),
-        (["--set", "optim.learning_rat=1,2"], "learning_rat-1: unknown config key 'optim.learning_rat'"),
+        (["--set", "optim.learning_rat=1,2"], "learning_rat-1: unknown setting 'optim.learning_rat'"),
         (["--objective", "lcm,tcd", "--rank-by", "ssim@x"], "--rank-by is 'ssim@x'"),
         (["--objective", "lcm,tcd", "--eval-guidance-scale", "0"], "--eval-guidance-scale is '0'; each number must be"),
     ],

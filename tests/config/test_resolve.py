@@ -167,7 +167,7 @@ def test_the_output_is_named_for_the_teacher_and_the_objective() -> None:
     ],
 )
 def test_an_unknown_key_is_refused_with_the_closest_one(key: str, near: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"unknown config key {key!r}; did you mean {near!r}?")):
+    with pytest.raises(UsageError, match=re.escape(f"unknown setting {key!r}; did you mean {near!r}?")):
         resolve({key: 1}, {})
     with pytest.raises(UsageError, match=re.escape(repr(near))):
         resolve({}, {key: 1})

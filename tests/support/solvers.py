@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lcmdistill.diffusion import SOLVERS
 from lcmdistill.diffusion.parameterization import X0Eps, to_x0_eps
 from lcmdistill.diffusion.schedules import NoiseSchedule
 from lcmdistill.diffusion.solvers import Denoiser
 
-ORDER = {"ddim": 1, "euler": 1, "heun": 2, "dpm-solver": 2, "dpm-solver++": 2}
+ORDER = {name: solver.order for name, solver in SOLVERS.items()}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,6 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lcmdistill.diffusion.types import TeacherNetwork, x0_eps_network
 from lcmdistill.students.student import AutocastNetwork, raw_network
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_class
+from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_class, family_of_folder
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES
 from lcmdistill.training.run_data import sources_of
 from lcmdistill.utils.errors import UsageError
@@ -35,27 +34,22 @@ from tests.support.runs import resolve
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lcmdistill"
 
-# family -> a small random model of it
-EXAMPLES: dict[str, Callable[[Path], Path]] = {
-    "sd": FAMILY_BUILDERS["sd1"],
-    "sdxl": FAMILY_BUILDERS["sdxl"],
-    "sd-inpaint": FAMILY_BUILDERS["inpainting"],
-    "sdxl-inpaint": FAMILY_BUILDERS["sdxl-inpainting"],
-    "sd3": FAMILY_BUILDERS["sd3"],
-    "sana": FAMILY_BUILDERS["sana"],
-    "pixart": FAMILY_BUILDERS["pixart"],
-    "pixel": build_pixel,
-}
-
 each_family = pytest.mark.parametrize("key", list(FAMILIES))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Family -> diffusers folder of a small random model."""
+    """Family -> diffusers folder of a small random model, the first that FAMILY_BUILDERS has of it."""
+    found: dict[str, Path] = {}
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(1)
-        return {name: build(tmp_path_factory.mktemp(name) / "model") for name, build in EXAMPLES.items()}
+        for name, build in {**FAMILY_BUILDERS, "pixel": build_pixel}.items():
+            folder = build(tmp_path_factory.mktemp(name) / "model")
+            family = family_of_folder(folder)
+            assert family is not None
+            found.setdefault(family.key, folder)
+    assert found.keys() == set(FAMILIES), "add a small random model of the family to tests/support/models.py"
+    return found
 
 
 @each_family
@@ -93,10 +87,6 @@ def test_every_pipeline_class_belongs_to_one_family() -> None:
     names = [name for family in FAMILIES.values() for name in family.pipeline_classes]
     assert len(names) == len(set(names))
     assert all(family_of_class(name) is not None for name in names)
-
-
-def test_every_family_has_an_example() -> None:
-    assert set(EXAMPLES) == set(FAMILIES)
 
 
 @each_family
@@ -166,7 +156,7 @@ def test_families_are_read_without_torch() -> None:
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
 
 
-FAMILY_FILES = {"sd.py", "sdxl.py", "sd3.py", "sana.py", "inpaint.py", "pixart.py", "pixel.py"}
+FAMILY_FILES = {place.partition(":")[0].rpartition(".")[2] + ".py" for place in FAMILIES.locations.values()}
 
 # Classes that belong to no family: diffusers' base class, which opens any pipeline, and ONNX's file reader.
 GENERIC = {"DiffusionPipeline", "OnnxRuntimeModel", "ModelMixin"}

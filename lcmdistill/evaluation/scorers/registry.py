@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from lcmdistill.evaluation.scorers.aesthetic import AESTHETIC
-from lcmdistill.evaluation.scorers.base import Scorer
-from lcmdistill.evaluation.scorers.clip import CLIP, CLIP_DMD2
-from lcmdistill.evaluation.scorers.hpsv2 import HPSV2
-from lcmdistill.evaluation.scorers.image_reward import IMAGE_REWARD
-from lcmdistill.evaluation.scorers.pickscore import PICKSCORE
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.registry import LazyRegistry
 
-SCORERS: dict[str, Scorer] = {
-    scorer.key: scorer for scorer in (CLIP, CLIP_DMD2, PICKSCORE, HPSV2, IMAGE_REWARD, AESTHETIC)
-}
+SCORERS = LazyRegistry(
+    {
+        "clip": "lcmdistill.evaluation.scorers.clip:CLIP",
+        "clip_dmd2": "lcmdistill.evaluation.scorers.clip:CLIP_DMD2",
+        "pickscore": "lcmdistill.evaluation.scorers.pickscore:PICKSCORE",
+        "hpsv2": "lcmdistill.evaluation.scorers.hpsv2:HPSV2",
+        "imagereward": "lcmdistill.evaluation.scorers.image_reward:IMAGE_REWARD",
+        "aesthetic": "lcmdistill.evaluation.scorers.aesthetic:AESTHETIC",
+    }
+)
 
 
 def parse_scorers(words: Sequence[str]) -> Mapping[str, str]:
