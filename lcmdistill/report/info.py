@@ -108,7 +108,8 @@ def _checkpoint(path: Path, header: Header) -> list[Row]:
 
 
 def _lora(path: Path, header: Header) -> list[Row]:
-    downs = {k: v[1] for k, v in header.tensors.items() if k.endswith((*LORA_DOWNS, *RANK_FIRST))}
+    is_down = {k: v[1] for k, v in header.tensors.items() if k.endswith((*LORA_DOWNS, *RANK_FIRST))}
+    downs = {key: shape for key, shape in is_down.items() if len(shape) > 1}  # others are damaged
     names = header.tensors
     kinds = kinds_of(names) + other_kinds_of(names)
     adapter = path.with_name("adapter_config.json")

@@ -1,6 +1,5 @@
 """Paths inside a run folder, and the lock that keeps a second run out of it."""
 
-import errno
 import logging
 import os
 import shutil
@@ -21,6 +20,9 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+
+_APPENDED = ("log.txt", "metrics.jsonl")
+"the files that are written in place; as links in a folder of somebody else they would change any file of the user"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -122,12 +124,10 @@ def run_lock(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    try:  # not through a link: what a foreign folder's `.lock` points to would be overwritten
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UsageError(f"{path} is a link, and a lock must be a file; remove it") from error
+    for name in (LOCK, *_APPENDED):
+        if (folder / name).is_symlink():
+            raise UsageError(f"{folder / name} is a link, and a run writes no file through one; remove it")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

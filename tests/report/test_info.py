@@ -80,6 +80,14 @@ def test_a_unet_only_file_is_described(style: str, tmp_path: Path, small_teacher
     assert rows["VAE"] == rows["text encoders"] == "not in the file; --base MODEL supplies what is missing"
 
 
+def test_a_layer_without_a_rank_ends_nothing(tmp_path: Path) -> None:
+    save_file(
+        {"lora_unet_a.lora_down.weight": torch.zeros(()), "b.attn2.to_k.weight": torch.zeros(())},
+        tmp_path / "a.safetensors",
+    )
+    assert dict(describe(str(tmp_path / "a.safetensors")))["rank"] == "none"
+
+
 @pytest.mark.parametrize(
     ("keys", "text"),
     [

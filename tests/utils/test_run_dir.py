@@ -44,13 +44,14 @@ def test_a_second_run_in_a_folder_is_refused_in_one_sentence(tmp_path: Path) -> 
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
-def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
-    """A folder of somebody else's could have the lock of a run overwrite any file."""
+@pytest.mark.parametrize("name", [".lock", "log.txt", "metrics.jsonl"])
+def test_no_file_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    """A folder of somebody else could have a run overwrite any file."""
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     with (
-        pytest.raises(UsageError, match=r"\.lock is a link, and a lock must be a file; remove it"),
+        pytest.raises(UsageError, match=f"{name} is a link, and a run writes no file"),
         run_lock(tmp_path / "run"),
     ):
         pass

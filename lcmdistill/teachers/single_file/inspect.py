@@ -154,7 +154,7 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
             f"{path} holds no Stable Diffusion U-Net ({UNET}input_blocks...); use a whole checkpoint of Stable Diffusion 1, 2, "
             "XL or 3, or a diffusers folder"
         )
-    width = next((s[1] for n, (_, s) in names.items() if n.endswith("attn2.to_k.weight")), 0)
+    width = next((s[1] for n, (_, s) in names.items() if n.endswith("attn2.to_k.weight") and len(s) > 1), 0)
     layout = _layout_of(names, unet)
     if any(name.startswith(REFINER) for name in names) or (layout.takes_sizes and width == REFINER_WIDTH):
         raise UsageError(f"{path} is SDXL's refiner; use a checkpoint of Stable Diffusion 1, 2 or XL base")
