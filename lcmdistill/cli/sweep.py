@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lcmdistill.cli.distill import configuration_from
 from lcmdistill.cli.evaluate import evaluate_and_report, guidance_scales, step_counts
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.run_names import RUNS
-from lcmdistill.utils.units import counted
+from lcmdistill.utils.units import counted, duration_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +98,14 @@ def sweep(
     import lcmdistill
     from lcmdistill.evaluation.options import EvaluationOptions
 
-    finished, failed = [], []
+    finished, failed, seconds = [], [], list[float]()
     for number, ((run, _), config) in enumerate(zip(cells, configs, strict=True), start=1):
-        logger.info(f"run {number} of {len(cells)}: {run.name}")
+        logger.info(f"run {number} of {len(cells)}: {run.name}{time_left_text(seconds, len(cells) + 1 - number)}")
+        began = time.monotonic()
         try:
             lcmdistill.run(config)
             finished.append(run)
+            seconds.append(time.monotonic() - began)
         except RunError as error:
             logger.warning(f"{run.name} failed: {error}")
             failed.append(run)
@@ -117,6 +120,19 @@ def sweep(
         names = ", ".join(run.name for run in failed)
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {names}; the page has the others: {page}")
     return page
+
+
+def time_left_text(seconds: Sequence[float], runs: int) -> str:
+    """Return how long the runs of a sweep that are left take, from the seconds of the others; "" if none was trained.
+
+    Args:
+        seconds: Of the runs that ended in this command; those of a second or less had been finished before.
+        runs: The number of runs left.
+    """
+    trained = [each for each in seconds if each > 1]
+    if not trained:
+        return ""
+    return f"  left {duration_text(runs * sum(trained) / len(trained))} and the evaluation"
 
 
 def split_grid(words: Sequence[str], parameters: Collection[Any]) -> tuple[list[str], list[Axis]]:

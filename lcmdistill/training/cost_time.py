@@ -6,17 +6,18 @@ The parts are measured, a few passes in all. What follows from them are numbers 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lcmdistill.config.schema import RunConfig
-from lcmdistill.data.buckets import largest
+from lcmdistill.config.schema import DataConfig, RunConfig
+from lcmdistill.data.buckets import buckets_for, largest
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.survey import SourceReport, members_of
 from lcmdistill.data.trajectories import TrajectoryPlan
+from lcmdistill.data.transforms import check_sample
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.objectives.base import backward_passes
 from lcmdistill.sampling.prompts import STEPS
@@ -75,11 +76,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class SourceSamples:
-    """How many samples of a source a run prepares: in all, and of these the ones that the cache has already."""
+    """The samples of a source.
+
+    Attributes:
+        generated: Whether the teacher generates them.
+        total: How many a run prepares.
+        cached: How many of these the cache has already.
+        read: Seconds in which one is read and cropped.
+    """
 
     generated: bool
     total: int
     cached: int
+    read: float = 0.0
 
     @property
     def missing(self) -> int:
@@ -112,6 +121,30 @@ def samples_of(
         total = round((members or source.count() or 0) * share)
         found.append(SourceSamples(source.is_generated, total, min(cached, members or 0)))
     return found
+
+
+def with_read_seconds(
+    samples: Sequence[SourceSamples], sources: Sequence[Source], config: DataConfig, teacher: Teacher
+) -> list[SourceSamples]:
+    """Return the samples of sources with the measured seconds that reading one takes: photos are slower than the VAE.
+
+    Sources on other machines are not read.
+    """
+    measured = []
+    for each, source in zip(samples, sources, strict=True):
+        began, count = clock(), 0
+        if each.missing and not each.generated and source.kind != "remote":
+            sizes = buckets_for(source, config, teacher.multiple)
+            for count, member in enumerate(source.members(READ), start=1):  # noqa: B007
+                check_sample(member, config, 0, 0, teacher.rejects, sizes)
+                if clock() - began > SLOW:
+                    break
+        measured.append(replace(each, read=(clock() - began) / count if count else 0.0))
+    return measured
+
+
+READ = 8
+"how many images are read for it"
 
 
 def measure_rates(
@@ -225,6 +258,7 @@ def phases(
     data, run, optim = config.data, config.run, config.optim
     generated = sum(each.missing for each in samples if each.generated) / world
     encoded = sum(each.missing for each in samples if not each.generated) / world
+    reading = sum(each.missing * each.read for each in samples) / world
     plan, per_image = TrajectoryPlan.of(config), (2 if data.guidance_scale > 1 else 1) * data.teacher_steps
     per_image = rates.forward * (plan.forwards(teacher.schedule.num_steps) if plan else per_image)
     found = []
@@ -237,7 +271,8 @@ def phases(
             note = f"{math.ceil(generated):,} trajectories of {plan.points} states by the teacher"
         found.append(Phase(GENERATING, generated * (per_image + rates.caption), note))
     if encoded:
-        found.append(Phase(ENCODING, encoded * (rates.encode + rates.caption), f"{math.ceil(encoded):,} images"))
+        seconds = encoded * (rates.encode + rates.caption) + reading
+        found.append(Phase(ENCODING, seconds, f"{math.ceil(encoded):,} images"))
     prompts = len(validation_prompts(config, teacher))
     if run.validate_every and config.objective_name != "lcf":
         scale = run.validation_guidance_scale or 1.0

@@ -231,12 +231,15 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     Raises:
         UsageError: The run would be refused, such as for want of disk space.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") != "0":  # the first process reports for all
+        return
     device = pick_device(config.run.device)
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
-    config = resolve_run_defaults(config, 1, teacher)
+    config = resolve_run_defaults(config, world, teacher)
     check_run(config)
     validate_for_teacher(config, teacher)
-    plan = plan_memory(config, teacher, device, free=free_memory(device), loud=True)
+    plan = plan_memory(config, teacher, device, free=free_memory(device), world=world, loud=True)
     config = plan.config if plan else config
     logger.info(output_text(config))
     buckets = ", with aspect-ratio buckets" if config.data.buckets else ""
@@ -249,8 +252,8 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
         cached = f"; {ready} cached chunks are ready" if ready else ""
         unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
         logger.info(f"data {source.label}: {report}{unused}{cached}")
-    cost = estimate_cost(config, teacher, sources, device, plan=plan, reports=reports)
-    log_summary(config, teacher, cost, plan)
+    cost = estimate_cost(config, teacher, sources, device, plan=plan, reports=reports, world=world)
+    log_summary(config, teacher, cost, plan, world=world)
     if full:
         logger.info(settings_to_toml(flatten(config)))
     check_space(cost.items)

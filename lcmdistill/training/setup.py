@@ -240,8 +240,8 @@ def progress_callback(what: str, bar: Progress, stop: Stop, *, loud: bool) -> Ca
         stop.check(f"stopped while {what}; progress is saved, re-run the same command to continue")
         bar.update(done)
         if loud and not bar.visible and time.monotonic() - last > 10:
-            total, left = f" of {bar.total:,}" if bar.total else "", f", {bar.left_text}" if bar.left_text else ""
-            logger.info(f"{what}: {counted(int(done), 'sample')}{total}{left}")
+            count = f"{int(done):,} of {counted(bar.total, 'sample')}" if bar.total else counted(int(done), "sample")
+            logger.info(f"{what}: {count}{f', {bar.left_text}' if bar.left_text else ''}")
             last = time.monotonic()
 
     return report

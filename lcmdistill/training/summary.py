@@ -29,6 +29,7 @@ from lcmdistill.training.cost_time import (
     samples_of,
     steps_left,
     validations_left,
+    with_read_seconds,
 )
 from lcmdistill.training.memory.estimate import Breakdown, step_memory
 from lcmdistill.training.memory.plan import Plan, log_plan
@@ -114,7 +115,7 @@ def estimate_cost(
     """
     dtype = compute_dtype(config.run.precision, device)
     needed = plan.needed if plan else step_memory(config, teacher, dtype, world=world)
-    samples = samples_of(sources, config, teacher, reports)
+    samples = with_read_seconds(samples_of(sources, config, teacher, reports), sources, config.data, teacher)
     rates = None
     try:
         teacher.to(device)

@@ -120,7 +120,9 @@ class Validator:
 
         def generate(kept: dict[int, Tensor]) -> LatentSet:
             count = len(self._prompts)
-            logger.info(f"generating {count} teacher reference images ({TEACHER_STEPS} steps; cached)")
+            logger.info(
+                f"generating {count} reference images with the teacher ({TEACHER_STEPS} steps; cached for later runs)"
+            )
             options: Any = {"steps": TEACHER_STEPS, "guidance_scale": scale, "batch_size": self._batch_size}
             done = itertools.count(1)
             with progress("reference images", count, after=after) as bar:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import lcmdistill
+from lcmdistill.cli.sweep import time_left_text
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.teachers import Command
 
@@ -94,3 +95,9 @@ def test_a_run_that_fails_does_not_stop_the_others(command: Command, monkeypatch
     assert compared == [([Path("s/skip-1"), Path("s/skip-20")], Path("s/comparison.html"))]
     assert "skip-5 failed: the loss is NaN" in out
     assert "1 of 3 runs failed: skip-5; the page has the others: s/comparison.html" in error
+
+
+def test_the_time_left_of_a_sweep_follows_from_its_runs() -> None:
+    assert time_left_text([], 4) == ""
+    assert time_left_text([0.2], 3) == ""  # it had been finished before
+    assert time_left_text([0.2, 60.0, 120.0], 2) == "  left 3 min 00 s and the evaluation"

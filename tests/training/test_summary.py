@@ -16,7 +16,7 @@ from lcmdistill.data.latent_cache import cache_root
 from lcmdistill.data.sources.registry import make_sources
 from lcmdistill.data.survey import SourceReport
 from lcmdistill.teachers.loading import load_teacher
-from lcmdistill.training import preflight, summary
+from lcmdistill.training import cost_time, preflight, summary
 from lcmdistill.training.cost_time import (
     ENCODING,
     GENERATING,
@@ -31,6 +31,7 @@ from lcmdistill.training.cost_time import (
     TimeLeft,
     phases,
     samples_of,
+    with_read_seconds,
 )
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.summary import Cost, estimate_cost, log_summary
@@ -156,6 +157,19 @@ def test_a_dry_run_counts_all_that_is_trained(
         assert line in log, line
 
 
+def test_a_dry_run_of_several_processes_reports_once(
+    train_settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve({}, {**train_settings, "run.output": str(tmp_path / "run")})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "1")
+    preflight.dry_run(config)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    preflight.dry_run(config)
+    assert "(batch 4 x 1 accumulated x 8 processes)" in capsys.readouterr().out
+
+
 def test_a_run_that_the_disk_cannot_hold_stops_before_it_writes(
     train_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +202,25 @@ def test_the_samples_of_a_source_are_those_that_can_be_used(train_settings: dict
     assert samples_of(sources, config, teacher) == [SourceSamples(False, 12, 0)]
     half = SourceReport(kept=6, rejected=(("no image", 6),))
     assert samples_of(sources, config, teacher, [half]) == [SourceSamples(False, 6, 0)]
+
+
+def test_reading_photos_is_part_of_encoding_them(
+    train_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, teacher, sources = prepared(resolve({}, train_settings))
+    now, check = [0.0], cost_time.check_sample
+
+    def slow(*arguments: Any) -> Any:
+        now[0] += 0.25
+        return check(*arguments)
+
+    monkeypatch.setattr(cost_time, "clock", lambda: now[0])
+    monkeypatch.setattr(cost_time, "check_sample", slow)
+    found = with_read_seconds(samples_of(sources, config, teacher), sources, config.data, teacher)
+    assert (found, now) == ([SourceSamples(False, 12, 0, read=0.25)], [8 * 0.25])
+    rates = Rates(forward=1, backward=2, update=0.5, encode=3, decode=4, caption=0)
+    assert phases(config, teacher, found, rates, written=0)[0].seconds == 12 * 3.25
+    assert with_read_seconds([SourceSamples(False, 12, 12)], sources, config.data, teacher)[0].read == 0
 
 
 def test_shards_are_counted_by_looking_at_all_of_them(

@@ -1,6 +1,8 @@
 """The checkouts and the environments of other programs; tests without one of them are skipped."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,10 @@ def sd_scripts() -> str:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 1.5 in full size with random weights."""
     return build_base(tmp_path_factory.mktemp("clients") / "base")
+
+
+@pytest.fixture(autouse=True)
+def _files_are_removed(tmp_path: Path) -> Iterator[None]:
+    """Remove what a test wrote: gigabytes."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
