@@ -32,10 +32,11 @@ def finished_run(teacher_folder: Path, kind: str, run: Path, **settings: Any) ->
     flags: dict[str, Any] = {"teacher.model": str(teacher_folder), "student.kind": kind, "data.resolution": 32}
     flags |= {key.replace("__", "."): value for key, value in settings.items()}
     if kind == "full":
-        student = full_student(teacher.network, "random", seed=3).eval().requires_grad_(False)
+        objective = resolve({}, flags).objective
+        takes_omega = "random" if objective.omega == "input" else None
+        student = full_student(teacher.network, takes_omega, seed=3).eval().requires_grad_(False)
         if has_omega_input(student):
             student.time_embedding.cond_proj.weight.mul_(4.0)
-        objective = resolve({}, flags).objective
         save_pipeline(student_pipeline(teacher, student, objective=objective), run / "pipeline", "")
         flags["run.validation_guidance_scale"] = 4.0
     else:

@@ -64,6 +64,12 @@ def diffusers_processors(part: str, path: str, down: Tensor, up: Tensor) -> dict
     return {f"{stem}.down.weight": down, f"{stem}.up.weight": up * (ALPHA / RANK)}
 
 
+def onetrainer(part: str, path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """kohya's ends behind diffusers' paths."""
+    stem = f"{part}.{path}"
+    return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
+
+
 def linears(pipeline: Any, part: str) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that style LoRAs are trained on, under the names that every program gives them."""
     prefix = "" if part == "unet" or hasattr(getattr(pipeline, part), "text_model") else "text_model."
@@ -114,7 +120,7 @@ def peft_folder(folder: Path, base: Any, **settings: Any) -> Any:
     return adapted.get_base_model()
 
 
-WRITERS = [kohya, uneven, diffusers, diffusers_2023, diffusers_processors]
+WRITERS = [kohya, uneven, diffusers, diffusers_2023, diffusers_processors, onetrainer]
 "the layouts"
 
 

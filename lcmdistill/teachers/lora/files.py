@@ -62,7 +62,7 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
             f"{label} has kohya's keys, which a {type(network_of(pipeline)).__name__} does not take; use a file with "
             "diffusers' keys or a peft folder"
         )
-    source: Any = _even(weights) if is_kohya else str(file.parent)
+    source: Any = _with_diffusers_ends(family, _even(weights)) if is_kohya else str(file.parent)
     options = {} if is_kohya else {"weight_name": file.name}
     try:
         with warnings.catch_warnings(), _without_load_reports():
@@ -160,6 +160,18 @@ def _even(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _with_diffusers_ends(family: TeacherFamily, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with diffusers' ends where the start is diffusers', too: OneTrainer has kohya's ends there."""
+    dotted = tuple(prefix for prefix in family.lora_prefixes if prefix.endswith("."))
+    ends = (("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"))
+    return {
+        next(
+            (key.removesuffix(old) + new for old, new in ends if key.startswith(dotted) and key.endswith(old)), key
+        ): value
+        for key, value in weights.items()
+    }
+
+
 def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], label: str) -> dict[str, LoraLayer]:
     """Return a peft adapter as a Lora, with ranks, alphas and rsLoRA's scale as peft reads them.
 
@@ -244,6 +256,8 @@ def _tensors_of(path: Path, label: str) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UsageError(f"{label} is not a safetensors file: {error}") from error
+    # What 8-bit floats stand for; torch computes nothing with them.
+    tensors = {k: v.half() if v.is_floating_point() and v.itemsize == 1 else v for k, v in tensors.items()}
     if empty := next((key for key, value in tensors.items() if not value.numel()), None):
         raise UsageError(f"{label} is damaged: {empty} is empty")
     if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):

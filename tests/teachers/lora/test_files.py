@@ -134,6 +134,20 @@ def test_a_file_that_is_not_finite_is_refused(small_teacher: Path, tmp_path: Pat
         load_lora(opened(small_teacher), str(tmp_path / "nan.safetensors"), "it")
 
 
+def test_eight_bit_weights_are_read(small_teacher: Path, tmp_path: Path) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    small = {key: value.to(torch.float8_e4m3fn) if value.ndim > 1 else value for key, value in file.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    save_file({key: value.half() for key, value in small.items()}, tmp_path / "half.safetensors")
+    found = []
+    for name in ("small", "half"):
+        pipeline = opened(small_teacher)
+        load_lora(pipeline, str(tmp_path / f"{name}.safetensors"), "it")
+        found.append(outputs(pipeline)["unet"])
+    assert difference(found[0], found[1]) == 0
+    assert difference(found[0], outputs(opened(small_teacher))["unet"]) > 0.05
+
+
 def test_several_loras_are_put_on_without_a_warning(
     small_teacher: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
