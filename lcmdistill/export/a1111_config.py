@@ -16,7 +16,7 @@ BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredco
 
 def needs_config(facts: SamplingFacts) -> bool:
     """Return whether A1111 would sample a student's checkpoint wrongly without a configuration file."""
-    if facts.layout != "sd1" or (facts.betas and facts.betas.schedule not in BETA_SCHEDULES):
+    if not facts.has_a1111_config or (facts.betas and facts.betas.schedule not in BETA_SCHEDULES):
         return False
     return facts.prediction_type == "v_prediction" or facts.betas is not None
 

@@ -148,7 +148,7 @@ def check_sampling(
     Raises:
         RunError: ComfyUI would generate other images.
     """
-    if facts.layout == "sdxl":
+    if facts.has_prediction_keys:
         prediction_type, zero_snr = comfyui_detects(facts.layout, keys)
     else:  # set in a node, wherever it is not ComfyUI's default
         prediction_type, zero_snr = facts.prediction_type, facts.zero_snr

@@ -24,7 +24,7 @@ def a1111_refusal(facts: SamplingFacts) -> str:
         return (
             f"it samples epsilon and v-prediction models, and this one predicts {facts.prediction_type}; use diffusers"
         )
-    if facts.betas and (facts.layout != "sd1" or facts.betas.schedule not in BETA_SCHEDULES):
+    if facts.betas and (not facts.has_a1111_config or facts.betas.schedule not in BETA_SCHEDULES):
         return f"its betas ({facts.betas}) are not Stable Diffusion's; use diffusers"
     return ""
 
@@ -43,11 +43,11 @@ def comfyui_node(facts: SamplingFacts, *, of_checkpoint: bool = False) -> str:
         shift = "the teacher's shift" if facts.shift is None else f"shift {facts.shift:g}"
         return "" if is_native else f"node ModelSamplingSD3 set to {shift}"
     is_plain = facts.prediction_type == "epsilon" and not facts.zero_snr
-    if is_plain or (facts.layout == "sdxl" and of_checkpoint):
+    if is_plain or (facts.has_prediction_keys and of_checkpoint):
         return ""
     zsnr = ", `zsnr = true`" if facts.zero_snr else ""
     node = f"node ModelSamplingDiscrete set to `{NODE_SAMPLING[facts.prediction_type]}`{zsnr}"
-    if facts.layout == "sdxl" and facts.prediction_type == "v_prediction":
+    if facts.has_prediction_keys and facts.prediction_type == "v_prediction":
         return f"{node}, unless the checkpoint has {_markers(facts)}"
     return node
 
@@ -70,9 +70,9 @@ def a1111_needs(facts: SamplingFacts, checkpoint: str, *, of_checkpoint: bool = 
             "which the export writes" if of_checkpoint else f"a copy of v1-inference.yaml with `{', '.join(values)}`"
         )
         needs.append(f"the file {checkpoint}.yaml next to the checkpoint ({origin})")
-    if facts.layout == "sdxl" and facts.prediction_type == "v_prediction" and not of_checkpoint:
+    if facts.has_prediction_keys and facts.prediction_type == "v_prediction" and not of_checkpoint:
         needs.append(f"a checkpoint with {_markers(facts)}")
-    if facts.layout != "sdxl" and facts.zero_snr:
+    if not facts.has_prediction_keys and facts.zero_snr:
         needs.append('"Zero Terminal SNR" chosen in Settings, Noise schedule for sampling')
     return ", and ".join(needs)
 

@@ -117,6 +117,16 @@ class SamplingFacts:
         """Whether the network was trained with flow matching."""
         return self.prediction_type == FLOW
 
+    @property
+    def has_prediction_keys(self) -> bool:
+        """Whether checkpoints of the layout state the prediction type by keys."""
+        return any(each.has_prediction_keys for each in self.family.layouts if each.key == self.layout)
+
+    @property
+    def has_a1111_config(self) -> bool:
+        """Whether A1111 reads a configuration file next to checkpoints of the layout."""
+        return any(each.has_a1111_config for each in self.family.layouts if each.key == self.layout)
+
 
 def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
     """Return the facts of a run whose teacher is loaded."""

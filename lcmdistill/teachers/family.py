@@ -61,6 +61,8 @@ class SingleFileLayout:
         sample_sizes: {prediction type: latent size}, where it differs from the bundled config's.
         takes_sizes: Whether the U-Net takes pooled embeddings and image sizes.
         has_linear_projections: Whether the U-Net's attention blocks begin and end with linear layers, not with convolutions.
+        has_prediction_keys: Whether checkpoints state v-prediction and zero-terminal SNR by the keys `v_pred` and `ztsnr`.
+        has_a1111_config: Whether A1111 reads a configuration file next to a checkpoint.
         network_marker: For a transformer: a key of the network, without its prefix, that only this layout has.
         optional_encoders: The text encoders that a pipeline works without. Their tokenizers are not bundled: only --base
             supplies them.
@@ -80,6 +82,8 @@ class SingleFileLayout:
     sample_sizes: Mapping[str, int] = field(default_factory=dict)
     takes_sizes: bool = False
     has_linear_projections: bool = False
+    has_prediction_keys: bool = False
+    has_a1111_config: bool = False
     network_marker: str = ""
     optional_encoders: tuple[str, ...] = ()
 

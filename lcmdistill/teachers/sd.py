@@ -30,6 +30,7 @@ SD1 = SingleFileLayout(
     width=768,
     architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
     base_versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+    has_a1111_config=True,
 )
 
 SD2 = SingleFileLayout(

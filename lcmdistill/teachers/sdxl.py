@@ -31,6 +31,7 @@ SDXL = SingleFileLayout(
     architectures={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
     base_versions={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
     takes_sizes=True,
+    has_prediction_keys=True,
     has_linear_projections=True,
 )
 
