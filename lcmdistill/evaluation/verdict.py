@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.features import MIN_KID_IMAGES
@@ -110,7 +110,8 @@ def verdict(results: Results) -> Verdict:
     reasons += [text for n in results.steps if n <= chosen for text in _shortcomings(results, n, grades[n], chosen)]
     if (images := results.info.get("images", MIN_IMAGES)) < MIN_IMAGES:
         reasons.append(f"With {images} images, small differences may be chance; use --num-images {MIN_IMAGES} or more.")
-    return Verdict(grades, enough, usable, _headline(grades, enough, usable), tuple(reasons))
+    flaws = [flaw.word for flaw in _flaws(results, enough)] if enough is not None else []
+    return Verdict(grades, enough, usable, _headline(grades, enough, usable, flaws), tuple(reasons))
 
 
 def _carries(results: Results, name: str) -> bool:
@@ -178,7 +179,7 @@ def _is_sound(results: Results, name: str, steps: int) -> bool:
     return value <= 1.1 * max(known)
 
 
-def _headline(grades: dict[int, Grade], enough: int | None, usable: bool) -> str:
+def _headline(grades: dict[int, Grade], enough: int | None, usable: bool, flaws: Sequence[str]) -> str:
     if not usable:
         return "This student is not usable yet: the teacher is better at the same number of steps."
     if enough is None:
@@ -189,6 +190,8 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool) -> str
     text = f"{_steps(enough)} {'is' if enough == 1 else 'are'} enough"
     if enough == max(grades):  # the numbers had not leveled off
         text = f"{_steps(enough)} is the best of those tested, and more may be better"
+    if flaws:
+        text += f", but images are {_joined(flaws)}"
     more = []
     if close:
         more.append(f"{_several(close)} {'comes' if close == [1] else 'come'} close")
@@ -276,18 +279,31 @@ def seconds(value: float) -> str:
     return f"{value // 60:.0f} min {value % 60:.0f} s"
 
 
-def _shortcomings(results: Results, steps: int, grade: Grade, chosen: int) -> list[str]:
-    """Say what an insufficient number of steps lacks, and what is odd about a sufficient one."""
+class _Flaw(NamedTuple):
+    """What is odd about images, in a word, and the number that shows it."""
+
+    word: str
+    number: str
+
+
+def _flaws(results: Results, steps: int) -> list[_Flaw]:
+    """Return what deviates notably from the teacher's images at a number of steps, although it may be usable."""
     words = {
         "sharpness": ("blurry", "noisy or over-sharpened"),
         "saturation": ("washed out", "oversaturated"),
         "diversity": ("too similar to each other", "more varied than the teacher's"),
     }
-    parts = []
+    flaws = []
     for name, (low, high) in words.items():
         value = results.number(name, "student", steps)
         if value is not None and abs(value - 1) > NOTABLE:
-            parts.append(f"{low if value < 1 else high} ({name} {value:g} of the teacher's)")
+            flaws.append(_Flaw(low if value < 1 else high, f"{name} {value:g} of the teacher's"))
+    return flaws
+
+
+def _shortcomings(results: Results, steps: int, grade: Grade, chosen: int) -> list[str]:
+    """Say what an insufficient number of steps lacks, and what is odd about a sufficient one."""
+    parts = [f"{flaw.word} ({flaw.number})" for flaw in _flaws(results, steps)]
     if grade != "enough":
         at, best = results.number("ssim", "student", steps), results.number("ssim", "student", chosen)
         if at is not None and best is not None and at < best:

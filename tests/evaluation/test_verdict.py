@@ -154,3 +154,14 @@ def test_kid_decides_nothing_with_few_images():
 )
 def test_times_are_readable(value: float, text: str):
     assert seconds(value) == text
+
+
+def test_the_headline_names_what_is_odd_about_enough_steps():
+    """Blurry images can be the student's best, and better than the teacher's at as few steps."""
+    teacher = {n: {"ssim": s, "sharpness": 1.0} for n, s in ((1, 0.09), (2, 0.36), (4, 0.73), (50, 1.0))}
+    student = {n: {"ssim": s, "sharpness": d} for n, s, d in ((1, 0.59, 0.6), (2, 0.75, 0.75), (4, 0.756, 1.3))}
+    judged = verdict(sweep_of(student, teacher))
+    assert judged.headline == "2 steps are enough, but images are blurry; 1 is not quite there."
+    assert any(
+        reason == "At 2 steps, images are blurry (sharpness 0.75 of the teacher's)." for reason in judged.reasons
+    )
