@@ -66,17 +66,19 @@ def _options(
     """Distill a Stable Diffusion checkpoint into a student that generates images in 1 to 8 steps."""
 
 
-for name, command in {
-    "distill": distill,
-    "distill-lora": distill_lora,
-    "sample": sample,
-    "evaluate": evaluate,
-    "report": report,
-    "export": export,
-    "info": info,
+for name, (command, summary) in {
+    "distill": (distill, "Distill a teacher into a student."),
+    "distill-lora": (distill_lora, "Distill a teacher into a small LoRA file."),
+    "sample": (sample, "Generate images."),
+    "evaluate": (evaluate, "Compare students with their teacher."),
+    "report": (report, "Write a run's report page again."),
+    "export": (export, "Export to diffusers, ComfyUI, A1111, ONNX."),
+    "info": (info, "Describe a model, a run or a LoRA."),
 }.items():
-    app.command(name, cls=Command, context_settings=HELP)(command)
-app.command("sweep", cls=GroupedCommand, context_settings=CONTEXT)(sweep)
+    app.command(name, cls=Command, context_settings=HELP, short_help=summary)(command)
+app.command("sweep", cls=GroupedCommand, context_settings=CONTEXT, short_help="Train and compare a grid of runs.")(
+    sweep
+)
 for group in (runs, cache):
     group.add_to(app, cls=Command, context_settings=HELP)
 

@@ -1,5 +1,6 @@
 """Options of the commands. Those of the training commands have the texts, types and defaults of config/schema.py."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -98,6 +99,24 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Advanced": ("run.shard", "run.compile", "run.profile"),
 }
 
+OTHER_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sample": {
+        "Most used": ("prompt", "steps", "guidance_scale", "num_images", "seed", "output"),
+        "Model": ("base", "lora", "lora_scale", "vae", "text_encoder", "parts_from", "prediction_type", "clip_skip"),
+        "Prompts": ("prompts", "negative_prompt"),
+        "Size": ("resolution", "width", "height"),
+        "Start image": ("image", "strength", "mask"),
+        "Sampler": ("scheduler", "eta", "batch_size"),
+    },
+    "evaluate": {
+        "Most used": ("steps", "guidance_scale", "num_images", "prompts", "output", "rank_by"),
+        "Comparison": ("real", "protocol"),
+        "Metrics": ("features", "inception", "clip", "lpips", "scorer"),
+        "Sampling": ("eta", "seed", "batch_size"),
+    },
+}
+"the same for commands whose options are no settings: {command: {group: (parameters)}}"
+
 RENAMED_OPTIONS = {
     "teacher.model": "teacher",
     "teacher.loras": "teacher_lora",
@@ -123,12 +142,16 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then each group of options in the order of GROUPS."""
-        groups: dict[str, list[Any]] = {"Arguments": [], **{name: [] for name in GROUPS}, "Options": []}
+        own = OTHER_GROUPS.get(self.name or "", {})
+        groups: dict[str, list[Any]] = {"Arguments": [], **{name: [] for name in (*GROUPS, *own)}, "Options": []}
+        group_of = {parameter: name for name, parameters in own.items() for parameter in parameters}
         for parameter in self.get_params(ctx):
             is_argument = parameter.param_type_name == "argument"
-            name = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            name = getattr(parameter, "rich_help_panel", None) or group_of.get(parameter.name or "", "Options")
             if record := parameter.get_help_record(ctx):
-                groups[name].append(record)
+                names, text = record
+                names = re.sub(r"<list\[(\w+)\]>", r"<\1>...", names).replace(" range>", ">")
+                groups["Arguments" if is_argument else name].append((names, text))
         for name, records in groups.items():
             if records:
                 with formatter.section(name):

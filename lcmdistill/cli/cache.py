@@ -104,4 +104,4 @@ def add_to(app: typer.Typer, **options: Any) -> None:
     group.callback()(cache)
     group.command("list", **options)(list_entries)
     group.command("clear", **options)(clear)
-    app.add_typer(group, name="cache")
+    app.add_typer(group, name="cache", short_help="List and clear what is cached between runs.")

@@ -117,4 +117,4 @@ def add_to(app: typer.Typer, **options: Any) -> None:
     group.command("remove", **options)(remove)
     group.command("rm", hidden=True, **options)(remove)
     group.command("clean", **options)(clean)
-    app.add_typer(group, name="runs")
+    app.add_typer(group, name="runs", short_help="List and remove runs.")

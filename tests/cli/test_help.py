@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
+from lcmdistill.cli import app
+from lcmdistill.cli._options import OTHER_GROUPS
 from tests.support.teachers import Command
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,3 +63,21 @@ def test_help_takes_half_a_second_and_no_torch() -> None:
         watch = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
         ended = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
         assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False")
+
+
+def test_the_help_of_other_commands_is_grouped_as_well(command: Command) -> None:
+    """Every parameter that a group names exists, and metavars are plain."""
+    for name, groups in OTHER_GROUPS.items():
+        text = command(name, "--help")[1]
+        parameters = {each.name for each in typer.main.get_command(app).commands[name].params}  # pyright: ignore[reportAttributeAccessIssue]
+        assert {each for names in groups.values() for each in names} <= parameters
+        assert [line for line in text.splitlines() if re.fullmatch(r"\w.*:", line)] == [
+            "Arguments:",
+            *(f"{group}:" for group in groups),
+            "Options:",
+        ]
+        assert not re.search(r"list\[|int range", text)
+
+
+def test_the_list_of_commands_is_not_cut_off(command: Command) -> None:
+    assert "..." not in command("--help")[1].partition("Commands:")[2]
