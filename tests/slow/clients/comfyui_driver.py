@@ -34,7 +34,8 @@ def main(checkout: str, job_file: str) -> None:
     torch.set_grad_enabled(False)
     results: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    clip = vae = None
+    clip: Any = None
+    vae: Any = None
     if job.get("embeddings"):
         model = comfy.sd.load_diffusion_model(job["checkpoint"])
     else:
