@@ -16,7 +16,7 @@ RECORDED: dict[str, Any] = json.loads((LADDER / "ladder.json").read_text(encodin
 
 TRAINED = [name for name in RECORDED if name == "untrained" or name.endswith(" steps")]
 
-BROKEN = {"noise": "oversaturated"}
+BROKEN = {"noise": "oversaturated", "collapsed": "too similar to each other"}
 "what the headline states of damaged students"
 
 
