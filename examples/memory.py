@@ -35,7 +35,7 @@ from lcmdistill.utils.errors import UsageError
 LIMITS = (8, 12, 16, 24)
 ROWS = (
     *("sd15-lora", "sd15-lora-tdm", "sd15-full", "sd15-full-tdm", "sd21-lora", "sd21-full"),
-    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "sd35m-lora", "sd35m-full", "pixart-lora", "pixart-full"),
+    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "sd35m-lora", "sd35m-full", "flux-lora", "pixart-lora", "pixart-full"),
 )
 SPLIT = {"optim.batch_size": 4, "optim.gradient_accumulation_steps": 3}
 GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
@@ -44,7 +44,7 @@ CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 
 def full_size(name: str, device: str = "meta") -> Teacher:
     """A teacher of a row in its published size, without weights, or with random ones on a device."""
-    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sd35m": "sd3", "pixart": "sdxl"}.get(name, name)
+    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sd35m": "sd3", "flux": "sd3", "pixart": "sdxl"}.get(name, name)
     family = FAMILIES[{"sd15": "sd", "sd21": "sd", "sd35m": "sd3"}.get(name, name)]
     library: Any = diffusers
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -52,6 +52,8 @@ def full_size(name: str, device: str = "meta") -> Teacher:
     with torch.device(device):
         if name == "pixart":  # its class has the published size, and SDXL's VAE has the same shapes
             network = network_class(sample_size=128, caption_channels=4096)
+        elif name == "flux":  # its class has the published size, too, and Stable Diffusion 3's VAE has the same shapes
+            network = network_class(guidance_embeds=True)
         else:
             network = network_class.from_config(json.loads((folder / family.network / "config.json").read_text()))
         vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
@@ -64,6 +66,8 @@ def full_size(name: str, device: str = "meta") -> Teacher:
             return Conditioning({"prompt_embeds": torch.zeros(n, 120, 4096), "attention_mask": mask})
         if name == "sd35m":  # with a T5
             return Conditioning({"prompt_embeds": torch.zeros(n, 77 + 256, 4096), "pooled": torch.zeros(n, 2048)})
+        if name == "flux":
+            return Conditioning({"prompt_embeds": torch.zeros(n, 512, 4096), "pooled": torch.zeros(n, 768)})
         embeds = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
         return Conditioning(embeds | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
 

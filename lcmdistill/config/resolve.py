@@ -71,7 +71,7 @@ def resolve(
         if unknown[0] in RENAMED:
             raise UsageError(f"{unknown[0]} is now called {RENAMED[unknown[0]]}; rename it")
         raise UsageError(f"unknown setting {unknown[0]!r}{_closest(unknown[0], sections)}")
-    config = RunConfig(objective_name=name, chosen=frozenset(values), **built)
+    config = RunConfig(objective_name=name, chosen=frozenset(values), explicit=frozenset(chosen), **built)
     if config.run.output is None:
         output = (
             Path("runs")

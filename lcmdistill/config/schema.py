@@ -287,6 +287,8 @@ class RunConfig:
     run: RunSection = field(default_factory=RunSection)
     chosen: frozenset[str] = field(default=frozenset(), compare=False)
     "Keys that were set explicitly or by the defaults of a known teacher: the teacher's files do not override them."
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+    "Keys that the command line or a file set."
 
 
 SECTIONS: dict[str, type] = {

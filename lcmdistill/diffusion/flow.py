@@ -81,13 +81,13 @@ def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-def flow_schedule(config: Mapping[str, Any]) -> FlowSchedule:
+def flow_schedule(config: Mapping[str, Any], tokens: int | None = None) -> FlowSchedule:
     """Return the schedule that the config of a flow-matching diffusers scheduler describes.
-
-    A dynamic shift is that of `max_image_seq_len` tokens, which is the models' native resolution.
 
     Args:
         config: `num_train_timesteps`, `shift`, `use_dynamic_shifting` and what `dynamic_shift` reads.
+        tokens: The number of image tokens that decides a dynamic shift; by default `max_image_seq_len`, which is the models'
+            native resolution.
 
     Raises:
         ValueError: The config describes another kind of schedule.
@@ -95,7 +95,8 @@ def flow_schedule(config: Mapping[str, Any]) -> FlowSchedule:
     if config.get("invert_sigmas"):
         raise ValueError("the teacher's scheduler has invert_sigmas, which is not supported: its time runs backwards")
     dynamic = config.get("use_dynamic_shifting")
-    shift = dynamic_shift(config, config.get("max_image_seq_len", 4096)) if dynamic else config.get("shift", 1.0)
+    count = config.get("max_image_seq_len", 4096) if tokens is None else tokens
+    shift = dynamic_shift(config, count) if dynamic else config.get("shift", 1.0)
     if not shift > 0:
         raise ValueError(f"the shift of the teacher's scheduler is {shift}; it must be above 0")
     return FlowSchedule(int(config.get("num_train_timesteps", 1000)), float(shift))

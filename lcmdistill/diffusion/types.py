@@ -84,10 +84,18 @@ RawNetwork = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class TeacherNetwork:
-    """The frozen teacher as objectives see it. null: the empty prompt, with B = 1."""
+    """The frozen teacher as objectives see it.
+
+    Attributes:
+        network: The teacher's network.
+        null: The empty prompt, with B = 1.
+        applies_cfg: Whether guidance is classifier-free. If not, it is an input that the network is given already, and the
+            empty prompt is not evaluated.
+    """
 
     network: Network
     null: Conditioning
+    applies_cfg: bool = True
 
     def denoiser(self, cond: Conditioning, w: Tensor | None) -> Denoiser:
         """Return the teacher as a function of (z, t) alone, under classifier-free guidance unless `w` is None.
@@ -102,14 +110,19 @@ class TeacherNetwork:
         """
 
         def denoise(z: Tensor, t: Tensor) -> X0Eps:
-            if w is None:
+            if w is None or not self.applies_cfg:
                 return self.network(z, t, cond, None)
             return guided(*self.with_and_without_prompt(z, t, cond), w)
 
         return denoise
 
     def with_and_without_prompt(self, z: Tensor, t: Tensor, cond: Conditioning) -> tuple[X0Eps, X0Eps]:
-        """Return the predictions with the prompt and with the empty one, from one forward."""
+        """Return the predictions with the prompt and with the empty one, from one forward.
+
+        Without classifier-free guidance both are the prediction with the prompt: their difference, which guidance scales, is 0.
+        """
+        if not self.applies_cfg:
+            return (prediction := self.network(z, t, cond, None)), prediction
         both = cond.cat(cond.with_prompt(self.null))
         x0, eps = self.network(torch.cat([z, z]), torch.cat([t, t]), both, None)
         (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)

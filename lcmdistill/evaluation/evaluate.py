@@ -64,7 +64,8 @@ def evaluate(runs: Sequence[Path], options: EvaluationOptions) -> None:
             logger.info(
                 f"{run.run}: its guidance scale, {run.guidance_scale:g}, is in its weights, so --guidance-scale has no effect"
             )
-        _evaluate_run(run, options, teacher, choice, real, _guidance_scales(run, evaluated, options), device, later)
+        scales = _guidance_scales(run, evaluated, options)
+        _evaluate_run(run, options, teacher.in_run(run.config), choice, real, scales, device, later)
 
 
 def _guidance_scales(run: EvaluatedRun, runs: Sequence[EvaluatedRun], options: EvaluationOptions) -> tuple[float, ...]:

@@ -113,7 +113,7 @@ def trajectory(teacher: Teacher, prompts: Sequence[str], noise: Tensor, scale: f
     c = conditioning(teacher, prompts, noise)
     w = torch.full((len(noise),), scale - 1.0, device=device)
     null = teacher.encode_prompts([""]).to(device)
-    psi = TeacherNetwork(x0_network(teacher, teacher.network, dtype), null).denoiser(c, w)
+    psi = TeacherNetwork(x0_network(teacher, teacher.network, dtype), null, teacher.applies_cfg).denoiser(c, w)
     times = schedule.grid(POINTS).flip(0).to(device)
     z, states = schedule.sigma(times[:1]) * noise.to(device), []
     for t, s in pairwise([*times, times[-1]]):

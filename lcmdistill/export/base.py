@@ -94,7 +94,9 @@ class Usage:
 
     @property
     def settings(self) -> str:
-        """Steps and guidance as user interfaces name them."""
+        """Steps and guidance as user interfaces name them. ComfyUI has a node for a guidance scale that is an input."""
+        if self.facts.family.embeds_guidance:
+            return f"{self.steps} steps, CFG 1; node FluxGuidance set to {self.guidance_scale:g}"
         return f"{self.steps} steps, CFG {self.guidance_scale:g}"
 
 
@@ -158,7 +160,8 @@ class Exporter:
             steps: The number of sampling steps to recommend; by default the method's.
         """
         method = config.objective.info.for_teacher(is_flow=facts.is_flow)
-        is_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
+        keeps_input = self.keeps_omega_input and config.student.kind == "full" and facts.has_omega_input
+        is_input = keeps_input or facts.family.embeds_guidance
         is_free = omega_range(config) is None
         guidance = (config.run.validation_guidance_scale or 1.0) if is_input or is_free else 1.0
         counts = StepCounts(2, 1, 2) if facts.family.in_pixels else method.steps(config.objective)

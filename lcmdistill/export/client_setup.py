@@ -38,6 +38,8 @@ def comfyui_node(facts: SamplingFacts, *, of_checkpoint: bool = False) -> str:
         facts: How the student is sampled.
         of_checkpoint: Whether the student is in a checkpoint that was exported, instead of in a LoRA on any checkpoint.
     """
+    if facts.family.embeds_guidance:  # at 1024 px this is ComfyUI's default
+        return "node ModelSamplingFlux set to the image's width and height"
     if facts.is_flow:  # native for transformers; the node turns any network into one of flow matching
         is_native = facts.family.network != "unet" and facts.shift in (None, COMFYUI_SHIFT)
         shift = "the teacher's shift" if facts.shift is None else f"shift {facts.shift:g}"

@@ -68,6 +68,8 @@ def header(lora: Lora, config: RunConfig, title: str, base_pipeline: Any) -> dic
     needs += header_needs(facts, "CHECKPOINT") if family.layouts else ""
     skip = config.teacher.clip_skip
     cfg = "CFG 1 (up to 2)" if omegas else "CFG 1 to 4, negative prompts work"
+    if family.embeds_guidance and omegas:
+        omega, cfg = f"the embedded guidance scale {omegas.scale}", f"CFG 1, embedded guidance {omegas.scale}"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -241,7 +243,8 @@ def kohya_code(usage: Usage) -> str:
 def diffusers_lora_programs(usage: Usage) -> tuple[ProgramUse, ...]:
     """Return how the file of a transformer is used in ComfyUI, which reads diffusers' keys of U-Nets differently."""
     family = usage.facts.family
-    if family.network == "unet" or not family.layouts:  # or a transformer that ComfyUI does not know
+    is_known = family.layouts or family.embeds_guidance  # to ComfyUI
+    if family.network == "unet" or not is_known:
         return ()
     in_place = dataclasses.replace(usage, file=usage.file or DIFFUSERS_LORA)
     comfy = ("models/loras", "Load Checkpoint, Load LoRA at strength 1, ")

@@ -12,7 +12,7 @@ from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.diffusion.schedules import vp_schedule
-from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options
+from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options, run_takes_guidance
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.family import TeacherFamily
@@ -66,7 +66,8 @@ class ScheduleFacts(NamedTuple):
 def schedule_facts(scheduler: Mapping[str, Any]) -> ScheduleFacts:
     """Return what a diffusers scheduler config says about the noise schedule; nothing for an empty config."""
     if is_flow(scheduler):
-        return ScheduleFacts(shift=flow_denoiser(scheduler)[0].shift)
+        is_dynamic = scheduler.get("use_dynamic_shifting")
+        return ScheduleFacts(shift=None if is_dynamic else flow_denoiser(scheduler)[0].shift)
     if not scheduler:
         return ScheduleFacts()
     alpha = vp_schedule(scheduler).alphas_cumprod.sqrt()
@@ -89,7 +90,7 @@ class SamplingFacts:
         prediction_type: What the network predicts.
         zero_snr: Whether the noise schedule ends in pure noise (`rescale_betas_zero_snr`).
         betas: The betas that the schedule is made from, if they are not Stable Diffusion's.
-        shift: The shift of a flow-matching schedule.
+        shift: The shift of a flow-matching schedule; None if it depends on the image size.
         scheduler_options: Options of the student's scheduler besides the teacher's betas.
         has_omega_input: Whether the trained network takes guidance as an input.
         guidance: Where guidance ends up: "input", "baked" or "free".
@@ -163,7 +164,7 @@ def facts_from_pipeline(pipeline: Any, layout: str) -> SamplingFacts:
 
 def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
     """Return the facts that the files of a run record; the defaults where a file is missing."""
-    guidance = "free" if omega_range(config) is None else "input" if run_takes_omega(run) else "baked"
+    guidance = "free" if omega_range(config) is None else "input" if run_takes_guidance(run) else "baked"
     if config.student.kind == "lora":
         return _from_lora(run, guidance)
     folder = run / "pipeline"

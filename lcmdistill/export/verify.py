@@ -48,7 +48,7 @@ def network_inputs(
     config, rng = network.config, torch.Generator().manual_seed(batch)
     height, width = size or (smallest_side(network),) * 2
     inputs = {
-        "sample": torch.randn(batch, config.in_channels, height, width, generator=rng),
+        "sample": torch.randn(batch, config.in_channels // family.token_side**2, height, width, generator=rng),
         "timestep": torch.tensor([999, 259, 19])[torch.arange(batch) % 3],
         **family.example_inputs(network, rng, batch),
     }

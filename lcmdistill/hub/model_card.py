@@ -41,6 +41,8 @@ PLOTS = {"quality": "Quality against sampling steps, compared with the teacher",
 GUIDANCE = {
     "input": "Guidance is an input of the network: sampling takes one forward pass per step, and negative prompts have no "
     "effect.",
+    "embedded": "The guidance scale is an input of the network: pass the one that the student was trained with. Sampling takes "
+    "one forward pass per step, and negative prompts have no effect.",
     "baked": "Guidance is baked into the weights: sample at guidance scale 1, or 2 at most.",
     "free": "Trained without baked-in guidance: guidance scales above 1 and negative prompts work, at twice the cost per "
     "step.",
@@ -210,6 +212,8 @@ def _guidance(config: RunConfig, facts: SamplingFacts, exporter: Exporter) -> st
         return f"Its classes, from 0: {', '.join(facts.classes)}." if facts.classes else "It takes no prompt."
     if _is_as_started(config, facts):
         return GUIDANCE["start"]
+    if facts.family.embeds_guidance:
+        return GUIDANCE["embedded"]
     is_baked_now = facts.guidance == "input" and exporter.bakes_guidance and config.student.kind == "full"
     return GUIDANCE["baked" if is_baked_now else facts.guidance]
 

@@ -166,8 +166,9 @@ def _pipeline(folder: Path) -> list[Row]:
         factor = family.vae_factor(vae) if family else 1
         sides = {each * factor for each in (side if isinstance(side, list) else [side])}
         rows.append(("resolution", f"{' x '.join(map(str, sorted(sides)))} px"))
-    if "time_cond_proj_dim" in config:
-        has = config["time_cond_proj_dim"] is not None
+    embeds = bool(family and family.embeds_guidance and config.get("guidance_embeds"))
+    if "time_cond_proj_dim" in config or embeds:
+        has = embeds or config["time_cond_proj_dim"] is not None
         rows.append(("guidance input", "yes: guidance adds no cost" if has else "no"))
     for part in sorted(name for name, value in index.items() if isinstance(value, list) and value and value[0]):
         rows += [(part, text) for text in [_weights(folder / part)] if text]

@@ -24,7 +24,10 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
     if is_lora:
         name, folder, file = facts.family.run_lora_format, "lora", f"{run.name}.safetensors"
         text = "Load the LoRA on the checkpoint that it was trained on"
-        text += ". " if is_free else "; its guidance is baked into its weights."
+        if facts.guidance == "input":
+            text += "; pass the guidance scale that it was trained with."
+        else:
+            text += ". " if is_free else "; its guidance is baked into its weights."
         programs = EXPORTERS[name]
     else:
         name, folder, file, text = "pipeline", "pipeline", "", ""

@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 
 from lcmdistill.config.guidance import OmegaRange, omega_range
-from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.objectives import method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
 from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
 from lcmdistill.sampling.variations import StartImage, check_eta
-from lcmdistill.students.lora_files import scheduler_of, scheduler_options_of
+from lcmdistill.students.lora_files import run_takes_guidance, scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.folders import only_variant
 from lcmdistill.teachers.loading import load_pipeline, nonfinite_part
@@ -97,7 +96,7 @@ def find_model(model: str | None) -> ModelToSample:
         "teacher": teacher,
         "precision": config.run.precision,
         "omegas": omegas,
-        "is_baked": omegas is not None and not run_takes_omega(run),
+        "is_baked": omegas is not None and not run_takes_guidance(run),
         "steps": config.objective.info.steps(config.objective).recommended,
         "folder": run,
     }
@@ -332,7 +331,7 @@ def _called(pipeline: Any, kwargs: Mapping[str, Any], steps: int, generators: li
 def _check_size(pipeline: Any, size: Size) -> None:
     if family_of(pipeline).in_pixels:
         return  # `pipeline_kwargs` accepts the native size only
-    multiple = math.lcm(pipeline.vae_scale_factor * network_of(pipeline).config.get("patch_size", 1), 8)
+    multiple = math.lcm(family_of(pipeline).token_pixels(network_of(pipeline).config, pipeline.vae_scale_factor), 8)
     sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
     for option, side in sides.items():
         if side % multiple:
@@ -378,10 +377,11 @@ def _check_effects(pipeline: Any, guidance_scale: float, eta: float | None, nega
         )
     if negative_prompt is None:
         return
-    if has_omega_input(network_of(pipeline)):
+    embeds = family_of(pipeline).embeds_guidance
+    if embeds or has_omega_input(network_of(pipeline)):
+        remedy = "remove this option" if embeds else "train one with --guidance free to use it"
         raise UsageError(
-            "--negative-prompt has no effect on this student, whose guidance is an input of the network; train one with "
-            "--guidance free to use it"
+            f"--negative-prompt has no effect on this model, whose guidance is an input of the network; {remedy}"
         )
     if guidance_scale <= 1:
         raise UsageError(

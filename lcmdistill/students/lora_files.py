@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.files import Lora, lora_weights_file
@@ -69,6 +70,12 @@ def family_of_lora(folder: Path) -> TeacherFamily:
     if (folder / "adapter_config.json").is_file():  # of a run before the key was written
         return next(family for family in FAMILIES.values() if family.uses_peft_only)
     return family_of_lora_header(header)
+
+
+def run_takes_guidance(run: Path) -> bool:
+    """Return whether a run's student takes guidance as an input: a full one's omega, or the base's own embedded guidance."""
+    is_lora = (run / "lora").is_dir() and not (run / "pipeline").is_dir()
+    return run_takes_omega(run) or (is_lora and family_of_lora(run / "lora").embeds_guidance)
 
 
 def scheduler_options_of(lora: str) -> dict[str, Any]:

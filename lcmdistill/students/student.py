@@ -87,6 +87,8 @@ def guidance_of(teacher: Teacher, config: StudentConfig, omega: Omega) -> Litera
         config: The [student] section.
         omega: What the objective does with omega.
     """
+    if teacher.family.embeds_guidance:
+        return "input"
     if omega == "none" and not teacher.in_pixels:
         return "free"
     if omega == "baked":

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.config.schema import LORA_MODULES
+from lcmdistill.config.guidance import omega_range
+from lcmdistill.config.schema import LORA_MODULES, RunConfig
 from lcmdistill.diffusion.consistency import OMEGA_DIM, omega_embedding
 from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.diffusion.schedules import NoiseSchedule
@@ -25,7 +26,7 @@ from lcmdistill.diffusion.types import Conditioning
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.teachers.family import Call, SampleInfo, TeacherFamily, needs_caption, no_condition, whole_frame
 from lcmdistill.teachers.pipelines import pipeline_latents
-from lcmdistill.teachers.schedulers import FLOW_SAMPLER, prepare_flow
+from lcmdistill.teachers.schedulers import FLOW_SAMPLER, flow_denoiser, prepare_flow
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,24 @@ class Teacher:
     @property
     def multiple(self) -> int:
         """What the sides of an image must be multiples of, in pixels: for the VAE, the network's patches, and diffusers."""
-        return math.lcm(self.vae_factor * self.network.config.get("patch_size", 1), 8)
+        return math.lcm(self.family.token_pixels(self.network.config, self.vae_factor), 8)
+
+    @property
+    def applies_cfg(self) -> bool:
+        """Whether its guidance is classifier-free, and not an input of the network."""
+        return not self.family.embeds_guidance
+
+    def in_run(self, config: RunConfig) -> "Teacher":
+        """Return the teacher as a run uses it: with a shift for the run's resolution, and with its embedded guidance."""
+        schedule, call, omegas = self.schedule, self.call, omega_range(config)
+        scheduler = self.pipeline.scheduler.config
+        if self.is_flow and scheduler.get("use_dynamic_shifting"):
+            side = config.data.resolution / self.family.token_pixels(self.network.config, self.vae_factor)
+            schedule, _ = flow_denoiser(scheduler, round(side**2))
+        if self.family.embeds_guidance and omegas is not None:
+            of_family: Any = self.family.call
+            call = partial(of_family, guidance=omegas.middle)
+        return replace(self, schedule=schedule, call=call)
 
     def example(
         self, batch: int, size: int | tuple[int, int], device: torch.device | str
@@ -328,5 +346,5 @@ def omega_input(network: Any, w: Tensor | None) -> Tensor | None:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """Return the dtype of a network's first parameter. diffusers' `dtype` visits all modules at every call."""
-    return next(network.parameters()).dtype
+    """Return the dtype of a network's first parameter that is not quantized. diffusers' `dtype` visits all modules."""
+    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())

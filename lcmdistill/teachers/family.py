@@ -163,6 +163,16 @@ def published_guidance(scale: float) -> dict[str, Any]:
     }
 
 
+def unchanged(latents: Tensor) -> Tensor:
+    """Return latents (B, C, h, w) as they are: most pipelines take them so."""
+    return latents
+
+
+def unchanged_of_size(latents: Tensor, height: int, width: int) -> Tensor:
+    """Return the latents (B, C, h, w) of a pipeline, which has not packed them."""
+    return latents
+
+
 def no_extra_kwargs(count: int, height: int, width: int, image_and_mask: tuple[Any, Any] | None) -> dict[str, Any]:
     """Return no arguments: the pipeline needs prompts and sizes only."""
     return {}
@@ -186,6 +196,12 @@ class TeacherFamily:
         takes_mask: Whether the network also sees a mask and the image around it (inpainting).
         input_channels: The channels of the network's input in published models with 4 latent channels.
         sample_size_is_default: Whether the network's `sample_size` is only the pipeline's default size.
+        student_kinds: The kinds of students that can be trained: "full", "lora".
+        token_side: The side of the square of latents that the pipeline packs into one token, besides the network's own patches.
+        pack: (B, C, h, w) -> latents as the pipeline takes them.
+        unpack: (latents of the pipeline, h, w) -> (B, C, h, w).
+        embeds_guidance: Whether the published networks are distilled to take the guidance scale as an input. There is then no
+            classifier-free guidance, and `call` also takes `guidance`, the one scale of a run.
         call: (network, z, t, c, w) -> raw output (B, C, h, w). `c` is a Conditioning's values; a network without an
             omega input ignores `w`.
         example_inputs: (network, generator, batch) -> fixed conditioning inputs for verification, under the names of the
@@ -245,6 +261,11 @@ class TeacherFamily:
     takes_mask: bool = False
     input_channels: int = 4
     sample_size_is_default: bool = True
+    student_kinds: tuple[str, ...] = ("full", "lora")
+    token_side: int = 1
+    pack: Callable[[Tensor], Tensor] = unchanged
+    unpack: Callable[[Tensor, int, int], Tensor] = unchanged_of_size
+    embeds_guidance: bool = False
 
     call: Call
     example_inputs: Callable[[Any, Generator, int], dict[str, Tensor]]
@@ -296,6 +317,15 @@ class TeacherFamily:
     def vae_factor(self, config: Mapping[str, Any]) -> int:
         """Return the downscale factor of a VAE's config: pixels per latent pixel."""
         return 2 ** (len(config.get(self.vae_levels, [0])) - 1)
+
+    def token_pixels(self, config: Mapping[str, Any], vae_factor: int) -> int:
+        """Return the side in pixels of what the network takes as one token, or as one latent pixel.
+
+        Args:
+            config: The network's config.
+            vae_factor: Pixels per latent pixel.
+        """
+        return vae_factor * config.get("patch_size", 1) * self.token_side
 
     @property
     def run_lora_format(self) -> str:

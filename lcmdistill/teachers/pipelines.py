@@ -24,7 +24,7 @@ def network_of(pipeline: Any) -> Any:
 
 def native_size(pipeline: Any) -> tuple[int, int]:
     """Return the default image size (H, W) of a pipeline."""
-    size = network_of(pipeline).config.sample_size
+    size = network_of(pipeline).config.get("sample_size") or pipeline.default_sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
@@ -103,18 +103,18 @@ def pipeline_latents(
         generator: For the random numbers of a sampler: one, or one per image.
         eta: gamma of a TCDScheduler; by default the method's own.
     """
-    network = network_of(pipeline)
+    network, family = network_of(pipeline), family_of(pipeline)
     dtype = dtype or network.dtype
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[2:])
     with torch.autocast(network.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        kwargs = family_of(pipeline).prompt_kwargs(pipeline, prompts, None) | {
+        kwargs = family.prompt_kwargs(pipeline, prompts, None) | {
             "height": height,
             "width": width,
             "guidance_scale": guidance_scale,
-            "latents": noise.to(network.device, network.dtype),
+            "latents": family.pack(noise).to(network.device, network.dtype),
             "output_type": "latent",
             "return_dict": False,
         }
         kwargs |= extra_call_kwargs(pipeline, len(prompts), height, width) | ({} if eta is None else {"eta": eta})
         out = call_pipeline(pipeline, kwargs, steps=steps, generator=generator)
-    return out[0].float()
+    return family.unpack(out[0], *noise.shape[2:]).float()

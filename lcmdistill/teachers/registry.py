@@ -18,6 +18,7 @@ FAMILIES = LazyRegistry(
         "sdxl-inpaint": "lcmdistill.teachers.inpaint:STABLE_DIFFUSION_XL_INPAINT",
         "sd3": "lcmdistill.teachers.sd3:STABLE_DIFFUSION_3",
         "sana": "lcmdistill.teachers.sana:SANA",
+        "flux": "lcmdistill.teachers.flux:FLUX_1",
         "pixart": "lcmdistill.teachers.pixart:PIXART_ALPHA",
     }
 )

@@ -22,6 +22,17 @@ COPIED = (
 "what a scheduler of other students and samplers takes over from a config: the noise levels"
 
 
+DYNAMIC_SHIFT = (
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+)
+"what decides a shift that depends on the image size, which pipelines pass to their scheduler as `mu`"
+
+
 FLOW_SAMPLER = "FlowMatchEulerDiscreteScheduler"
 "the sampler of flow-matching teachers: Euler's method, which is DDIM there"
 
@@ -57,7 +68,10 @@ def student_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str
 
     schedule, _ = flow_denoiser(config)
     kind = getattr(diffusers, flow_scheduler_of(name))
-    return prepare_flow(kind(num_train_timesteps=schedule.num_steps, shift=schedule.shift))
+    shift: dict[str, Any] = {"shift": schedule.shift}
+    if config.get("use_dynamic_shifting"):  # sampled at another size, a student follows its teacher
+        shift = {key: config[key] for key in DYNAMIC_SHIFT if key in config}
+    return prepare_flow(kind(num_train_timesteps=schedule.num_steps, **shift))
 
 
 def prepare_flow(scheduler: Any) -> Any:
@@ -110,8 +124,12 @@ def denoiser(config: Mapping[str, Any]) -> "tuple[NoiseSchedule, str]":
     return flow_denoiser(config) if is_flow(config) else vp_denoiser(config)
 
 
-def flow_denoiser(config: Mapping[str, Any]) -> "tuple[FlowSchedule, str]":
+def flow_denoiser(config: Mapping[str, Any], tokens: int | None = None) -> "tuple[FlowSchedule, str]":
     """Return the schedule of a flow-matching scheduler config, and the velocity as the prediction type.
+
+    Args:
+        config: The scheduler config.
+        tokens: The number of image tokens that decides a dynamic shift; by default that of the native resolution.
 
     Raises:
         UsageError: The schedule is not supported.
@@ -120,7 +138,7 @@ def flow_denoiser(config: Mapping[str, Any]) -> "tuple[FlowSchedule, str]":
     from lcmdistill.diffusion.parameterization import FLOW
 
     try:
-        return flow_schedule({**config, "shift": static_shift(config)}), FLOW
+        return flow_schedule({**config, "shift": static_shift(config)}, tokens), FLOW
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -276,10 +276,13 @@ def phases(
     prompts = len(validation_prompts(config, teacher))
     if run.validate_every and config.objective_name != "lcf":
         scale = run.validation_guidance_scale or 1.0
-        forwards = TEACHER_STEPS * (2 if scale > 1 or config.objective.omega != "none" else 1)
+        applies_cfg = teacher.applies_cfg and (scale > 1 or config.objective.omega != "none")
+        forwards = TEACHER_STEPS * (2 if applies_cfg else 1)
         seconds = prompts * (forwards * rates.forward + rates.decode)
         found.append(Phase(REFERENCES, seconds, f"{prompts} by the teacher in {TEACHER_STEPS} steps; cached"))
     of_step = dict(config.objective.num_forwards)
+    if not teacher.applies_cfg and "teacher" in of_step:
+        of_step["teacher"] = -(-of_step["teacher"] // 2)
     if data.teacher_cache_samples:
         outputs = data.teacher_cache_samples * of_step.pop("teacher", 0) * sum(each.total for each in samples) / world
         found.append(Phase(TEACHER_OUTPUTS, outputs * rates.forward, f"{math.ceil(outputs):,} outputs"))

@@ -89,7 +89,7 @@ class DistributionMatchingStep:
             optim=parts.optim,
             sharing=parts.sharing,
             schedule=parts.schedule,
-            teacher=TeacherNetwork(parts.network(student.teacher), parts.null),
+            teacher=parts.teacher,
             student_network=parts.network(online),
             critic_network=parts.network(critic),
             frozen_student=parts.network(student.online),
@@ -212,7 +212,7 @@ class DistributionMatchingStep:
                 loss, tau, numbers = self.objective.student_loss(
                     self.student_network,
                     self.frozen_critic,
-                    TeacherNetwork(self._timed_teacher, self.teacher.null),
+                    replace(self.teacher, network=self._timed_teacher),
                     self.schedule,
                     micro.cond,
                     micro.rollout,

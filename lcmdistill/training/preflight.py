@@ -55,6 +55,12 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
     check_teacher_cache(config.objective, config.data.teacher_cache_samples)
     check_trajectory(config, teacher, is_generated=all(map(is_generated, config.data.sources)))
     _check_start(config, teacher)
+    if config.student.kind not in teacher.family.student_kinds:
+        raise UsageError(
+            f"a full student of {teacher.family.title} is not supported, because of its size; use lcmdistill distill-lora"
+        )
+    if teacher.family.embeds_guidance:
+        _check_embedded_guidance(config, teacher)
     check_start(config.student.start, config.student)
     if config.student.kind == "lora" and config.student.start == "scratch":
         raise UsageError(
@@ -93,6 +99,31 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
         raise UsageError(
             f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
             f"{f', a patch has {patch}' if patch > 1 else ''}, and diffusers generates multiples of 8); try {near}"
+        )
+
+
+def _check_embedded_guidance(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for settings of classifier-free guidance with a teacher that takes guidance as an input."""
+    omegas, title = omega_range(config), teacher.family.title
+    if getattr(config.objective, "guidance", "baked") == "free":
+        raise UsageError(
+            f"--guidance free trains for classifier-free guidance, and {title} takes its guidance scale as an input instead; "
+            "remove this option"
+        )
+    if omegas is None:
+        methods = [name for name, each in OBJECTIVES.items() if hasattr(each, "w_min") and each.info.start == "teacher"]
+        raise UsageError(
+            f"--objective {config.objective_name} has no setting for guidance, and {title} needs one as an input; use "
+            f"{', '.join(methods[:-1])} or {methods[-1]}"
+        )
+    if omegas.low != omegas.high:
+        raise UsageError(
+            f"the guidance scale is {omegas.scale}, and {title} takes one fixed scale as an input; set objective.w_min and "
+            "objective.w_max to the same value, the scale minus 1"
+        )
+    if config.data.teacher_cache_samples:
+        raise UsageError(
+            f"data.teacher_cache_samples caches outputs for classifier-free guidance, which {title} does not have; use 0"
         )
 
 
@@ -239,6 +270,7 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     config = resolve_run_defaults(config, world, teacher)
     check_run(config)
     validate_for_teacher(config, teacher)
+    teacher = teacher.in_run(config)
     plan = plan_memory(config, teacher, device, free=free_memory(device), world=world, loud=True)
     config = plan.config if plan else config
     logger.info(output_text(config))

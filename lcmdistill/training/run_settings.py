@@ -28,6 +28,9 @@ from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_nam
 
 _MARK, _REQUESTED = ".finished", ".requested.json"
 
+OMEGA = ("objective.w_min", "objective.w_max")
+"the guidance of training, which a teacher with an embedded guidance decides where the command does not"
+
 FREE_GUIDANCE_SCALE = 2.0
 "the guidance scale for sampling if CFG acts on the student; high values oversaturate at so few steps"
 
@@ -42,12 +45,20 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         world: The number of processes.
         teacher: The teacher, whose files decide settings that were not chosen.
     """
+    # The defaults of methods are scales of classifier-free guidance; an embedded one is on a scale of its own.
+    chosen = config.explicit if teacher.family.embeds_guidance else config.chosen
     config = with_values(
-        config, {k: v for k, v in teacher.usual.items() if has_key(config, k) and k not in config.chosen}
+        config,
+        {
+            k: v
+            for k, v in teacher.usual.items()
+            if has_key(config, k) and k not in (chosen if k in OMEGA else config.chosen)
+        },
     )
     if config.teacher.loras and config.teacher.lora_checksums is None:
         config = with_values(config, {"teacher.lora_checksums": lora_checksums(config.teacher.loras)})
-    config = dataclasses.replace(config, chosen=config.chosen | keys_with(config, "decided_by_teacher"))
+    decided = keys_with(config, "decided_by_teacher")
+    config = dataclasses.replace(config, chosen=config.chosen | decided, explicit=config.explicit | set(OMEGA))
     before = resumable_config(folder := Path(config.run.output or ""))
     if before is not None:
         now, planned, same_memory = flatten(config), flatten(before), config.run.memory == before.run.memory
@@ -64,9 +75,9 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
     guidance = config.run.validation_guidance_scale
     if guidance is None:
         kind, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(config)
-        guidance = {"baked": 1.0, "free": FREE_GUIDANCE_SCALE, "input": min(7.5, omegas.middle) if omegas else 1.0}[
-            kind
-        ]
+        middle = omegas.middle if omegas else 1.0
+        of_input = middle if teacher.family.embeds_guidance else min(7.5, middle)
+        guidance = {"baked": 1.0, "free": FREE_GUIDANCE_SCALE, "input": of_input}[kind]
     objective, counts = config.objective, config.objective.info.steps(config.objective)
     best_metric = config.run.best_metric
     if "run.best_metric" not in config.chosen and counts.low == counts.high:
@@ -160,7 +171,7 @@ def check_run(config: RunConfig) -> None:
     undecided = keys_with(config, "decided_by_teacher") - config.chosen | {
         k for k, v in _requested(folder).items() if now[k] == v
     }
-    undecided |= _kept_if_not_chosen(config)
+    undecided |= _kept_if_not_chosen(config) | (set(OMEGA) - config.explicit)
     same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
     # The same samples per step, on another number of processes.
     world, optim = int(os.environ.get("WORLD_SIZE", "1")), config.optim

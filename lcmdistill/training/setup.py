@@ -100,6 +100,7 @@ def build_train_step(
         schedule=teacher.schedule.to(device),
         null=teacher.encode_prompts([""]).to(device),
         prediction_type=teacher.prediction_type,
+        applies_cfg=teacher.applies_cfg,
     )
     train_step = STEP_KINDS[config.objective.info.train_step].build(parts)
     # From here on text encoder and VAE are needed for validation only.

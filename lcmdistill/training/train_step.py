@@ -82,6 +82,7 @@ class StepParts:
         schedule: The teacher's schedule, on the device.
         null: The empty prompt, B = 1, on the device.
         prediction_type: What the networks predict.
+        applies_cfg: Whether the teacher's guidance is classifier-free.
     """
 
     objective: Any
@@ -91,6 +92,12 @@ class StepParts:
     schedule: NoiseSchedule
     null: Conditioning
     prediction_type: str
+    applies_cfg: bool = True
+
+    @property
+    def teacher(self) -> TeacherNetwork:
+        """The frozen teacher."""
+        return TeacherNetwork(self.network(self.student.teacher), self.null, self.applies_cfg)
 
     def network(self, module: Any) -> Network:
         """Return a module as a function of (z, t, c, w) -> (x0, eps)."""
@@ -197,7 +204,7 @@ class ConsistencyStep:
             optim=parts.optim,
             sharing=parts.sharing,
             schedule=parts.schedule,
-            teacher=TeacherNetwork(parts.network(student.teacher), parts.null),
+            teacher=parts.teacher,
             student_network=parts.network(online),
             target_network=parts.network(student.target),
         )

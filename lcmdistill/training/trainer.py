@@ -107,9 +107,9 @@ def _distill(
     if is_main:
         check_run(config)
     validate_for_teacher(config, teacher)
-    plan = plan_memory(
-        config, teacher, accelerator.device, free=min_free_memory(accelerator), world=world, loud=is_main
-    )
+    teacher = teacher.in_run(config)
+    free = min_free_memory(accelerator)
+    plan = plan_memory(config, teacher, accelerator.device, free=free, world=world, loud=is_main)
     config = plan.config if plan is not None else config
     stop.check(early)
     accelerator.wait_for_everyone()

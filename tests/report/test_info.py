@@ -23,10 +23,12 @@ def test_a_teacher_is_described(family: str, tmp_path: Path) -> None:
     pipeline, rows = opened(folder), dict(describe(str(folder)))
     assert type(pipeline).__name__ in rows["type"]
     assert "not supported" not in rows["type"]
-    is_flow = family in ("sd3", "sana")
+    is_flow = family in ("sd3", "sana", "flux")
     wanted = "velocity (flow matching)" if is_flow else pipeline.scheduler.config.prediction_type
     assert rows["prediction type"] == wanted
-    assert ("rectified flow, shift 3, T = 1000" in rows["schedule"]) is is_flow
+    shift = "shift by image size" if family == "flux" else "shift 3"
+    assert (f"rectified flow, {shift}, T = 1000" in rows["schedule"]) is is_flow
+    assert rows.get("guidance input", "no").startswith("yes") == (family == "flux")
     assert ("zero-terminal SNR" in rows["schedule"]) == (family == "sd2")
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):

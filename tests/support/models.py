@@ -40,6 +40,8 @@ SD3Transformer: Any = diffusers.SD3Transformer2DModel
 
 SanaTransformer: Any = diffusers.SanaTransformer2DModel
 
+FluxTransformer: Any = diffusers.FluxTransformer2DModel
+
 PixArt: Any = diffusers.PixArtTransformer2DModel
 
 PixArtPipeline: Any = diffusers.PixArtAlphaPipeline
@@ -297,6 +299,31 @@ def gemma_tokenizer() -> Any:
     return transformers.GemmaTokenizerFast(tokenizer_object=fast, model_max_length=4096, **special)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def build_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+    """Two blocks of two streams and two of one stream, a shift by image size, 16 latent channels as published."""
+    transformer = FluxTransformer(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    write_tokenizer(folder.parent / "tokenizer")
+    diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=small_vae(16, scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(text_config()),
+        text_encoder_2=small_t5(24),
+        tokenizer=CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", model_max_length=77),
+        tokenizer_2=letter_tokenizer(512),
+    ).save_pretrained(folder)
+    return folder
+
+
 # Of each family; those of BUILDERS are the layouts that single files have.
 FAMILY_BUILDERS = BUILDERS | {
     "inpainting": build_inpainting,
@@ -304,6 +331,7 @@ FAMILY_BUILDERS = BUILDERS | {
     "ssd1b": build_ssd1b,
     "sd3": build_sd3,
     "sana": build_sana,
+    "flux": build_flux,
     "pixart": build_pixart,
 }
 

@@ -198,7 +198,7 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
     if is_cached:
         of_teacher = x0_eps_network(lambda z, t, c, w: torch.zeros_like(z), schedule, teacher.prediction_type)
     networks = StepNetworks(
-        teacher=TeacherNetwork(of_teacher, null),
+        teacher=TeacherNetwork(of_teacher, null, teacher.applies_cfg),
         student=network(student.online),
         target=network(student.target),
         critic=network(student.critic) if student.critic is not None else None,
@@ -358,9 +358,10 @@ def _emulate_autocast(network: nn.Module, dtype: torch.dtype) -> None:
 def _fused_attention() -> Iterator[None]:
     """Use an attention that never holds its whole matrix, as on a CPU or a GPU; the meta device would allocate it."""
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        mask = None if attn_mask is None else attn_mask.to(q.dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)[0]
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        mask = None if attn_mask is None else attn_mask.to(query.dtype)
+        compute = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return compute(query, key, value, 0.0, False, attn_mask=mask)[0]
 
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = fused
