@@ -1,5 +1,6 @@
 """The results of an evaluation in a run folder, written and read without any network."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, preview_indi
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import checked_json, read_checked_json
 from lcmdistill.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 RECORDED = ("label", "better", "description", "measured_on", "compared_with", "published", "decimals", "limits")
 "the fields of a metric that sweep.json records"
@@ -125,7 +128,7 @@ def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more:
 
 
 def read_results(run: Path) -> Results | None:
-    """Read a run's evaluation. Return None if there is none.
+    """Read a run's evaluation. Return None if there is none, or one by an earlier version, which is reported.
 
     Raises:
         UsageError: The files cannot be read.
@@ -134,21 +137,25 @@ def read_results(run: Path) -> Results | None:
     if not (folder / "sweep.json").is_file():
         return None
     try:
-        return _read(folder)
+        info = read_checked_json(folder / "sweep.json")
+        if "points" not in info:
+            logger.warning(
+                f"the evaluation in {folder} is by an earlier version; evaluate again: lcmdistill evaluate {run}"
+            )
+            return None
+        return _read(folder, info)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"the evaluation in {folder} cannot be read ({error}); evaluate again: lcmdistill evaluate {run}"
         ) from error
 
 
-def _read(folder: Path) -> Results:
-    info = _upgrade_info(read_checked_json(folder / "sweep.json"))
+def _read(folder: Path, info: Mapping[str, Any]) -> Results:
     points = {}
     for name in info["points"]:
         path = folder / "points" / name / "numbers.json"
         if path.is_file():
-            point = read_checked_json(path)
-            points[name] = _renamed(point, {"seconds_an_image": "seconds_per_image", "how": "conditions"})
+            points[name] = read_checked_json(path)
             _check_point(path, points[name])
     path = folder / "consistency.json"
     curve = read_checked_json(path)["points"] if path.is_file() else []
@@ -162,16 +169,3 @@ def _check_point(path: Path, point: Mapping[str, Any]) -> None:
     are_numbers = all(value is None or isinstance(value, int | float) for value in values)
     if not isinstance(numbers, dict) or not are_numbers or not isinstance(point.get("conditions", ""), str):
         raise ValueError(f"{path} holds values of another type")
-
-
-def _upgrade_info(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the sweep.json of an earlier version to the current form."""
-    info = _renamed(info, {"measures": "metrics", "pictured_prompts": "preview_prompts"})
-    names = {"about": "description", "features": "measured_on", "against": "compared_with"}
-    info["metrics"] = {name: _renamed(metric, names) for name, metric in info["metrics"].items()}
-    # Earlier versions only evaluated prompts, and only a LoRA had its guidance in its weights.
-    return {"is_baked": info.get("is_lora", False), "held_out": True, **info}
-
-
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in values.items()}

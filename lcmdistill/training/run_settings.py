@@ -29,7 +29,7 @@ from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_nam
 _MARK, _REQUESTED = ".finished", ".requested.json"
 
 OMEGA = ("objective.w_min", "objective.w_max")
-"the guidance of training, which a teacher with an embedded guidance decides where the command does not"
+"the guidance of training, which a teacher with a published one decides where the command does not"
 
 FREE_GUIDANCE_SCALE = 2.0
 "the guidance scale for sampling if CFG acts on the student; high values oversaturate at so few steps"
@@ -45,14 +45,14 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         world: The number of processes.
         teacher: The teacher, whose files decide settings that were not chosen.
     """
-    # The defaults of methods are scales of classifier-free guidance; an embedded one is on a scale of its own.
-    chosen = config.explicit if teacher.family.embeds_guidance else config.chosen
+    # The one guidance that a teacher was published with precedes the defaults of methods, which are those of Stable Diffusion.
+    fixed = set(OMEGA) if teacher.usual.keys() >= set(OMEGA) else set()
     config = with_values(
         config,
         {
             k: v
             for k, v in teacher.usual.items()
-            if has_key(config, k) and k not in (chosen if k in OMEGA else config.chosen)
+            if has_key(config, k) and k not in (config.explicit if k in fixed else config.chosen)
         },
     )
     if config.teacher.loras and config.teacher.lora_checksums is None:

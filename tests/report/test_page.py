@@ -143,27 +143,16 @@ def changed_sweep(run: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
     path.write_text(json.dumps({**info, **values}))
 
 
-def test_an_evaluation_of_an_earlier_version_is_read(evaluated_run: Path, tmp_path: Path):
+def test_an_evaluation_by_an_earlier_version_is_left_aside(
+    evaluated_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """It named its points otherwise. A run that is trained further must not end because of it."""
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
-    old = json.loads((run / "evaluation" / "sweep.json").read_text())
-    names = {"description": "about", "measured_on": "features", "compared_with": "against"}
-    measures = {
-        name: {names.get(key, key): value for key, value in metric.items()} for name, metric in old["metrics"].items()
-    }
-    drop = ("held_out", "prompts_origin", "notes", "has_classes", "is_baked", "metrics", "preview_prompts", "sizes")
-    changed_sweep(run, drop=drop, is_lora=True, measures=measures, pictured_prompts=old["preview_prompts"])
-    for path in (run / "evaluation" / "points").glob("*/numbers.json"):
-        point = json.loads(path.read_text())
-        del point["checksum"]
-        point |= {"seconds_an_image": point.pop("seconds_per_image"), "how": point.pop("conditions")}
-        path.write_text(json.dumps(point))
-    page = check_page(write_report(run))
-    assert "prompts that were held out of training" in page.text
-    assert "guidance is in its weights" in page.text
-    assert evaluation_summary(run) == evaluation_summary(evaluated_run).replace("small-lcm", "run")
-    assert update_run_card(run)
-    check_page(write_comparison([run, evaluated_run], tmp_path / "comparison.html"))
+    changed_sweep(run, drop=("points",), cells=[])
+    assert read_results(run) is None
+    assert "is by an earlier version; evaluate again: lcmdistill evaluate" in caplog.text
+    check_page(write_report(run))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_class, family_of_folder
 from lcmdistill.teachers.single_file.sd_keys import TEXT_STYLES
 from lcmdistill.training.run_data import sources_of
+from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.utils.errors import UsageError
 from tests.support.models import FAMILY_BUILDERS
 from tests.support.pixel_models import build_pixel
@@ -154,6 +155,23 @@ def test_families_are_read_without_torch() -> None:
     code += "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@each_family
+def test_a_published_guidance_precedes_the_defaults_of_methods(key: str, kind: str, folders: dict[str, Path]) -> None:
+    """Those are of Stable Diffusion. What the command specifies precedes both."""
+    published, teacher = FAMILIES[key].published, load_teacher(str(folders[key]))
+    if "objective.w_max" not in published:
+        pytest.skip("published without a guidance of its own")
+    values = {"teacher.model": str(folders[key]), "student.kind": kind}
+    config = resolve_run_defaults(resolve({}, values), 1, teacher)
+    assert (config.objective.w_min, config.objective.w_max) == tuple(
+        published[f"objective.w_{end}"] for end in ("min", "max")
+    )
+    chosen = {"objective.w_min": 1.5, "objective.w_max": 1.5}
+    config = resolve_run_defaults(resolve({}, {**values, **chosen}), 1, teacher)
+    assert (config.objective.w_min, config.objective.w_max) == (1.5, 1.5)
 
 
 FAMILY_FILES = {place.partition(":")[0].rpartition(".")[2] + ".py" for place in FAMILIES.locations.values()}
