@@ -103,7 +103,7 @@ def test_a_teacher_is_sampled_from_the_start_of_its_noise(
     config = DataConfig(
         prompts=str(tmp_path / "prompts.txt"), resolution=16, teacher_steps=4, cache_dir=str(tmp_path / "c")
     )
-    mean, _, _ = LatentDataset([prepared("teacher", config, teacher, 0)], [None]).read([0])
+    mean = LatentDataset([prepared("teacher", config, teacher, 0)], [None]).read([0])[0]
     assert mean.isfinite().all()
     assert (times[0] == 999) is zero_snr
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["timestep_spacing"] == "leading"

@@ -47,7 +47,7 @@ def test_eta_is_passed_on_and_zero_adds_no_noise(method_run: MethodRunner) -> No
     ("options", "message"),
     [
         (["--eta", 0.3], "--eta is for a TCDScheduler, and this model has LCMScheduler"),
-        (["--negative-prompt", "blue"], "no effect on this student, whose guidance is an input of the network"),
+        (["--negative-prompt", "blue"], "no effect on this model, whose guidance is an input of the network"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(
@@ -125,7 +125,7 @@ def test_lcf_takes_a_pipeline_and_an_lcm_lora_that_is_fused(
 
 def test_a_tcd_student_with_an_omega_input_is_not_an_lcm(method_run: MethodRunner) -> None:
     of_tcd = method_run("tcd", "of-tcd", optim__max_train_steps=1)
-    with pytest.raises(UsageError, match="of-tcd is a TCD student, whose map is another; name a run"):
+    with pytest.raises(UsageError, match="of-tcd is a TCD student, which learned another map; name a run"):
         method_run("lcf", teacher__model=str(of_tcd))
 
 
