@@ -41,6 +41,7 @@ def test_kid_is_the_unbiased_polynomial_mmd():
     assert kid(x, y) == pytest.approx(float(expected))
 
 
+@pytest.mark.slow
 def test_kid_with_the_bundled_features_orders_distortions():
     network = features.MobileNetV2Features()
     real = features.features_of(network, images(48))

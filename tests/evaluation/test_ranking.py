@@ -16,6 +16,8 @@ from lcmdistill.evaluation.verdict import verdict
 from tests.support.evaluated import noise_weights, results_of, shorten_references
 from tests.support.runs import distill, resolve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:

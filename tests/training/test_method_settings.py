@@ -202,8 +202,11 @@ def test_dropout_of_an_adapter_acts_on_both_sides_alike(method_run: MethodRunner
 
 @pytest.mark.parametrize(
     ("objective", "kind", "scales"),
-    [("tcd", "full", (4.0, 3.0)), ("cd", "full", (2.0,)), ("lcm", "lora", (2.0,))],
-    ids=["omega is an input", "no guidance", "a LoRA of free guidance"],
+    [
+        pytest.param("tcd", "full", (4.0, 3.0), id="omega is an input", marks=pytest.mark.slow),
+        pytest.param("cd", "full", (2.0,), id="no guidance", marks=pytest.mark.slow),
+        pytest.param("lcm", "lora", (2.0,), id="a LoRA of free guidance"),
+    ],
 )
 def test_a_run_is_measured_at_the_guidance_that_acts(
     method_run: MethodRunner, objective: str, kind: str, scales: tuple[float, ...]

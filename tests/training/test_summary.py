@@ -65,7 +65,7 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_the_disk_lines_cover_what_a_run_writes(kind: str, train_settings: dict[str, Any], tmp_path: Path) -> None:
     own = {"student.kind": kind, "student.rank": 16, "run.validate_every": 2, "run.validation_prompts": ("a", "b")}
     own |= {"data.cache_dir": str(tmp_path / "cache"), "run.output": str(tmp_path / "run")}

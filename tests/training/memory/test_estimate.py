@@ -72,7 +72,7 @@ def test_the_estimate_is_what_a_real_step_holds(
     assert needed.frozen + needed.student + needed.target == pytest.approx(sum(everything.values()), rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_in_half_precision_it_is_the_step_under_autocast_with_cuda_s_norms(
     kind: str, small_teacher: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_room_is_left_for_more_than_tensors() -> None:
     assert usable(12 * GIB, whole_gpu=True) < usable(12 * GIB, whole_gpu=False) < 12 * GIB
 
 
+@pytest.mark.slow
 def test_the_estimator_counts_few_steps_and_is_never_below_them(
     small_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,7 @@ def test_an_offloaded_target_is_the_same_target(planned_run: PlannedRunner) -> N
     assert_same(here, away)
 
 
+@pytest.mark.slow
 def test_an_offloaded_target_resumes_bit_for_bit(planned_run: PlannedRunner) -> None:
     own = {"run__memory": "off", "run__precision": "bf16"}
     whole_run = planned_run("whole", **own, student__offload_target=True)
