@@ -77,13 +77,14 @@ def _translated(
     if setting is not None:
         value = value or next(rest, "VALUE")
         value = "VALUE" if value.startswith("-") else value
+        value = value.lower() if setting in ("optim.optimizer", "optim.lr_scheduler") else value
         raise UsageError(f"{command} has no option {name}; use --set {setting}={value}")
     return name, sign, value
 
 
 def _is_exact(word: str) -> bool:
     """Return whether a word is in the table, or the name of a setting; anything else is left to the spelling."""
-    return word in synonyms.SETTINGS or word in {key.rpartition(".")[2] for key in _settings()}
+    return word in synonyms.SETTINGS or word in {key.rpartition(".")[2] for key in _settings()} - {"name"}
 
 
 def _settings() -> list[str]:

@@ -1,7 +1,6 @@
 """Report whatever ends a command: one sentence on stderr and an exit code."""
 
 import difflib
-import os
 import re
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 import typer
 
 from lcmdistill.utils.errors import explain
+from lcmdistill.utils.launch import process_index
 from lcmdistill.utils.logging import discard_output
 from lcmdistill.utils.redact import printable, redact_text
 
@@ -55,7 +55,7 @@ def _report_parser_error(error: Any) -> int:
 
 def _print_once(sentence: str, code: int) -> int:
     """Print a sentence and return the exit code. Of several processes that fail alike, only the first one prints it."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = process_index()
     if rank:
         # If the first process fails as well, the launcher ends this one meanwhile; an error of this process only is printed.
         time.sleep(5)

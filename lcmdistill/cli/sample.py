@@ -191,6 +191,8 @@ def sample(
             f"{cut} of the prompts are longer than the {token_limit(pipeline)} tokens that are read, and are cut there"
         )
     wanted = [text for text in texts for _ in range(num_images)]
+    if output and output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not output.is_dir():
+        raise UsageError(f"--output {output} is the name of an image; pass a folder: images are numbered in it")
     folder = ImageFolder(
         output or (found.folder or Path()) / "images",
         model=public_name(str(found.folder) if found.folder and not found.loras else found.path),

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,6 +17,7 @@ from lcmdistill.cli._options import SETTINGS, Debug, takes, training_options
 from lcmdistill.cli.distill import configuration_from
 from lcmdistill.cli.evaluate import evaluate_and_report, guidance_scales, step_counts
 from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.launch import num_processes
 from lcmdistill.utils.run_names import RUNS
 from lcmdistill.utils.units import counted, duration_text
 
@@ -88,7 +88,7 @@ def sweep(
     cells = [(folder / name, [*fixed, *own]) for name, own in grid_cells(axes)]
     counts, _ = step_counts(eval_steps), _check_rank(rank_by)
     scales = guidance_scales(eval_guidance_scale, "--eval-guidance-scale")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_processes() > 1:
         raise UsageError("a sweep runs in one process; start it without accelerate launch or torchrun")
     configs = [_configuration(command, run, own) for run, own in cells]
     logger.info(f"{counted(len(cells), 'run')} in {folder}: {', '.join(run.name for run, _ in cells)}")

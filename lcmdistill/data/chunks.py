@@ -41,6 +41,9 @@ CHUNK = 128
 "members of a source per file"
 
 PIXELS_PER_BATCH = 4 * 512 * 512
+
+GENERATED_AT_ONCE = 16
+"images that the teacher generates at once, at most: an interruption keeps what is finished"
 "pixels that are encoded or generated at once"
 
 PART = ".part"
@@ -223,6 +226,8 @@ def _encode(
     """
     height, width = samples[0][1].frame[4:]
     batch_size = max(1, PIXELS_PER_BATCH // (height * width))
+    if steps > 1:
+        batch_size = min(batch_size, GENERATED_AT_ONCE)
     parts = _read_parts(part_file)
     try:
         for i in range(sum(len(part["mean"]) for part in parts), len(samples), batch_size):

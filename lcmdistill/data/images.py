@@ -152,6 +152,8 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """Scale 16 bits to 8, and compose transparency on a background."""
     if image.mode == "F":
         raise ImageError("image format not supported (floating-point pixels)")
+    if image.mode == "I" and image.format == "TIFF":
+        raise ImageError("image format not supported (32-bit integer pixels)")
     if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
         deep, clear = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray((deep // 257).clip(0, 255).astype(np.uint8))

@@ -80,6 +80,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+_NOT_A_PART = re.compile(r"Pipeline|^pipeline|^Auto(?!encoder)")
+"classes that read further files to choose what to load"
+
+
 def check_classes(model: str, index: Mapping[str, Any]) -> None:
     """Refuse a pipeline that names classes outside the known libraries, whatever the installed diffusers would do.
 
@@ -101,6 +105,13 @@ def check_classes(model: str, index: Mapping[str, Any]) -> None:
         if part.startswith("_") or not isinstance(value, list) or value in ([], [None, None]):
             continue
         is_plain = len(value) == 2 and all(isinstance(name, str) and name.isidentifier() for name in value)
+        if is_plain and _NOT_A_PART.search(
+            value[1]
+        ):  # diffusers 0.35 runs the code that an inner pipeline's folder names
+            raise UsageError(
+                f"{model} has a {value[1]} as its {part}, which chooses its classes itself, and code of a model is not run; "
+                "name the class of a network, a tokenizer or a scheduler"
+            )
         if not is_plain or not _is_known_library(value[0]):
             raise UsageError(
                 f"{model} has a custom class for its {part} ({'.'.join(map(str, value))}), and code of a model is not run; "

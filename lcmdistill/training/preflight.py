@@ -39,6 +39,7 @@ from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
+from lcmdistill.utils.launch import num_processes
 from lcmdistill.utils.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     Raises:
         UsageError: The run would be refused, such as for want of disk space.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = num_processes()
     if os.environ.get("RANK", "0") != "0":  # the first process reports for all
         return
     device = pick_device(config.run.device)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checkpoint import last_global_batch
 from lcmdistill.utils.errors import UsageError, disk_error, is_utf8
 from lcmdistill.utils.json_text import parse_json
+from lcmdistill.utils.launch import num_processes
 from lcmdistill.utils.logging import LOG_FILE
 from lcmdistill.utils.redact import redact_value
 from lcmdistill.utils.run_dir import LOCK, check_writable, checkpoints, step_name
@@ -174,7 +174,7 @@ def check_run(config: RunConfig) -> None:
     undecided |= _kept_if_not_chosen(config) | (set(OMEGA) - config.explicit)
     same_data = {"data.sources", "data.prompts"} if is_same_data(config, recorded, folder) else set()
     # The same samples per step, on another number of processes.
-    world, optim = int(os.environ.get("WORLD_SIZE", "1")), config.optim
+    world, optim = num_processes(), config.optim
     is_same_batch = (
         last_global_batch(folder / "checkpoints") == optim.batch_size * optim.gradient_accumulation_steps * world
     )

@@ -152,7 +152,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise EOFError(f"state.pt cannot be read: {error}") from error
 
 
-_DAMAGE = (SafetensorError, RuntimeError, EOFError, UnpicklingError, FileNotFoundError)
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, UnpicklingError, FileNotFoundError, IsADirectoryError)
 "what reading a damaged checkpoint raises"
 
 

@@ -59,6 +59,13 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{reason}; free some space or choose another --output (checkpoints already written are intact)", 1
     if isinstance(error, PermissionError):
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename or 'a name'} is a folder where a file is expected; move or rename that folder", 1
+    if isinstance(error, ImportError):
+        return (
+            f"a package is missing: {str(error).strip().splitlines()[0]}; install it, or use a model that needs none",
+            1,
+        )
     if isinstance(error, FileNotFoundError) and error.filename is None and not _has_working_directory():
         return "the current folder no longer exists; change to another one and run again", 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -16,7 +16,8 @@ HIDDEN_COMMAND = f"{COMMAND}..."
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,20}://"
+# A path's library turns "//" into "/"; a login may also stand behind "//" without a scheme.
+_SCHEME = r"(?:[A-Za-z][A-Za-z0-9+.-]{0,20}://|(?:https?|ftp|s3|gs|hf):/|(?<![\w:/])//(?=[^\s/@]*:[^\s/@]*@))"
 
 _URL = re.compile(rf"({_SCHEME})((?:(?!(?:::)?{_SCHEME}).)*)", re.DOTALL)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -72,6 +73,8 @@ def lora_file(run: Path) -> Path:
 
 def check_writable(path: Path) -> None:
     """Raise UsageError unless a file or folder can be created at `path`. It is tried, because permissions do not tell."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UsageError(f"--output {path} is a URL; specify a folder or file of this machine")
     parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not parent.is_dir():
         raise UsageError(f"--output {path} cannot be created: {parent} is a file; choose another place")

@@ -157,6 +157,7 @@ def test_postscript_of_any_name_reaches_no_program(tmp_path: Path, monkeypatch: 
         (b"%PDF-1.7", "image format not supported (PDF)"),
         (b"8BPS\0\1", "image format not supported (PSD)"),
         (b"<svg/>", "image format not supported (SVG)"),
+        (encoded(Image.new("I", (2, 2)), "TIFF"), "image format not supported (32-bit integer pixels)"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "image format not supported (floating-point pixels)"),
         (b"P5 0 5 255\n", "corrupt image"),
         (b"", "corrupt image"),

@@ -34,6 +34,13 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
         ("unet", ["mine", "Mine"], r"custom class for its unet \(mine\.Mine\), and code of a model is not run"),
         ("unet", ["diffusers", "a.b"], r"custom class for its unet"),
         ("unet", ["diffusers", ["mine", "Mine"]], r"custom class for its unet"),
+        (
+            "unet",
+            ["diffusers", "DiffusionPipeline"],
+            r"DiffusionPipeline as its unet, which chooses its classes itself",
+        ),
+        ("image_encoder", ["pipeline_utils", "DiffusionPipeline"], r"DiffusionPipeline as its image_encoder"),
+        ("text_encoder", ["transformers", "AutoModel"], r"AutoModel as its text_encoder"),
         ("scheduler", ["os", "system"], r"custom class for its scheduler \(os\.system\)"),
         ("extra", ["mine", "Mine", "more"], r"custom class for its extra"),
     ],

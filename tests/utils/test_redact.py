@@ -55,6 +55,9 @@ def test_of_private_folders_the_last_part_is_published(path: str, published: str
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
+        ("--config https:/me:secret@h/a.toml?k=secret is not a file", "--config https:/h/a.toml is not a file"),
+        ("//me:secret@h/a.tar does not exist", "//h/a.tar does not exist"),
+        ("C:/Users/me/a#b and //host/share stay", "C:/Users/me/a#b and //host/share stay"),
         ("GET https://me:secret@h/a.tar?k=secret: 403", "GET https://h/a.tar 403"),
         ("'https://me:secret@h/a.tar?k=secret' is refused", "'https://h/a.tar' is refused"),
         ("no such option: pipe:cat secret | sort; see --help", "no such option: pipe:..."),

@@ -1,0 +1,25 @@
+"""Which process of a run this is, as the launcher states it in the environment."""
+
+import os
+
+from lcmdistill.utils.errors import UsageError
+
+
+def process_index() -> int:
+    """Return the index of this process; 0 where the launcher states none, or no number."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def num_processes() -> int:
+    """Return the number of processes.
+
+    Raises:
+        UsageError: WORLD_SIZE is not a whole number from 1 on.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UsageError(
+            f"WORLD_SIZE is {text!r}; torchrun sets it to a whole number from 1 on: unset it, or use torchrun"
+        )
+    return int(text)
