@@ -44,6 +44,7 @@ def check_folder(
     if missing:
         raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
     for part in sorted(parts):
+        _check_configs(folder / part)
         names = [path.name for path in (folder / part).iterdir()]
         is_safe = any(name.endswith(".safetensors") for name in names)
         if not is_safe and part != "safety_checker" and not allow_pickle and any(n.endswith(_PICKLES) for n in names):
@@ -55,6 +56,17 @@ def check_folder(
     if variant is None and (only := only_variant(folder)):
         raise UsageError(f"{model} has weights of the variant {only} only; pass --variant {only}")
     return index
+
+
+def _check_configs(folder: Path) -> None:
+    """Raise UsageError for a configuration of a part that is no table, of which libraries report something else."""
+    for path in (folder / "config.json", folder / "scheduler_config.json"):
+        try:
+            config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read as JSON: {error}; restore the file") from error
+        if not isinstance(config, dict):
+            raise UsageError(f"{path} is not a table of settings; restore the file")
 
 
 def pickles_allowed() -> bool:
@@ -80,6 +92,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+_PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
 _NOT_A_PART = re.compile(r"Pipeline|^pipeline|^Auto(?!encoder)")
 "classes that read further files to choose what to load"
 
@@ -102,6 +116,10 @@ def check_classes(model: str, index: Mapping[str, Any]) -> None:
             f"{', '.join(supported_classes())}"
         )
     for part, value in index.items():
+        if isinstance(value, dict) or (part in _PARTS and not isinstance(value, list)):
+            raise UsageError(
+                f"model_index.json of {model} states {value!r} for its {part}, and not [library, class]; restore the file"
+            )
         if part.startswith("_") or not isinstance(value, list) or value in ([], [None, None]):
             continue
         is_plain = len(value) == 2 and all(isinstance(name, str) and name.isidentifier() for name in value)

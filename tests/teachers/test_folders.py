@@ -41,6 +41,8 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
         ),
         ("image_encoder", ["pipeline_utils", "DiffusionPipeline"], r"DiffusionPipeline as its image_encoder"),
         ("text_encoder", ["transformers", "AutoModel"], r"AutoModel as its text_encoder"),
+        ("unet", "a.b", r"states 'a\.b' for its unet, and not \[library, class\]"),
+        ("vae", {"0": "x"}, r"states \{'0': 'x'\} for its vae"),
         ("scheduler", ["os", "system"], r"custom class for its scheduler \(os\.system\)"),
         ("extra", ["mine", "Mine", "more"], r"custom class for its extra"),
     ],
@@ -155,3 +157,14 @@ def test_a_teacher_with_nan_is_refused_when_it_is_loaded(small_teacher: Path, tm
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=f"the weights of its {part} contain NaN or Inf"):
         load_teacher(str(folder))
+
+
+@pytest.mark.parametrize(("part", "name"), [("unet", "config.json"), ("scheduler", "scheduler_config.json")])
+@pytest.mark.parametrize(("text", "message"), [("[]", "is not a table of settings"), ("{", "cannot be read as JSON")])
+def test_a_damaged_configuration_is_named(
+    part: str, name: str, text: str, message: str, small_teacher: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_teacher, tmp_path / "teacher")
+    (folder / part / name).write_text(text)
+    with pytest.raises(UsageError, match=f"{part}/{name} {message}.*; restore the file"):
+        load_pipeline(str(folder))

@@ -69,3 +69,11 @@ def test_odd_surroundings_end_in_a_sentence_or_work(
         )
     if "true" in surroundings and "nothing-there" not in arguments:
         assert ended.stderr == ""
+
+
+def test_a_folder_in_place_of_a_file_and_a_missing_package() -> None:
+    error = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "runs/a/log.txt")
+    sentence = "runs/a/log.txt is a folder where a file is expected; move or rename that folder"
+    assert explain(error) == (sentence, 1)
+    sentence, code = explain(ImportError("quanto is not installed\nmore"))
+    assert (code, sentence.startswith("a package is missing: quanto is not installed; install it")) == (1, True)
