@@ -35,12 +35,14 @@ from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.device import pick_device
+from lcmdistill.utils.runtime import configure_process
 
 SEED = 2026
 STEPS = (1, 2, 4)
 
 
 def main() -> None:
+    configure_process()  # quiet libraries, as on the command line
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--metrics", action="store_true", help="also compute metrics, on held-out prompts")
