@@ -60,12 +60,13 @@ EXPORTS = {
 
 SLOW = {
     *((name, "full") for name in ("ssd1b", "sdxl", "sana", "pixart")),
-    *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "sana", "flux", "pixart")),
+    *((name, "lora") for name in FAMILY_BUILDERS if name not in ("sdxl", "sd3", "sana", "pixart")),
 }
 
 
 # SDXL's inpainting is SDXL and inpainting, both of which are run. The quick tests train one kind of student of each
-# family, and both of SD 3; SSD-1B, which is SDXL with other numbers of layers, is in the slow ones.
+# family, and both of SD 3. FLUX.1 is trained in test_flux.py. SSD-1B, which is SDXL with other numbers of layers, is in the
+# slow ones.
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
