@@ -16,9 +16,10 @@ def run_path(word: str) -> Path:
 
 
 def names_a_run(word: str) -> bool:
-    """Return whether a word that does not exist can only be meant as a run: something in runs/, or next to runs."""
+    """Return whether a word that does not exist can only mean a run: in runs/ (also misspelled), or next to runs."""
     folder = Path(word).expanduser().parent
-    return folder.name == RUNS.name or (folder != Path() and any(all_runs(folder)))
+    is_typo = bool(difflib.get_close_matches(folder.name, [RUNS.name], cutoff=0.7) and near_runs(word))
+    return folder.name == RUNS.name or is_typo or (folder != Path() and any(all_runs(folder)))
 
 
 def near_runs(word: str, count: int = 3) -> list[str]:

@@ -99,6 +99,8 @@ def test_a_name_under_runs_is_a_run_everywhere(runs: Path) -> None:
     assert near_runs("mien") == ["runs/mine"]
     assert near_runs("runs/mien") == ["runs/mine"]
     assert names_a_run("runs/mien")
+    assert names_a_run("runz/mien")
+    assert not names_a_run("runz/stable-diffusion-v1-5")  # an owner of models may be called so
     assert not names_a_run("owner/name")
 
 
@@ -107,6 +109,7 @@ def test_a_name_under_runs_is_a_run_everywhere(runs: Path) -> None:
     [
         ["sample", "mien"],
         ["sample", "runs/mien"],
+        ["sample", "runz/mien"],
         ["info", "runs/mien"],
         ["export", "mien", "--format", "kohya", "--output", "x.safetensors"],
         ["evaluate", "mien"],
