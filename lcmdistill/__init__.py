@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lcmdistill.utils.launch import process_index
+
 if TYPE_CHECKING:
     from lcmdistill.config.schema import RunConfig as RunConfig
     from lcmdistill.evaluation.results import Results
@@ -44,8 +46,6 @@ AnyPath = str | PathLike[str]
 
 def run(config: "RunConfig") -> Path:
     """Run or resume the distillation that a configuration describes, and return the run folder."""
-    import os
-
     from lcmdistill.hub.publish import publish_run
     from lcmdistill.hub.run_documents import DOCUMENTS
     from lcmdistill.training.trainer import distill
@@ -53,7 +53,7 @@ def run(config: "RunConfig") -> Path:
 
     configure_console()
     folder = distill(config, DOCUMENTS)
-    if config.run.push_to_hub and os.environ.get("RANK", "0") == "0":
+    if config.run.push_to_hub and process_index() == 0:
         publish_run(folder, config.run.push_to_hub, private=config.run.hub_private)
     return folder
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import read_toml
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.launch import process_index
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def configuration_from(kind: str, options: dict[str, Any]) -> RunConfig:
     from lcmdistill.objectives import OBJECTIVES
 
     resolved = resolve(file, flags, preset, objectives=OBJECTIVES)
-    if preset and os.environ.get("RANK", "0") == "0":
+    if preset and process_index() == 0:
         changes = preset_changes({**file, **flags}, preset, objectives=OBJECTIVES)
         logger.info(
             f"preset {preset} ({PRESETS[preset].source}), against the defaults:{'' if changes else ' no difference'}"
@@ -107,7 +107,7 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
     from lcmdistill.hub.client import check_login
     from lcmdistill.training import preflight
 
-    if resolved.run.push_to_hub and os.environ.get("RANK", "0") == "0":
+    if resolved.run.push_to_hub and process_index() == 0:
         check_login(resolved.run.push_to_hub)
     preflight.check_early(resolved)
     if options["dry_run"]:

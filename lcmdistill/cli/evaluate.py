@@ -9,7 +9,7 @@ import typer
 
 from lcmdistill.cli._options import Debug, Device, run_folder
 from lcmdistill.evaluation.protocols import PROTOCOLS
-from lcmdistill.evaluation.scorers.registry import SCORERS
+from lcmdistill.evaluation.scorers.registry import SCORERS, parse_scorers
 from lcmdistill.utils.errors import Interrupted, UsageError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,6 @@ def evaluate(
 
     from lcmdistill.evaluation.options import EvaluationOptions
     from lcmdistill.evaluation.results import read_results
-    from lcmdistill.evaluation.scorers.registry import parse_scorers
 
     options = EvaluationOptions(
         steps=counts,

@@ -12,7 +12,8 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ CHUNK = 128
 "members of a source per file"
 
 PIXELS_PER_BATCH = 4 * 512 * 512
+"pixels that are encoded or generated at once"
 
 GENERATED_AT_ONCE = 16
 "images that the teacher generates at once, at most: an interruption keeps what is finished"
-"pixels that are encoded or generated at once"
 
 PART = ".part"
 "suffix of what an interrupted chunk keeps"
@@ -143,9 +144,28 @@ def _read_parts(path: Path) -> list[Part]:
     return [] if found is None else [found[0]]
 
 
-def _joined(parts: Sequence[Part]) -> Part:
-    """Return batches as one."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def joined(parts: Sequence[Part]) -> Part:
+    """Return batches as one; {} of none."""
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+@contextmanager
+def kept_if_interrupted(
+    path: Path, tensors: Callable[[], Mapping[str, Tensor]], metadata: Callable[[], Mapping[str, Any]] = dict
+) -> Iterator[None]:
+    """Write what is finished to a file if the block is interrupted, for the next call to begin with.
+
+    Args:
+        path: The file.
+        tensors: Returns what is finished; nothing is written for {}.
+        metadata: Returns plain values, as for `write_tensors`.
+    """
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        if finished := tensors():
+            write_tensors(path, finished, metadata())
+        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -226,20 +246,16 @@ def _encode(
     """
     height, width = samples[0][1].frame[4:]
     batch_size = max(1, PIXELS_PER_BATCH // (height * width))
-    if steps > 1:
+    if samples[0][1].pixels is None:
         batch_size = min(batch_size, GENERATED_AT_ONCE)
     parts = _read_parts(part_file)
-    try:
+    with kept_if_interrupted(part_file, lambda: joined(parts)):
         for i in range(sum(len(part["mean"]) for part in parts), len(samples), batch_size):
             on_progress(samples[i][0])  # a chunk that the teacher generates takes minutes
             batch = samples[i : i + batch_size]
             part = encode(batch, _steps_as_samples(batch, steps, on_progress))
             parts.append({name: value.cpu() for name, value in part.items()})
-    except (Interrupted, KeyboardInterrupt, SystemExit):
-        if parts:
-            write_tensors(part_file, _joined(parts))
-        raise
-    tensors = _joined(parts)
+    tensors = joined(parts)
     tensors |= {name: tensors[name].half() for name in ("mean", "std", TRAJECTORY) if name in tensors}
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
     if TRAJECTORY in tensors and not (tensors[TRAJECTORY].isfinite().all() and tensors["mean"].isfinite().all()):

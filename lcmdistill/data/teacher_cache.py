@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lcmdistill.data.chunks import PART, is_complete, read_intact, write_tensors
+from lcmdistill.data.chunks import PART, is_complete, joined, kept_if_interrupted, read_intact, write_tensors
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import cache_evicted_error, claim_folder
 from lcmdistill.data.loader import batch_of
@@ -25,7 +25,7 @@ from lcmdistill.diffusion.types import Batch, Conditioning, RawNetwork, TeacherN
 from lcmdistill.objectives.base import Objective
 from lcmdistill.utils.checksums import digest
 from lcmdistill.utils.device import copy_to_device
-from lcmdistill.utils.errors import Interrupted, UsageError
+from lcmdistill.utils.errors import UsageError
 
 CHUNK = 64
 "samples per file"
@@ -138,18 +138,14 @@ def precompute(
             interrupted = path.with_suffix(PART)
             before = read_intact(interrupted)
             parts: list[dict[str, Tensor]] = [before[0]] if before else []
-            try:
+            with kept_if_interrupted(interrupted, lambda parts=parts: joined(parts)):
                 for start in range(sum(len(part["cond"]) for part in parts), len(pairs), batch_size):
                     on_progress(first * draws + start)
                     some = pairs[start : start + batch_size]
                     rng = Rng(seed, 0, range(len(some)), device, fixed_draws=some)
                     batch = batch_of(dataset.read([index for index, _ in some]), rng, null, caption_drop)
                     parts.append(_outputs(objective, raw, prediction_type, schedule, null, batch, rng))
-            except (Interrupted, KeyboardInterrupt, SystemExit):
-                if parts:
-                    write_tensors(interrupted, _joined(parts))
-                raise
-            write_tensors(path, {name: rows.unflatten(0, (-1, draws)) for name, rows in _joined(parts).items()})
+            write_tensors(path, {name: rows.unflatten(0, (-1, draws)) for name, rows in joined(parts).items()})
             interrupted.unlink(missing_ok=True)
         on_progress(min(first + CHUNK, size) * draws)
     return folder
@@ -177,10 +173,6 @@ def _outputs(
     (output,) = outputs
     named = zip(("cond", "null"), output.split(len(batch.latents)), strict=False)
     return {name: value.half().cpu() for name, value in named}
-
-
-def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _path(folder: Path, first: int) -> Path:

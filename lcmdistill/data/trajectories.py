@@ -63,9 +63,10 @@ class TrajectoryPlan:
         """Return the teacher's evaluations per trajectory, at most: one more may turn the last state into x0. num_steps: T."""
         return self.points * self.steps(num_steps) * SOLVERS[self.solver].evaluations + 1
 
-    def forwards(self, num_steps: int) -> int:
-        """Return the network's forward passes per sample; guidance doubles them. num_steps: T."""
-        return self.calls(num_steps) * (1 if self.omega is None else 2)
+    def forwards(self, teacher: Teacher) -> int:
+        """Return the network's forward passes per sample; classifier-free guidance doubles them."""
+        doubles = teacher.applies_cfg and self.omega is not None
+        return self.calls(teacher.schedule.num_steps) * (2 if doubles else 1)
 
     def sample_omega(self, seed: int, place: int) -> float | None:
         """Draw the omega of a sample. place: its index in the source."""
@@ -91,7 +92,7 @@ class TrajectoryPlan:
         device = teacher.network.device
         schedule, null = teacher.schedule.to(device), teacher.encode_prompts([""]).to(device)
         raw = raw_network(AutocastNetwork(teacher.network, teacher.call, dtype))
-        network = TeacherNetwork(x0_eps_network(raw, schedule, teacher.prediction_type), null)
+        network = TeacherNetwork(x0_eps_network(raw, schedule, teacher.prediction_type), null, teacher.applies_cfg)
         steps = self.steps(schedule.num_steps)
 
         @torch.no_grad()

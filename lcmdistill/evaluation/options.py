@@ -8,6 +8,7 @@ from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.buckets import Size, bucket_sizes
 from lcmdistill.evaluation.protocols import PROTOCOLS, NeededFile, PublishedRun
+from lcmdistill.evaluation.scorers.base import cached_snapshot
 from lcmdistill.objectives.recorded import has_trained_student, require_run_config
 from lcmdistill.sampling.generate import ModelToSample, find_model
 from lcmdistill.teachers.base import Teacher
@@ -142,7 +143,7 @@ def with_protocol(options: EvaluationOptions, folder: Path) -> EvaluationOptions
     for name, hub_id in protocol.scorers.items():
         if name not in scorers:
             scorers[name] = str(place / name) if (place / name).exists() else hub_id
-            if scorers[name] == hub_id and not _is_cached(hub_id):
+            if scorers[name] == hub_id and cached_snapshot(hub_id) is None:
                 missing.append(f"{name} (hf download {hub_id}, or --scorer {name}=MODEL)")
     if missing:
         raise UsageError(f"--protocol {protocol.key} needs these files in {place}: {'; '.join(missing)}")
@@ -154,14 +155,3 @@ def with_protocol(options: EvaluationOptions, folder: Path) -> EvaluationOptions
     return replace(
         options, prompts=prompts, num_images=count, inception=None, real=None, scorers=scorers, published=published
     )
-
-
-def _is_cached(hub_id: str) -> bool:
-    """Return whether the hub's local cache holds a snapshot of a repository."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(hub_id, local_files_only=True)
-    except Exception:  # of one that is not cached
-        return False
-    return True

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcmdistill.data.chunks import PART, read_intact, write_tensors
+from lcmdistill.data.chunks import PART, kept_if_interrupted, read_intact, write_tensors
 from lcmdistill.evaluation.latents import (
     TEACHER_STEPS,
     LatentSet,
@@ -30,7 +30,6 @@ from lcmdistill.evaluation.metrics.base import ImagePair, Metric
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import checked_json, digest, read_checked_json
-from lcmdistill.utils.errors import Interrupted
 
 FORMAT = 1
 "version of the generated latents; points of another version are generated again"
@@ -218,19 +217,20 @@ def cached_latents(
     kept, metadata = read_intact(interrupted) or ({}, {})
     done, start = {int(name): each for name, each in kept.items()}, time.perf_counter()
     before = float(metadata.get("seconds", 0.0))
-    try:
+
+    def taken() -> str:
+        return f"{before + time.perf_counter() - start:.4f}"
+
+    with kept_if_interrupted(
+        interrupted, lambda: {str(i): each for i, each in done.items()}, lambda: {"seconds": taken()}
+    ):
         latents = generate(done)
-    except (Interrupted, KeyboardInterrupt, SystemExit):
-        if done:
-            seconds = before + time.perf_counter() - start
-            write_tensors(interrupted, {str(i): each for i, each in done.items()}, {"seconds": f"{seconds:.4f}"})
-        raise
-    seconds = before + time.perf_counter() - start
+    seconds = taken()
     several = {} if isinstance(latents, Tensor) else {f"latents.{i:06d}": each for i, each in enumerate(latents)}
     tensors = {"latents": latents.contiguous()} if isinstance(latents, Tensor) else several
-    write_tensors(path, tensors, {"seconds": f"{seconds:.4f}", "how": conditions})
+    write_tensors(path, tensors, {"seconds": seconds, "how": conditions})
     interrupted.unlink(missing_ok=True)
-    return GeneratedLatents(latents, seconds, conditions)
+    return GeneratedLatents(latents, float(seconds), conditions)
 
 
 @dataclass(frozen=True)

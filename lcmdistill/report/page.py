@@ -113,8 +113,7 @@ def score_lines(results: Results, steps: int) -> list[str]:
         value, full = results.number(name, "student", steps), results.full(name)
         if name not in SCORERS or value is None:
             continue
-        error = results.error(name, "student", steps)
-        number = f"{value:g}" if error is None else f"{value:g} ± {error:g}"
+        number = _number_text(value, results.error(name, "student", steps))
         teacher = "" if full is None else f", and the teacher at {TEACHER_STEPS} steps {full:g}"
         lines.append(
             f"{metric['label']} at {steps_text(steps)}: {number}{teacher}. {metric.get('limits', '')}".rstrip()
@@ -356,7 +355,12 @@ def table(results: Results) -> dict[str, Any]:
 def _with_error(point: Mapping[str, Any], metric: str) -> str:
     """Return a number with its standard error, if it has one; "" without a number."""
     value, error = point["numbers"].get(metric), point.get("standard_errors", {}).get(metric)
-    return "" if value is None else f"{value:g}" if error is None else f"{value:g} ± {error:g}"
+    return "" if value is None else _number_text(value, error)
+
+
+def _number_text(value: float, error: float | None) -> str:
+    """Return a number with its standard error, if it has one."""
+    return f"{value:g}" if error is None else f"{value:g} ± {error:g}"
 
 
 def _times(results: Results) -> dict[str, Any]:

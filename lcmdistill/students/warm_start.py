@@ -16,17 +16,13 @@ from lcmdistill.teachers.base import Teacher, has_omega_input
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.lora.adapters import LoraLayer, lora_layers
 from lcmdistill.teachers.lora.files import Lora, load_lora
-from lcmdistill.teachers.single_file.inspect import read_header
+from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, read_header
 from lcmdistill.utils.errors import UsageError
 
 WORDS = ("teacher", "scratch")
 "the values of `student.start` that are not a path"
 
 _NAME = "start"
-
-
-DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
-"endings of the weights whose rows are a LoRA's rank, as kohya, peft and older diffusers write them"
 
 
 def check_start(start: str, student: StudentConfig) -> None:
@@ -58,7 +54,9 @@ def _rank(path: Path) -> int:
     """Return the highest rank of a LoRA file; 0 if it is not known from its header."""
     if path.suffix != ".safetensors":
         return 0
-    return max((shape[0] for name, (_, shape) in read_header(path).tensors.items() if name.endswith(DOWN)), default=0)
+    return max(
+        (shape[0] for name, (_, shape) in read_header(path).tensors.items() if name.endswith(LORA_DOWNS)), default=0
+    )
 
 
 def _check_rank(start: str, given: int, rank: int) -> None:

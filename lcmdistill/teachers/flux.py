@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lcmdistill.teachers.family import Alias, TeacherFamily, no_condition
+from lcmdistill.teachers.sd3 import STABLE_DIFFUSION_3
 from lcmdistill.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -159,29 +160,9 @@ FLUX_1 = TeacherFamily(
         "objective.w_max": GUIDANCE - 1,
     },
     # All products of the blocks, except the last one of single blocks: the last layer of the network has the same name.
-    lora_modules=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "net.0.proj",
-        "net.2",
-        "proj_mlp",
-    ),
+    lora_modules=(*STABLE_DIFFUSION_3.lora_modules, "proj_mlp"),
     lora_formats=("diffusers-lora", "peft"),
-    # The keys of diffusers' files, which ComfyUI reads, too; peft files are checked under kohya's.
-    lora_prefixes={
-        "transformer.": "transformer",
-        "lora_unet_": "transformer",
-        "lora_te1_": "text_encoder",
-        "lora_te2_": "text_encoder_2",
-        "text_encoder.": "text_encoder",
-        "text_encoder_2.": "text_encoder_2",
-    },
+    lora_prefixes=STABLE_DIFFUSION_3.lora_prefixes,
     layouts=(),
     layout_of=None,
     onnx_classes={},

@@ -123,9 +123,8 @@ def check_classes(model: str, index: Mapping[str, Any]) -> None:
         if part.startswith("_") or not isinstance(value, list) or value in ([], [None, None]):
             continue
         is_plain = len(value) == 2 and all(isinstance(name, str) and name.isidentifier() for name in value)
-        if is_plain and _NOT_A_PART.search(
-            value[1]
-        ):  # diffusers 0.35 runs the code that an inner pipeline's folder names
+        # diffusers 0.35 runs the code that the folder of an inner pipeline names.
+        if is_plain and _NOT_A_PART.search(value[1]):
             raise UsageError(
                 f"{model} has a {value[1]} as its {part}, which chooses its classes itself, and code of a model is not run; "
                 "name the class of a network, a tokenizer or a scheduler"

@@ -259,8 +259,8 @@ def phases(
     generated = sum(each.missing for each in samples if each.generated) / world
     encoded = sum(each.missing for each in samples if not each.generated) / world
     reading = sum(each.missing * each.read for each in samples) / world
-    plan, per_image = TrajectoryPlan.of(config), (2 if data.guidance_scale > 1 else 1) * data.teacher_steps
-    per_image = rates.forward * (plan.forwards(teacher.schedule.num_steps) if plan else per_image)
+    plan, applies_cfg = TrajectoryPlan.of(config), teacher.applies_cfg and data.guidance_scale > 1
+    per_image = rates.forward * (plan.forwards(teacher) if plan else (2 if applies_cfg else 1) * data.teacher_steps)
     found = []
     if config.objective.info.prompts_only:
         found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, f"{math.ceil(generated):,} prompts"))
@@ -274,7 +274,7 @@ def phases(
         seconds = encoded * (rates.encode + rates.caption) + reading
         found.append(Phase(ENCODING, seconds, f"{math.ceil(encoded):,} images"))
     prompts = len(validation_prompts(config, teacher))
-    if run.validate_every and config.objective_name != "lcf":
+    if run.validate_every and config.objective.info.start != "student":
         scale = run.validation_guidance_scale or 1.0
         applies_cfg = teacher.applies_cfg and (scale > 1 or config.objective.omega != "none")
         forwards = TEACHER_STEPS * (2 if applies_cfg else 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ from lcmdistill.training.summary import estimate_cost, log_summary, output_text
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
-from lcmdistill.utils.launch import num_processes
+from lcmdistill.utils.launch import num_processes, process_index
 from lcmdistill.utils.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
@@ -215,7 +214,7 @@ def check_early(config: RunConfig) -> None:
         UsageError: A check fails.
     """
     # The main process only: another process may look when this one has already written to the folder.
-    if os.environ.get("RANK", "0") == "0":
+    if process_index() == 0:
         check_run(config)
         check_tracker(config.run.report_to)
         if summary := checkpoint_summary(config.teacher.model, config.teacher.prediction_type):
@@ -227,7 +226,7 @@ def check_early(config: RunConfig) -> None:
     check_files(config.teacher.loras or ())  # before anything is downloaded
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     survey(sources_of(config), config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)
-    if os.environ.get("RANK", "0") == "0" and (line := check_downloads(_downloads(config.teacher))):
+    if process_index() == 0 and (line := check_downloads(_downloads(config.teacher))):
         logger.info(line)
 
 
@@ -264,7 +263,7 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
         UsageError: The run would be refused, such as for want of disk space.
     """
     world = num_processes()
-    if os.environ.get("RANK", "0") != "0":  # the first process reports for all
+    if process_index() != 0:  # the first process reports for all
         return
     device = pick_device(config.run.device)
     teacher = load_teacher(**dataclasses.asdict(config.teacher))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lcmdistill.utils.errors import Interrupted
+from lcmdistill.utils.launch import process_index
 
 
 class Stop:
@@ -53,7 +54,7 @@ def catch_signals() -> Iterator[Stop]:
         stop.signal = number
         if stop.is_immediate:
             raise Interrupted(stop.message, number)
-        if os.environ.get("RANK", "0") == "0":
+        if process_index() == 0:
             # Not through Python's buffers, which the handler may have interrupted.
             os.write(2, b"\nstopping at the next safe point; press Ctrl-C again to stop immediately\n")
 

@@ -61,11 +61,6 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error.filename or 'a file'} cannot be written or read: permission denied; choose another --output", 1
     if isinstance(error, IsADirectoryError):
         return f"{error.filename or 'a name'} is a folder where a file is expected; move or rename that folder", 1
-    if isinstance(error, ImportError):
-        return (
-            f"a package is missing: {str(error).strip().splitlines()[0]}; install it, or use a model that needs none",
-            1,
-        )
     if isinstance(error, FileNotFoundError) and error.filename is None and not _has_working_directory():
         return "the current folder no longer exists; change to another one and run again", 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -74,6 +69,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         part = error.object[max(error.start - 30, 0) : error.end + 30]
         return f"a name or text is not UTF-8: {part!a}; rename or re-encode it", 1
     text = str(error).strip().split("\n")[0] or "no message"
+    if isinstance(error, ImportError):
+        return f"a package is missing: {text}; install it, or use a model that needs none", 1
     if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's
         return "your home folder is unknown; set HOME, or LCMDISTILL_CACHE to a folder for caches", 1
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(words in text for words in _PEER_LOST):

@@ -149,7 +149,7 @@ def test_as_many_evaluations_are_made_as_are_counted(
 
     monkeypatch.setattr(teacher.network, "forward", counted)
     prepared(config, teacher)
-    assert sum(calls) == plan.forwards(1000) == 2 * (3 * steps * SOLVERS[solver].evaluations + 1)
+    assert sum(calls) == plan.forwards(teacher) == 2 * (3 * steps * SOLVERS[solver].evaluations + 1)
 
 
 def test_the_steps_of_a_segment_stay_within_the_time_steps_of_the_teacher() -> None:

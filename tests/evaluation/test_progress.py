@@ -51,13 +51,13 @@ def test_points_have_no_internal_names() -> None:
 
 
 def test_an_interrupted_point_keeps_its_batches(tmp_path: Path) -> None:
-    path, noise, asked = tmp_path / "a.safetensors", torch.arange(7.0).view(7, 1, 1, 1), list[list[int]]()
+    path, noise, requested = tmp_path / "a.safetensors", torch.arange(7.0).view(7, 1, 1, 1), list[list[int]]()
 
     def generate(done: dict[int, Tensor], stop_at: int = -1) -> Tensor:
         def batch(indices: list[int], z: Tensor) -> Tensor:
             if stop_at in indices:
                 raise KeyboardInterrupt
-            asked.append(indices)
+            requested.append(indices)
             return 2 * z
 
         return _generate_batches(noise, 2, batch, lambda images: None, done)
@@ -66,6 +66,6 @@ def test_an_interrupted_point_keeps_its_batches(tmp_path: Path) -> None:
         cached_latents(path, lambda done: generate(done, stop_at=5))
     assert path.with_suffix(PART).exists()
     found = cached_latents(path, generate)
-    assert asked == [[0, 1], [2, 3], [4, 5], [6]]
+    assert requested == [[0, 1], [2, 3], [4, 5], [6]]
     assert torch.equal(torch.stack(list(found.latents)), 2 * noise)
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]

@@ -154,17 +154,27 @@ def test_there_is_no_gradient_where_student_and_critic_are_exact(segments: int, 
     assert shift.grad.abs().item() < (1e-2 if distance == "huber" else 1e-5)
 
 
-def test_the_gradient_is_the_analytic_one() -> None:
-    """d/dx0 of l2(x0, sg[x0 + g]) / W is -2 g / (W n), with g the guided teacher's estimate minus the critic's."""
-    objective, cond, rng = Tdm(segments=2, distance="l2", w_min=3.0, w_max=3.0), prompts(6), Rng(3, 5, range(6))
-    outputs: list[Tensor] = []
+def recording_student(outputs: list[Tensor]) -> Network:
+    """A student that is wrong, and that adds each x0 that it predicts to a list, as a leaf."""
 
     def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
         x0, eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, z, t)
         outputs.append(x0.detach().requires_grad_())
         return X0Eps(outputs[-1], eps)
 
-    critic: Network = lambda z, t, c, w: Gaussian(0.3, 0.9).denoise(SCHEDULE, z, t)  # noqa: E731
+    return student
+
+
+def critic(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
+    """The score of another distribution than the student's."""
+    return Gaussian(0.3, 0.9).denoise(SCHEDULE, z, t)
+
+
+def test_the_gradient_is_the_analytic_one() -> None:
+    """d/dx0 of l2(x0, sg[x0 + g]) / W is -2 g / (W n), with g the guided teacher's estimate minus the critic's."""
+    objective, cond, rng = Tdm(segments=2, distance="l2", w_min=3.0, w_max=3.0), prompts(6), Rng(3, 5, range(6))
+    outputs: list[Tensor] = []
+    student = recording_student(outputs)
     rollout = objective.rollout(student, SCHEDULE, cond, torch.randn(6, 1, 2, 2))
     found = objective.student_loss(student, critic, teacher_of(), SCHEDULE, cond, rollout, rng)
     found.loss.sum().backward()
@@ -203,13 +213,7 @@ def test_the_gradient_of_decoupled_terms_is_the_analytic_one() -> None:
     objective = Tdm(segments=2, distance="l2", w_min=3.0, w_max=3.0, decoupled=True)
     cond, rng = prompts(6), Rng(3, 5, range(6))
     outputs: list[Tensor] = []
-
-    def student(z: Tensor, t: Tensor, c: Conditioning, w: Tensor | None) -> X0Eps:
-        x0, eps = Gaussian(0.3, 0.7).denoise(SCHEDULE, z, t)
-        outputs.append(x0.detach().requires_grad_())
-        return X0Eps(outputs[-1], eps)
-
-    critic: Network = lambda z, t, c, w: Gaussian(0.3, 0.9).denoise(SCHEDULE, z, t)  # noqa: E731
+    student = recording_student(outputs)
     rollout = objective.rollout(student, SCHEDULE, cond, torch.randn(6, 1, 2, 2))
     objective.student_loss(student, critic, teacher_of(), SCHEDULE, cond, rollout, rng).loss.sum().backward()
     x0, draw = outputs[-1], objective.sample("student", SCHEDULE, rollout, rng)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.latent_cache import prepare
 from lcmdistill.data.loader import batch_of
-from lcmdistill.data.trajectories import check_trajectory
+from lcmdistill.data.trajectories import TrajectoryPlan, check_trajectory
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import TeacherNetwork, x0_eps_network
 from lcmdistill.students.student import AutocastNetwork, raw_network
@@ -272,11 +272,25 @@ def test_a_family_generates_trajectories_that_a_method_starts_on(
         return
     check_trajectory(config, teacher, is_generated=True)
     (source,) = sources_of(config, teacher)
-    read = LatentDataset([prepare(source, config.data, teacher, 0)], [2]).read([0, 1])
+    rows: list[int] = []
+
+    def counted(network: Any, z: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(len(z))
+        return teacher.call(network, z, *args)
+
+    counting: Any = dataclasses.replace(teacher, call=counted)
+    read = LatentDataset([prepare(source, config.data, counting, 0)], [2]).read([0, 1])
+    plan = TrajectoryPlan.of(config)
+    assert plan is not None
+    calls, rows_per_call = plan.calls(1000), 2 * (2 if teacher.applies_cfg and plan.omega else 1)
+    assert 2 * plan.forwards(teacher) == calls * rows_per_call
+    # Embedded guidance is not applied a second time. The last evaluation, of x0, is missing where the clean end has no noise.
+    assert sum(rows) in (calls * rows_per_call, (calls - 1) * rows_per_call)
     rng, null = Rng(0, 0, range(2)), teacher.encode_prompts([""])
     batch = batch_of(read, rng, null, 0.0)
     raw = raw_network(AutocastNetwork(teacher.network, teacher.call, torch.float32))
-    network = TeacherNetwork(x0_eps_network(raw, teacher.schedule, teacher.prediction_type), null)
+    prediction = x0_eps_network(raw, teacher.schedule, teacher.prediction_type)
+    network = TeacherNetwork(prediction, null, teacher.applies_cfg)
     with torch.no_grad():
         state = config.objective.teacher_step(network, teacher.schedule, batch, rng)
     assert batch.trajectory is not None

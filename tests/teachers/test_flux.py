@@ -188,7 +188,7 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     own |= {"objective.phases": "2"}
     sets = [f"--set={key}={value}" for key, value in own.items()]
     base = ["distill-lora", "--teacher", folder, "--data", image_folder, "--objective", "pcm", "--output", "run"]
-    code, told, error = command(*base, *sets)
+    code, output, error = command(*base, *sets)
     assert code == 0, error
     file = lora_file(tmp_path / "run")
     assert family_of_lora(file.parent).key == "flux"
@@ -213,7 +213,7 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     torch.testing.assert_close(after, merged, rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() > 0
     setup = "CFG 1; node FluxGuidance set to 3.5; node ModelSamplingFlux set to the image's width and height"
-    assert setup in " ".join(told.split())
+    assert setup in " ".join(output.split())
     code, out, error = command("sample", "run", "--steps", 2, "--prompt", "a cat", "--output", "s")
     assert (code, error) == (0, "")
     assert "guidance scale 3.5" in out

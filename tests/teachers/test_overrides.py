@@ -105,13 +105,13 @@ def test_a_run_samples_with_the_layers_that_it_was_trained_with(
     base = [name, "--teacher", folders["sdxl"], "--data", image_folder, "--output", tmp_path / "run", *sets, *rank]
     code, _, error = command(*base, "--clip-skip", 1)
     assert (code, error) == (0, ""), error
-    drawn = {}
+    images = {}
     for options in ([], ["--clip-skip", 1], ["--clip-skip", 0]):
-        where = tmp_path / f"samples-{len(drawn)}"
+        where = tmp_path / f"samples-{len(images)}"
         code, _, error = command("sample", tmp_path / "run", "--prompt", "a cat", "--output", where, *options)
         assert (code, error) == (0, ""), error
-        drawn[str(options)] = next(where.glob("*.png")).read_bytes()
-    own, one, none = drawn.values()
+        images[str(options)] = next(where.glob("*.png")).read_bytes()
+    own, one, none = images.values()
     assert (own == one, none != own) == (True, True)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "`clip_skip=1`, A1111's clip skip 3" in card

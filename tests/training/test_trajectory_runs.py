@@ -1,4 +1,4 @@
-"""Runs that start on the teacher's own trajectories: resumed bit for bit, planned, and told apart from others."""
+"""Runs that start on the teacher's own trajectories: resumed bit for bit, planned, and distinguished from other runs."""
 
 from pathlib import Path
 from typing import Any

@@ -38,8 +38,8 @@ class TeacherSource(Source):
     @cached_property
     def prompts(self) -> tuple[str, ...]:
         """The prompts: those of the file, the teacher's own, or the bundled list."""
-        taught = self.options.own_prompts if self.options.prompts is None else ()
-        return tuple(taught or read_prompts(self.options.prompts))
+        of_teacher = self.options.own_prompts if self.options.prompts is None else ()
+        return tuple(of_teacher or read_prompts(self.options.prompts))
 
     def count(self) -> int:
         """See `Source.count`."""

@@ -78,6 +78,16 @@ def scorer_metric(scorer: Scorer, word: str, device: torch.device) -> Metric:
     )
 
 
+def cached_snapshot(hub_id: str) -> Path | None:
+    """Return the folder of a repository in the hub's local cache; None if it is not there, or for a malformed id."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except Exception:  # of several kinds, by the version
+        return None
+
+
 def local_folder(word: str, scorer: str, weights: str) -> Path:
     """Return the folder of a model: a local one, or that of a hub id in the local cache.
 
@@ -89,18 +99,14 @@ def local_folder(word: str, scorer: str, weights: str) -> Path:
     Raises:
         RunError: It is neither.
     """
-    from huggingface_hub import snapshot_download
-
     path = Path(word).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(word, local_files_only=True))
-    except Exception as error:  # of a malformed id, and of one that is not cached
+    folder = path if path.is_dir() else cached_snapshot(word)
+    if folder is None:
         raise RunError(
             f"--scorer {scorer}={word} is neither a local path nor in the local hub cache; pass {weights} (hf download "
             "puts it into the cache)"
-        ) from error
+        )
+    return folder
 
 
 def weights_file(word: str, names: Sequence[str], scorer: str, weights: str) -> Path:
@@ -128,15 +134,8 @@ def weights_file(word: str, names: Sequence[str], scorer: str, weights: str) -> 
 
 def companion(weights: Path, names: Sequence[str], hub_id: str) -> Path | None:
     """Return what a scorer needs besides its weights: the first of `names` next to them, or a cached hub id's folder."""
-    from huggingface_hub import snapshot_download
-
-    for name in names:
-        if (weights.parent / name).exists():
-            return weights.parent / name
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except Exception:  # of one that is not cached
-        return None
+    beside = (weights.parent / name for name in names)
+    return next((path for path in beside if path.exists()), None) or cached_snapshot(hub_id)
 
 
 def read_tensors(path: Path, scorer: str) -> Mapping[str, Any]:
