@@ -91,6 +91,8 @@ def main() -> None:
         os.getcwd()  # without a current folder, libraries of torch end the process on their own terms
         with exit_on_sigterm():
             result = app(standalone_mode=False)  # an exit code, or what the command returned to `call`
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a reader that is gone is reported here, and not by Python's exit
         code = result if isinstance(result, int) else 0
         if code == 130:  # which is how Typer passes Ctrl-C on
             raise KeyboardInterrupt

@@ -54,6 +54,7 @@ def test_odd_surroundings_end_in_a_sentence_or_work(
     command = f"'{sys.executable}' -m lcmdistill {arguments.format(run=small_run)}"
     script = f"set -o pipefail; {surroundings.format(command=command)}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # with it, the first line already notices the closed pipe
     ended = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
