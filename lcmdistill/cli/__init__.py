@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from lcmdistill import __version__
 from lcmdistill.cli import cache, runs
-from lcmdistill.cli._aliases import Command, option_meant, unknown_command
+from lcmdistill.cli._aliases import Command, options_meant, unknown_command
 from lcmdistill.cli._errors import PARSER_ERROR, parser_sentence, report_error
 from lcmdistill.cli._options import GroupedCommand
 from lcmdistill.cli.distill import distill, distill_lora
@@ -25,6 +25,7 @@ from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import configure_console
 from lcmdistill.utils.runtime import configure_process
+from lcmdistill.utils.spelling import or_list
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -123,8 +124,8 @@ def call(name: str, options: Mapping[str, Any], settings: Mapping[str, Any] | No
     words, positional = [name], []
     for key, value in options.items():
         if key not in parameters:
-            near = option_meant(key, parameters, trains="set" in parameters)
-            hint = f"did you mean {near!r}?" if near else f"see lcmdistill {name} --help"
+            near = options_meant(key, parameters, trains="set" in parameters)
+            hint = f"did you mean {or_list(map(repr, near))}?" if near else f"see lcmdistill {name} --help"
             raise UsageError(f"unknown option {key!r} of {name}; {hint}")
         parameter = parameters[key]
         values = [] if value is None else [value] if isinstance(value, str | PathLike | bool) else value

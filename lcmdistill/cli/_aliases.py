@@ -1,13 +1,15 @@
-"""Read the options and commands of other programs as ours: the words are in config/synonyms.py."""
+"""Read the options and commands of other programs as ours: the words are in config/synonyms.py and config/explained.py."""
 
-import difflib
+import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from enum import StrEnum
+from typing import Any, Literal, get_args, get_origin
 
-from lcmdistill.cli._options import SETTINGS, GroupedCommand
-from lcmdistill.config import synonyms
+from lcmdistill.cli._options import SETTINGS, GroupedCommand, option_type
+from lcmdistill.config import explained, synonyms
 from lcmdistill.config.synonyms import normalized
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.spelling import near_words, or_list
 
 _OPTION_OF = {key: name for name, key in SETTINGS.items()}
 "setting -> its option"
@@ -30,26 +32,34 @@ def translate(arguments: list[str], parameters: Collection[Any], command: str) -
         command: The command's name, for messages.
 
     Raises:
-        UsageError: A word is known from other programs, and the command has no option of that meaning.
+        UsageError: An option, a value or a word is not for this command; the message states what to use instead.
     """
     options = {name: each for each in parameters for name in (*each.opts, *each.secondary_opts)}
     known = {normalized(name): name for name in options if name.startswith("--")}
+    takes_words = any(each.param_type_name == "argument" for each in parameters)
     words, rest = [], iter(arguments)
     for argument in rest:
         if argument == "--":
             return [*words, argument, *rest]
         name, sign, value = argument.partition("=")
-        if not name.startswith("--"):
+        if not re.match("--.|-[a-zA-Z]$", name):
+            if not takes_words and not name.startswith("-"):
+                raise UsageError(f"{command} takes no argument {argument!r}; {_option_for(argument, known)}")
             words.append(argument)
             continue
-        name, sign, value = _translated(name, sign, value, known, rest, command)
+        if name not in options:
+            name, sign, value = _translated(name, sign, value, known, rest, command)
         parameter = options.get(name)
         takes_value = parameter is not None and not getattr(parameter, "is_flag", False)
-        if takes_value and not sign:  # its value, even if that looks like an option
+        if takes_value and not sign:
             value = next(rest, None)
-            words += [name] if value is None else [name, _value(name, value)]
+            if value is not None and value.startswith("--") and _is_option(value, known):
+                raise UsageError(
+                    f"option {name} requires a value, got the option {value}; if that is the value, use {name}={value}"
+                )
+            words += [name] if value is None else [name, _value(name, value, known, command)]
         else:
-            words.append(f"{name}{sign}{_value(name, value)}")
+            words.append(f"{name}{sign}{_value(name, value, known, command)}")
     return words
 
 
@@ -57,29 +67,38 @@ def _translated(
     name: str, sign: str, value: str, known: Mapping[str, str], rest: Any, command: str
 ) -> tuple[str, str, str]:
     """Return an option, "=" or "", and the value behind it."""
-    word = normalized(name)
-    if word in known:
+    word, trains = normalized(name), "set" in known
+    if word in known and name.startswith("--"):
         return known[word], sign, value
-    flag = synonyms.FLAGS.get(word)
-    if flag and not sign and normalized(flag[0]) in known:
-        return f"--{flag[0]}", "=", flag[1]
-    trains = "set" in known
-    if trains and word in synonyms.EXPLAINED:
-        raise UsageError(f"{command} has no option {name}: {synonyms.EXPLAINED[word]}")
-    if not trains:
-        meant = synonyms.OPTIONS.get(word, "")
-        return known.get(meant, name), sign, value
-    setting = synonyms.setting_meant(word, list(_settings())) if _is_exact(word) else None
-    if setting in _OPTION_OF and normalized(_OPTION_OF[setting]) not in known:
+    if word in synonyms.FLAGS and not sign:
+        option, meant = synonyms.FLAGS[word]
+        if option := known.get(option) or known.get(synonyms.OPTIONS.get(option, "")):
+            return option, "=", meant
+    if text := _explanation(word, trains=trains):
+        raise UsageError(f"{command} has no option {name}: {text}")
+    setting = synonyms.setting_meant(word, list(_settings())) if trains and _is_exact(word) else None
+    option = _OPTION_OF.get(setting or "") if trains else synonyms.OPTIONS.get(word)
+    if option and normalized(option) in known:
+        return known[normalized(option)], sign, value
+    if option and trains:
         raise UsageError(f"{command} has no option {name}, which is for lcmdistill distill-lora")
-    if setting in _OPTION_OF:
-        return known.get(normalized(_OPTION_OF[setting]), name), sign, value
     if setting is not None:
-        value = value or next(rest, "VALUE")
-        value = "VALUE" if value.startswith("-") else value
-        value = value.lower() if setting in ("optim.optimizer", "optim.lr_scheduler") else value
-        raise UsageError(f"{command} has no option {name}; use --set {setting}={value}")
-    return name, sign, value
+        value = value or next(rest, "")
+        raise UsageError(f"{command} has no option {name}; use --set {setting}={_setting_value(setting, value)}")
+    near = options_meant(word, known, trains=trains)
+    hint = f"did you mean {or_list(known[each] for each in near)}?" if near else f"see {command} --help"
+    raise UsageError(f"{command} has no option {name}; {hint}")
+
+
+def _is_option(word: str, known: Mapping[str, str]) -> bool:
+    """Return whether a word is an option, in ours or in another program's words."""
+    word = normalized(word.partition("=")[0])
+    return word in known or word in synonyms.FLAGS or _is_exact(word) or bool(_explanation(word, trains=True))
+
+
+def _explanation(word: str, *, trains: bool) -> str | None:
+    """Return what to do in place of a word that has no option; None for another word."""
+    return explained.EVERYWHERE.get(word) or (explained.TRAINING if trains else explained.ELSEWHERE).get(word)
 
 
 def _is_exact(word: str) -> bool:
@@ -95,22 +114,68 @@ def _settings() -> list[str]:
     return [key for section in sections for key in setting_keys(section, OBJECTIVES.locations)]
 
 
-def _value(option: str, value: str) -> str:
-    return synonyms.VALUES.get((normalized(option), value.lower()), value)
+def _setting_value(setting: str, value: str) -> str:
+    """Return a value for --set from what another program's option was given, or what the setting allows."""
+    kinds = () if setting.startswith("objective.") else get_args(option_type(setting))
+    if bool in kinds:
+        return value.lower() if value.lower() in ("true", "false") else "true"
+    choices = [each for kind in kinds for each in (get_args(kind) if get_origin(kind) is Literal else ())]
+    choices += [str(each) for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum) for each in kind]
+    if choices:
+        return value.lower() if value.lower() in choices else or_list(choices)
+    return "VALUE" if not value or value.startswith("-") else value
 
 
-def option_meant(word: str, known: Collection[str], *, trains: bool) -> str | None:
-    """Return the option that a word means, by meaning first and by spelling second, with underscores; None if unknown."""
-    word = normalized(word)
-    setting = synonyms.SETTINGS.get(word)
-    meant = normalized(_OPTION_OF.get(setting or "", "")) if trains else synonyms.OPTIONS.get(word)
-    near = difflib.get_close_matches(word, known, n=1)
-    return meant if meant in known else near[0] if near else None
+def _value(name: str, value: str, known: Mapping[str, str], command: str) -> str:
+    """Return an option's value as the option spells it.
+
+    Raises:
+        UsageError: The value is one of other programs', and means none of ours.
+    """
+    option = normalized(name), value.lower()
+    if text := explained.VALUES.get(option):
+        raise UsageError(f"{name} {value} is not a choice of {command}: {text}")
+    if option[0] == "resolution" and (sides := re.fullmatch(r"(\d+) ?[,x*] ?(\d+)", value)):
+        width, height = sides.groups()
+        if width == height:
+            return width
+        use = f"--width {width} --height {height}" if "width" in known else f"--buckets {height}x{width}"
+        raise UsageError(f"{name} {value} is not a square; use {use}, or one number")
+    return synonyms.VALUES.get(option, value)
+
+
+def _option_for(word: str, known: Mapping[str, str]) -> str:
+    """Return what a word without an option in front of it was meant for, as part of a message."""
+    from lcmdistill.teachers.naming import ALIASES
+    from lcmdistill.utils.run_names import run_path
+
+    if not {"teacher", "data"} <= known.keys():
+        return "see --help for its options"
+    path = run_path(word)
+    is_model = word in ALIASES or path.suffix in (".safetensors", ".ckpt") or (path / "model_index.json").is_file()
+    if is_model or (path / "config.toml").is_file() or (word.count("/") == 1 and not path.exists()):
+        return f"use --teacher {word}"
+    if path.suffix == ".toml":
+        return f"use --config {word}"
+    if path.is_dir() or path.suffix == ".tar":
+        return f"use --data {word}"
+    near = near_words(word, ALIASES)
+    return f"use --teacher {near[0]}" if near else "the teacher is --teacher MODEL, and your images are --data FOLDER"
+
+
+def options_meant(word: str, known: Collection[str], *, trains: bool) -> list[str]:
+    """Return the options that a word may mean, with underscores: by meaning first, and by spelling second."""
+    settings = {each: normalized(_OPTION_OF.get(setting, "")) for each, setting in synonyms.SETTINGS.items()}
+    words = dict(zip(known, known, strict=True)) | (settings if trains else synonyms.OPTIONS)
+    meant = words.get(normalized(word))
+    candidates = [meant] if meant else [words[each] for each in near_words(word, words, 3)]
+    return [each for each in dict.fromkeys(candidates) if each in known]
 
 
 def unknown_command(word: str, commands: Collection[str]) -> UsageError:
     """Return the error for a word that is not a command."""
-    near = difflib.get_close_matches(word, commands, n=1)
-    meant = synonyms.COMMANDS.get(normalized(word).replace("_", "-")) or (near[0] if near else None)
-    hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(commands)}; see lcmdistill --help"
+    words = {**synonyms.COMMANDS, **{each: each for each in commands}}
+    name = normalized(word).replace("_", "-")
+    near = [name] if name in words else near_words(word, words)
+    hint = f"did you mean {words[near[0]]}?" if near else f"choose from {', '.join(commands)}; see lcmdistill --help"
     return UsageError(f"lcmdistill has no command {word!r}; {hint}")

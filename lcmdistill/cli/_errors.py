@@ -1,6 +1,5 @@
 """Report whatever ends a command: one sentence on stderr and an exit code."""
 
-import difflib
 import re
 import sys
 import time
@@ -12,6 +11,7 @@ from lcmdistill.utils.errors import explain
 from lcmdistill.utils.launch import process_index
 from lcmdistill.utils.logging import discard_output
 from lcmdistill.utils.redact import printable, redact_text
+from lcmdistill.utils.spelling import near_words
 
 # The parser's errors are click's, or those of Typer's own copy of click: it depends on the version of Typer.
 PARSER_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -33,9 +33,9 @@ def parser_sentence(error: Any) -> str:
     text = text.replace(". Choose", "; choose").replace("Value error, ", "").replace(": Input should", ": it should")
     text = re.sub(r"valid integer(, unable to parse string as an integer)?", "whole number", text)
     text = re.sub(r"valid number(, unable to parse string as a number)?", "number", text)
-    text = re.sub(r"\. Did you mean (.+)\?", r" (did you mean \1?)", text)
+    text = re.sub(r"\.? (Did you mean|\(Possible options:).*", "", text)  # by a spelling that is too lenient
     if chosen := re.search(r"'([^']*)' is not one of (.+)", text):
-        near = difflib.get_close_matches(chosen[1], re.findall(r"'([^']*)'", chosen[2]), n=1)
+        near = near_words(chosen[1], re.findall(r"'([^']*)'", chosen[2]))
         text += f" (did you mean {near[0]!r}?)" if near else ""
     cause = error.__cause__
     value = cause.errors()[0]["input"] if hasattr(cause, "errors") else None

@@ -1,11 +1,11 @@
 """The commented configurations that ship with the package: `--config NAME`, and `--config list`."""
 
-import difflib
 import re
 from importlib.resources import files
 from pathlib import Path
 
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.spelling import near_words, or_list
 
 FOLDER = Path(str(files("lcmdistill") / "assets" / "examples"))
 
@@ -27,8 +27,8 @@ def config_file(word: str) -> Path:
     shipped = FOLDER / f"{path.name.removesuffix('.toml')}.toml"
     if shipped.is_file():
         return shipped
-    near = difflib.get_close_matches(path.name.removesuffix(".toml"), names, n=1)
-    hint = f"did you mean {near[0]}?" if near else "pass an existing TOML file, or see --config list"
+    near = near_words(path.name.removesuffix(".toml"), names, 3)
+    hint = f"did you mean {or_list(near)}?" if near else "pass an existing TOML file, or see --config list"
     raise UsageError(f"--config {word} cannot be read (No such file or directory); {hint}")
 
 

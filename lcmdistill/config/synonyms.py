@@ -1,11 +1,12 @@
 """What other programs call our settings and options: kohya's scripts, OneTrainer, diffusers' scripts, A1111. No torch here.
 
 Words are written with underscores; the command line accepts hyphens and underscores alike. A word that means the same, with
-the same values, is accepted in place of the option. A word that means something close is explained.
+the same values, is accepted in place of the option. A word that means something close is explained: `explained.py`.
 """
 
-import difflib
 from collections.abc import Collection
+
+from lcmdistill.utils.spelling import near_words
 
 SETTINGS: dict[str, str] = {
     "lr": "optim.learning_rate",
@@ -50,7 +51,6 @@ SETTINGS: dict[str, str] = {
     "flip_aug": "data.flip",
     "proportion_empty_prompts": "data.caption_drop",
     "caption_dropout_rate": "data.caption_drop",
-    "enable_bucket": "data.buckets",
     "output_dir": "run.output",
     "out": "run.output",
     "out_dir": "run.output",
@@ -71,7 +71,6 @@ SETTINGS: dict[str, str] = {
     "eval_steps": "run.validate_every",
     "sample_every_n_steps": "run.validate_every",
     "validation_prompt": "run.validation_prompts",
-    "torch_compile": "run.compile",
     "fsdp": "run.shard",
     "sharding_strategy": "run.shard",
     "network_dim": "student.rank",
@@ -89,6 +88,77 @@ SETTINGS: dict[str, str] = {
     "loss_type": "objective.distance",
     "k": "objective.skip",
     "ema": "objective.ema_decay",
+    "t": "teacher.model",
+    "m": "teacher.model",
+    "teacher_path": "teacher.model",
+    "ckpt": "teacher.model",
+    "checkpoint": "teacher.model",
+    "base_model_name": "teacher.model",
+    "model_path": "teacher.model",
+    "model_name_or_path": "teacher.model",
+    "teacher_revision": "teacher.revision",
+    "vae_path": "teacher.vae",
+    "base_weights": "teacher.loras",
+    "init_from": "student.start",
+    "lora_model_name": "student.start",
+    "d": "data.sources",
+    "data_dir": "data.sources",
+    "data_path": "data.sources",
+    "image_dir": "data.sources",
+    "train_dir": "data.sources",
+    "concepts": "data.sources",
+    "photos": "data.sources",
+    "input": "data.sources",
+    "prompt_file": "data.prompts",
+    "prompts_file": "data.prompts",
+    "res": "data.resolution",
+    "num_train_samples": "data.max_samples",
+    "random_crop": "data.crop",
+    "o": "run.output",
+    "outdir": "run.output",
+    "output_path": "run.output",
+    "output_model_destination": "run.output",
+    "workspace_dir": "run.output",
+    "save_dir": "run.output",
+    "vram_limit": "run.memory",
+    "gpu_memory": "run.memory",
+    "dtype": "run.precision",
+    "train_dtype": "run.precision",
+    "amp": "run.precision",
+    "repo_id": "run.push_to_hub",
+    "huggingface_repo_id": "run.push_to_hub",
+    "save_every": "run.checkpoint_every",
+    "checkpoint_steps": "run.checkpoint_every",
+    "backup_after": "run.checkpoint_every",
+    "keep_last": "run.keep_checkpoints",
+    "val_every": "run.validate_every",
+    "eval_every": "run.validate_every",
+    "sample_every": "run.validate_every",
+    "sample_after": "run.validate_every",
+    "logging_steps": "run.log_every",
+    "log_steps": "run.log_every",
+    "sample_prompts": "run.validation_prompts",
+    "sharded": "run.shard",
+    "iterations": "optim.max_train_steps",
+    "n_steps": "optim.max_train_steps",
+    "num_steps": "optim.max_train_steps",
+    "max_iters": "optim.max_train_steps",
+    "b": "optim.batch_size",
+    "batch": "optim.batch_size",
+    "learning_rate_scheduler": "optim.lr_scheduler",
+    "lr_scheduler_type": "optim.lr_scheduler",
+    "learning_rate_warmup_steps": "optim.warmup_steps",
+    "warmup": "optim.warmup_steps",
+    "wd": "optim.weight_decay",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "grad_clip": "optim.max_grad_norm",
+    "r": "student.rank",
+    "dim": "student.rank",
+    "dropout_probability": "student.dropout",
+    "layer_filter": "student.target_modules",
+    "loss": "objective.distance",
+    "algorithm": "objective.name",
+    "ema_rate": "objective.ema_decay",
 }
 "word -> the setting that it means"
 
@@ -134,74 +204,71 @@ OPTIONS: dict[str, str] = {
     "save_precision": "dtype",
     "precision": "dtype",
     "omega": "guidance_scale",
+    "o": "output",
+    "p": "prompt",
+    "m": "model",
+    "ckpt_path": "model",
+    "model_path": "model",
+    "base_model_name": "model",
+    "output_path": "output",
+    "save_dir": "output",
+    "images": "num_images",
+    "num_outputs": "num_images",
+    "amount": "num_images",
+    "neg_prompt": "negative_prompt",
+    "input_image": "image",
+    "i": "image",
+    "lora_weights": "lora",
+    "lora_path": "lora",
+    "lora_strength": "lora_scale",
+    "samples": "num_images",
+    "bs": "batch_size",
+    "res": "resolution",
+    "b": "batch_size",
+    "type": "format",
+    "save_model_as": "format",
+    "f": "format",
+    "to": "format",
+    "file": "output",
+    "quantization": "quantize",
+    "repo_id": "push_to_hub",
+    "hub_model_id": "push_to_hub",
+    "denoise": "strength",
 }
 "word -> the option that it means, of commands that do not train"
 
 FLAGS: dict[str, tuple[str, str]] = {
     "fp16": ("precision", "fp16"),
+    "half": ("precision", "fp16"),
     "bf16": ("precision", "bf16"),
     "fp32": ("precision", "fp32"),
     "no_half": ("precision", "fp32"),
     "cpu": ("device", "cpu"),
     "cuda": ("device", "cuda"),
-    "tensorboard": ("report-to", "tensorboard"),
-    "wandb": ("report-to", "wandb"),
+    "tensorboard": ("report_to", "tensorboard"),
+    "wandb": ("report_to", "wandb"),
+    "torch_compile": ("compile", "on"),
+    "enable_bucket": ("buckets", "auto"),
+    "aspect_ratio_bucketing": ("buckets", "auto"),
+    "v_parameterization": ("prediction_type", "v_prediction"),
 }
 "a flag -> the option and the value that it stands for"
 
-VALUES: dict[tuple[str, str], str] = {("precision", "no"): "fp32", ("precision", "float16"): "fp16"}
-VALUES |= {("precision", "bfloat16"): "bf16", ("precision", "float32"): "fp32"}
-VALUES |= {("format", "lora"): "kohya", ("format", "checkpoint"): "single-file", ("format", "ckpt"): "single-file"}
-"(option, another program's value) -> our value"
-
-EXPLAINED: dict[str, str] = {
-    "steps": "--max-train-steps sets the length of the training; a student generates in any of 1 to 8 steps (sample --steps)",
-    "num_train_epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
-    "max_train_epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
-    "epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
-    "num_ddim_timesteps": "the solver's grid has T / k points: 50 points of 1000 time steps are --set objective.skip=20",
-    "resume": "run the same command again to resume",
-    "resume_from_checkpoint": "run the same command again to resume",
-    "guidance_scale": "the trained range is --set objective.w_min=W and objective.w_max=W, each the guidance scale minus 1",
-    "cfg": "the trained range is --set objective.w_min=W and objective.w_max=W, each the guidance scale minus 1",
-    "cfg_scale": "the trained range is --set objective.w_min=W and objective.w_max=W, each the guidance scale minus 1",
-    "gradient_checkpointing": "--memory turns it on where it is needed; to force it, use --set run.gradient_checkpointing=true",
-    "use_8bit_adam": "--memory turns it on where it is needed; to force it, use --set optim.optimizer=adamw8bit",
-    "xformers": "attention uses PyTorch's own fused kernels; remove this option",
-    "enable_xformers_memory_efficient_attention": "attention uses PyTorch's own fused kernels; remove this option",
-    "allow_tf32": "products are computed in --precision; remove this option",
-    "cache_latents": "latents are always cached, see data.cache_dir; remove this option",
-    "cache_latents_to_disk": "latents are always cached, see data.cache_dir; remove this option",
-    "network_module": "distill-lora trains a LoRA of --target-modules; remove this option",
-    "use_lora": "use lcmdistill distill-lora to train a LoRA",
-    "lora": "use lcmdistill distill-lora to train a LoRA, and --teacher-lora FILE to fuse one into the teacher",
-    "num_gpus": "start one process per GPU: torchrun --nproc-per-node N -m lcmdistill ...",
-    "num_processes": "start one process per GPU: torchrun --nproc-per-node N -m lcmdistill ...",
-    "logging_dir": "metrics and the tracker's files are in the run folder; use --output for that",
-    "output_name": "the last part of --output is the name of the run and of its LoRA file",
-    "name": "the last part of --output is the name of the run: --output runs/NAME",
-    "run_name": "the last part of --output is the name of the run: --output runs/NAME",
-    "wandb_run_name": "the last part of --output is the name of the run: --output runs/NAME",
-    "num_epochs": "the length of a run is --max-train-steps; --dry-run states how many passes over the data that makes",
-    "save_every_n_epochs": "checkpoints are counted in steps: --set run.checkpoint_every=N",
-    "dataloader_num_workers": "latents are cached and read ahead by a thread; remove this option",
-    "max_data_loader_n_workers": "latents are cached and read ahead by a thread; remove this option",
-    "noise_offset": "the teacher's own noise is used; remove this option",
-    "min_snr_gamma": "the method weights its own loss; remove this option",
-    "snr_gamma": "the method weights its own loss; remove this option",
-    "shuffle_caption": "captions are encoded once and cached; remove this option",
-    "center_crop": "images are cropped at the center by default, see data.crop; remove this option",
-    "sdpa": "attention uses PyTorch's own fused kernels; remove this option",
-    "mem_eff_attn": "attention uses PyTorch's own fused kernels; remove this option",
-    "lowram": "--memory N plans for a GPU of N GiB; remove this option",
-    "overwrite": "use another --output, or remove the run first: lcmdistill runs remove NAME",
-    "force": "use another --output, or remove the run first: lcmdistill runs remove NAME",
-    "gpus": "start one process per GPU: torchrun --nproc-per-node N -m lcmdistill ...",
-    "gpu_ids": "select GPUs with CUDA_VISIBLE_DEVICES, or one with --device cuda:1",
-    "save_model_as": "use lcmdistill export RUN --format kohya or single-file after the run",
-    "caption_extension": "captions are read from .txt and .caption files and metadata.jsonl; remove this option",
+VALUES: dict[tuple[str, str], str] = {
+    ("precision", "no"): "fp32",
+    ("precision", "float16"): "fp16",
+    ("precision", "bfloat16"): "bf16",
+    ("precision", "float32"): "fp32",
+    ("device", "gpu"): "cuda",
+    ("objective", "lcm-lora"): "lcm",
+    ("format", "lora"): "kohya",
+    ("format", "kohya_ss"): "kohya",
+    ("format", "checkpoint"): "single-file",
+    ("format", "ckpt"): "single-file",
+    ("format", "single_file"): "single-file",
+    ("format", "merged"): "fused",
 }
-"a word without an option of the same meaning -> what to do instead"
+"(option, another program's value) -> our value"
 
 COMMANDS: dict[str, str] = {
     "train": "distill (a full student) or distill-lora (a LoRA)",
@@ -257,7 +324,8 @@ def setting_meant(word: str, keys: Collection[str]) -> str | None:
         return names[name]
     if SETTINGS.get(name) in keys:
         return SETTINGS[name]
-    if section and (near := difflib.get_close_matches(f"{section}.{name}", keys, n=1, cutoff=0.5)):
-        return near[0]
-    near = difflib.get_close_matches(name, names, n=1)
-    return names[near[0]] if near else None
+    in_section = {key.rpartition(".")[2]: key for key in keys if key.startswith(f"{section}.")}
+    for known in (in_section, names):
+        if near := near_words(name, known):
+            return known[near[0]]
+    return None

@@ -8,14 +8,13 @@ from typing import Any
 from lcmdistill.config.lora_words import with_loras
 from lcmdistill.teachers.folders import WEIGHT_FILE
 from lcmdistill.teachers.lora.kinds import adapter_settings, kinds_of, other_kinds_of
-from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, resolve_alias
+from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, model_hint, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.schedulers import is_flow, static_shift
 from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
-from lcmdistill.utils.run_names import did_you_mean
 from lcmdistill.utils.units import counted
 
 Row = tuple[str, str]
@@ -61,7 +60,7 @@ def _on_the_hub(model: str) -> list[Row]:
         return _pipeline(Path(name))
     if is_local(name):
         raise UsageError(
-            f"there is no model {model!r}{did_you_mean(model)}; specify a folder, a file, a hub id, or one of "
+            f"there is no model {model!r}{model_hint(model)}; specify a folder, a file, a hub id, or one of "
             f"{', '.join(ALIASES)}"
         )
     from huggingface_hub import try_to_load_from_cache

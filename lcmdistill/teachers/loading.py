@@ -13,7 +13,7 @@ from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
 from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
 from lcmdistill.teachers.lora.fuse import fuse_loras
-from lcmdistill.teachers.naming import ALIASES, is_local, resolve_alias
+from lcmdistill.teachers.naming import ALIASES, is_local, model_hint, resolve_alias
 from lcmdistill.teachers.overrides import configure_vae, replace_vae, skip_last_layers
 from lcmdistill.teachers.registry import family_of_class, supported_classes
 from lcmdistill.teachers.schedulers import is_flow, prepare_flow
@@ -22,7 +22,6 @@ from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
 from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import RunError, UsageError
-from lcmdistill.utils.run_names import did_you_mean
 
 MOST_TIMESTEPS, MOST_PIXELS = 100_000, 100_000
 "above these, a number in a configuration file is taken for damage"
@@ -164,7 +163,7 @@ def _open_pipeline(
         )
     elif is_local(name):
         raise UsageError(
-            f"there is no model {model!r}{did_you_mean(model)}; specify an existing diffusers folder or .safetensors "
+            f"there is no model {model!r}{model_hint(model)}; specify an existing diffusers folder or .safetensors "
             f"file, a hub id like owner/name, or one of {', '.join(ALIASES)}"
         )
     dropped: dict[str, Any] = dict.fromkeys(each for part in drop for each in _with_tokenizer(part))
@@ -371,7 +370,8 @@ def _explain_loading(model: str, is_folder: bool, error: Exception) -> Exception
         )
     if "not a valid model identifier" in text or "404" in text or "Repository Not Found" in text:
         return UsageError(
-            f"there is no model {model!r} on the hub that you can read; check the name, or log in if it is gated"
+            f"there is no model {model!r} on the hub that you can read{model_hint(model)}; check the name, or log in if it "
+            "is gated"
         )
     if "safetensors" in text:
         return UsageError(

@@ -8,7 +8,8 @@ from typing import Any
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file.inspect import read_header
 from lcmdistill.utils.redact import public_word
-from lcmdistill.utils.run_names import names_a_run
+from lcmdistill.utils.run_names import names_a_run, near_runs
+from lcmdistill.utils.spelling import near_words, or_list
 
 ALIASES = {alias: entry.model for family in FAMILIES.values() for alias, entry in family.aliases.items()}
 "short name -> hub id or folder"
@@ -27,6 +28,19 @@ _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 def resolve_alias(model: str) -> str:
     """Return the hub id or folder that a name stands for, which is what other programs need."""
     return ALIASES.get(model, model)
+
+
+def model_hint(model: str) -> str:
+    """Return the part of a message that lists what an unknown model may mean: " (did you mean sd15?)"; "" if nothing is near.
+
+    These are aliases, by their names and those of their models on the hub (some of which moved to another owner), and runs.
+    """
+    names = {alias: alias for alias in ALIASES} | {
+        public_name(entry).rpartition("/")[2]: a for a, entry in ALIASES.items()
+    }
+    near = [names[each] for each in near_words(model.rstrip("/").rpartition("/")[2], names, 3)]
+    words = list(dict.fromkeys([*near, *near_runs(model)]))
+    return f" (did you mean {or_list(words)}?)" if words else ""
 
 
 def public_name(model: str) -> str:

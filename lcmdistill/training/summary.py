@@ -154,6 +154,9 @@ def log_summary(config: RunConfig, teacher: Teacher, cost: Cost, plan: Plan | No
         f"teacher: {with_loras(config.teacher.model, config.teacher.loras)}, {teacher.prediction_type}-predicting "
         f"{teacher.family.network_label} of {needed.base:,} parameters; the student, {student}, trains {needed.trainable:,}"
     )
+    if skip := config.teacher.clip_skip:
+        theirs = teacher.family.a1111_clip_skip(skip)
+        logger.info(f"clip skip: {skip}, counted as in diffusers; A1111 and kohya call this {theirs}")
     logger.info(f"method: {info.title} ({config.objective_name}; {info.paper}), {info.describe(config.objective)}")
     size = " x ".join(
         [f"batch {optim.batch_size}", f"{optim.gradient_accumulation_steps} accumulated"]

@@ -1,6 +1,7 @@
 """Options and commands as other programs call them: accepted where they mean the same, explained where they do not."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import typer
 
 from lcmdistill.cli import app
 from lcmdistill.cli._aliases import translate
-from lcmdistill.config import synonyms
+from lcmdistill.config import explained, synonyms
 from lcmdistill.config.reference import setting_keys
+from lcmdistill.export import EXPORTERS
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command
@@ -52,7 +54,14 @@ def read(line: str) -> list[str]:
         ("--log_with wandb", "--report-to wandb"),
         ("--hub_model_id me/x", "--push-to-hub me/x"),
         ("--max_steps 10 --dry_run", "--max-train-steps 10 --dry-run"),
-        ("--prompts --lr", "--prompts --lr"),  # a value, whatever it looks like
+        ("--prompts=--lr", "--prompts=--lr"),
+        ("-o runs/x -m sd15", "--output runs/x --teacher sd15"),
+        ("--resolution 512,512", "--resolution 512"),
+        ("--enable_bucket --seed 3", "--buckets=auto --seed 3"),
+        ("--torch_compile --fp16", "--compile=on --precision=fp16"),
+        ("--v_parameterization", "--prediction-type=v_prediction"),
+        ("--report_to wandb", "--report-to wandb"),
+        ("--huggingface_repo_id me/x", "--push-to-hub me/x"),
         ("--set optim.beta1=0.9 -- --lr", "--set optim.beta1=0.9 -- --lr"),
     ],
 )
@@ -72,6 +81,8 @@ def test_a_training_option_of_other_programs(typed: str, read_as: str) -> None:
         ("--bf16", "--precision=bf16"),
         ("--cpu", "--device=cpu"),
         ("--outdir x", "--output x"),
+        ("-o x -n 4 -p cat", "--output x --num-images 4 --prompt cat"),
+        ("-- --cfg", "-- --cfg"),
     ],
 )
 def test_a_sampling_option_of_other_programs(typed: str, read_as: str) -> None:
@@ -85,7 +96,7 @@ def test_each_word_for_a_setting_is_accepted_or_explained(word: str) -> None:
     try:
         words = read(f"distill-lora --{word.replace('_', '-')} 7")
     except UsageError as error:
-        assert str(error).endswith(f"; use --set {setting}=7") or word in synonyms.EXPLAINED  # noqa: PT017
+        assert f"; use --set {setting}=" in str(error) or word in explained.TRAINING  # noqa: PT017
     else:
         option, value = words
         assert option in {each for p in COMMANDS.commands["distill-lora"].params for each in p.opts}
@@ -98,10 +109,84 @@ def test_each_word_for_an_option_is_one_of_some_command(word: str) -> None:
     assert f"--{synonyms.OPTIONS[word].replace('_', '-')}" in options
 
 
-@pytest.mark.parametrize("word", synonyms.EXPLAINED)
+@pytest.mark.parametrize("word", explained.TRAINING)
 def test_each_explained_word_ends_in_its_explanation(word: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"has no option --{word}: {synonyms.EXPLAINED[word]}")):
+    with pytest.raises(UsageError, match=re.escape(f"has no option --{word}: {explained.TRAINING[word]}")):
         read(f"distill --{word} 1")
+
+
+@pytest.mark.parametrize("word", {**explained.ELSEWHERE, **explained.EVERYWHERE})
+def test_a_word_is_explained_by_commands_that_do_not_train(word: str) -> None:
+    text = {**explained.ELSEWHERE, **explained.EVERYWHERE}[word]
+    with pytest.raises(UsageError, match=re.escape(f"sample has no option --{word}: {text}")):
+        read(f"sample --{word} 1")
+
+
+@pytest.mark.parametrize(("option", "value"), explained.VALUES)
+def test_each_explained_value_ends_in_its_explanation(option: str, value: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(explained.VALUES[option, value])):
+        read(f"{'export' if option == 'format' else 'distill'} --{option}={value}")
+
+
+def test_formats_that_explanations_name_exist() -> None:
+    named = {
+        word for text in explained.FORMATS for word in re.findall(r"kohya|single-file|pipeline|diffusers-lora", text)
+    }
+    assert named <= {*EXPORTERS}
+    assert {value for (option, _), value in synonyms.VALUES.items() if option == "format"} <= {*EXPORTERS}
+
+
+# kohya's sd-scripts, diffusers' LCM scripts and OneTrainer: what their users have in their command lines.
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("--max_train_epochs 10", "a run counts steps: --max-train-steps"),
+        ("--save_every_n_epochs 1", "--set run.checkpoint_every=N"),
+        ("--output_name fast", "--output runs/NAME"),
+        ("--checkpointing_steps 500", "use --set run.checkpoint_every=500"),
+        ("--resume_from_checkpoint latest", "run the same command again to resume"),
+        ("--validation_prompt cat", "use --set run.validation_prompts=cat"),
+        ("--proportion_empty_prompts 0.1", "use --set data.caption_drop=0.1"),
+        ("--use_8bit_adam", "use --set optim.optimizer=adamw8bit"),
+        ("--optimizer_type AdamW8bit", "use --set optim.optimizer=adamw8bit"),
+        ("--optimizer_type Prodigy", "use --set optim.optimizer=adamw or adamw8bit"),
+        ("--lr_scheduler constant_with_warmup", "use --set optim.lr_scheduler=constant, cosine or linear"),
+        ("--random_flip --seed 3", "use --set data.flip=true"),
+        ("--w_min 3", "use --set objective.w_min=3"),
+        ("--clip_grad_norm 1", "use --set optim.max_grad_norm=1"),
+        ("--push_to_hub --hub_model_id me/x", "option --push-to-hub requires a value, got the option --hub_model_id"),
+        ("--resolution 512,768", "is not a square; use --buckets 768x512"),
+        ("--report_to all", "choose tensorboard or wandb"),
+        ("--yes", "training asks no questions"),
+        ("--learnin-rate 3", "did you mean --learning-rate?"),
+        ("--pre 3", "did you mean --prediction-type, --precision or --preset?"),
+        ("--lrn 3", "did you mean --learning-rate?"),
+        ("--foo 3", "has no option --foo; see lcmdistill distill --help"),
+        ("-x", "has no option -x; see lcmdistill distill --help"),
+        ("sd15", "takes no argument 'sd15'; use --teacher sd15"),
+        ("owner/name", "use --teacher owner/name"),
+        ("tinny", "use --teacher tiny"),
+        ("sd15-lora.toml", "use --config sd15-lora.toml"),
+        ("a.tar", "use --data a.tar"),
+        ("photographs", "the teacher is --teacher MODEL, and your images are --data FOLDER"),
+    ],
+)
+def test_what_cannot_be_accepted_is_answered_with_what_to_do(typed: str, answer: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(answer)):
+        read(f"distill {typed}")
+
+
+def test_a_folder_of_images_is_recognized_as_data(image_folder: Path) -> None:
+    with pytest.raises(UsageError, match=f"use --data {image_folder}"):
+        read(f"distill {image_folder}")
+
+
+@pytest.mark.parametrize("word", ["--foo", "--bar"])
+def test_other_commands_suggest_only_what_is_near(word: str) -> None:
+    with pytest.raises(UsageError, match="see lcmdistill sample --help"):
+        read(f"sample {word} 3")
+    with pytest.raises(UsageError, match=r"did you mean --lora-scale\?"):
+        read("sample --lora-scal 3")
 
 
 @pytest.mark.parametrize("word", synonyms.COMMANDS)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcmdistill.teachers.naming import license_name, license_of, loading_code, public_name, redact_paths
+from lcmdistill.teachers.loading import load_pipeline
+from lcmdistill.teachers.naming import license_name, license_of, loading_code, model_hint, public_name, redact_paths
+from lcmdistill.utils.errors import UsageError
 
 OWN, NAMED = "license: other\nlicense_name: my-own", {"license": "other", "license_name": "my-own"}
 
@@ -91,3 +93,29 @@ def test_settings_are_shown_without_folders_and_secrets() -> None:
         "run.seed": 0,
     }
     assert redact_paths({"teacher.model": "sd15"}) == {"teacher.model": "sd15"}
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("tinny", "tiny"),
+        ("sd5", "sd15"),
+        ("sdx1", "sdxl"),
+        ("SDXL", "sdxl"),
+        ("sd1.5", "sd15"),
+        ("flux", "flux-dev"),
+        ("sd3.5", "sd35-medium or sd35-large"),
+        ("runwayml/stable-diffusion-v1-5", "sd15"),  # where that model was before it moved
+    ],
+)
+def test_a_mistyped_model_is_answered_with_the_near_aliases(word: str, hint: str) -> None:
+    assert model_hint(word) == f" (did you mean {hint}?)"
+
+
+def test_a_model_like_no_other_is_not_answered_with_one() -> None:
+    assert model_hint("no-such-teacher") == ""
+
+
+def test_a_mistyped_alias_is_refused_with_the_alias() -> None:
+    with pytest.raises(UsageError, match=r"there is no model 'sd5' \(did you mean sd15\?\); specify"):
+        load_pipeline("sd5")
