@@ -10,9 +10,10 @@ Memory does not depend on the values of the weights. All rows are in bf16 with a
 import argparse
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -35,41 +36,78 @@ from lcmdistill.utils.errors import UsageError
 LIMITS = (8, 12, 16, 24)
 ROWS = (
     *("sd15-lora", "sd15-lora-tdm", "sd15-full", "sd15-full-tdm", "sd21-lora", "sd21-full"),
-    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full", "sd35m-lora", "sd35m-full", "flux-lora", "pixart-lora", "pixart-full"),
+    *("sdxl-lora", "sdxl-lora-tdm", "sdxl-full"),
+    *("sd35m-lora", "sd35m-full", "sd35l-lora", "sd35l-full", "sana-lora", "sana-full", "flux-lora"),
+    *("pixart-lora", "pixart-full"),
 )
 SPLIT = {"optim.batch_size": 4, "optim.gradient_accumulation_steps": 3}
 GOALS = {"sd15-lora": 8, "sdxl-lora": 12, "sd15-full": 24}
 CONFIGS = Path(__file__).parent.parent / "lcmdistill" / "assets" / "configs"
 
 
-def full_size(name: str, device: str = "meta") -> Teacher:
+@dataclass(frozen=True)
+class FullSize:
+    """A published model: its family, the folder with configs of its shapes, its network, and its prompts' shapes.
+
+    Attributes:
+        family: The family's key.
+        folder: Under lcmdistill/assets/configs. SD 3's VAE has the shapes of FLUX.1's, and SDXL's those of PixArt's.
+        network: The arguments of the network's class, None for those in the folder.
+        prompts: The shape of a prompt's embeddings.
+        pooled: The width of the pooled embeddings, where there are some.
+        mask: Whether the network takes a mask of the prompt.
+    """
+
+    family: str
+    folder: str
+    network: dict[str, Any] | None = None
+    prompts: tuple[int, int] = (77, 768)
+    pooled: int = 0
+    mask: bool = False
+
+
+LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+T5 = 77 + 256
+MODELS = {
+    "sd15": FullSize("sd", "sd1"),
+    "sd21": FullSize("sd", "sd2", None, (77, 1024)),
+    "sdxl": FullSize("sdxl", "sdxl", None, (77, 2048), pooled=1280),
+    "sd35m": FullSize("sd3", "sd3", None, (T5, 4096), pooled=2048),
+    "sd35l": FullSize("sd3", "sd3", {**LARGE, "qk_norm": "rms_norm"}, (T5, 4096), pooled=2048),
+    "sana": FullSize("sana", "sd3", {}, (300, 2304), mask=True),
+    "flux": FullSize("flux", "sd3", {"guidance_embeds": True}, (512, 4096), pooled=768),
+    "pixart": FullSize("pixart", "sdxl", {"sample_size": 128, "caption_channels": 4096}, (120, 4096), mask=True),
+}
+
+
+def full_size(name: str, device: str = "meta", dtype: torch.dtype = torch.float32) -> Teacher:
     """A teacher of a row in its published size, without weights, or with random ones on a device."""
-    folder = CONFIGS / {"sd15": "sd1", "sd21": "sd2", "sd35m": "sd3", "flux": "sd3", "pixart": "sdxl"}.get(name, name)
-    family = FAMILIES[{"sd15": "sd", "sd21": "sd", "sd35m": "sd3"}.get(name, name)]
-    library: Any = diffusers
+    model, library = MODELS[name], cast("Any", diffusers)
+    folder, family = CONFIGS / model.folder, FAMILIES[model.family]
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     network_class = getattr(library, family.network_class)
-    with torch.device(device):
-        if name == "pixart":  # its class has the published size, and SDXL's VAE has the same shapes
-            network = network_class(sample_size=128, caption_channels=4096)
-        elif name == "flux":  # its class has the published size, too, and Stable Diffusion 3's VAE has the same shapes
-            network = network_class(guidance_embeds=True)
-        else:
-            network = network_class.from_config(json.loads((folder / family.network / "config.json").read_text()))
-        vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            if model.network is not None:
+                network = network_class(**model.network)
+            else:
+                network = network_class.from_config(json.loads((folder / family.network / "config.json").read_text()))
+            if name == "sana":
+                vae = library.AutoencoderDC()
+            else:
+                vae = library.AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
+    finally:
+        torch.set_default_dtype(default)
     network.eval().requires_grad_(False)
 
     def encode_prompts(prompts: Any) -> Conditioning:
         n = len(prompts)
-        if name == "pixart":
-            mask = torch.ones(n, 120, dtype=torch.int64)
-            return Conditioning({"prompt_embeds": torch.zeros(n, 120, 4096), "attention_mask": mask})
-        if name == "sd35m":  # with a T5
-            return Conditioning({"prompt_embeds": torch.zeros(n, 77 + 256, 4096), "pooled": torch.zeros(n, 2048)})
-        if name == "flux":
-            return Conditioning({"prompt_embeds": torch.zeros(n, 512, 4096), "pooled": torch.zeros(n, 768)})
-        embeds = {"prompt_embeds": torch.zeros(n, 77, network.config.cross_attention_dim)}
-        return Conditioning(embeds | ({"pooled": torch.zeros(n, 1280)} if name == "sdxl" else {}))
+        embeds = {"prompt_embeds": torch.zeros(n, *model.prompts)}
+        embeds |= {"pooled": torch.zeros(n, model.pooled)} if model.pooled else {}
+        mask = {"attention_mask": torch.ones(n, model.prompts[0], dtype=torch.int64)} if model.mask else {}
+        return Conditioning(embeds | mask)
 
     schedule, prediction_type = family.denoiser(scheduler)
     return Teacher(

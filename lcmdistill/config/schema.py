@@ -190,6 +190,8 @@ class DataConfig:
     "States of the teacher's own trajectory per generated sample: training starts on it, such as 8. 0 noises finished latents."
     teacher_cache_samples: int = setting(0, least=0)
     "Noises and times per sample for which teacher outputs are computed beforehand and cached. 0 caches none."
+    cache: Literal["on", "off"] = "on"
+    "off encodes images while it trains, and keeps none: for data that no disk holds. Each process reads its own shards."
     cache_dir: str | None = setting(None, unset="~/.cache/lcmdistill", mutable_on_resume=True)
     "Folder of cached latents and teacher outputs, shared between runs."
     cache_limit: float = setting(200.0, least=0, mutable_on_resume=True)

@@ -113,11 +113,12 @@ def write_chunk(
         counts = Counter(size_of(sample) for _, sample in samples)
         report |= {"buckets": dict(sorted(counts.items()))} if bucketed else {}
         if prompts_only:
-            tensors |= _prompts_only(samples, captions, teacher)
+            tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
+            tensors |= {name: value.cpu() for name, value in conditions_of_prompts(samples, teacher).items()}
             report |= {"latents": latent_shape(teacher, config)}
         if trajectory is None:
             encode, steps = (
-                partial(_latents, teacher=teacher, config=config, seed=seed, dtype=dtype),
+                partial(encode_latents, teacher=teacher, config=config, seed=seed, dtype=dtype),
                 config.teacher_steps,
             )
         else:
@@ -265,14 +266,11 @@ def _encode(
     return tensors
 
 
-def _prompts_only(
-    samples: Sequence[tuple[int, Sample]], captions: Sequence[str], teacher: Teacher
-) -> dict[str, Tensor]:
-    """Return the tensors of samples without images. captions: the distinct ones of their chunk."""
+def conditions_of_prompts(samples: Sequence[tuple[int, Sample]], teacher: Teacher) -> Part:
+    """Return the conditioning that depends on the samples, of samples without images, in fp32."""
     frames = torch.tensor([sample.frame for _, sample in samples], dtype=torch.float32)
     cond = teacher.condition(SampleInfo(frames=frames, pixels=_no_pixels, encode=lambda images: images, seeds=[]))
-    tensors = {"row": torch.tensor([captions.index(sample.caption) for _, sample in samples])}
-    return tensors | {f"{SAMPLE}{name}": value.cpu() for name, value in cond.values.items()}
+    return {f"{SAMPLE}{name}": value for name, value in cond.values.items()}
 
 
 def _no_pixels() -> Tensor:
@@ -285,7 +283,7 @@ def latent_shape(teacher: Teacher, config: DataConfig) -> tuple[int, int, int]:
     return teacher.vae.config.latent_channels, side, side
 
 
-def _latents(
+def encode_latents(
     samples: Sequence[tuple[int, Sample]],
     on_step: Callable[[], None],
     *,
@@ -323,7 +321,7 @@ def _trajectory_encoder(
     seed: int,
     dtype: torch.dtype,
 ) -> Callable[[Sequence[tuple[int, Sample]], Callable[[], None]], Part]:
-    """Return a function that returns what `_latents` returns, with the teacher's trajectories to the latents.
+    """Return a function that returns what `encode_latents` returns, with the teacher's trajectories to the latents.
 
     prompts: the encoded captions, as they are stored. captions: the distinct ones of the chunk.
     """

@@ -1,24 +1,27 @@
 """Micro-batches of prepared samples: read ahead of the computation, then completed by the random draws of a step."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
-from lcmdistill.data.dataset import LatentDataset, Read
+from lcmdistill.data.dataset import Read
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch, Conditioning
 from lcmdistill.utils.device import copy_to_device
 
+T = TypeVar("T")
 
-def read_ahead(dataset: LatentDataset, index_lists: Iterable[Sequence[int]]) -> Iterator[Read]:
-    """Yield `dataset.read` of each list of indices. A thread reads the next one while the caller computes."""
+
+def read_ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield the result of each call. A thread makes the next one while the caller computes."""
     # One OpenMP thread: with more, there are more threads than cores, and OpenMP suspends all of them at once.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         reading = None
-        for indices in chain(index_lists, [None]):
-            done, reading = reading, None if indices is None else thread.submit(dataset.read, list(indices))
+        for read in chain(reads, [None]):
+            done, reading = reading, None if read is None else thread.submit(read)
             if done is not None:
                 yield done.result()
 

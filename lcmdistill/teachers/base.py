@@ -86,6 +86,12 @@ class Teacher:
         return self.family.network
 
     @property
+    def encoders(self) -> tuple[torch.nn.Module, ...]:
+        """The networks that prepare samples: VAE and text encoders."""
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        return tuple(part for name, part in parts.items() if name not in (self.network_name, "safety_checker"))
+
+    @property
     def condition_is_random(self) -> bool:
         """Whether `condition` draws random numbers."""
         return self.family.condition_is_random

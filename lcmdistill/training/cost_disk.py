@@ -87,14 +87,7 @@ def disk_items(
     each = sample_bytes(config, teacher)
     missing, total = sum(s.missing for s in samples), sum(s.total for s in samples)
     note = f"{missing:,} samples of {size_text(each)}" + (f", {total - missing:,} are ready" if missing < total else "")
-    items = [
-        DiskItem(
-            _cached_name(config),
-            cache,
-            missing * each,
-            note=note,
-        )
-    ]
+    items = [DiskItem(_cached_name(config), cache, missing * each, note=note)] if config.data.cache == "on" else []
     z = teacher.example(1, largest(config.data, teacher.multiple), "cpu")[0]
     if draws := config.data.teacher_cache_samples:
         outputs = draws * config.objective.num_forwards["teacher"] * total

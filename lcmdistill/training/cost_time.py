@@ -107,7 +107,8 @@ def samples_of(
         teacher: The teacher.
         reports: What became of each source's members, if they were looked at.
     """
-    found = []
+    found, optim, is_cached = [], config.optim, config.data.cache == "on"
+    visited = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps
     for i, source in enumerate(sources):
         limit, members = config.data.max_samples, members_of(source, config.data)
         report = reports[i] if reports else None
@@ -115,6 +116,10 @@ def samples_of(
         if members is None:  # only reading all of them tells
             members = looked_at if report and report.complete else limit
         share = report.kept / looked_at if report and looked_at else 1.0
+        if not is_cached:
+            known = members or source.count() or visited // len(sources)
+            found.append(SourceSamples(source.is_generated, round(known * share), known))
+            continue
         folder = cache_folder(source, config.data, teacher, config.run.seed)
         spans = [path.stem.split("-") for path in chunk_paths(folder, limit)]
         cached = sum(int(end) - int(start) for start, end in spans)
@@ -290,6 +295,8 @@ def phases(
     adapter = ADAPTER if config.student.kind == "lora" else 1.0
     bare, adapted = of_step.pop("teacher", 0), sum(of_step.values())
     sample = (bare + adapter * adapted) * rates.forward + backwards * rates.backward
+    if data.cache == "off":
+        sample += rates.caption + (0.0 if config.objective.info.prompts_only else rates.encode)
     step = optim.gradient_accumulation_steps * optim.batch_size * sample + rates.update
     left = steps_left(config)
     found.append(Phase(TRAINING, left * step, f"{counted(left, 'step')} of {step:.3g} s"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lcmdistill.config.schema import RunConfig
+from lcmdistill.config.schema import OptimConfig, RunConfig
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.sampler import SampleOrder
 from lcmdistill.data.teacher_cache import cached_noise_index
@@ -33,14 +33,26 @@ def sample_plan(
     order = SampleOrder(size, seed, global_batch, dataset.shapes)
     for step in range(first_step, optim.max_train_steps):
         for micro in range(optim.gradient_accumulation_steps):
-            first = (micro * world + rank) * optim.batch_size
-            places = range(first, first + optim.batch_size)
+            places = places_of(optim, micro, rank, world)
             indices = order.indices(step, places)
             fixed_draws = None
             if cached_draws:
                 draws = cached_noise_index(step, places, global_batch, size, cached_draws)
                 fixed_draws = list(zip(indices, draws, strict=True))
             yield Rng(seed, step, places, device, fixed_draws), indices
+
+
+def places_of(optim: OptimConfig, micro: int, rank: int, world: int) -> range:
+    """Return the places of a process's micro-batch in the global batch.
+
+    Args:
+        optim: The optimizer's settings.
+        micro: Which micro-batch of the step it is.
+        rank: The process.
+        world: The number of processes.
+    """
+    first = (micro * world + rank) * optim.batch_size
+    return range(first, first + optim.batch_size)
 
 
 def bin_by_noise(losses: Tensor, noise_level: Tensor) -> Tensor:

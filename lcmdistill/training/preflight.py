@@ -12,6 +12,7 @@ from lcmdistill.config.toml import flatten, settings_to_toml
 from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.latent_cache import cache_folder, check_cache
 from lcmdistill.data.sources.registry import is_generated
+from lcmdistill.data.stream import check_stream
 from lcmdistill.data.survey import survey, unused_samples
 from lcmdistill.data.teacher_cache import check_teacher_cache
 from lcmdistill.data.trajectories import check_trajectory
@@ -223,6 +224,7 @@ def check_early(config: RunConfig) -> None:
     check_quantization(config.student.quantize_base)
     check_sharding(config, pick_device(config.run.device))
     check_cache(config.data)
+    check_stream(config.data, sources_of(config))
     check_files(config.teacher.loras or ())  # before anything is downloaded
     rejects = needs_caption if _takes_prompts(config.teacher.model) else lambda caption: None
     survey(sources_of(config), config.data, config.run.seed, seconds=60.0, first_only=True, rejects=rejects)

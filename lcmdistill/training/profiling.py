@@ -36,7 +36,7 @@ from lcmdistill.utils.device import GIB, compute_dtype, peak_memory, peak_proces
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("data", "teacher", "target", "forward", "backward", "optimizer", "other")
+PHASES = ("data", "encoding", "teacher", "target", "forward", "backward", "optimizer", "other")
 "phases of a training step; `other` is the time in which no thread was in any of the others"
 
 PAUSES = ("validation", "checkpoint")

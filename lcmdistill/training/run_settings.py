@@ -69,7 +69,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         config = with_values(config, {key: planned[key] for key in kept})
     optim = config.optim
     max_samples = config.data.max_samples or (before.data.max_samples if before else None)
-    if max_samples is None:
+    if max_samples is None and config.data.cache == "on":
         needed = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
         max_samples = usable_count(config.data, sources_of(config), needed, one_per_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale

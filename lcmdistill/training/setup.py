@@ -12,9 +12,11 @@ import torch
 
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.data.dataset import LatentDataset
+from lcmdistill.data.holdout import RunCaptions, hold_out, is_own, record_captions
 from lcmdistill.data.latent_cache import cache_root, mark_complete, prepare
 from lcmdistill.data.sources.base import Source
-from lcmdistill.data.survey import members_of
+from lcmdistill.data.stream import SampleStream
+from lcmdistill.data.survey import members_of, unused_samples
 from lcmdistill.data.teacher_cache import TeacherOutputCache, precompute
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.students.build import make_student
@@ -30,6 +32,7 @@ from lcmdistill.training.signals import Stop
 from lcmdistill.training.step_kinds import STEP_KINDS
 from lcmdistill.training.train_step import ConsistencyStep, StepParts
 from lcmdistill.utils.device import compute_dtype
+from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import Progress, progress
 from lcmdistill.utils.runtime import configure_training
 from lcmdistill.utils.units import counted
@@ -54,7 +57,7 @@ def build_train_step(
     config: RunConfig,
     accelerator: Accelerator,
     teacher: Teacher,
-    dataset: LatentDataset,
+    dataset: LatentDataset | None,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> BuiltStep:
     """Put the networks on their device, in the memory layout and dtype that they compute in.
@@ -63,7 +66,7 @@ def build_train_step(
         config: The resolved configuration.
         accelerator: The processes and their device.
         teacher: The teacher; its network is moved, and cast or given adapters.
-        dataset: The prepared samples.
+        dataset: The prepared samples; None where they are encoded while the run trains.
         on_progress: Called with the number of teacher outputs that are cached, if the configuration asks for any.
     """
     device, dtype = accelerator.device, compute_dtype(config.run.precision, accelerator.device)
@@ -103,11 +106,10 @@ def build_train_step(
         applies_cfg=teacher.applies_cfg,
     )
     train_step = STEP_KINDS[config.objective.info.train_step].build(parts)
-    # From here on text encoder and VAE are needed for validation only.
-    for part in teacher.pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and part is not teacher.network:
+    if dataset is not None:  # from here on the encoders are needed for validation only
+        for part in teacher.encoders:
             part.to("cpu")
-    if caches:
+    if dataset is not None and caches:
         cache_key |= {"data": [folder.name for folder in dataset.folders]}
         cache_key |= {"left_out": dataset.left_out} if dataset.left_out else {}
         train_step.teacher_outputs = _cached_outputs(
@@ -115,7 +117,7 @@ def build_train_step(
         )
         if config.student.kind == "full":
             teacher.network.to("cpu")  # it is not needed again
-    shapes = len(set(dataset.shapes or [()]))
+    shapes = len(set(dataset.shapes or [()])) if dataset is not None else 1
     is_adapter = student.adapter is not None
     is_compiled = not sharing.is_sharded and should_compile(
         config.run.compile, device, config.optim.max_train_steps, shapes, adapter=is_adapter
@@ -165,6 +167,39 @@ def _cached_outputs(
     )
     accelerator.wait_for_everyone()
     return TeacherOutputCache(folder, len(dataset), teacher.prediction_type)
+
+
+def open_data(
+    config: RunConfig,
+    sources: Sequence[Source],
+    teacher: Teacher,
+    accelerator: Accelerator,
+    stop: Stop,
+    after: Callable[[int], float] = lambda index: 0.0,
+) -> tuple[LatentDataset | SampleStream, RunCaptions]:
+    """Return a run's samples, and the user's own captions that it is validated with. Arguments as for `prepare_data`."""
+    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if config.data.cache == "off":
+        stream = SampleStream(sources, config.data, config.run.seed, teacher.rejects, rank=rank, world=world)
+        if is_main:
+            logger.info(
+                "data.cache is off: samples are encoded while the run trains, and none are held out for validation"
+            )
+        return stream, RunCaptions()
+    folders = prepare_data(config, sources, teacher, accelerator, stop, after)
+    dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
+    if is_main:
+        for source, report in zip(sources, dataset.reports, strict=True):
+            unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
+            logger.info(f"data {source.label}: {report}{unused}")
+    own, folder = [is_own(source) and not teacher.in_pixels for source in sources], Path(config.run.output or "")
+    own_captions = hold_out(folder, dataset, own, config.data.holdout)
+    accelerator.wait_for_everyone()
+    if is_main:
+        record_captions(folder, own_captions, len(dataset.left_out))
+    if not len(dataset):
+        raise UsageError("no usable training samples; run with --dry-run to see why")
+    return dataset, own_captions
 
 
 def prepare_data(

@@ -16,10 +16,9 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.config.toml import flatten
 from lcmdistill.data.dataset import LatentDataset
 from lcmdistill.data.eviction import evict_lru
-from lcmdistill.data.holdout import hold_out, is_own, record_captions
 from lcmdistill.data.latent_cache import cache_root
-from lcmdistill.data.loader import batch_of, read_ahead
-from lcmdistill.data.survey import unused_samples
+from lcmdistill.data.loader import batch_of
+from lcmdistill.data.stream import SampleStream
 from lcmdistill.diffusion.random import Rng
 from lcmdistill.diffusion.types import Batch
 from lcmdistill.sampling.prompts import nearest_validated
@@ -32,17 +31,17 @@ from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.cost_time import REFERENCES, TEACHER_OUTPUTS, TimeLeft
 from lcmdistill.training.distributed import Accelerator, StopSignal, make_accelerator, min_free_memory
 from lcmdistill.training.documents import RunDocuments
+from lcmdistill.training.feed import CachedFeed, Feed, StreamFeed
 from lcmdistill.training.finish import finish
 from lcmdistill.training.memory.estimate import Breakdown
 from lcmdistill.training.memory.plan import MemoryCheck, plan_memory
-from lcmdistill.training.micro_batches import sample_plan
 from lcmdistill.training.optimizer import learning_rate_at
 from lcmdistill.training.prefetch import InOrder
 from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.training.profiling import RunProfiler, make_profiler
 from lcmdistill.training.run_data import record_of, sources_of
 from lcmdistill.training.run_settings import check_run, finished_message, open_run, resolve_run_defaults
-from lcmdistill.training.setup import build_train_step, caching_progress, prepare_data
+from lcmdistill.training.setup import build_train_step, caching_progress, open_data
 from lcmdistill.training.sharding import Replicas
 from lcmdistill.training.signals import Stop, catch_signals
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
@@ -125,21 +124,9 @@ def _distill(
 
     # Set up: data, reference images, networks.
     teacher.to(accelerator.device)
-    folders = prepare_data(
+    data, own_captions = open_data(
         config, sources, teacher, accelerator, stop, cost.after_source if cost else lambda index: 0.0
     )
-    dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
-    if is_main:
-        for source, report in zip(sources, dataset.reports, strict=True):
-            unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
-            logger.info(f"data {source.label}: {report}{unused}")
-    own = [is_own(source) and not teacher.in_pixels for source in sources]
-    own_captions = hold_out(folder, dataset, own, config.data.holdout)
-    accelerator.wait_for_everyone()
-    if is_main:
-        record_captions(folder, own_captions, len(dataset.left_out))
-    if not len(dataset):
-        raise UsageError("no usable training samples; run with --dry-run to see why")
     validator = Validator(config, teacher, folder, own_captions.captions) if is_main else None
     if validator is not None and config.run.validate_every:
         dtype = compute_dtype(config.run.precision, accelerator.device)
@@ -148,12 +135,13 @@ def _distill(
         ):
             validator.generate_references(dtype, cost.after(REFERENCES) if cost else 0.0)
     after = cost.after(TEACHER_OUTPUTS) if cost else 0.0
-    with caching_progress(config, len(dataset), stop, loud=is_main, after=after) as report:
-        trainer = make_trainer(config, folder, accelerator, teacher, dataset, report)
+    count = len(data) if isinstance(data, LatentDataset) else 0
+    with caching_progress(config, count, stop, loud=is_main, after=after) as report:
+        trainer = make_trainer(config, folder, accelerator, teacher, data, report)
     trainer.needed = plan and plan.needed
     trainer.left = cost.time_left(config) if cost else TimeLeft(config)
     if is_main:
-        used = [*dataset.folders, *trainer.train_step.cache_folders]
+        used = [*(data.folders if isinstance(data, LatentDataset) else ()), *trainer.train_step.cache_folders]
         used += validator.cache_entries(trainer.train_step.student.network) if validator is not None else []
         evict_lru(cache_root(config.data), config.data.cache_limit * 1e9, used)
     if checkpoint := load_latest_checkpoint(folder / "checkpoints", trainer.sharing.reader(trainer.train_step.groups)):
@@ -167,6 +155,7 @@ def _distill(
     metrics = Metrics(folder, config.run.report_to, redact_paths(flatten(config)), trainer.step) if is_main else None
     try:
         trainer.fit(validator, metrics, stop)
+        trainer.feed.log_reports()
     finally:
         trainer.writer.wait()
         if metrics is not None:
@@ -186,18 +175,20 @@ def make_trainer(
     folder: Path,
     accelerator: Accelerator,
     teacher: Teacher,
-    dataset: LatentDataset,
+    data: LatentDataset | SampleStream,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> "Trainer":
     """Build a trainer at its first step. on_progress: as `build_train_step`."""
-    built = build_train_step(config, accelerator, teacher, dataset, on_progress)
+    is_stream = isinstance(data, SampleStream)
+    built = build_train_step(config, accelerator, teacher, None if is_stream else data, on_progress)
+    feed = StreamFeed(config, accelerator, teacher, data) if is_stream else CachedFeed(config, accelerator, data)
     profiler = make_profiler(config, teacher, folder, accelerator.device, is_main=accelerator.is_main_process)
     built.train_step.phase = profiler.phase
     return Trainer(
         config=config,
         folder=folder,
         accelerator=accelerator,
-        dataset=dataset,
+        feed=feed,
         train_step=built.train_step,
         order=built.order,
         is_compiled=built.is_compiled,
@@ -216,7 +207,7 @@ class Trainer:
     config: RunConfig
     folder: Path
     accelerator: Accelerator
-    dataset: LatentDataset
+    feed: Feed
     train_step: TrainStep
     order: InOrder
     "how the work of a step is ordered"
@@ -294,12 +285,12 @@ class Trainer:
     def save(self) -> None:
         """Start to write a checkpoint. All processes call it, and the main one writes, or each its shards."""
         self.accelerator.wait_for_everyone()
-        unlogged = self.unlogged.state()
+        collected = {**self.unlogged.state(), **self.feed.state(self.step)}
         if not self.train_step.is_finite():
             self._check_finite(math.nan, torch.tensor(math.nan))
         if self.sharing.writes:
             scaler = self.accelerator.scaler
-            state = {"global_batch": self.global_batch, "scaler": scaler.state_dict() if scaler else {}, **unlogged}
+            state = {"global_batch": self.global_batch, "scaler": scaler.state_dict() if scaler else {}, **collected}
             self.writer.save(self.step, self.train_step.groups(), state)
         self.accelerator.wait_for_everyone()
 
@@ -316,19 +307,21 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.unlogged.restore(state)
+        self.feed.restore(state)
 
     def _micro_batches(self) -> Iterator[tuple[Rng, Batch]]:
         """Yield this process's micro-batches; the next one is read while one is computed."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        plan = sample_plan(self.config, self.dataset, rank, world, self.step, self.accelerator.device)
-        plans, requests = itertools.tee(plan)
-        reads = read_ahead(self.dataset, (indices for _, indices in requests))
-        for rng, _ in plans:
+        micro_batches = self.feed.micro_batches(self.step)
+        while True:
             began = time.monotonic()
             with self.profiler.phase("data"):
-                read = next(reads)
+                rng, read = next(micro_batches, (None, None))
             self.waited += time.monotonic() - began
-            yield rng, batch_of(read, rng, self.train_step.null, self.config.data.caption_drop)
+            if rng is None or read is None:
+                return
+            with self.profiler.phase("encoding"):
+                samples = read()
+            yield rng, batch_of(samples, rng, self.train_step.null, self.config.data.caption_drop)
 
     @contextlib.contextmanager
     def _saved_if_stopped(self, stop: Stop) -> Iterator[None]:

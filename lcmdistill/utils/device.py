@@ -14,8 +14,8 @@ GIB = 2**30
 
 
 def copy_to_device(value: Tensor, device: torch.device | str) -> Tensor:
-    """Return a CPU tensor on another device, without waiting for the device's current work."""
-    if torch.device(device).type != "cuda":
+    """Return a tensor on a device; from the CPU, without waiting for the device's current work."""
+    if torch.device(device).type != "cuda" or value.is_cuda:
         return value.to(device)
     return value.contiguous().pin_memory().to(device, non_blocking=True)
 

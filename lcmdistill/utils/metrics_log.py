@@ -17,8 +17,8 @@ METRICS = {
     "loss_by_noise": "mean loss in equal parts of the way from clean to noise; null where there was no sample",
     "samples_per_s": "training samples per second, over all processes",
     "data_wait": "share of the time spent waiting for data",
-    "seconds_PHASE": "seconds of a phase since the line before: data, teacher, target, forward, backward, optimizer, or "
-    "other (nothing of these); phases in parallel threads each count their own",
+    "seconds_PHASE": "seconds of a phase since the line before: data, encoding, teacher, target, forward, backward, optimizer, "
+    "or other (nothing of these); phases in parallel threads each count their own",
     "peak_memory_gib": "most GiB of tensors on the GPU since the line before; on a CPU, of the whole process so far",
     "mfu": "model FLOPs utilization: FLOP/s of the networks as a share of the device's peak, which log.txt names",
     "critic_loss": "distribution matching: mean loss of the critic; it rises at first, then levels out",

@@ -22,7 +22,8 @@ from tests.support.runs import resolve
 
 # A key that is renamed or removed breaks users' config files and their runs' resuming: change this list knowingly.
 KEYS = """
-data.buckets data.cache_dir data.cache_limit data.caption_drop data.max_samples data.crop data.teacher_steps data.flip
+data.buckets data.cache data.cache_dir data.cache_limit data.caption_drop data.max_samples data.crop data.teacher_steps
+data.flip
 data.guidance_scale data.holdout data.max_watermark data.min_size data.prompts data.resolution data.sources
 data.teacher_cache_samples data.trajectory
 objective.distance objective.ema_decay objective.guidance objective.name objective.skip objective.solver objective.times

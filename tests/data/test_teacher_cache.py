@@ -53,7 +53,7 @@ def test_a_cached_teacher_output_equals_the_teacher_s(name: str, guidance: str, 
     assert step.teacher_outputs is not None
     draws = [(5, 1), (0, 0), (5, 0)]
     rng = Rng(run.config.run.seed, 9, range(3), fixed_draws=draws)
-    batch = batch_of(run.dataset.read([index for index, _ in draws]), rng, step.null, 0.3)
+    batch = batch_of(run.feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.3)
 
     def loss(state: Any) -> torch.Tensor:
         return step.objective.loss(step.student_network, step.target_network, step.schedule, batch, state)

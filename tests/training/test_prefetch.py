@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,20 +124,20 @@ class Recorded:
 
 def test_one_micro_batch_is_read_ahead_by_a_thread() -> None:
     dataset: Any = Recorded()
-    reads = read_ahead(dataset, ([i] for i in range(5)))
+    reads = read_ahead(partial(dataset.read, [i]) for i in range(5))
     assert next(reads) == [0]  # pyright: ignore[reportUnnecessaryComparison]
     assert next(reads) == [1]  # pyright: ignore[reportUnnecessaryComparison]
     assert list(reads) == [[2], [3], [4]]
     assert [indices for indices, _ in dataset.read_by] == [[0], [1], [2], [3], [4]]
     assert {name for _, name in dataset.read_by}.isdisjoint({threading.current_thread().name})
-    lazily = read_ahead(dataset, ([i] for i in range(100)))
+    lazily = read_ahead(partial(dataset.read, [i]) for i in range(100))
     next(lazily)
     assert len(dataset.read_by) <= 5 + 2
 
 
 def test_an_error_of_the_thread_is_raised_where_its_data_are_used() -> None:
     dataset: Any = Recorded()
-    reads = read_ahead(dataset, [[1], [13], [2]])
+    reads = read_ahead(partial(dataset.read, [i]) for i in (1, 13, 2))
     next(reads)
     with pytest.raises(OSError, match="disk"):
         next(reads)

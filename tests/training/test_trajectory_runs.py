@@ -46,7 +46,7 @@ def test_cached_teacher_outputs_are_those_on_the_trajectories(speed_settings: Se
     step: Any = run.train_step
     draws = [(5, 1), (0, 0), (5, 0)]
     rng = Rng(run.config.run.seed, 9, range(3), fixed_draws=draws)
-    batch = batch_of(run.dataset.read([index for index, _ in draws]), rng, step.null, 0.0)
+    batch = batch_of(run.feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.0)
     assert batch.trajectory is not None
     cached, live = step.prepare(batch, rng), step.objective.teacher_step(step.teacher, step.schedule, batch, rng)
     assert torch.equal(cached.z_t, batch.trajectory.at(step.schedule, batch.latents, cached.t))

@@ -18,6 +18,9 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
 "files that hold the caption of the image of the same name; the first that exists is used"
 
+PART = 128
+"members of a part, where a source has no parts of its own"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -104,9 +107,19 @@ class Source(ABC):
         The same content gives the same values however the word is spelled.
         """
 
+    @property
+    def num_parts(self) -> int:
+        """How many parts the members come in, such as shards: different processes can read different parts."""
+        return 1
+
     @abstractmethod
+    def read_part(self, index: int) -> Iterator[Member]:
+        """Yield the members of one part; transport errors may be raised as OSError or EOFError."""
+
     def read(self) -> Iterator[Member]:
-        """Yield the members; transport errors may be raised as OSError or EOFError."""
+        """Yield the members of all parts in their order."""
+        for index in range(self.num_parts):
+            yield from self.read_part(index)
 
     def members(self, limit: int | None = None) -> Iterator[Member]:
         """Yield the members, at most `limit` of them.
@@ -114,8 +127,19 @@ class Source(ABC):
         Raises:
             RunError: If the source cannot be read to its end.
         """
+        yield from self._checked(islice(self.read(), limit))
+
+    def members_of_part(self, index: int, start: int = 0) -> Iterator[Member]:
+        """Yield the members of one part, without the first `start` of them.
+
+        Raises:
+            RunError: If the part cannot be read to its end.
+        """
+        yield from self._checked(islice(self.read_part(index), start, None))
+
+    def _checked(self, members: Iterator[Member]) -> Iterator[Member]:
         try:
-            yield from islice(self.read(), limit)
+            yield from members
         except (OSError, EOFError) as error:
             raise RunError(f"--data {self.label} cannot be read: {error}") from error
 

@@ -33,9 +33,14 @@ class Captions(Source):
         """See `Source.fingerprint`."""
         return {"captions of": self.source.kind, **self.source.fingerprint()}
 
-    def read(self) -> Iterator[Member]:
-        """See `Source.read`."""
-        return map(_without_image, self.source.read())
+    @property
+    def num_parts(self) -> int:
+        """See `Source.num_parts`."""
+        return self.source.num_parts
+
+    def read_part(self, index: int) -> Iterator[Member]:
+        """See `Source.read_part`."""
+        return map(_without_image, self.source.read_part(index))
 
     def members(self, limit: int | None = None) -> Iterator[Member]:
         """Yield the members, as many as the source would."""

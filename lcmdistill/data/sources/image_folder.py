@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
-from lcmdistill.data.sources.base import CAPTION_SUFFIXES, Member, Source, SourceOptions, caption_of, file_stamp
+from lcmdistill.data.sources.base import CAPTION_SUFFIXES, PART, Member, Source, SourceOptions, caption_of, file_stamp
 from lcmdistill.data.sources.metadata_files import metadata_rows
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.diffusion.random import derive_seed
@@ -75,16 +75,29 @@ class ImageFolder(Source):
             "order": self.seed,
         }
 
-    def read(self) -> Iterator[Member]:
-        """See `Source.read`."""
+    @property
+    def num_parts(self) -> int:
+        """See `Source.num_parts`."""
+        return -(-self.count() // PART)
+
+    def read_part(self, index: int) -> Iterator[Member]:
+        """See `Source.read_part`."""
+        ordered, first = self._ordered, index * PART
+        for place in range(first, min(first + PART, self.count())):
+            if place < len(ordered):
+                yield _member(ordered[place])
+            else:
+                name, problem = self.left_over[place - len(ordered)]
+                yield Member(name, None, None, problem=problem)
+
+    @cached_property
+    def _ordered(self) -> list[_Entry]:
+        """The images in the order in which they are read."""
         entries = list(self.entries)
         if self.seed is not None:
             # The first n are then a choice from all of the folder, and more of them add to it.
             random.Random(derive_seed(self.seed, "choice")).shuffle(entries)
-        for entry in entries:
-            yield _member(entry)
-        for name, problem in self.left_over:
-            yield Member(name, None, None, problem=problem)
+        return entries
 
     @cached_property
     def folders(self) -> list[tuple[Path, list[str]]]:

@@ -40,6 +40,9 @@ _SCHEMES = ("http://", "https://", "gs://", "hf://")
 SILENCE = 45.0
 "seconds without a byte after which reading a shard fails"
 
+MOST_REACHED = 64
+"URLs that are tried before a run"
+
 _CURL = ["curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", "30"]
 
 _CURL += ["--retry", "3", "--retry-delay", "2", "--retry-max-time", "30"]
@@ -78,21 +81,26 @@ class RemoteShards(Shards):
             "files": [(Path(url).name, *file_stamp(Path(url))) for url in self.urls if url not in remote],
         }
 
-    def read(self) -> Iterator[Member]:
-        """See `Source.read`."""
-        for url in self.urls:
-            yield from _fetched_members(url) if _is_fetched(url) else read_shard_file(Path(url))
+    def read_part(self, index: int) -> Iterator[Member]:
+        """Yield the members of a shard."""
+        url = self.urls[index]
+        return _fetched_members(url) if _is_fetched(url) else read_shard_file(Path(url))
 
     def check_reachable(self) -> None:
-        """Raise unless a server responds for each http(s) URL: the last shard of many may be misspelled as well.
+        """Raise unless a server responds for the http(s) URLs: the last shard of many may be misspelled as well.
+
+        Of more than MOST_REACHED, as many are tried, evenly spread.
 
         Raises:
             UsageError: If a shard does not exist.
             RunError: If a server does not respond.
         """
+        urls = [url for url in self.urls if url.startswith(("http://", "https://"))]
+        if len(urls) > MOST_REACHED:
+            urls = [urls[i * (len(urls) - 1) // (MOST_REACHED - 1)] for i in range(MOST_REACHED)]
         pool = ThreadPoolExecutor(16)
         try:
-            for _ in pool.map(_reach, [url for url in self.urls if url.startswith(("http://", "https://"))]):
+            for _ in pool.map(_reach, urls):
                 pass
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from lcmdistill.data.sources.base import Member, Source, SourceOptions
+from lcmdistill.data.sources.base import PART, Member, Source, SourceOptions
 from lcmdistill.data.text import TextEncodingError, decode_text, split_lines
 from lcmdistill.utils.errors import UsageError
 
@@ -49,10 +49,15 @@ class TeacherSource(Source):
         """See `Source.fingerprint`."""
         return {"prompts": hashlib.blake2b("\n".join(self.prompts).encode(), digest_size=16).hexdigest()}
 
-    def read(self) -> Iterator[Member]:
-        """See `Source.read`."""
-        for i, prompt in enumerate(self.prompts):
-            yield Member(str(i), None, prompt)
+    @property
+    def num_parts(self) -> int:
+        """See `Source.num_parts`."""
+        return -(-len(self.prompts) // PART)
+
+    def read_part(self, index: int) -> Iterator[Member]:
+        """See `Source.read_part`."""
+        for i in range(index * PART, min((index + 1) * PART, len(self.prompts))):
+            yield Member(str(i), None, self.prompts[i])
 
     def members(self, limit: int | None = None) -> Iterator[Member]:
         """Yield the members; they repeat if `limit` asks for more of them than there are prompts."""

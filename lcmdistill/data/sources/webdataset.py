@@ -78,10 +78,14 @@ class Shards(Source):
         """See `Source.fingerprint`."""
         return {"files": [(Path(url).name, *file_stamp(Path(url))) for url in self.urls]}
 
-    def read(self) -> Iterator[Member]:
-        """See `Source.read`."""
-        for url in self.urls:
-            yield from read_shard_file(Path(url))
+    @property
+    def num_parts(self) -> int:
+        """The number of shards."""
+        return len(self.urls)
+
+    def read_part(self, index: int) -> Iterator[Member]:
+        """Yield the members of a shard."""
+        return read_shard_file(Path(self.urls[index]))
 
 
 @cache
@@ -229,18 +233,13 @@ def _samples_files(
             yield match[1], match[2].lower(), header
 
 
-def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (header := archive.next()) is not None:
-        yield header
-
-
 def _indexed(stream: Any, problems: list[str], path: Path) -> Iterator[tuple[str, Files]]:
     """Yield the samples of an uncompressed shard, their files joined wherever they stand in it."""
     samples: dict[str, Files] = {}
     last, is_scattered = None, False
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
         try:
-            for key, rest, header in _samples_files(_headers(archive), problems):
+            for key, rest, header in _samples_files(iter(archive.next, None), problems):
                 is_scattered = is_scattered or (key in samples and key != last)
                 files, last = samples.setdefault(key, {}), key
                 if rest in files:
@@ -267,7 +266,7 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
         done: set[str] = set()
         current, files = "", {}
         try:
-            for key, rest, header in _samples_files(_headers(archive), problems):
+            for key, rest, header in _samples_files(iter(archive.next, None), problems):
                 if key != current:
                     if files:
                         yield current, files

@@ -58,6 +58,7 @@ class Breakdown:
         optimizer: The optimizer's moments.
         activations: Everything else at the peak.
         critic: The critic's weights, of methods that have one.
+        encoders: VAE and text encoders, where samples are encoded while the run trains.
         shards: The number of processes that the weights, and what belongs to them, are divided over.
     """
 
@@ -70,17 +71,18 @@ class Breakdown:
     optimizer: int
     activations: int
     critic: int = 0
+    encoders: int = 0
     shards: int = 1
 
     @property
     def total(self) -> int:
         """The bytes at the peak."""
-        weights = self.frozen + self.student + self.critic + self.target
+        weights = self.frozen + self.student + self.critic + self.target + self.encoders
         return weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
         parts = ("frozen weights", self.frozen), ("student", self.student), ("critic", self.critic)
-        parts += (("EMA target", self.target),)
+        parts += ("EMA target", self.target), ("encoders", self.encoders)
         parts += ("gradients", self.gradients), ("optimizer", self.optimizer), ("activations", self.activations)
         return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
 
@@ -228,9 +230,14 @@ def step_memory(config: RunConfig, teacher: Teacher, dtype: torch.dtype, *, worl
         gradients=gradients,
         optimizer=optimizer_bytes(config.optim.optimizer, count + critic_count),
         activations=activations,
+        encoders=_bytes(teacher.encoders) if config.data.cache == "off" else 0,
     )
     memory = in_shards(memory, config, teacher, dtype, world) if is_sharded(config, world) else memory
     return quantized(memory, config, teacher, dtype)
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
 def _trajectory(config: RunConfig, z: Tensor) -> Trajectory | None:

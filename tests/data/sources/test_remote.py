@@ -136,6 +136,17 @@ def test_a_file_named_twice_in_a_remote_tar_is_counted_and_not_taken_for_a_broke
     assert reasons(f"pipe:cat {path}") == {"kept": 2, "file named twice in a shard": 1}
 
 
+def test_of_many_shards_some_are_tried_the_first_and_the_last_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(remote, "_reach", tried.append)
+    make_source("http://127.0.0.1:9/{00000..99999}.tar").check_reachable()
+    numbers = sorted(int(url[-9:-4]) for url in tried)
+    assert (len(set(numbers)), numbers[0], numbers[-1]) == (64, 0, 99999)
+    tried.clear()
+    make_source("http://127.0.0.1:9/{00..63}.tar").check_reachable()
+    assert len(set(tried)) == 64
+
+
 def test_shards_behind_a_password_are_read_and_the_password_is_not_shown(tmp_path: Path, server: str) -> None:
     (tmp_path / "private").mkdir()
     write_tar(tmp_path / "private" / "0.tar", good([0]))
