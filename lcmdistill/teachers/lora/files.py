@@ -1,7 +1,9 @@
 """Read LoRA files of the common layouts, and load them into a pipeline."""
 
+import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,17 @@ from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
+from lcmdistill.teachers.lora.checks import SUFFIXES, check_fit, check_type, twice_error
 from lcmdistill.teachers.lora.kinds import (
     MAGNITUDE,
     adapter_settings,
     flat_path,
     is_magnitude,
     kinds_of,
-    other_kinds_of,
 )
 from lcmdistill.teachers.lora.lycoris import merge_lycoris
 from lcmdistill.teachers.pipelines import network_of
-from lcmdistill.teachers.registry import FAMILIES, family_of
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
 
@@ -49,7 +51,7 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
     label, family = f"{option} {lora}", family_of(pipeline)
     file, weights, peft_lora = _read(pipeline, lora, label)
     if kinds_of(weights):
-        weights = kohya_form(family, weights, _header(file))
+        weights = kohya_form(family, weights, _header(file), label)
         merge_lycoris(pipeline, family.lora_prefixes, weights, label, scale)
         return False
     check_fit(pipeline, family, weights, label)
@@ -57,6 +59,8 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
         put_lora(network_of(pipeline), peft_lora, name)
         return True
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
+    if "kohya" in family.lora_formats and any(key.endswith(".alpha") for key in weights) and not is_kohya:
+        weights, is_kohya = kohya_form(family, weights, _header(file), label), True  # diffusers reads no alphas there
     if is_kohya and "kohya" not in family.lora_formats:
         raise UsageError(
             f"{label} has kohya's keys, which a {type(network_of(pipeline)).__name__} does not take; use a file with "
@@ -69,7 +73,8 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are intended
             pipeline.load_lora_weights(source, adapter_name=name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"{label} cannot be loaded into this model: {str(error).splitlines()[0]}") from error
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UsageError(f"{label} cannot be loaded into this model: {reason}") from error
     return True
 
 
@@ -87,7 +92,7 @@ def read_kohya_form(pipeline: Any, lora: str, label: str) -> dict[str, Tensor]:
     file, weights, _ = _read(pipeline, lora, label)
     if not kinds_of(weights):
         check_fit(pipeline, family_of(pipeline), weights, label)
-    return kohya_form(family_of(pipeline), weights, _header(file))
+    return kohya_form(family_of(pipeline), weights, _header(file), label)
 
 
 def _read(pipeline: Any, lora: str, label: str) -> tuple[Path, dict[str, Tensor], dict[str, LoraLayer] | None]:
@@ -192,16 +197,25 @@ def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], label: s
     layers = {}
     for path in paths:
         down = plain[f"{path}.lora_A"]
-        layers[path] = LoraLayer(down, plain[f"{path}.lora_B"], _peft_alpha(config, path, len(down)))
+        layers[path] = LoraLayer(down, plain[f"{path}.lora_B"], _peft_alpha(config, path, len(down), label))
     return layers
 
 
-def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Return a layer's alpha, by which its update is scaled as alpha / r, in a peft config with patterns and rsLoRA."""
+def _peft_alpha(config: Mapping[str, Any], path: str, rank: int, label: str) -> float:
+    """Return a layer's alpha, by which its update is scaled as alpha / r, in a peft config with patterns and rsLoRA.
+
+    Raises:
+        UsageError: The config has no alpha for the layer that is a number other than 0.
+    """
     from peft.utils.other import get_pattern_key
 
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
+    except (AttributeError, KeyError, TypeError, ValueError, re.error):
+        alpha = math.nan
+    if not math.isfinite(alpha) or alpha == 0:
+        raise UsageError(f"{label} has adapter settings without a usable alpha for {path}; export the LoRA again")
     # rsLoRA scales by alpha / sqrt(r) (Kalajdzievski 2023), every other layout by alpha / r.
     return alpha * rank ** (0.5 * bool(config.get("use_rslora")))
 
@@ -211,17 +225,23 @@ def _header(file: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
+def kohya_form(
+    family: TeacherFamily, weights: Mapping[str, Tensor], header: Mapping[str, str], label: str
+) -> dict[str, Tensor]:
     """Return diffusers' tensors under kohya's keys, with alphas as the header states them; kohya's own stay as they are.
 
     Args:
         family: The family of the base.
         weights: The file's tensors.
         header: The file's header, which may hold the adapter's settings.
+        label: What messages call the file, such as "--lora FILE".
+
+    Raises:
+        UsageError: The settings are damaged, or two keys name the same tensor.
     """
     kohya = {part: prefix for prefix, part in family.lora_prefixes.items() if prefix.endswith("_")}
     dotted = {prefix: part for prefix, part in family.lora_prefixes.items() if prefix.endswith(".")}
-    settings, tensors = adapter_settings(header, "the LoRA"), dict[str, Tensor]()
+    settings, tensors = adapter_settings(header, label), dict[str, Tensor]()
     own_settings = {
         prefix: {name.removeprefix(prefix): each for name, each in settings.items() if name.startswith(prefix)}
         for prefix in dotted
@@ -230,13 +250,18 @@ def kohya_form(family: TeacherFamily, weights: Mapping[str, Tensor], header: Map
         prefix = next((prefix for prefix in dotted if key.startswith(prefix)), None)
         suffix, end = next(((s, end) for s, end in _KOHYA_ENDS if key.endswith(s)), ("", ""))
         if prefix is None or not suffix:
-            tensors[key] = value
+            new, path, stem = key, "", ""
+        else:
+            path = key.removeprefix(prefix).removesuffix(suffix)
+            stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
+            new = f"{stem}.{end}"
+        if new in tensors:
+            raise twice_error(label, key)
+        tensors[new] = value.flatten() if stem and end == "dora_scale" else value
+        if not stem:
             continue
-        path = key.removeprefix(prefix).removesuffix(suffix)
-        stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
-        tensors[f"{stem}.{end}"] = value.flatten() if end == "dora_scale" else value
         if end == "lora_down.weight" and "lora_alpha" in own_settings[prefix]:
-            tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own_settings[prefix], path, len(value)))
+            tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own_settings[prefix], path, len(value), label))
     return tensors
 
 
@@ -265,77 +290,13 @@ def _tensors_of(path: Path, label: str) -> dict[str, Tensor]:
             f"{label} holds weights that are not finite, such as {broken}, and would give black images; use an "
             "earlier checkpoint"
         )
+    for key, value in tensors.items():
+        check_type(key, value, label)
     return tensors
 
 
-def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], label: str) -> None:
-    """Raise UsageError unless the model has every layer of a LoRA, with the same input and output widths."""
-    # The other families' prefixes are known too: a LoRA that has them belongs to another base.
-    prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
-    prefixes |= family.lora_prefixes
-    widths = {part: _widths(getattr(pipeline, part, None)) for part in set(prefixes.values())}
-    absent, mismatched, unknown, halves = [], [], [], dict[tuple[str, str], set[int]]()
-    for key, value in weights.items():
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        suffix, axis = next(((s, axis) for s, axis in _SUFFIXES if key.endswith(s)), ("", 0))
-        if not prefix or not suffix:
-            unknown += [] if prefix and key.endswith(".alpha") else [key]
-            continue
-        part, path = prefixes[prefix], flat_path(key.removeprefix(prefix).removesuffix(suffix))
-        halves.setdefault((part, path), set()).add(axis)
-        # diffusers' loader converts names of the original layout.
-        if path.startswith(("input_blocks", "middle_block", "output_blocks")):
-            continue
-        if path not in widths[part]:
-            absent.append(key)
-        elif value.shape[axis] != widths[part][path][axis]:
-            mismatched.append(key)
-    is_comfy = any("diffusion_model." in key for key in unknown)
-    kind = " with ComfyUI's model keys" if is_comfy else "".join(f" of {kind}" for kind in other_kinds_of(unknown)[:1])
-    if not halves:
-        found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
-        raise UsageError(
-            f"{label} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
-            "export it as a plain LoRA"
-        )
-    if unknown:
-        raise UsageError(
-            f"{label} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
-            "it would generate other images: merge it into its base, or export it as a plain LoRA"
-        )
-    if single := [path for (_, path), axes in halves.items() if len(axes) == 1]:
-        raise UsageError(
-            f"{label} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
-        )
-    if absent or mismatched:
-        first = (absent or mismatched)[0]
-        raise UsageError(
-            f"{label} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
-            f"width, such as {first}; it was made for another base"
-        )
-
-
-def _widths(part: Any) -> dict[str, Sequence[int]]:
-    """Return {a layer's path with _: its weight's shape} of a network or text encoder, adapted or not; {} for None."""
-    named = [] if part is None else part.named_modules()
-    weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
-    return {flat_path(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
-
-
-_DOWN_UP = (("down", 1), ("up", 0))
-
-_SUFFIXES = (
-    (".lora_down.weight", 1),
-    (".lora_up.weight", 0),
-    (".lora_A.weight", 1),
-    (".lora_B.weight", 0),
-    # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
-    *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
-)
-
-
 _KOHYA_ENDS = (
-    *((suffix, f"lora_{'down' if axis else 'up'}.weight") for suffix, axis in _SUFFIXES),
+    *((suffix, f"lora_{'down' if axis else 'up'}.weight") for suffix, axis in SUFFIXES),
     *((f"{MAGNITUDE}.weight", "dora_scale"), (MAGNITUDE, "dora_scale"), (".alpha", "alpha")),
 )
 "the ends of keys in diffusers' files, and what kohya calls them"

@@ -78,6 +78,8 @@ def split_layers(
     for key, value in weights.items():
         stem, end = split_key(key)
         layers.setdefault(stem, {})[end] = value.float()
+    for stem, layer in layers.items():
+        _check_layer(stem, layer, label)
     known = {prefix: _targets(pipeline, part) for prefix, part in (*prefixes.items(), *PREFIXES.items())}
     targets = {stem: _target_of(stem, known) for stem in layers}
     absent = [stem for stem, target in targets.items() if target is None]
@@ -87,6 +89,23 @@ def split_layers(
             "for another base"
         )
     return [(stem, target, layers[stem]) for stem, target in targets.items() if target is not None]
+
+
+_CHANGES = {"norms": "w_norm", "full differences": "diff", "LoHa": "hada", "LoKr": "lokr", "LoRA": "lora"}
+"kinds that change a layer's weight, and what the ends of their keys start with"
+
+
+def _check_layer(stem: str, layer: Layer, label: str) -> None:
+    """Raise UsageError for a layer with two changes of its weight, of which one would be lost, or with none."""
+    changes = [kind for kind, start in _CHANGES.items() if any(e.startswith(start) and e != "diff_b" for e in layer)]
+    if len(changes) > 1:
+        raise UsageError(
+            f"{label} holds two changes of one weight, {' and '.join(changes)} of {stem}; export it as one of them"
+        )
+    if not changes and not layer.keys() & {"b_norm", "diff_b"}:
+        raise UsageError(
+            f"{label} is damaged: {stem} has nothing but {' and '.join(sorted(layer))}; download or export it again"
+        )
 
 
 def _targets(pipeline: Any, part: str) -> dict[str, Target]:
@@ -137,7 +156,7 @@ def _merged(module: Any, layer: Layer, stem: str, label: str, scale: float) -> d
         raise UsageError(
             f"{label} is damaged: {stem} lacks its {error.args[0]}; download or export it again"
         ) from error
-    except RuntimeError as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UsageError(
             f"{label} does not fit this model: {stem} has tensors of other shapes ({reason}); it was made for another "
@@ -150,7 +169,7 @@ def _update(layer: Layer, weight: Tensor) -> Tensor:
     """Return the difference of a layer's weight, in its shape."""
     for name in ("w_norm", "diff"):
         if name in layer:
-            return layer[name].reshape(weight.shape)
+            return _shaped(layer[name], weight)
     if any(name.startswith("hada") for name in layer):
         first, second = (_factors(layer, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
         rank = len(layer["hada_w1_b"])
@@ -175,7 +194,14 @@ def _update(layer: Layer, weight: Tensor) -> Tensor:
     else:
         return torch.zeros_like(weight)
     factor = 1.0 if rank is None else float(layer.get("alpha", torch.tensor(float(rank)))) / rank
-    return factor * update.reshape(weight.shape)
+    return factor * _shaped(update, weight)
+
+
+def _shaped(update: Tensor, weight: Tensor) -> Tensor:
+    """Return an update in the shape of a weight. The outputs must agree: a transposed matrix has as many elements."""
+    if len(update) != len(weight):
+        raise RuntimeError(f"{len(update)} outputs for {len(weight)}")
+    return update.reshape(weight.shape)
 
 
 def _factors(layer: Layer, a: str, b: str, tucker: str) -> Tensor:
@@ -191,6 +217,8 @@ def _decomposed(merged: Tensor, magnitude: Tensor) -> Tensor:
         if len(magnitude) != len(merged):
             raise RuntimeError(f"{len(magnitude)} magnitudes for {len(merged)} outputs")
         magnitude = magnitude.reshape(-1, *[1] * (merged.ndim - 1))
+    if magnitude.ndim not in (0, merged.ndim):
+        raise RuntimeError(f"magnitudes of {magnitude.ndim} dimensions for a weight of {merged.ndim}")
     axis = 0 if magnitude.shape[0] == merged.shape[0] else 1
     sides = [side for side in range(merged.ndim) if side != axis]
     return merged * (

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
 from lcmdistill.teachers.lora.files import load_lora, read_kohya_form
+from lcmdistill.teachers.lora.kinds import flat_path
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
 from tests.support.lora_files import ENCODERS, WRITERS, Key, kohya, outputs, peft_folder, styled
@@ -105,6 +106,20 @@ def test_a_file_with_half_a_layer_is_refused(lost: str, small_teacher: Path, tmp
         UsageError, match="is damaged: 1 of its layers have one matrix instead of two, such as down_blocks_0"
     ):
         load_lora(opened(small_teacher), str(tmp_path / "half.safetensors"), "it")
+
+
+def test_alphas_next_to_diffusers_keys_are_applied(small_teacher: Path, tmp_path: Path) -> None:
+    expected, loaded = opened(small_teacher), opened(small_teacher)
+    file = styled(expected, ["unet"], kohya)  # which puts its update into the pipeline, too
+    ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
+    paths = {flat_path(path): path for path, _ in loaded.unet.named_modules()}
+    renamed = {}
+    for key, value in file.items():
+        stem, _, end = key.partition(".")
+        renamed[f"unet.{paths[stem.removeprefix('lora_unet_')]}.{ends[end]}"] = value
+    save_file(renamed, tmp_path / "style.safetensors")
+    load_lora(loaded, str(tmp_path / "style.safetensors"), "style")
+    assert difference(outputs(loaded)["unet"], outputs(expected)["unet"]) < 1e-4
 
 
 def test_an_empty_layer_is_refused(small_teacher: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcmdistill.teachers.lora.files import check_fit
-from lcmdistill.teachers.lora.lycoris import _decomposed, _merged
+from lcmdistill.teachers.lora.checks import check_fit, check_type
+from lcmdistill.teachers.lora.files import _peft_alpha, kohya_form
+from lcmdistill.teachers.lora.lycoris import _check_layer, _decomposed, _merged
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
 
@@ -28,6 +29,10 @@ def test_magnitudes_without_axes_are_per_output() -> None:
             {"dora_scale": torch.ones(4, 1), "lora_up.weight": torch.ones(4, 2)},
             "damaged: attn lacks its lora_down.weight",
         ),
+        ({"lokr_w1": torch.tensor(1.0), "lokr_w2": torch.ones(4, 4)}, "attn has tensors of other shapes"),
+        ({"diff": torch.ones(2, 8)}, "attn has tensors of other shapes .2 outputs for 4"),
+        ({"diff": torch.ones(4, 4), "dora_scale": torch.tensor(1.0)}, "attn has tensors of other shapes"),
+        ({"diff": torch.ones(4, 4), "dora_scale": torch.ones(1, 4, 1)}, "attn has tensors of other shapes"),
     ],
 )
 def test_faulty_layers_are_refused_in_words(layer: dict[str, Tensor], sentence: str) -> None:
@@ -50,3 +55,100 @@ def test_other_adapters_are_named_with_a_key(key: str, kind: str) -> None:
     with pytest.raises(UsageError) as error:
         check_fit(pipeline, FAMILIES["sd"], {key: torch.ones(2, 2)}, "FILE")
     assert f"tensors{kind} such as {key}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ends", "sentence"),
+    [
+        (
+            ["diff", "lora_up.weight", "lora_down.weight"],
+            "two changes of one weight, full differences and LoRA of attn",
+        ),
+        (["hada_w1_a", "lokr_w1", "alpha"], "two changes of one weight, LoHa and LoKr of attn"),
+        (["alpha"], "damaged: attn has nothing but alpha"),
+        (["dora_scale", "alpha"], "damaged: attn has nothing but alpha and dora_scale"),
+        (["diff_b", "alpha"], None),
+        (["lora_up.weight", "lora_down.weight", "dora_scale", "diff_b", "alpha"], None),
+    ],
+)
+def test_no_change_of_a_layer_is_lost(ends: list[str], sentence: str | None) -> None:
+    layer = dict.fromkeys(ends, torch.ones(4, 4))
+    if sentence is None:
+        _check_layer("attn", layer, "FILE")
+    else:
+        with pytest.raises(UsageError, match=sentence):
+            _check_layer("attn", layer, "FILE")
+
+
+@pytest.mark.parametrize(
+    ("end", "value", "sentence"),
+    [
+        ("alpha", torch.tensor([1.0, 2.0]), "damaged: x.alpha is not one number"),
+        ("alpha", torch.tensor(True), "damaged: x.alpha is not one number"),
+        ("alpha", torch.tensor(2 + 1j), "damaged: x.alpha is not one number"),
+        ("alpha", torch.tensor(0.0), "an alpha of 0, x.alpha"),
+        (
+            "lora_down.weight",
+            torch.ones(2, 2, dtype=torch.int8),
+            "weights of the type int8, such as x.lora_down.weight",
+        ),
+        ("lora_A.weight", torch.ones(2, 2, dtype=torch.complex64), "weights of the type complex64"),
+        ("dora_scale", torch.ones(2, dtype=torch.int32), "weights of the type int32"),
+        ("alpha", torch.tensor([4]), None),
+        ("on_input", torch.tensor(True), None),  # of a kind that is refused by its name
+    ],
+)
+def test_numbers_of_another_kind_are_refused(end: str, value: Tensor, sentence: str | None) -> None:
+    if sentence is None:
+        check_type(f"x.{end}", value, "FILE")
+    else:
+        with pytest.raises(UsageError, match=sentence):
+            check_type(f"x.{end}", value, "FILE")
+
+
+LAYER = {"lora_unet_to_q.lora_down.weight": torch.ones(2, 4), "lora_unet_to_q.lora_up.weight": torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            {"lora_unet_to_q.lora_up.weight": torch.ones(4, 3)},
+            r"lora_down.weight has the rank 2, and .*lora_up.weight has 3",
+        ),
+        ({"lora_unet_to_q.lora_down.weight": torch.ones(4)}, r"lora_down.weight has 1 dimensions"),
+        ({"unet.to_q.lora_A.weight": torch.ones(2, 4)}, r"a layer twice, under two names, such as unet.to_q.lora_A"),
+        (
+            {"lora_unet_to_k.alpha": torch.tensor(1.0)},
+            r"1 tensors beyond plain LoRA layers, such as lora_unet_to_k.alpha",
+        ),
+    ],
+)
+def test_matrices_that_do_not_belong_together_are_refused(more: dict[str, Tensor], sentence: str) -> None:
+    pipeline: Any = SimpleNamespace(unet=nn.ModuleDict({"to_q": nn.Linear(4, 4)}))
+    check_fit(pipeline, FAMILIES["sd"], LAYER, "FILE")
+    with pytest.raises(UsageError, match=sentence):
+        check_fit(pipeline, FAMILIES["sd"], LAYER | more, "FILE")
+
+
+def test_a_layer_under_two_names_is_refused_in_other_layouts() -> None:
+    twice = LAYER | {"unet.to_q.lora_A.weight": torch.ones(2, 4), "lora_unet_to_q.dora_scale": torch.ones(4, 1)}
+    with pytest.raises(UsageError, match=r"a layer twice, under two names, such as unet\.to_q\.lora_A"):
+        kohya_form(FAMILIES["sd"], twice, {}, "FILE")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"lora_alpha": 0},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": "many"},
+        {"lora_alpha": 1, "alpha_pattern": [1]},
+        {"lora_alpha": 1, "alpha_pattern": {"to_q": None}},
+        {"lora_alpha": 1, "alpha_pattern": {"(": 2}},
+    ],
+)
+def test_settings_without_an_alpha_are_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"FILE has adapter settings without a usable alpha for to_q"):
+        _peft_alpha(config, "to_q", 4, "FILE")

@@ -1,0 +1,117 @@
+"""Whether the tensors of a LoRA file are sound, and fit a model. What would be lost is refused with its key."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcmdistill.teachers.family import TeacherFamily
+from lcmdistill.teachers.lora.kinds import ENDS, flat_path, other_kinds_of
+from lcmdistill.teachers.registry import FAMILIES
+from lcmdistill.utils.errors import UsageError
+
+_DOWN_UP = (("down", 1), ("up", 0))
+
+SUFFIXES = (
+    (".lora_down.weight", 1),
+    (".lora_up.weight", 0),
+    (".lora_A.weight", 1),
+    (".lora_B.weight", 0),
+    # diffusers before peft, for U-Nets and for text encoders; ".down.weight" ends processor.to_q_lora
+    *((f"{start}.{part}.weight", axis) for start in (".lora", ".lora_linear_layer", "") for part, axis in _DOWN_UP),
+)
+"the ends of keys of low-rank matrices, and the axis of each that belongs to the layer"
+
+_WEIGHT_ENDS = (*(suffix for suffix, _ in SUFFIXES), *(f".{end}" for end in ENDS - {"alpha"}))
+"the ends of keys of weights in all layouts"
+
+
+def check_type(key: str, value: Tensor, label: str) -> None:
+    """Raise UsageError for a tensor that is not of the kind of number that its key stands for."""
+    if key.endswith(".alpha"):
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            raise UsageError(f"{label} is damaged: {key} is not one number; download or export it again")
+        if value == 0:
+            raise UsageError(
+                f"{label} has an alpha of 0, {key}, which some programs read as no effect and others as the rank; export "
+                "it again with its alpha"
+            )
+    elif key.endswith(_WEIGHT_ENDS) and not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UsageError(f"{label} holds weights of the type {kind}, such as {key}; export it in fp16 or fp32")
+
+
+def twice_error(label: str, key: str) -> UsageError:
+    """Return the error for a file in which two keys name one tensor."""
+    return UsageError(f"{label} holds a layer twice, under two names, such as {key}; export it again with one of them")
+
+
+def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], label: str) -> None:
+    """Raise UsageError unless the model has every layer of a LoRA, with the same input and output widths."""
+    # The other families' prefixes are known too: a LoRA that has them belongs to another base.
+    prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
+    prefixes |= family.lora_prefixes
+    widths = {part: _widths(getattr(pipeline, part, None)) for part in set(prefixes.values())}
+    absent, mismatched, unknown, halves = [], [], [], dict[tuple[str, str], dict[int, tuple[int, str]]]()
+    alphas: dict[str, tuple[str, str]] = {}
+    for key, value in weights.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        suffix, axis = next(((s, axis) for s, axis in SUFFIXES if key.endswith(s)), ("", 0))
+        if prefix and key.endswith(".alpha"):
+            alphas[key] = prefixes[prefix], flat_path(key.removeprefix(prefix).removesuffix(".alpha"))
+            continue
+        if not prefix or not suffix:
+            unknown.append(key)
+            continue
+        part, path = prefixes[prefix], flat_path(key.removeprefix(prefix).removesuffix(suffix))
+        matrices = halves.setdefault((part, path), {})
+        if axis in matrices:
+            raise twice_error(label, key)
+        if value.ndim < 2:
+            raise UsageError(f"{label} is damaged: {key} has {value.ndim} dimensions, and a matrix has 2 or more")
+        matrices[axis] = value.shape[1 - axis], key
+        # diffusers' loader converts names of the original layout.
+        if path.startswith(("input_blocks", "middle_block", "output_blocks")):
+            continue
+        if path not in widths[part]:
+            absent.append(key)
+        elif value.shape[axis] != widths[part][path][axis]:
+            mismatched.append(key)
+    unknown += [key for key, layer in alphas.items() if layer not in halves]
+    is_comfy = any("diffusion_model." in key for key in unknown)
+    kind = " with ComfyUI's model keys" if is_comfy else "".join(f" of {kind}" for kind in other_kinds_of(unknown)[:1])
+    if not halves:
+        found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
+        raise UsageError(
+            f"{label} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
+            "export it as a plain LoRA"
+        )
+    if unknown:
+        raise UsageError(
+            f"{label} holds {len(unknown)} tensors{kind} beyond plain LoRA layers, such as {unknown[0]}; without them "
+            "it would generate other images: merge it into its base, or export it as a plain LoRA"
+        )
+    if single := [path for (_, path), axes in halves.items() if len(axes) == 1]:
+        raise UsageError(
+            f"{label} is damaged: {len(single)} of its layers have one matrix instead of two, such as {single[0]}"
+        )
+    for ranks in halves.values():
+        if ranks[0][0] != ranks[1][0] and not (absent or mismatched):
+            raise UsageError(
+                f"{label} is damaged: {ranks[1][1]} has the rank {ranks[1][0]}, and {ranks[0][1]} has {ranks[0][0]}; "
+                "download or export it again"
+            )
+    if absent or mismatched:
+        first = (absent or mismatched)[0]
+        raise UsageError(
+            f"{label} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
+            f"width, such as {first}; it was made for another base"
+        )
+
+
+def _widths(part: Any) -> dict[str, Sequence[int]]:
+    """Return {a layer's path with _: its weight's shape} of a network or text encoder, adapted or not; {} for None."""
+    named = [] if part is None else part.named_modules()
+    weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
+    return {flat_path(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
