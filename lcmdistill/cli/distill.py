@@ -11,7 +11,7 @@ import typer
 from lcmdistill.cli._options import SETTINGS, model_or_run, takes, training_options
 from lcmdistill.config.examples import config_file, describe_examples
 from lcmdistill.config.presets import PRESETS
-from lcmdistill.config.recorded import RENAMED
+from lcmdistill.config.recorded import RENAMED, check_recorded_file
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import read_toml
@@ -77,7 +77,10 @@ def configuration_from(kind: str, options: dict[str, Any]) -> RunConfig:
                 f"run lcmdistill {command[only_for]}"
             )
     flags["student.kind"] = kind
-    file = read_toml(config_file(str(options["config"]))) if options["config"] else {}
+    path = config_file(str(options["config"])) if options["config"] else None
+    file = read_toml(path) if path else {}
+    if path:
+        check_recorded_file(path)
     if (recorded := file.get("student.kind", kind)) != kind:
         command = "distill-lora" if recorded == "lora" else "distill"
         raise UsageError(

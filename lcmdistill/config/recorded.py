@@ -85,9 +85,15 @@ def read_run_config(folder: Path, objectives: Mapping[str, Any]) -> RunConfig | 
     return RunConfig(objective_name=name, chosen=frozenset(flat), **built)
 
 
+def check_recorded_file(path: Path) -> None:
+    """Raise UsageError for the config.toml inside a run folder if it is not what the run wrote; other files are not checked."""
+    if path.name == "config.toml" and looks_like_run(path.parent):
+        _check_whole(path)
+
+
 def _check_whole(path: Path) -> None:
     """Raise UsageError if a run's configuration does not end in its checksum."""
-    text, _, line = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+    text, _, line = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n")
     if line not in (f"{CHECKSUM_LINE}{checksum_of_text(text + chr(10))}", f"{CHECKSUM_LINE}{ANY_CHECKSUM}"):
         raise UsageError(
             f"{path} was edited or damaged after the run wrote it: its last line is not its checksum; restore the file or, to "

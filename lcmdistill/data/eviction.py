@@ -1,7 +1,7 @@
 """The cache's size limit: what no run has used for longest is removed first.
 
 Only what this program made is ever removed. It must have a name that the program gives, and it must carry the program's
-mark: a marker file in a folder, the program's own metadata in a tensor file.
+mark: a marker file in a folder, the program's own metadata in a tensor file. Files with other names in a marked folder stay.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,9 @@ KINDS = ("latents", "teacher outputs", "evaluation")
 "what the entries hold"
 
 _KIND_OF = dict(zip(_ENTRIES, KINDS, strict=True))
+
+_OWN_FILE = re.compile(r"\d[\w-]*(?:\.\w+)?\.(?:safetensors|part)|\.\d[\w-]*\..+|whole-(?:all|\d+)")
+"names of this program's files in a folder besides the marker: chunks, what interrupted ones left, and marks of whole sets"
 
 _DOOMED = ".{}.old"
 "the name of an entry whose removal has started"
@@ -147,17 +149,32 @@ def _remove(path: Path) -> bool:
         if not path.is_dir():
             path.unlink()
             return True
-        # Renamed first: a removal that is cut off must not leave something that looks whole.
-        name = path.name if path.name.startswith(".") else _DOOMED.format(path.name)
-        doomed = path.rename(path.with_name(name))
+        foreign = [file.name for file in path.iterdir() if not _is_own(file)]
+        doomed = path
+        if not foreign:
+            # Renamed first: a removal that is cut off must not leave something that looks whole.
+            name = path.name if path.name.startswith(".") else _DOOMED.format(path.name)
+            doomed = path.rename(path.with_name(name))
     except FileNotFoundError:  # another run has just removed it
         return False
-    for file in doomed.iterdir():
-        if file.name != MARKER:  # the last to go: what is left of an interrupted removal can be removed later
-            with contextlib.suppress(OSError):
-                file.unlink()
-    shutil.rmtree(doomed, ignore_errors=True)
+    if foreign:
+        logger.warning(f"{path} contains files that this program did not write, such as {min(foreign)}; they are kept")
+    # The marks of whole sets go first, and the marker last: what is left of an interrupted removal can be removed later.
+    for file in sorted(filter(_is_own, doomed.iterdir()), key=_order_of_removal):
+        with contextlib.suppress(OSError):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        doomed.rmdir()
     return True
+
+
+def _is_own(file: Path) -> bool:
+    """Return whether a file in a folder of the cache has a name that this program gives."""
+    return (file.name == MARKER or _OWN_FILE.fullmatch(file.name) is not None) and not file.is_dir()
+
+
+def _order_of_removal(file: Path) -> tuple[bool, bool]:
+    return file.name == MARKER, not file.name.startswith("whole-")
 
 
 def _last_used(path: Path) -> float | None:
@@ -171,7 +188,7 @@ def _size(path: Path) -> int:
     """Return the bytes of a file, or of a folder's files; another run may be renaming one, or removing all."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
-        for file in path.iterdir() if path.is_dir() else [path]:
+        for file in filter(_is_own, path.iterdir()) if path.is_dir() else [path]:
             with contextlib.suppress(FileNotFoundError):
                 total += file.stat().st_size
     return total

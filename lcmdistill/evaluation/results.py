@@ -10,7 +10,8 @@ from typing import Any
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.base import Metric
-from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint, preview_indices
+from lcmdistill.evaluation.previews import damaged_previews, preview_indices, preview_name
+from lcmdistill.evaluation.sweep import Sampler, Sweep, SweepPoint
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checksums import checked_json, read_checked_json
 from lcmdistill.utils.errors import UsageError
@@ -30,12 +31,14 @@ class Results:
         info: The content of sweep.json.
         points: The content of each point's numbers.json, by the point's name.
         consistency: (noise level, student's error, teacher's error).
+        damaged: The previews that cannot be shown.
     """
 
     folder: Path
     info: Mapping[str, Any]
     points: Mapping[str, Mapping[str, Any]]
     consistency: tuple[tuple[float, float, float], ...] = ()
+    damaged: frozenset[Path] = frozenset()
 
     def is_current(self, config: RunConfig) -> bool:
         """Return whether the run still has the number of training steps that was evaluated."""
@@ -97,9 +100,12 @@ class Results:
         # Earlier versions recorded it once per sweep.
         return recorded or f"batches of {self.info.get('batch_size')} on {self.info.get('device')}"
 
-    def previews(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path]:
-        """Return a point's preview images."""
-        return sorted((self.folder / "points" / SweepPoint(sampler, steps, guidance_scale).name).glob("*.webp"))
+    def previews(self, sampler: Sampler, steps: int, guidance_scale: float) -> list[Path | None]:
+        """Return a point's preview images in the order of the previewed prompts, None for a damaged one; [] for no point."""
+        name = SweepPoint(sampler, steps, guidance_scale).name
+        count = len(self.info["preview_prompts"]) if name in self.points else 0
+        paths = [self.folder / "points" / name / preview_name(i) for i in range(count)]
+        return [None if path in self.damaged else path for path in paths]
 
 
 def write_sweep(folder: Path, sweep: Sweep, metrics: Mapping[str, Metric], more: Mapping[str, Any]) -> None:
@@ -135,6 +141,8 @@ def read_results(run: Path) -> Results | None:
     """
     folder = run / "evaluation"
     if not (folder / "sweep.json").is_file():
+        if (folder / "points").is_dir():
+            logger.warning(f"{folder} has no sweep.json, and is left out: it is incomplete; {_evaluate_again(folder)}")
         return None
     try:
         info = read_checked_json(folder / "sweep.json")
@@ -151,15 +159,26 @@ def read_results(run: Path) -> Results | None:
 
 
 def _read(folder: Path, info: Mapping[str, Any]) -> Results:
-    points = {}
+    points, damaged = {}, set()
     for name in info["points"]:
         path = folder / "points" / name / "numbers.json"
-        if path.is_file():
-            points[name] = read_checked_json(path)
-            _check_point(path, points[name])
+        if not path.is_file():
+            logger.warning(f"{path} is missing, and its numbers are left out; {_evaluate_again(folder)}")
+            continue
+        points[name] = read_checked_json(path)
+        _check_point(path, points[name])
+        for preview, state in damaged_previews(path.parent).items():
+            logger.warning(f"{path.parent / preview} is {state}, and is left out; {_evaluate_again(folder)}")
+            damaged.add(path.parent / preview)
     path = folder / "consistency.json"
+    if not path.is_file():
+        logger.warning(f"{path} is missing, and its curve is left out; {_evaluate_again(folder)}")
     curve = read_checked_json(path)["points"] if path.is_file() else []
-    return Results(folder, info, points, tuple(map(tuple, curve)))
+    return Results(folder, info, points, tuple(map(tuple, curve)), frozenset(damaged))
+
+
+def _evaluate_again(folder: Path) -> str:
+    return f"evaluate again: lcmdistill evaluate {folder.parent}"
 
 
 def _check_point(path: Path, point: Mapping[str, Any]) -> None:

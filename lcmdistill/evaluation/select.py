@@ -44,7 +44,7 @@ from lcmdistill.evaluation.protocols import PublishedRun
 from lcmdistill.evaluation.scorers.base import scorer_metric
 from lcmdistill.evaluation.scorers.registry import SCORERS
 from lcmdistill.utils.checksums import digest
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.redact import public_word, redact_word
 
 logger = logging.getLogger(__name__)
@@ -245,14 +245,15 @@ def real_images(sources: Sequence[str], resolution: int, count: int) -> Tensor:
 
     Raises:
         UsageError: A source does not exist or holds no images.
+        RunError: A source cannot be read.
     """
     data, each, pixels = DataConfig(resolution=resolution), -(-count // len(sources)), []
     for source in sources:
         try:
             members = list(make_source(source).members(32 * each))
-        except UsageError as error:
+        except (UsageError, RunError) as error:
             message = str(error).replace("--data", "--real")
-            raise UsageError(message.replace("tiny, or teacher to train without a data set", "or tiny")) from error
+            raise type(error)(message.replace("tiny, or teacher to train without a data set", "or tiny")) from error
         stride = max(1, len(members) // each)
         samples = (
             check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::stride])

@@ -27,6 +27,7 @@ from lcmdistill.evaluation.latents import (
     teacher_latents,
 )
 from lcmdistill.evaluation.metrics.base import ImagePair, Metric
+from lcmdistill.evaluation.previews import damaged_previews, preview_indices, write_previews
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import checked_json, digest, read_checked_json
@@ -36,11 +37,6 @@ FORMAT = 1
 
 METRICS_VERSION = 4
 "version of the metrics; points of another version are measured again"
-
-PREVIEWS = 6
-"images per point that are saved for the report"
-
-_PREVIEW_SIDE = 256
 
 _DECODED_LIMIT = 1 << 30
 "bytes of decoded images that are kept in memory"
@@ -334,7 +330,7 @@ def sweep_run(
     for point in sweep.points():
         key = digest([pair.cache_key(point, sweep), metrics_key, sorted(metrics), METRICS_VERSION])
         results_folder, scale = folder / "points" / point.name, point.guidance_scale
-        if recorded_key(results_folder / "numbers.json") == key:
+        if recorded_key(results_folder / "numbers.json") == key and not damaged_previews(results_folder):
             observer.finished(point, measured=False)
             continue
         images, generated = images_of(point)
@@ -354,9 +350,9 @@ def sweep_run(
                 "standard_errors": errors,
                 "seconds_per_image": round(generated.seconds / len(sweep.prompts), 5),
                 "conditions": generated.conditions,
+                "previews": write_previews(images.images(preview_indices(len(sweep.prompts))), temporary),
             }
             (temporary / "numbers.json").write_text(checked_json(results), encoding="utf-8")
-            write_previews(images, temporary)
         observer.finished(point, measured=True)
     current = {latents_file(point) for point in sweep.points()}
     for path in (folder / "latents").glob("*.[sp]a*"):  # .safetensors, and .part of an interrupted point
@@ -373,19 +369,6 @@ def recorded_key(path: Path) -> str | None:
         return None
 
 
-def preview_indices(count: int) -> list[int]:
-    """Return the indices of the images to save for the report, spread over the set."""
-    return [i * count // PREVIEWS for i in range(PREVIEWS)] if count > PREVIEWS else list(range(count))
-
-
 def as_image(pixels: Tensor) -> Image.Image:
     """Convert one image's pixels, (3, H, W) in [0, 1]."""
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def write_previews(images: DecodedImages, folder: Path) -> None:
-    """Write some of the images as 00.webp, 01.webp, ..., small enough for a page."""
-    indices = preview_indices(len(images.latents))
-    for i, preview in images.images(indices).items():
-        preview.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.LANCZOS)
-        preview.save(folder / f"{indices.index(i):02d}.webp", quality=90, method=6)

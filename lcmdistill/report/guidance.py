@@ -38,12 +38,13 @@ def guidance_note(results: Results, steps: int) -> str | None:
     return None
 
 
-def _change(some: list[Path], others: list[Path]) -> float | None:
+def _change(some: list[Path | None], others: list[Path | None]) -> float | None:
     """Return the mean absolute difference of images of the same prompts, in [0, 1]; None without images."""
     if not some or len(some) != len(others):
         return None
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a is not None and b is not None]
     try:
-        return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in zip(some, others, strict=True)]))
+        return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in pairs])) if pairs else None
     except (ImageError, OSError):  # a damaged picture, which the report leaves out
         return None
 

@@ -4,6 +4,7 @@ The page is RUN/report.html. It shows the content of the run folder: config.toml
 the run was evaluated.
 """
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -32,11 +33,14 @@ from lcmdistill.teachers.naming import public_name, public_path, redact_paths
 from lcmdistill.training.best import best_checkpoint_advice, compared_with_untrained, history, quality_warning
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.errors import UsageError
-from lcmdistill.utils.metrics_log import read_metrics
+from lcmdistill.utils.metrics_log import missing_metrics, read_metrics
 from lcmdistill.utils.redact import public_word
+from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_ROWS = 3
 "prompts in the summary"
@@ -124,6 +128,9 @@ def score_lines(results: Results, steps: int) -> list[str]:
 def context(run: Path, config: RunConfig) -> dict[str, Any]:
     """Return the template's variables for a run's page."""
     results, lines = read_results(run), read_metrics(run)
+    saved = checkpoints(run / "checkpoints")
+    for sentence in missing_metrics(run, checkpoint_step(saved[-1]) if saved else 0, config.run.log_every):
+        logger.warning(sentence)
     judged = verdict(results) if results else None
     quality = [*quality_charts(results), *consistency_charts(results)] if results else []
     training = training_charts(lines, expected_loss(config))
@@ -240,10 +247,10 @@ def preview(results: Results, sampler: Sampler, steps: int, scale: float, index:
         name: The sampler's name in the image's description.
     """
     paths = results.previews(sampler, steps, scale)
-    if index >= len(paths):
+    if index >= len(paths) or (path := paths[index]) is None:
         return None
     prompt = results.info["preview_prompts"][index]
-    return embedded(paths[index], f"{prompt}: {name}, {steps_text(steps)}, guidance {scale:g}")
+    return embedded(path, f"{prompt}: {name}, {steps_text(steps)}, guidance {scale:g}")
 
 
 def _row(results: Results, scale: float, index: int) -> list[Picture | None]:

@@ -59,8 +59,9 @@ def validation_grids(folder: Path) -> list[Picture]:
         step = int(path.stem.removeprefix("step-"))
         try:
             small = open_image(path)
-        except (ImageError, OSError):
-            continue  # an interrupted run may leave half a file
+        except (ImageError, OSError) as error:  # an interrupted run may leave half a file
+            logger.warning(f"{path} is left out of the report: {error}")
+            continue
         small.thumbnail((_GRID_WIDTH, 10 * _GRID_WIDTH), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "WEBP", quality=82, method=6)

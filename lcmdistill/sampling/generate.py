@@ -218,13 +218,18 @@ def read_image_and_mask(image: Path | None, mask: Path | None) -> tuple[Image.Im
     """
     if image is None and mask is not None:
         raise UsageError("--mask needs --image: the image to edit; the mask is the area to repaint (white)")
+    return (
+        None if image is None else _read_image("--image", image),
+        None if mask is None else _read_image("--mask", mask, background="black").convert("L"),
+    )
+
+
+def _read_image(option: str, path: Path, background: str = "white") -> Image.Image:
     try:
-        return (
-            None if image is None else open_image(image),
-            None if mask is None else open_image(mask, background="black").convert("L"),
-        )
+        return open_image(path, background)
     except (OSError, ImageError) as error:
-        raise UsageError(f"--image {image} or --mask {mask} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{option} {path} cannot be read: {reason}; pass a PNG, JPEG or WebP file") from error
 
 
 def image_size(model: ModelToSample, resolution: int | None, width: int | None, height: int | None) -> Size | None:

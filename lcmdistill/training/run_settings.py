@@ -19,6 +19,7 @@ from lcmdistill.teachers.lora.fuse import lora_checksums
 from lcmdistill.training.run_data import RecordedSource, check_record, is_same_data, sources_of, write_record
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.checkpoint import last_global_batch
+from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import UsageError, disk_error, is_utf8
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.launch import num_processes
@@ -127,10 +128,16 @@ def finished_step(folder: Path) -> int | None:
 
 
 def finished_message(config: RunConfig) -> str | None:
-    """Return a sentence about a finished run, which may have more steps than were requested; None for another run."""
+    """Return a sentence about a finished run, which may have more steps than were requested; None for another run.
+
+    Raises:
+        UsageError: What the run wrote is damaged, and the command cannot repair it while it is there.
+    """
     if not finished(config):
         return None
     folder, requested = Path(config.run.output or ""), config.optim.max_train_steps
+    for part in ("pipeline", "lora"):
+        verify_checksums(folder / part)
     steps = finished_step(folder) or requested
     fewer = (
         f" and keeps them; for a run of {requested} steps use another --output"

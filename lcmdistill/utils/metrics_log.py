@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.checksums import checksum_of_text
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.trackers import make_tracker, tracked
 
@@ -26,9 +27,12 @@ METRICS = {
     "teacher_gap": "distribution matching: mean |x0 of the student - x0 of the guided teacher|, by which the loss is divided",
     "dm_share": "distribution matching: mean |x0 of the teacher - x0 of the critic|, as a share of teacher_gap",
     "ca_share": "distribution matching: mean size of the guidance term, as a share of teacher_gap",
+    "checksum": "checksum of the line without this field",
     "val/METRIC_STEPS": "agreement with the teacher in validation (rmse, ssim) at a number of sampling steps",
 }
 "what the fields of a line of metrics.jsonl mean; words in capitals stand for several"
+
+_CHECKSUM = "checksum"
 
 
 class Metrics:
@@ -54,7 +58,7 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, float], **curves: Sequence[float | None]) -> None:
         """Write one line of numbers, and send it to the tracker. curves: lists of numbers."""
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **values, **curves}) + "\n")
+            handle.write(_checked(json.dumps({"step": step, **values, **curves})) + "\n")
         if self._tracker is not None:
             self._tracker.log(step, tracked(values, curves))
 
@@ -70,8 +74,39 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl. Incomplete and foreign lines are ignored."""
+    """Return the lines of a run's metrics.jsonl. Incomplete, damaged and foreign lines are ignored."""
     return [line for text in _lines(run / "metrics.jsonl") if (line := _parsed(text)) is not None]
+
+
+def missing_metrics(run: Path, saved_step: int, log_every: int) -> list[str]:
+    """Return what is missing in a run's metrics.jsonl, in sentences.
+
+    Args:
+        run: The run folder.
+        saved_step: The step of the run's newest checkpoint.
+        log_every: How many steps a line stands for.
+    """
+    path, sentences = run / "metrics.jsonl", []
+    lines, read = _lines(path), read_metrics(run)
+    if len(lines) > len(read):
+        count = len(lines) - len(read)
+        sentences.append(f"{path}: {count} of {len(lines)} lines cannot be read, and are left out")
+    last = int(max((line["step"] for line in read), default=0))
+    if saved_step - last >= log_every:
+        where = f"ends at step {last}" if path.is_file() else "is missing"
+        sentences.append(f"{path} {where}, and the run has {saved_step} steps: its curves are incomplete")
+    return sentences
+
+
+def _checked(text: str) -> str:
+    """Return a JSON object with a checksum of its text as its last value."""
+    return f'{text[:-1]}, "{_CHECKSUM}": "{checksum_of_text(text)}"}}'
+
+
+def _is_damaged(text: str) -> bool:
+    """Return whether a line differs from what its checksum was made of. Lines of earlier versions have none."""
+    start, name, end = text.rpartition(f', "{_CHECKSUM}": ')
+    return bool(name) and end != f'"{checksum_of_text(start + chr(125))}"}}'
 
 
 def _lines(path: Path) -> list[str]:
@@ -84,7 +119,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
         line = parse_json(text)
     except ValueError:
         return None
-    if not isinstance(line, dict) or not _is_number(line.get("step")):
+    if not isinstance(line, dict) or not _is_number(line.get("step")) or _is_damaged(text):
         return None
     return {key: value for key, value in line.items() if (_is_curve if key == "loss_by_noise" else _is_number)(value)}
 

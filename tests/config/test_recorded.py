@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lcmdistill.config.recorded import check_recorded_file
 from lcmdistill.config.reference import setting_doc, setting_keys, settings_table
 from lcmdistill.config.schema import SECTIONS
 from lcmdistill.config.toml import to_toml
@@ -56,6 +57,20 @@ def test_a_damaged_configuration_of_a_run_is_refused_by_name(tmp_path: Path, how
         path.write_bytes(damaged(text)[how])
     with pytest.raises(UsageError, match=re.escape(str(path))):
         load_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "edited"])
+def test_a_damaged_file_of_a_run_configures_no_other_run(tmp_path: Path, how: str) -> None:
+    """Half of it would be a valid --config with other settings. A copy elsewhere belongs to the user."""
+    text = to_toml(resolve({}, {"teacher.model": "tiny"}))
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    (tmp_path / "metrics.jsonl").touch()
+    check_recorded_file(path)
+    path.write_text({"cut": text[: len(text) // 2], "edited": text.replace("resolution = 64", "resolution = 32")}[how])
+    with pytest.raises(UsageError, match=r"config\.toml was edited or damaged after the run wrote it"):
+        check_recorded_file(path)
+    check_recorded_file(path.rename(tmp_path / "mine.toml"))
 
 
 def test_an_edited_configuration_is_taken_on_request(tmp_path: Path) -> None:

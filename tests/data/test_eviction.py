@@ -75,6 +75,24 @@ def test_a_name_without_the_mark_is_not_enough(tmp_path: Path) -> None:
     assert (folder.is_dir(), file.is_file(), (elsewhere / "0.safetensors").is_file()) == (True, True, True)
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "mine.safetensors", "whole-day.mp4", ".hidden", "pictures"])
+def test_files_of_the_user_in_a_folder_of_the_cache_are_kept(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = entry(tmp_path, "latents", 0)
+    for own in ("whole-all", "00000000-00000128.16x16.part", ".00000000-00000128.safetensors.host-12"):
+        (folder / own).touch()
+    mine = folder / name
+    if name == "pictures":
+        mine.mkdir()
+        mine = mine / "0.safetensors"
+    mine.write_bytes(bytes(500))
+    assert evict_lru(tmp_path, 0, []) == 1000
+    assert [path for path in folder.rglob("*") if path.is_file()] == [mine]
+    assert f"{folder} contains files that this program did not write, such as {name}; they are kept" in caplog.text
+    assert evict_lru(tmp_path, 0, []) == 0
+
+
 def test_claiming_a_folder_again_marks_it_as_used(tmp_path: Path) -> None:
     used, unused = entry(tmp_path, "latents", 0, age=5), entry(tmp_path, "latents", 1)
     assert claim_folder(used) == used

@@ -1,6 +1,7 @@
 """Which prompts and which real images an evaluation uses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from lcmdistill.data.holdout import RunCaptions, read_captions
 from lcmdistill.evaluation.evaluate import evaluate
 from lcmdistill.evaluation.options import EvaluatedRun, EvaluationOptions, evaluated_run
 from lcmdistill.evaluation.prompts import PromptChoice, common_captions
-from lcmdistill.evaluation.select import real_sources, select_metrics
+from lcmdistill.evaluation.select import real_images, real_sources, select_metrics
 from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.report.page import context
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.data import good
 from tests.support.evaluated import results_of, shorten_references
 from tests.support.runs import distill, resolve
@@ -39,6 +40,18 @@ def test_runs_are_compared_with_the_same_real_images(small_run: Path, tmp_path: 
     assert sources("tiny", prompts="own.txt") == ()
     # Nothing is downloaded and no command is run for a default.
     assert sources("teacher", "https://example.invalid/a.tar", "pipe:cat a.tar", str(tmp_path / "gone")) == ()
+
+
+@pytest.mark.parametrize("kind", [UsageError, RunError])
+def test_a_source_of_real_images_that_fails_is_named_by_its_option(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    def members(limit: int) -> list[Any]:
+        raise kind("--data http://server/a.tar cannot be reached: the server responds 503")
+
+    monkeypatch.setattr("lcmdistill.evaluation.select.make_source", lambda word: SimpleNamespace(members=members))
+    with pytest.raises(kind, match=r"^--real http://server/a\.tar cannot be reached: the server responds 503$"):
+        real_images(["http://server/a.tar"], 16, 2)
 
 
 def test_captions_stand_for_a_users_images_if_they_are_enough(small_run: Path, image_folder: Path):

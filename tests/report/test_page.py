@@ -181,7 +181,10 @@ def test_guidance_with_little_effect_is_reported(evaluated_run: Path, tmp_path: 
 
     def note(**others: int) -> str | None:
         for name, shade in {**shades, **others}.items():
-            for path in (run / "evaluation" / "points" / name).glob("*.webp"):
+            folder = run / "evaluation" / "points" / name
+            numbers = json.loads((folder / "numbers.json").read_text())
+            (folder / "numbers.json").write_text(json.dumps(numbers | {"previews": {}, "checksum": None}))
+            for path in folder.glob("*.webp"):
                 Image.new("RGB", (16, 16), (shade,) * 3).save(path, lossless=True)
         results = read_results(run)
         assert results is not None
@@ -215,7 +218,9 @@ def test_an_outdated_evaluation_is_reported(evaluated_run: Path, tmp_path: Path)
     assert (run / "README.md").read_text() == card
 
 
-def test_unreadable_parts_are_skipped(evaluated_run: Path, tmp_path: Path):
+def test_unreadable_parts_are_skipped_and_reported(
+    evaluated_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     """An fp16 run logs infinite gradient norms; an interrupted run may leave half a line and half an image."""
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
@@ -223,14 +228,22 @@ def test_unreadable_parts_are_skipped(evaluated_run: Path, tmp_path: Path):
     pictures[0].write_bytes(pictures[0].read_bytes()[:200])
     shutil.copy(pictures[1], run / "samples" / "step-mine.png")
     previews = sorted((run / "evaluation" / "points").rglob("*.webp"))
-    for path, damaged in zip(previews, (b"", b"%!PS-Adobe-3.0", previews[2].read_bytes()[:99]), strict=False):
+    flipped = bytearray(previews[3].read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # which decodes to another image
+    damages = (b"", b"%!PS-Adobe-3.0", previews[2].read_bytes()[:99], bytes(flipped))
+    for path, damaged in zip(previews, damages, strict=False):
         path.write_bytes(damaged)
+    previews[4].unlink()
     line = {"step": 5, "loss": 0.5, "grad_norm": float("inf"), "learning_rate": 1e-3, "samples_per_s": 1.0}
     line |= {"loss_by_noise": [float("nan")] + 9 * [None]}
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps(line) + '\n[1]\n{"loss": 1.0}\n{"step": 6, "lo')
     page = check_page(write_report(run))
     assert len([image for image in page.all("img") if (image["alt"] or "").startswith("Validation")]) == 1
+    assert f"{pictures[0]} is left out of the report: corrupt image" in caplog.text
+    for path, state in zip(previews, [*4 * ["damaged"], "missing"], strict=False):
+        sentence = f"{path} is {state}, and is left out; evaluate again: lcmdistill evaluate {run}"
+        assert caplog.text.count(sentence) == 1
     assert "inf" not in re.findall(r"Gradient norm</title><desc[^>]*>([^<]*)", (run / "report.html").read_text())[0]
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert "Gradient norm" not in check_page(write_report(run)).text

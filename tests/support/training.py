@@ -19,8 +19,8 @@ Runner = Callable[..., Path]
 VALUES = ("step", "loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait")
 "the numbers of a line of metrics, besides those of the profiler"
 
-CLOCK = ("samples_per_s", "data_wait", "seconds_", "peak_memory", "mfu")
-"prefixes of the numbers that depend on the clock and the machine"
+CLOCK = ("samples_per_s", "data_wait", "seconds_", "peak_memory", "mfu", "checksum")
+"prefixes of the fields that depend on the clock and the machine"
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

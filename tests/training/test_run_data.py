@@ -1,6 +1,7 @@
 """Resuming a run: the same data may be spelled otherwise or have moved, other data are refused, damage is reported."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_fewer_steps_than_a_finished_run_has_are_not_claimed(run: Path) -> None:
     fewer = replace(config, optim=replace(config.optim, max_train_steps=1))
     sentence = f"{run} is already finished with 4 steps and keeps them; for a run of 1 steps use another --output"
     assert finished_message(fewer) == sentence
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_finished_run_whose_student_is_damaged_is_not_called_finished(run: Path, how: str) -> None:
+    file = run / "pipeline" / "vae" / "config.json"
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_text(file.read_text() + " ")
+    with pytest.raises(UsageError, match=rf"{re.escape(str(file))} .*; restore it or, for a run, remove"):
+        finished_message(changed(run))
 
 
 def test_an_output_that_is_not_utf8_is_refused(run: Path) -> None:

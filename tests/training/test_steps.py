@@ -207,10 +207,13 @@ def test_a_run_writes_everything_that_is_promised(train_run: Runner, capsys: pyt
     trained, validated = ([line for line in lines if ("loss" in line) == wanted] for wanted in (True, False))
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5]
     profiled = ("seconds_", "peak_memory_gib", "mfu")
-    assert all({k for k in line if not k.startswith(profiled)} == {*VALUES, "loss_by_noise"} for line in trained)
+    assert all(
+        {k for k in line if not k.startswith(profiled)} == {*VALUES, "loss_by_noise", "checksum"} for line in trained
+    )
     assert [line["step"] for line in validated] == [0, 2, 4, 5]
     measures = ("rmse", "ssim", "sharpness", "saturation", "diversity")
-    assert all(set(line) == {"step", *(f"val/{m}_{n}" for m in measures for n in (1, 2, 4, 8))} for line in validated)
+    names = {"step", "checksum", *(f"val/{m}_{n}" for m in measures for n in (1, 2, 4, 8))}
+    assert all(set(line) == names for line in validated)
     card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card
     assert "pipeline_tag: text-to-image" in card

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from lcmdistill.utils import atomic as checkpoint
-from lcmdistill.utils.metrics_log import Metrics, read_metrics
+from lcmdistill.utils.metrics_log import Metrics, missing_metrics, read_metrics
 
 
 def test_metrics_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
@@ -28,6 +28,35 @@ def test_damaged_lines_and_values_are_ignored(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [json.loads(good), {"step": 2}]
     Metrics(tmp_path, "none", {}, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
+
+
+def test_a_changed_digit_of_a_line_is_noticed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        Metrics(tmp_path, "none", {}, step).log(step, {"loss": step / 8}, loss_by_noise=[0.5, None])
+    path = tmp_path / "metrics.jsonl"
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.125, 0.25, 0.375]
+    assert missing_metrics(tmp_path, 3, 1) == []
+    text = path.read_text()
+    for damaged in (
+        text.replace("0.25", "0.35"),
+        text.replace('"step": 2', '"step": "2"'),
+        text.replace('2, "loss', ""),
+    ):
+        path.write_text(damaged)
+        assert [line["loss"] for line in read_metrics(tmp_path)] == [0.125, 0.375]
+        assert missing_metrics(tmp_path, 3, 1) == [f"{path}: 1 of 3 lines cannot be read, and are left out"]
+
+
+def test_metrics_that_are_gone_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1}\n')
+    assert missing_metrics(tmp_path, 4, 4) == []
+    assert missing_metrics(tmp_path, 4, 2) == [
+        f"{path} ends at step 1, and the run has 4 steps: its curves are incomplete"
+    ]
+    path.unlink()
+    assert missing_metrics(tmp_path, 4, 2) == [f"{path} is missing, and the run has 4 steps: its curves are incomplete"]
+    assert missing_metrics(tmp_path, 0, 2) == []
 
 
 def test_the_metrics_file_is_complete_whenever_the_program_dies(
