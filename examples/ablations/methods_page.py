@@ -10,13 +10,12 @@ from methods import (
     FOLDERS,
     HOLDOUT,
     IMAGES,
-    LCM_SECONDS,
     NUM_PROMPTS,
     OMEGA,
     RUNS,
     SEEDS,
     STEPS,
-    TDM_SECONDS,
+    TDM_COST,
     TRAIN_STEPS,
     TRAJECTORY,
     tdm_steps,
@@ -287,8 +286,8 @@ def write_page(numbers: Numbers, folder: Path) -> None:
     draw(numbers, folder / "methods.png")
     grid(folder / "methods_grid.png")
     held_out = round(NUM_PROMPTS * HOLDOUT)
-    lengths = ", ".join(f"{tdm_steps(k)} with {k}" for k in TDM_SECONDS)
-    ratios = ", ".join(f"{seconds / LCM_SECONDS:.2f}" for seconds in TDM_SECONDS.values())
+    lengths = ", ".join(f"{tdm_steps(k)} with {k}" for k in TDM_COST)
+    ratios = ", ".join(f"{cost:g}" for cost in TDM_COST.values())
     parts = [
         "# LCM, TCD, PCM and TDM, small",
         "",
@@ -298,7 +297,7 @@ def write_page(numbers: Numbers, folder: Path) -> None:
         f"latents that the teacher generates in 16 steps for {NUM_PROMPTS - held_out} captions. All have omega {OMEGA:g}, "
         "an EMA of .95 and a learning rate of 1e-4, because the published rates (5e-6 and 2e-6) do not move these "
         f"students in so few steps. TDM uses the captions only, without latents, and has the time of LCM's run: {lengths} "
-        f"segments. This follows from the CPU time per step, {ratios} times LCM's, and so does not depend on what else the "
+        f"segments. This follows from the operations of a step, {ratios} times LCM's, and so does not depend on what else the "
         "machine computes. The time that LCM, TCD and PCM need for the teacher's latents is not counted.",
         "",
         f"{IMAGES} images on {held_out} captions that no student saw, from the same noise, at guidance scale {SCALE}. The "
