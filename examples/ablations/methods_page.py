@@ -60,6 +60,9 @@ PANELS: dict[str, dict[str, Sequence[str]]] = {
 "the columns of the figure: {line: the run at each of STEPS}"
 
 
+COLORS = {"LCM": "C0", "TCD": "C1", "PCM": "C2", "TDM": "C3", "free": "C4"}
+
+
 class Claim(NamedTuple):
     """What is claimed, whether these numbers show it, and the numbers."""
 
@@ -121,6 +124,12 @@ def claims(numbers: Numbers) -> list[Claim]:
             at_most,
             *((pcm[n], "rmse", n), ("LCM", "rmse", n)),
         )
+    for n in (2, 4):
+        claim(
+            f"PCM of {n} phases with CFG at sampling (free): KID at most that with baked guidance at {_steps(n)}",
+            at_most,
+            *(kid(f"{pcm[n]}, free", n), kid(pcm[n], n)),
+        )
     for n, run in tdm.items():
         claim(f"TDM trained for {_steps(n)}: KID at most LCM's at {_steps(n)}", at_most, kid(run, n), kid("LCM", n))
         claim(
@@ -165,14 +174,16 @@ def draw(numbers: Numbers, path: Path) -> None:
     for row, (metric, title) in enumerate(TITLES.items()):
         for column, (head, lines) in enumerate(PANELS.items()):
             axes = figure.add_subplot(len(TITLES), len(PANELS), row * len(PANELS) + column + 1)
-            for i, (name, runs) in enumerate(lines.items()):
-                _line(axes, numbers, metric, name, runs, i, paired=column == len(PANELS) - 1)
+            for name, runs in lines.items():
+                _line(axes, numbers, metric, name, runs)
             if metric in RELATIVE:
                 axes.axhline(1, color="gray", linestyle=":", linewidth=1)
             if metric in ("rmse", "kid_teacher") and column == 0:
                 few = [values(numbers, "LCM", metric, n, "trailing") for n in STEPS]
                 if all(few):
-                    axes.plot(range(len(STEPS)), list(map(mean, few)), color="gray", linestyle="--", label="teacher")
+                    axes.plot(
+                        range(len(STEPS)), list(map(mean, few)), color="gray", linestyle=":", label="teacher, trailing"
+                    )
             axes.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
             _limit(axes, numbers, metric)
             axes.grid(alpha=0.3)
@@ -186,21 +197,16 @@ def draw(numbers: Numbers, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def _line(axes: Any, numbers: Numbers, metric: str, name: str, runs: Sequence[str], i: int, *, paired: bool) -> None:
-    """Plot one line. paired: whether two lines in a row are of one color, the second one dashed."""
+def _line(axes: Any, numbers: Numbers, metric: str, name: str, runs: Sequence[str]) -> None:
+    """Plot one line. Its color is the method's; a second line of a method is dashed."""
     found = [values(numbers, run, metric, n) for run, n in zip(runs, STEPS, strict=False)]
     places = [place for place, each in enumerate(found) if each]
     if not places:
         return
-    color, style = f"C{i // 2 if paired else i}", "--" if paired and i % 2 else "-"
-    axes.plot(
-        places,
-        [mean(found[p]) for p in places],
-        color=color,
-        linestyle=style,
-        marker="os"[paired and i % 2],
-        label=name,
-    )
+    color = COLORS["free" if name.endswith("free") else name[:3]]
+    dashed = name.endswith("trajectory") or ", 4 " in name
+    means = [mean(found[place]) for place in places]
+    axes.plot(places, means, color=color, linestyle="--" if dashed else "-", marker="s" if dashed else "o", label=name)
     low, high = [min(found[p]) for p in places], [max(found[p]) for p in places]
     axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
 
