@@ -40,7 +40,7 @@ TRAINING = _by_word(
             "xformers enable_xformers_memory_efficient_attention sdpa mem_eff_attn flash_attn use_flash_attention"
         ),
         "products are computed in --precision; remove this option": "allow_tf32 cast_teacher_unet",
-        "latents and encoded captions are always cached, see data.cache_dir; remove this option": (
+        "latents and encoded captions are cached unless data.cache is off; remove this option": (
             "cache_latents cache_latents_to_disk latent_caching cache_text_encoder_outputs "
             "cache_text_encoder_outputs_to_disk vae_batch_size vae_encode_batch_size"
         ),
