@@ -127,7 +127,7 @@ def _evaluate_run(
         eta=options.eta,
     )
     logger.info(f"{run.run}: {len(prompts)} images, steps {_listed(sweep.steps)}, guidance {_listed(scales)}")
-    state = SweepProgress(sweep, measure_image_seconds(pair, prompts))
+    state = SweepProgress(sweep, measure_image_seconds(pair, prompts), applies_cfg=pair.teacher.applies_cfg)
     points = counted(len(sweep.points()), "combination")
     logger.info(
         f"{counted(state.total, 'image')} in {points} of sampler, steps and guidance: about {duration_text(state.seconds)} "

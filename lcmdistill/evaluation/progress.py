@@ -50,13 +50,15 @@ class SweepProgress:
     Args:
         sweep: The sweep.
         each: The measured seconds per image.
+        applies_cfg: Whether the teacher's guidance is classifier-free.
     """
 
-    def __init__(self, sweep: Sweep, each: ImageSeconds) -> None:
+    def __init__(self, sweep: Sweep, each: ImageSeconds, *, applies_cfg: bool = True) -> None:
         self._count, self._each = len(sweep.prompts), each
-        self._left = {
-            point: self._count * (point.evaluations * each.evaluation + each.decode) for point in sweep.points()
+        self._generating = {
+            point: point.evaluations(applies_cfg=applies_cfg) * each.evaluation for point in sweep.points()
         }
+        self._left = {point: self._count * (generating + each.decode) for point, generating in self._generating.items()}
         self._images = dict.fromkeys(self._left, self._count)
         self._curve = curve_evaluations(self._count) * each.evaluation
         self._done, self._began = 0.0, clock()
@@ -91,7 +93,7 @@ class SweepProgress:
 
     def generated(self, point: SweepPoint, images: int) -> None:
         """See `SweepObserver`."""
-        self._take(point, images * point.evaluations * self._each.evaluation, images)
+        self._take(point, images * self._generating[point], images)
 
     def finished(self, point: SweepPoint, *, measured: bool) -> None:
         """See `SweepObserver`."""

@@ -64,10 +64,9 @@ class SweepPoint:
         """The name of the point's folder."""
         return f"{self.sampler}-{self.steps:02d}-g{self.guidance_scale:g}"
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per image. The teacher's guidance takes two per step."""
-        return self.steps * (1 if self.sampler == "student" else 2)
+    def evaluations(self, *, applies_cfg: bool) -> int:
+        """Return the network evaluations per image. A teacher that applies classifier-free guidance takes two per step."""
+        return self.steps * (2 if self.sampler != "student" and applies_cfg else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

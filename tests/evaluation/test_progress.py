@@ -22,6 +22,11 @@ SECONDS = 2 * (7 * 0.5 + (100 + 1 + 4 + 2 * 2 + 2 * 8) * 1.0) + curve_evaluation
 "of the sweep: two images at each of seven points"
 
 
+def test_guidance_that_is_an_input_takes_one_evaluation_per_step() -> None:
+    state = SweepProgress(SWEEP, ImageSeconds(evaluation=1.0, decode=0.5), applies_cfg=False)
+    assert state.seconds == pytest.approx(2 * (7 * 0.5 + 50 + 3 * (1 + 4)) + curve_evaluations(2))
+
+
 def test_the_progress_is_in_images_and_words(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     for module in (messages, evaluation_progress):
