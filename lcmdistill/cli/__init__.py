@@ -24,7 +24,7 @@ from lcmdistill.cli.sweep import CONTEXT, sweep
 from lcmdistill.training.signals import exit_on_sigterm
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import configure_console
-from lcmdistill.utils.runtime import configure_process
+from lcmdistill.utils.runtime import configure_process, exit_without_collecting
 from lcmdistill.utils.spelling import or_list
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -101,6 +101,7 @@ def main() -> None:
         if "--debug" in sys.argv[1:]:
             raise
         code = report_error(error)
+    exit_without_collecting()
     sys.exit(code or 0)
 
 

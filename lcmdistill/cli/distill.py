@@ -15,6 +15,7 @@ from lcmdistill.config.recorded import RENAMED, check_recorded_file
 from lcmdistill.config.resolve import parse_assignment, preset_changes, resolve
 from lcmdistill.config.schema import RunConfig, StudentConfig
 from lcmdistill.config.toml import read_toml
+from lcmdistill.utils import runtime
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.launch import process_index
 
@@ -106,6 +107,7 @@ def configuration_from(kind: str, options: dict[str, Any]) -> RunConfig:
 
 def _train(kind: str, options: dict[str, Any]) -> Path:
     """Resolve the configuration and run it. options: a training command's own, by name."""
+    began = runtime.clock()
     resolved = configuration_from(kind, options)
     from lcmdistill.hub.client import check_login
     from lcmdistill.training import preflight
@@ -114,7 +116,7 @@ def _train(kind: str, options: dict[str, Any]) -> Path:
         check_login(resolved.run.push_to_hub)
     preflight.check_early(resolved)
     if options["dry_run"]:
-        preflight.dry_run(resolved, full=options["full"])
+        preflight.dry_run(resolved, full=options["full"], began=began)
         return Path(resolved.run.output or "")
     from lcmdistill import run
 

@@ -139,7 +139,7 @@ def unused_samples(source: Source, config: DataConfig, report: SourceReport, *, 
     if looked < limit if total is None else total <= limit:
         return ""
     taken = f"the first {limit}" if total is None else f"{limit} of {total}"
-    return f"; {taken} used (data.max_samples, by default as many as a run can use when it first starts)"
+    return f"; {taken} used (data.max_samples, by default as many as the steps of a run can use)"
 
 
 def members_of(source: Source, config: DataConfig) -> int | None:

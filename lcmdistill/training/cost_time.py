@@ -4,7 +4,6 @@ The parts are measured, a few passes in all. What follows from them are numbers 
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from lcmdistill.sampling.prompts import STEPS
 from lcmdistill.students.student import AutocastNetwork, guidance_of
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.training.validation import validation_prompts
+from lcmdistill.utils import runtime
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints
 from lcmdistill.utils.units import counted
 
@@ -32,8 +32,6 @@ WRITE_RATE = 300e6
 
 SLOW = 5.0
 "seconds of one pass after which it is not repeated"
-
-clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,12 @@ class Rates:
     caption: float
 
 
-ENCODING_PROMPTS, GENERATING, ENCODING = "encoding prompts", "generating latents", "encoding latents"
+STARTING, ENCODING_PROMPTS = "starting", "encoding prompts"
+GENERATING, ENCODING = "generating latents", "encoding latents"
 REFERENCES, TEACHER_OUTPUTS = "reference images", "caching teacher outputs"
 TRAINING, VALIDATION, WRITING = "training", "validation", "writing the result"
 
-ORDER = (ENCODING_PROMPTS, GENERATING, ENCODING, REFERENCES, TEACHER_OUTPUTS, TRAINING, VALIDATION, WRITING)
+ORDER = (STARTING, ENCODING_PROMPTS, GENERATING, ENCODING, REFERENCES, TEACHER_OUTPUTS, TRAINING, VALIDATION, WRITING)
 "the phases of a run, by name"
 
 
@@ -137,14 +136,14 @@ def with_read_seconds(
     """
     measured = []
     for each, source in zip(samples, sources, strict=True):
-        began, count = clock(), 0
+        began, count = runtime.clock(), 0
         if each.missing and not each.generated and source.kind != "remote":
             sizes = buckets_for(source, config, teacher.multiple)
             for count, member in enumerate(source.members(READ), start=1):  # noqa: B007
                 check_sample(member, config, 0, 0, teacher.rejects, sizes)
-                if clock() - began > SLOW:
+                if runtime.clock() - began > SLOW:
                     break
-        measured.append(replace(each, read=(clock() - began) / count if count else 0.0))
+        measured.append(replace(each, read=(runtime.clock() - began) / count if count else 0.0))
     return measured
 
 
@@ -200,9 +199,9 @@ def _seconds(run: Callable[[], object]) -> float:
     """Return the seconds of a call: the median of three after a first one, or of the first one alone if it is slow."""
     times = []
     for _ in range(4):
-        began = clock()
+        began = runtime.clock()
         run()
-        times.append(clock() - began)
+        times.append(runtime.clock() - began)
         if times[-1] > SLOW:
             return times[-1]
     return sorted(times[1:])[1]

@@ -30,12 +30,14 @@ from lcmdistill.teachers.lora.fuse import check_files, check_low_rank
 from lcmdistill.teachers.naming import ALIASES
 from lcmdistill.teachers.registry import family_of_folder
 from lcmdistill.training.cost_disk import check_space
+from lcmdistill.training.cost_time import WRITE_RATE
 from lcmdistill.training.memory.plan import plan_memory
 from lcmdistill.training.optimizer import check_optimizer
 from lcmdistill.training.run_data import sources_of
 from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.training.sharding import check_sharding
 from lcmdistill.training.summary import estimate_cost, log_summary, output_text
+from lcmdistill.utils import runtime
 from lcmdistill.utils.device import free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
@@ -254,12 +256,18 @@ def _takes_prompts(model: str) -> bool:
         return Path(model).expanduser().exists()
 
 
-def dry_run(config: RunConfig, *, full: bool = False) -> None:
+def _num_bytes(teacher: Teacher) -> int:
+    parts = [part for part in teacher.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
+
+
+def dry_run(config: RunConfig, *, full: bool = False, began: float | None = None) -> None:
     """Open the teacher and the data, and log what a run would do and cost.
 
     Args:
         config: The requested configuration.
         full: Whether to log all settings as TOML, too.
+        began: When the command began, by `runtime.clock`; by default now.
 
     Raises:
         UsageError: The run would be refused, such as for want of disk space.
@@ -267,8 +275,13 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     world = num_processes()
     if process_index() != 0:  # the first process reports for all
         return
+    began = runtime.clock() if began is None else began
     device = pick_device(config.run.device)
+    downloads = _downloads(config.teacher)
+    before = runtime.clock()
     teacher = load_teacher(**dataclasses.asdict(config.teacher))
+    # A run after this one finds what was downloaded, and only reads it.
+    downloading = max(0.0, runtime.clock() - before - _num_bytes(teacher) / WRITE_RATE) if downloads else 0.0
     config = resolve_run_defaults(config, world, teacher)
     check_run(config)
     validate_for_teacher(config, teacher)
@@ -280,13 +293,14 @@ def dry_run(config: RunConfig, *, full: bool = False) -> None:
     logger.info(f"resolution = {config.data.resolution} pixels{buckets}")
     seed = config.run.seed
     sources = sources_of(config, teacher)
+    started = runtime.clock() - began - downloading
     reports = survey(sources, config.data, seed, seconds=SURVEY_SECONDS, rejects=teacher.rejects, teacher=teacher)
     for source, report in zip(sources, reports, strict=True):
         ready = len(list(cache_folder(source, config.data, teacher, seed).glob("*.safetensors")))
         cached = f"; {ready} cached chunks are ready" if ready else ""
         unused = unused_samples(source, config.data, report, takes_prompts=not teacher.in_pixels)
         logger.info(f"data {source.label}: {report}{unused}{cached}")
-    cost = estimate_cost(config, teacher, sources, device, plan=plan, reports=reports, world=world)
+    cost = estimate_cost(config, teacher, sources, device, plan=plan, reports=reports, world=world, started=started)
     log_summary(config, teacher, cost, plan, world=world)
     if full:
         logger.info(settings_to_toml(flatten(config)))

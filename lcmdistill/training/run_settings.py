@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ FREE_GUIDANCE_SCALE = 2.0
 def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> RunConfig:
     """Fill in settings that depend on others: teacher, number of samples, length of a curriculum, guidance of validation.
 
-    A resumed run keeps the samples, the curriculum and the memory plan that it was started with, whatever its new length.
+    A resumed run keeps the curriculum and the memory plan that it was started with, whatever its new length. Its samples
+    become more with its length, unless their number was chosen.
 
     Args:
         config: The requested configuration.
@@ -69,10 +71,7 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         kept = [*unchanged, *_kept_if_not_chosen(config)]
         config = with_values(config, {key: planned[key] for key in kept})
     optim = config.optim
-    max_samples = config.data.max_samples or (before.data.max_samples if before else None)
-    if max_samples is None and config.data.cache == "on":
-        needed = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
-        max_samples = usable_count(config.data, sources_of(config), needed, one_per_prompt=not teacher.in_pixels)
+    max_samples = config.data.max_samples or _sample_count(config, before, world, one_per_prompt=not teacher.in_pixels)
     guidance = config.run.validation_guidance_scale
     if guidance is None:
         kind, omegas = guidance_of(teacher, config.student, config.objective.omega), omega_range(config)
@@ -93,6 +92,30 @@ def resolve_run_defaults(config: RunConfig, world: int, teacher: Teacher) -> Run
         data=dataclasses.replace(config.data, max_samples=max_samples),
         run=dataclasses.replace(config.run, validation_guidance_scale=guidance, best_metric=best_metric),
     )
+
+
+def _sample_count(config: RunConfig, before: RunConfig | None, world: int, *, one_per_prompt: bool) -> int | None:
+    """Return how many samples of each source a run prepares; None for all of them, without a cache.
+
+    The first samples of a longer run are those of the shorter one.
+
+    Args:
+        config: The configuration, which chooses no number.
+        before: The configuration of the run that it resumes; None of a new run.
+        world: The number of processes.
+        one_per_prompt: As for `usable_count`.
+    """
+    optim, kept = config.optim, before.data.max_samples if before else None
+    is_longer = before is None or kept is None or optim.max_train_steps > before.optim.max_train_steps
+    if not is_longer or config.data.cache != "on":
+        return kept
+    per_step, sources = optim.batch_size * optim.gradient_accumulation_steps * world, sources_of(config)
+
+    def usable(steps: int) -> int:
+        return usable_count(config.data, sources, steps * per_step, one_per_prompt=one_per_prompt)
+
+    is_chosen = before is not None and kept is not None and kept != usable(before.optim.max_train_steps)
+    return kept if kept is not None and is_chosen else usable(optim.max_train_steps)
 
 
 def _requested(folder: Path) -> dict[str, Any]:
@@ -188,7 +211,12 @@ def check_run(config: RunConfig) -> None:
     same_batch = {"optim.batch_size", "optim.gradient_accumulation_steps"} if is_same_batch else set()
     immutable = {*now, *before} - keys_with(config, "mutable_on_resume") - undecided - same_data - same_batch
     keys = sorted(k for k in immutable if now.get(k) != before.get(k))
-    keys += [k for k in ("data.max_samples", "objective.curriculum_steps") if k in now and now[k] != before.get(k)]
+    if "objective.curriculum_steps" in now and now["objective.curriculum_steps"] != before.get(
+        "objective.curriculum_steps"
+    ):
+        keys.append("objective.curriculum_steps")
+    if (now.get("data.max_samples") or math.inf) < (before.get("data.max_samples") or 0):  # samples may be added
+        keys.append("data.max_samples")
     if config.optim.lr_scheduler != "constant" and config.optim.max_train_steps != recorded.optim.max_train_steps:
         keys.append("optim.max_train_steps")
     if keys:

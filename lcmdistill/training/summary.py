@@ -2,23 +2,27 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lcmdistill.config.lora_words import with_loras
 from lcmdistill.config.schema import RunConfig
+from lcmdistill.data.buckets import bucket_sizes
 from lcmdistill.data.sources.base import Source
 from lcmdistill.data.survey import SourceReport
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.training.compile import should_compile
 from lcmdistill.training.cost_disk import DiskItem, checkpoint_bytes, disk_items, result_bytes
 from lcmdistill.training.cost_time import (
     ENCODING,
     ENCODING_PROMPTS,
     GENERATING,
     ORDER,
+    STARTING,
+    TRAINING,
     VALIDATION,
     WRITING,
     Phase,
@@ -33,11 +37,14 @@ from lcmdistill.training.cost_time import (
 )
 from lcmdistill.training.memory.estimate import Breakdown, step_memory
 from lcmdistill.training.memory.plan import Plan, log_plan
+from lcmdistill.utils import runtime
 from lcmdistill.utils.device import compute_dtype
 from lcmdistill.utils.run_dir import free_space
 from lcmdistill.utils.units import counted, duration_text, size_text
 
 logger = logging.getLogger(__name__)
+
+COMPILED = "; compiled at the first step, which takes minutes that are not in it"
 
 MOST_PASSES = 50
 "passes over the data above which a run is warned"
@@ -101,6 +108,7 @@ def estimate_cost(
     plan: Plan | None = None,
     reports: Sequence[SourceReport] | None = None,
     world: int = 1,
+    started: float | None = None,
 ) -> Cost:
     """Estimate what a run costs. The teacher is moved to the device.
 
@@ -112,7 +120,9 @@ def estimate_cost(
         plan: The memory plan, if there is one.
         reports: What became of each source's members, if they were looked at.
         world: The number of processes.
+        started: Seconds that a run spends before it comes here, and now is still to spend; None if they are over.
     """
+    began = runtime.clock()
     dtype = compute_dtype(config.run.precision, device)
     needed = plan.needed if plan else step_memory(config, teacher, dtype, world=world)
     samples = with_read_seconds(samples_of(sources, config, teacher, reports), sources, config.data, teacher)
@@ -125,13 +135,21 @@ def estimate_cost(
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    measuring = runtime.clock() - began
     written = checkpoint_bytes(needed) + result_bytes(config, teacher, needed)
     optim = config.optim
     visited = optim.max_train_steps * optim.batch_size * optim.gradient_accumulation_steps * world
+    found = phases(config, teacher, samples, rates, written=written, world=world) if rates else []
+    if found and started is not None:
+        found = [Phase(STARTING, started + measuring, "imports, checks, loading the teacher, measuring it"), *found]
+    sizes = len(bucket_sizes(config.data, teacher.multiple)) if config.data.buckets else 1
+    is_adapter = config.student.kind == "lora"
+    if should_compile(config.run.compile, device, optim.max_train_steps, sizes, adapter=is_adapter):
+        found = [replace(each, note=f"{each.note}{COMPILED}") if each.name == TRAINING else each for each in found]
     return Cost(
         needed=needed,
         samples=samples,
-        phases=phases(config, teacher, samples, rates, written=written, world=world) if rates else (),
+        phases=found,
         items=disk_items(config, teacher, needed, samples),
         passes=visited / max(1, sum(each.total for each in samples)),
     )

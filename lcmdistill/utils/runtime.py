@@ -5,6 +5,7 @@
 | `DIFFUSERS_VERBOSITY`, `TRANSFORMERS_VERBOSITY`, warning filters | process | libraries' notices are not for the user |
 | `GOMP_SPINCOUNT` | process | see `SPIN_COUNT` |
 | garbage collector's thresholds | process | see `GC_THRESHOLDS` |
+| garbage collection at the interpreter's exit | process | see `exit_without_collecting` |
 | encoding errors of standard output | process | a terminal without Unicode shows escapes instead of a traceback |
 | cuDNN's benchmark mode, `channels_last` | training on CUDA | few shapes and many steps; cuDNN's own layout |
 | malloc's thresholds | training on a CPU | see `_keep_freed_memory` |
@@ -19,6 +20,7 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -35,6 +37,9 @@ thread occupies; to sleep at once costs more than most operations take."""
 
 GC_THRESHOLDS = (100_000, 50, 50)
 "importing the libraries makes a million objects and no garbage; looking for some takes a tenth of a command's start"
+
+clock = time.perf_counter
+"the clock of estimates"
 
 _settings: dict[str, object] = {}
 "what was set in this process, for the log"
@@ -69,6 +74,11 @@ def collect_garbage_rarely() -> None:
     """Raise the garbage collector's thresholds to `GC_THRESHOLDS`."""
     gc.set_threshold(*GC_THRESHOLDS)
     _settings["gc thresholds"] = GC_THRESHOLDS
+
+
+def exit_without_collecting() -> None:
+    """Keep the interpreter's exit from looking for garbage in all that the libraries made, which takes it a second."""
+    gc.freeze()
 
 
 def configure_training(device: "torch.device", networks: "torch.nn.Module") -> None:

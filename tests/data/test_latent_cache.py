@@ -312,7 +312,7 @@ def test_what_a_count_excludes_is_reported(tmp_path: Path, spec: str) -> None:
         config = DataConfig(sources=(str(spec),), resolution=16, max_samples=count)
         return unused_samples(make_source(str(spec)), config, surveyed(config, seconds=60)[0])
 
-    why = "used (data.max_samples, by default as many as a run can use when it first starts)"
+    why = "used (data.max_samples, by default as many as the steps of a run can use)"
     assert note(data, 2) == f"; 2 of 3 {why}"
     assert note(spec, 6) == f"; the first 6 {why}"  # nobody knows how many there are
     assert note("teacher", 5) == f"; 5 of {len(read_prompts(None))} {why}"

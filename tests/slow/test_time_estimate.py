@@ -1,36 +1,64 @@
-"""The time that the summary estimates is that of a run. Half a minute of computing: `make test-slow`."""
+"""The time that a dry run states is that of the run. A minute of computing: `make test-slow`."""
 
-import time
+import os
+import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lcmdistill.training import cost_time, trainer
-from lcmdistill.training.summary import Cost
-from tests.support.runs import distill, resolve
+from tests.support.training import ROOT
+
+# In seconds of the processor, so that other programs on the machine do not count.
+COMMAND = """
+import sys, time
+from lcmdistill.utils import runtime
+runtime.clock = time.process_time
+from lcmdistill.__main__ import main
+main()
+"""
 
 
-@pytest.fixture(autouse=True)
-def _fixed_costs() -> None:
-    """Costs are measured."""
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_estimated_time_is_that_of_a_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both in seconds of the processor, however busy the machine is."""
-    began: list[tuple[Cost, float]] = []
-    monkeypatch.setattr(cost_time, "clock", time.process_time)
-    log_summary = trainer.log_summary
+@pytest.mark.parametrize(
+    ("words", "phases"),
+    [
+        ("distill --data tiny", {"starting", "encoding latents", "reference images", "validation"}),
+        ("distill-lora --data teacher --set data.teacher_steps=8", {"generating latents", "validation"}),
+        ("distill --set data.teacher_cache_samples=1 --set run.validate_every=0", {"caching teacher outputs"}),
+    ],
+)
+def test_the_stated_time_is_that_of_the_run(words: str, phases: set[str], tmp_path: Path) -> None:
+    options = (
+        "--teacher tiny --max-train-steps 30 --batch-size 8 --set data.max_samples=128 --set run.validate_every=15"
+    )
+    name, *own = words.split()
+    own = [
+        name,
+        *options.split(),
+        "--output",
+        str(tmp_path / "run"),
+        f"--set=data.cache_dir={tmp_path / 'cache'}",
+        *own,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def start(config: Any, teacher: Any, cost: Cost, plan: Any, **more: Any) -> None:
-        log_summary(config, teacher, cost, plan, **more)
-        began.append((cost, time.process_time()))
+    def run(*more: str) -> str:
+        command = [sys.executable, "-c", COMMAND, *own, *more]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
-    monkeypatch.setattr(trainer, "log_summary", start)
-    own = {"teacher.model": "tiny", "student.kind": kind, "optim.max_train_steps": 30, "optim.batch_size": 8}
-    own |= {"data.max_samples": 128, "run.validate_every": 15, "run.output": str(tmp_path / "run")}
-    distill(resolve({}, {**own, "data.cache_dir": str(tmp_path / "cache")}))
-    ((cost, start_time),) = began
-    assert cost.seconds == pytest.approx(time.process_time() - start_time, rel=0.25)
+    output = run("--dry-run")
+    lines = re.findall(r"^  ([a-z ]+?)  +(?:(\d+) min )?([\d.]+) s  ", output, flags=re.MULTILINE)
+    estimated = {name: int(minutes or 0) * 60 + float(seconds) for name, minutes, seconds in lines}
+    assert phases | {"starting", "training", "writing the result"} <= estimated.keys()
+    before = processor_seconds()
+    run()
+    took = processor_seconds() - before
+    assert sum(estimated.values()) == pytest.approx(took, rel=0.25), estimated

@@ -1,11 +1,15 @@
 """Training runs: what they compute, what they leave behind, and how they are interrupted, resumed and refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.training.run_settings import check_run, resolve_run_defaults
 from lcmdistill.utils.errors import UsageError
+from tests.support.runs import resolve
 from tests.support.training import Runner, assert_same, losses
 
 
@@ -60,3 +64,26 @@ def test_impossible_settings_are_refused_and_leave_no_folder(
     with pytest.raises(UsageError, match=message):
         train_run(**changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "steps", "samples"),
+    [
+        (128, 4, 128),
+        (128, 40, 256),  # 40 steps of 4 samples, in whole chunks
+        (128, 2, 128),
+        (100, 40, 100),  # a number that was chosen
+    ],
+)
+def test_a_longer_run_has_more_samples(
+    train_settings: dict[str, Any], plain_run: Path, tmp_path: Path, recorded: int, steps: int, samples: int
+) -> None:
+    folder = shutil.copytree(plain_run, tmp_path / "run")
+    text = (folder / "config.toml").read_text()
+    assert "max_samples = 128\n" in text
+    text = text.replace("max_samples = 128\n", f"max_samples = {recorded}\n")
+    (folder / "config.toml").write_text(f"{text}# checksum: any\n")
+    config = resolve({}, {**train_settings, "run.output": str(folder), "optim.max_train_steps": steps})
+    config = resolve_run_defaults(config, 1, load_teacher(config.teacher.model))
+    assert config.data.max_samples == samples
+    check_run(config)

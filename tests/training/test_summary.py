@@ -35,7 +35,7 @@ from lcmdistill.training.cost_time import (
 )
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.summary import Cost, estimate_cost, log_summary
-from lcmdistill.utils import run_dir
+from lcmdistill.utils import run_dir, runtime
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import checkpoints
 from tests.support.data import write_tar
@@ -214,7 +214,7 @@ def test_reading_photos_is_part_of_encoding_them(
         now[0] += 0.25
         return check(*arguments)
 
-    monkeypatch.setattr(cost_time, "clock", lambda: now[0])
+    monkeypatch.setattr(runtime, "clock", lambda: now[0])
     monkeypatch.setattr(cost_time, "check_sample", slow)
     found = with_read_seconds(samples_of(sources, config, teacher), sources, config.data, teacher)
     assert (found, now) == ([SourceSamples(False, 12, 0, read=0.25)], [8 * 0.25])
