@@ -7,11 +7,10 @@ from os import PathLike
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from lcmdistill import __version__
 from lcmdistill.cli import cache, runs
-from lcmdistill.cli._aliases import Command, options_meant, unknown_command
+from lcmdistill.cli._aliases import Command, Commands, options_meant
 from lcmdistill.cli._errors import PARSER_ERROR, parser_sentence, report_error
 from lcmdistill.cli._options import GroupedCommand
 from lcmdistill.cli.distill import distill, distill_lora
@@ -28,16 +27,6 @@ from lcmdistill.utils.runtime import configure_process, exit_without_collecting
 from lcmdistill.utils.spelling import or_list
 
 HELP = {"help_option_names": ["-h", "--help"]}
-
-
-class Commands(TyperGroup):
-    """The commands. A word of other programs, such as train, is answered with the command of that meaning."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first argument names."""
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            raise unknown_command(args[0], self.list_commands(ctx))
-        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(

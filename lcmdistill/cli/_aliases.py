@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import Any, Literal, get_args, get_origin
 
+from typer.core import TyperGroup
+
 from lcmdistill.cli._options import SETTINGS, GroupedCommand, option_type
 from lcmdistill.config import explained, synonyms
 from lcmdistill.config.synonyms import normalized
@@ -20,7 +22,34 @@ class Command(GroupedCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after the command."""
-        return super().parse_args(ctx, translate(args, self.get_params(ctx), f"lcmdistill {self.name}"))
+        return super().parse_args(ctx, translate(args, self.get_params(ctx), _path(ctx)))
+
+
+class Commands(TyperGroup):
+    """A group of commands. A word of other programs, such as train, is answered with the command of that meaning."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the group."""
+        own = {name for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        if ctx.parent is None and args and args[0].startswith("-") and args[0].partition("=")[0] not in own:
+            raise UsageError(f"the command comes first: lcmdistill distill {args[0]} ...; see lcmdistill --help")
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first argument names."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            shown = [name for name, each in self.commands.items() if not each.hidden]
+            raise unknown_command(args[0], shown, group=_path(ctx) if ctx.parent else "lcmdistill")
+        return super().resolve_command(ctx, args)
+
+
+def _path(context: Any) -> str:
+    """Return the words that name a command, such as "lcmdistill cache clear"."""
+    names = []
+    while context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return " ".join(["lcmdistill", *reversed(names or [context.info_name])])
 
 
 def translate(arguments: list[str], parameters: Collection[Any], command: str) -> list[str]:
@@ -74,13 +103,15 @@ def _translated(
         option, meant = synonyms.FLAGS[word]
         if option := known.get(option) or known.get(synonyms.OPTIONS.get(option, "")):
             return option, "=", meant
+    if not trains and synonyms.OPTIONS.get(word) in known:
+        return known[synonyms.OPTIONS[word]], sign, value
     if text := _explanation(word, trains=trains):
         raise UsageError(f"{command} has no option {name}: {text}")
     setting = synonyms.setting_meant(word, list(_settings())) if trains and _is_exact(word) else None
-    option = _OPTION_OF.get(setting or "") if trains else synonyms.OPTIONS.get(word)
+    option = _OPTION_OF.get(setting or "")
     if option and normalized(option) in known:
         return known[normalized(option)], sign, value
-    if option and trains:
+    if option:
         raise UsageError(f"{command} has no option {name}, which is for lcmdistill distill-lora")
     if setting is not None:
         value = value or next(rest, "")
@@ -172,10 +203,15 @@ def options_meant(word: str, known: Collection[str], *, trains: bool) -> list[st
     return [each for each in dict.fromkeys(candidates) if each in known]
 
 
-def unknown_command(word: str, commands: Collection[str]) -> UsageError:
-    """Return the error for a word that is not a command."""
-    words = {**synonyms.COMMANDS, **{each: each for each in commands}}
+def unknown_command(word: str, commands: Collection[str], *, group: str = "lcmdistill") -> UsageError:
+    """Return the error for a word that is not a command of the program, or of one of its groups, such as lcmdistill runs."""
+    from lcmdistill.teachers.naming import ALIASES
+
+    meant = synonyms.SUBCOMMANDS.get(group.partition(" ")[2], synonyms.COMMANDS)
+    words = {**meant, **{each: each for each in commands}}
     name = normalized(word).replace("_", "-")
     near = [name] if name in words else near_words(word, words)
-    hint = f"did you mean {words[near[0]]}?" if near else f"choose from {', '.join(commands)}; see lcmdistill --help"
-    return UsageError(f"lcmdistill has no command {word!r}; {hint}")
+    hint = f"did you mean {words[near[0]]}?" if near else f"choose from {', '.join(commands)}; see {group} --help"
+    if group == "lcmdistill" and not near and (word in ALIASES or word.endswith(".safetensors")):
+        hint = f"did you mean distill --teacher {word}, or sample {word}?"
+    return UsageError(f"{group} has no command {word!r}; {hint}")

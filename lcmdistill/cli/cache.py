@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lcmdistill.cli._aliases import Commands
 from lcmdistill.cli._options import Debug, Yes
 from lcmdistill.cli._output import confirm, print_table
 from lcmdistill.utils.units import counted, date_text, size_text
@@ -99,7 +100,10 @@ def _users() -> dict[str, list[str]]:
 def add_to(app: typer.Typer, **options: Any) -> None:
     """Add the command and its subcommand to the application."""
     group = typer.Typer(
-        invoke_without_command=True, rich_markup_mode=None, context_settings=options["context_settings"]
+        cls=Commands,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        context_settings=options["context_settings"],
     )
     group.callback()(cache)
     group.command("list", **options)(list_entries)

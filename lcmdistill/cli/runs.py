@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lcmdistill.cli._aliases import Commands
 from lcmdistill.cli._options import Debug, Yes, run_folder
 from lcmdistill.cli._output import confirm, print_table
 from lcmdistill.utils.errors import UsageError
@@ -110,7 +111,10 @@ def _existing(name: Path) -> Path:
 def add_to(app: typer.Typer, **options: Any) -> None:
     """Add the command and its subcommands to the application."""
     group = typer.Typer(
-        invoke_without_command=True, rich_markup_mode=None, context_settings=options["context_settings"]
+        cls=Commands,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        context_settings=options["context_settings"],
     )
     group.callback()(runs)
     group.command("list", **options)(list_)

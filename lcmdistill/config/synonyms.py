@@ -234,6 +234,8 @@ OPTIONS: dict[str, str] = {
     "repo_id": "push_to_hub",
     "hub_model_id": "push_to_hub",
     "denoise": "strength",
+    "force": "yes",
+    "assume_yes": "yes",
 }
 "word -> the option that it means, of commands that do not train"
 
@@ -304,6 +306,20 @@ COMMANDS: dict[str, str] = {
     "version": "--version",
 }
 "a word -> the command that it means"
+
+SUBCOMMANDS: dict[str, dict[str, str]] = {
+    "runs": {
+        **dict.fromkeys(("ls", "all", "status"), "runs list"),
+        **dict.fromkeys(("delete", "del", "drop"), "runs remove"),
+        **dict.fromkeys(("prune", "clear", "gc"), "runs clean --checkpoints"),
+        **dict.fromkeys(("show", "describe", "info", "inspect"), "info RUN"),
+    },
+    "cache": {
+        **dict.fromkeys(("ls", "scan", "show", "info", "dir"), "cache list"),
+        **dict.fromkeys(("rm", "remove", "delete", "prune", "clean", "purge", "gc", "evict"), "cache clear"),
+    },
+}
+"group of commands -> a word -> the command that it means"
 
 
 def normalized(word: str) -> str:

@@ -105,7 +105,8 @@ def test_each_word_for_a_setting_is_accepted_or_explained(word: str) -> None:
 
 @pytest.mark.parametrize("word", synonyms.OPTIONS)
 def test_each_word_for_an_option_is_one_of_some_command(word: str) -> None:
-    options = {each for c in COMMANDS.commands.values() for p in c.params for each in p.opts}
+    inner = [each for c in COMMANDS.commands.values() for each in getattr(c, "commands", {}).values()]
+    options = {each for c in (*COMMANDS.commands.values(), *inner) for p in c.params for each in p.opts}
     assert f"--{synonyms.OPTIONS[word].replace('_', '-')}" in options
 
 
@@ -196,6 +197,35 @@ def test_each_word_for_a_command_names_it(word: str, command: Command) -> None:
     assert error == f"Error: lcmdistill has no command {word!r}; did you mean {synonyms.COMMANDS[word]}?\n"
     first = synonyms.COMMANDS[word].split()[0]
     assert first in COMMANDS.commands or first.startswith("--")
+
+
+@pytest.mark.parametrize(
+    ("group", "word", "meant"),
+    [(group, *each) for group, words in synonyms.SUBCOMMANDS.items() for each in words.items()],
+)
+def test_each_word_for_a_subcommand_names_it(group: str, word: str, meant: str, command: Command) -> None:
+    code, _, error = command(group, word)
+    assert (code, error) == (2, f"Error: lcmdistill {group} has no command {word!r}; did you mean {meant}?\n")
+    first, second, *_ = meant.split()
+    assert second in getattr(COMMANDS.commands[first], "commands", {"RUN": None})
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--teacher", "sd15"], "the command comes first: lcmdistill distill --teacher ...; see lcmdistill --help"),
+        (["sd15"], "lcmdistill has no command 'sd15'; did you mean distill --teacher sd15, or sample sd15?"),
+        (["cache", "clear", "--quiet"], "lcmdistill cache clear has no option --quiet: "),
+        (
+            ["runs", "foo"],
+            "lcmdistill runs has no command 'foo'; choose from list, remove, clean; see lcmdistill runs --help",
+        ),
+    ],
+)
+def test_words_without_a_command_are_answered(words: list[str], answer: str, command: Command) -> None:
+    code, _, error = command(*words)
+    assert code == 2
+    assert error.startswith(f"Error: {answer}")
 
 
 @pytest.mark.parametrize("option", ["--network-dim", "--rank"])

@@ -61,4 +61,5 @@ def test_the_stated_time_is_that_of_the_run(words: str, phases: set[str], tmp_pa
     before = processor_seconds()
     run()
     took = processor_seconds() - before
+    print(f"{words}: {sum(estimated.values()):.1f} s estimated, {took:.1f} s taken")
     assert sum(estimated.values()) == pytest.approx(took, rel=0.25), estimated
