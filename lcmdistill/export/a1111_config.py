@@ -21,8 +21,8 @@ def needs_config(facts: SamplingFacts) -> bool:
     return facts.prediction_type == "v_prediction" or facts.betas is not None
 
 
-def config_text(pipeline: Any) -> str:
-    """Return the configuration of an SD 1 pipeline in YAML."""
+def config_text(pipeline: Any, latent_scale: float) -> str:
+    """Return the configuration of an SD 1 pipeline in YAML. latent_scale: the scaling factor of the file's VAE."""
     unet, vae, scheduler = pipeline.unet.config, pipeline.vae.config, pipeline.scheduler.config
     channels, heads = unet.block_out_channels, unet.num_attention_heads or unet.attention_head_dim
     levels = range(len(channels))
@@ -69,7 +69,7 @@ def config_text(pipeline: Any) -> str:
         "channels": vae.latent_channels,
         "cond_stage_trainable": False,
         "conditioning_key": "hybrid" if unet.in_channels > vae.latent_channels else "crossattn",
-        "scale_factor": vae.scaling_factor,
+        "scale_factor": latent_scale,
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_params},
         "first_stage_config": {

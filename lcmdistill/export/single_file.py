@@ -31,6 +31,7 @@ from lcmdistill.export.client_sampling import check_sampling, sample_as_trained
 from lcmdistill.export.client_setup import header_needs, program_uses
 from lcmdistill.export.sampling_facts import facts_from_pipeline
 from lcmdistill.export.trained_student import TrainedStudent
+from lcmdistill.export.vae_scale import absorb_scale, absorbed_note
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.students.lora_files import SCHEDULER_OPTIONS_KEY
@@ -116,6 +117,7 @@ def write_single_file(
         raise UsageError(f"a single file must end in .safetensors; use {path.stem}.safetensors instead of {path.name}")
     header = {**header_of(pipeline, guidance_scale, usage), "modelspec.title": path.stem, **(metadata or {})}
     tensors = original_tensors(pipeline, network_for_file(network_of(pipeline), guidance_scale))
+    tensors = absorb_scale(tensors, pipeline.vae.config, layout_of(pipeline))
     tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()} | _markers(pipeline.scheduler.config)
     save_file(tensors, path, metadata=header)
 
@@ -163,13 +165,14 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
     """
     scheduler, network = pipeline.scheduler.config, network_of(pipeline)
     _, prediction = family_of(pipeline).denoiser(scheduler)
-    architecture = architecture_of(pipeline, prediction)
+    layout = layout_of(pipeline)
+    architecture = layout.architectures.get(prediction)
     if architecture is None:
         raise UsageError(f"single files support epsilon and v-prediction; this model predicts {prediction!r}")
     baked = (
         "" if guidance_scale is None else f"; guidance {guidance_scale:g} (omega {guidance_scale - 1:g}) is baked in"
     )
-    facts = facts_from_pipeline(pipeline, layout_of(pipeline).key)
+    facts = facts_from_pipeline(pipeline, layout.key)
     method = usage.method if usage else LatentConsistency.info
     counts = usage.counts if usage else method.steps(LatentConsistency())
     cfg, options = (usage.guidance_scale, usage.facts.scheduler_options) if usage else (1.0, {})
@@ -187,8 +190,10 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
         "lcmdistill.recommended_steps": str(counts.recommended),
         "lcmdistill.recommended_cfg_scale": f"{cfg:g}",
         SCHEDULER_OPTIONS_KEY: json.dumps(dict(options)),
-        "lcmdistill.vae_scaling_factor": f"{pipeline.vae.config.scaling_factor:g}",
+        "lcmdistill.vae_scaling_factor": f"{layout.latent_scale:g}",
     }
+    if note := absorbed_note(pipeline.vae.config, layout):
+        header["lcmdistill.vae"] = note
     size = network.config.sample_size
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
@@ -225,10 +230,14 @@ def configs_of(pipeline: Any) -> Iterator[Path]:
         pipeline.save_config(folder)
         for name in pipeline.components:
             _save_config(getattr(pipeline, name), folder / name)
-        # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none.
-        config = folder / "unet" / "config.json"
-        if config.is_file():
-            config.write_text(json.dumps({**parse_json(config.read_text()), "time_cond_proj_dim": None}))
+        # diffusers cannot read a single file for a U-Net whose config has an omega input; the file's has none. The file's
+        # VAE has the scale that programs assume.
+        layout = layout_of(pipeline)
+        vae = {"scaling_factor": layout.latent_scale, "shift_factor": layout.latent_shift or None}
+        for name, changes in {"unet": {"time_cond_proj_dim": None}, "vae": vae}.items():
+            config = folder / name / "config.json"
+            if config.is_file():
+                config.write_text(json.dumps({**parse_json(config.read_text()), **changes}))
         del pipeline  # the caller can free its memory
         yield folder
 
@@ -271,7 +280,9 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
     merge_adapter(student, pipeline)
     bakes = has_omega_input(network_of(pipeline))
     usage = SINGLE_FILE.usage(student.config, student.facts, str(path.parent), path.name)
-    configuration = config_text(pipeline) if needs_config(student.facts) else None
+    layout = layout_of(pipeline)
+    configuration = config_text(pipeline, layout.latent_scale) if needs_config(student.facts) else None
+    note = absorbed_note(pipeline.vae.config, layout)
     companion = path.with_suffix(COMPANION)
     if configuration is not None and companion.exists():
         raise UsageError(
@@ -305,7 +316,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
             sentence = f"{sentence}, {sampled}"
         if configuration is not None:
             write_text(companion, configuration)
-    return f"{sentence}; {use}"
+    return f"{sentence}; {note}; {use}" if note else f"{sentence}; {use}"
 
 
 def python_code(usage: Usage) -> str:

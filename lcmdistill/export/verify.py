@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.diffusion.consistency import omega_embedding
+from lcmdistill.export.vae_scale import vae_scale
 from lcmdistill.teachers.base import has_omega_input
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.pipelines import network_of
@@ -87,11 +88,15 @@ def pipeline_outputs(pipeline: Any, guidance_scale: float) -> dict[str, list[Ten
 
 @torch.no_grad()
 def _vae_both_ways(pipeline: Any) -> list[Tensor]:
+    """Return decoded latents, and the moments of encoded pixels, in the scale that the network sees."""
     family, vae, rng = family_of(pipeline), pipeline.vae.float().eval(), torch.Generator().manual_seed(0)
     side = 4 * family.vae_factor(vae.config)
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=rng)
     pixels = torch.rand(1, vae.config.in_channels, side, side, generator=rng) * 2 - 1
-    return [vae.decode(latents, return_dict=False)[0], family.vae(pipeline).encode(pixels).latent_dist.mean]
+    scale, shift = vae_scale(vae.config)
+    posterior = family.vae(pipeline).encode(pixels).latent_dist
+    log_std = (posterior.std.clamp(min=1e-12) * abs(scale)).log()
+    return [vae.decode(latents / scale + shift, return_dict=False)[0], (posterior.mean - shift) * scale, log_std]
 
 
 @torch.no_grad()

@@ -63,6 +63,8 @@ class SingleFileLayout:
         has_linear_projections: Whether the U-Net's attention blocks begin and end with linear layers, not with convolutions.
         has_prediction_keys: Whether checkpoints state v-prediction and zero-terminal SNR by the keys `v_pred` and `ztsnr`.
         has_a1111_config: Whether A1111 reads a configuration file next to a checkpoint.
+        latent_scale: The factor that programs multiply the VAE's latents by, whatever file they read.
+        latent_shift: What they subtract before.
         network_marker: For a transformer: a key of the network, without its prefix, that only this layout has.
         optional_encoders: The text encoders that a pipeline works without. Their tokenizers are not bundled: only --base
             supplies them.
@@ -84,6 +86,8 @@ class SingleFileLayout:
     has_linear_projections: bool = False
     has_prediction_keys: bool = False
     has_a1111_config: bool = False
+    latent_scale: float = 0.18215
+    latent_shift: float = 0.0
     network_marker: str = ""
     optional_encoders: tuple[str, ...] = ()
 

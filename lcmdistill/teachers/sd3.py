@@ -40,6 +40,8 @@ SD3 = SingleFileLayout(
     architectures={"flow_prediction": "stable-diffusion-3"},
     base_versions={"flow_prediction": "sd3"},
     default_prediction="flow_prediction",
+    latent_scale=1.5305,
+    latent_shift=0.0609,
     network_marker="joint_blocks.0.x_block.attn.qkv.weight",
     optional_encoders=("text_encoder_3",),
 )

@@ -33,6 +33,7 @@ SDXL = SingleFileLayout(
     takes_sizes=True,
     has_prediction_keys=True,
     has_linear_projections=True,
+    latent_scale=0.13025,
 )
 
 

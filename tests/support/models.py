@@ -224,7 +224,7 @@ def build_sd3(folder: Path, *, has_t5: bool = True, **changes: Any) -> Path:
     SD3(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=small_vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        vae=small_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(text_config(3, 24, hidden_act="gelu", projection_dim=20)),
         text_encoder_3=small_t5(40) if has_t5 else None,

@@ -76,7 +76,7 @@ def _assemble(path: Path, info: CheckpointInfo, folder: Path) -> Any:
         if part in info.layout.text_encoders:
             modules[part] = _empty(getattr(transformers, config["architectures"][0]), config)
         else:
-            config = _network_config(path, info, config) if part == network else config
+            config = _network_config(path, info, config) if part == network else {**config, **_vae_scale(info)}
             modules[part] = _empty(getattr(diffusers, config["_class_name"]), config)
     _fill(path, info, modules)
     kind: Any = getattr(diffusers, info.family.pipeline_classes[0])
@@ -99,7 +99,8 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     network = getattr(base, family.network)
     modules = {family.network: _empty(type(network), _network_config(path, info, dict(network.config)))}
     for part in (part for part in info.parts[1:] if getattr(base, part) is not None):  # a base may lack a T5
-        modules[part] = _empty(type(getattr(base, part)), getattr(base, part).config)
+        config = getattr(base, part).config
+        modules[part] = _empty(type(getattr(base, part)), {**config, **_vae_scale(info)} if part == "vae" else config)
     _fill(path, info, modules)
     for module in modules.values():
         module.eval().requires_grad_(False)
@@ -111,6 +112,13 @@ def _onto_base(path: Path, info: CheckpointInfo, base: Any, prediction_type: str
     changes |= {"rescale_betas_zero_snr": True} if info.zero_snr else {}
     base.scheduler = type(base.scheduler).from_config({**base.scheduler.config, **changes})
     return base
+
+
+def _vae_scale(info: CheckpointInfo) -> dict[str, Any]:
+    """Return the scale and the shift in the config of a file's VAE: those that every program assumes."""
+    if "vae" not in info.parts:
+        return {}
+    return {"scaling_factor": info.layout.latent_scale, "shift_factor": info.layout.latent_shift or None}
 
 
 def _network_config(path: Path, info: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any]:

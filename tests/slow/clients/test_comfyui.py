@@ -38,6 +38,17 @@ def test_one_step_of_an_lcm_student(base: Path, comfyui: str, clients_python: st
     torch.testing.assert_close(tensors["sigmas"], comfyui_sigmas(), rtol=1e-5, atol=0)
 
 
+def test_a_vae_of_another_scale(base: Path, comfyui: str, clients_python: str, tmp_path: Path) -> None:
+    pipeline = opened_student(base, method="lcm")
+    with_family_s = image_of(pipeline, 1)
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+    assert (image_of(pipeline, 1) - with_family_s).abs().max() > 10 * CLOSE
+    file = str(write_file(pipeline, tmp_path / "lcm.safetensors"))
+    job = {"checkpoint": file, "sampler": "lcm", "scheduler": "sgm_uniform", "steps": 1}
+    tensors, _ = in_comfyui(clients_python, comfyui, tmp_path / "job", **job)
+    assert off(pipeline, 1, tensors["images"]) <= CLOSE
+
+
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_pcm_student(steps: int, sampler: str, base: Path, comfyui: str, clients_python: str, tmp_path: Path) -> None:
