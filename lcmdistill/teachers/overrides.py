@@ -14,7 +14,7 @@ from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.hub_session import is_caused_by, limited_waiting
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
-from lcmdistill.teachers.single_file.inspect import read_header
+from lcmdistill.teachers.single_file.inspect import Header, inspect_checkpoint, read_header
 from lcmdistill.utils.errors import RunError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,10 +133,20 @@ def _single_file(path: Path, current: Any) -> Any:
         )
     with tempfile.TemporaryDirectory() as folder:
         values = {key: value for key, value in current.config.items() if not key.startswith("_")}
+        values |= _checkpoint_scale(path, header) if prefix else {}
         (Path(folder) / "config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderKL"}))
         return AutoencoderKL.from_single_file(
             str(path), config=folder, local_files_only=True, **dtype_option(torch.float32)
         )
+
+
+def _checkpoint_scale(path: Path, header: Header) -> dict[str, Any]:
+    """Return the scale and the shift of the VAE in a checkpoint, which every program assumes; {} for an unknown kind."""
+    try:
+        layout = inspect_checkpoint(path, header).layout
+    except UsageError:  # its VAE may be usable nevertheless
+        return {}
+    return {"scaling_factor": layout.latent_scale, "shift_factor": layout.latent_shift or None}
 
 
 def configure_vae(pipeline: Any, dtype: str, *, tiling: bool) -> None:

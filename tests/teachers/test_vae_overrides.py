@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lcmdistill.config.schema import DataConfig
+from lcmdistill.export.single_file import write_single_file
 from lcmdistill.sampling.generate import generate, load_student
 from lcmdistill.teachers import overrides as pieces
 from lcmdistill.teachers.loading import load_teacher
@@ -67,6 +68,14 @@ def test_a_teacher_takes_another_vae(
         assert torch.equal(mine, expected)
     assert {(p.requires_grad, p.dtype) for p in teacher.vae.parameters()} == {(False, torch.float32)}
     assert len({t.fingerprint(with_network=False) for t in (own, teacher)}) == 2
+
+
+def test_the_vae_inside_a_checkpoint_has_the_scale_of_files(other: Path, small_teacher: Path, tmp_path: Path) -> None:
+    write_single_file(opened(other), tmp_path / "other.safetensors", dtype=torch.float32)
+    with pytest.raises(
+        UsageError, match=r"has a scaling factor of 0\.18215 and the teacher's network was trained on .* 0\.5"
+    ):
+        load_teacher(str(small_teacher), vae=str(tmp_path / "other.safetensors"))
 
 
 @pytest.mark.parametrize(
