@@ -64,7 +64,8 @@ def export(
         "quantize": quantize,
         "weights": weights,
     }
-    logger.info(write_export(run, format_, output, **options, verify=verify, write_card=put_export_card))
+    for line in write_export(run, format_, output, **options, verify=verify, write_card=put_export_card).splitlines():
+        logger.info(line)
     if push_to_hub:
         publish.publish_export(run, format_, output, push_to_hub, private=private)
     return output

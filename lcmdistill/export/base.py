@@ -131,6 +131,7 @@ class Exporter:
         write: Writes the output and returns one sentence for the user.
         python: Returns the Python code that opens the output and generates an image.
         programs: Returns how the output is used in other programs.
+        library: What the Python code opens the output with.
         quantizations: The values of `--quantize` that it takes.
         bakes_guidance: Whether it bakes the guidance of a full student in, and so takes `--guidance-scale`.
         keeps_omega_input: Whether a full student keeps its guidance input.
@@ -143,6 +144,7 @@ class Exporter:
     write: Callable[[TrainedStudent, ExportRequest], str]
     python: Callable[[Usage], str]
     programs: Callable[[Usage], Sequence[ProgramUse]] = no_programs
+    library: str = "diffusers"
     quantizations: tuple[str, ...] = ()
     bakes_guidance: bool = False
     keeps_omega_input: bool = False
@@ -186,6 +188,19 @@ class Exporter:
             model=config.teacher.model,
             loras=(config.teacher.loras or ()) if needs_loras(config) else (),
         )
+
+
+def library_line(exporter: Exporter, usage: Usage) -> str:
+    """Return how an export is used in Python: what opens it, with which scheduler, steps and guidance scale."""
+    guidance = "" if usage.facts.family.in_pixels else f", guidance scale {usage.guidance_scale:g}"
+    steps = f"{usage.steps} step{'s' * (usage.steps != 1)}"
+    return f"{exporter.library}: scheduler {usage.method.scheduler}, {steps}{guidance}."
+
+
+def usage_lines(exporter: Exporter, usage: Usage) -> list[str]:
+    """Return how an export is used, one line per program: where its file goes, the sampler, the steps and CFG."""
+    programs = [f"{use.program}: {' '.join(use.lines)}" for use in exporter.programs(usage)]
+    return [f"  {line}" for line in (*programs, library_line(exporter, usage))]
 
 
 def needs_loras(config: RunConfig) -> bool:

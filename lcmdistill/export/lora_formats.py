@@ -143,15 +143,13 @@ def export_kohya(student: TrainedStudent, request: ExportRequest) -> str:
         request: What to write, and where.
 
     Returns:
-        A sentence with the largest difference from the student, and how to use the file.
+        A sentence with the largest difference from the student.
     """
     lora = student.require_lora()
     with atomic_file(request.output) as file:
         parts, metadata, expected = _parts_header_and_outputs(student, request, lora, "kohya")
         write_kohya(parts, file, metadata, student.family, request.dtype)
-        sentence = _verify(student, request, expected, file.parent, file.name)
-    usage = KOHYA.usage(student.config, student.facts, str(request.output.parent), request.output.name)
-    return "; ".join([sentence, *(f"{use.program}: {use.lines[-1]}" for use in kohya_programs(usage))])
+        return _verify(student, request, expected, file.parent, file.name)
 
 
 def export_diffusers_lora(student: TrainedStudent, request: ExportRequest) -> str:
@@ -302,4 +300,5 @@ PEFT = Exporter(
     writes="folder",
     write=export_peft,
     python=peft_code,
+    library="diffusers and peft",
 )

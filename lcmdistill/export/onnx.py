@@ -370,6 +370,7 @@ ONNX = Exporter(
     writes="folder",
     write=export_onnx,
     python=python_code,
+    library="optimum",
     quantizations=tuple(name for name in BOUNDS if name),
     keeps_omega_input=True,
 )

@@ -8,7 +8,7 @@ import torch
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export import EXPORTERS
-from lcmdistill.export.base import Exporter, ExportRequest, WriteCard, no_card
+from lcmdistill.export.base import Exporter, ExportRequest, WriteCard, no_card, usage_lines
 from lcmdistill.export.diffusers_pipeline import save_pipeline
 from lcmdistill.export.lora_formats import header, sampling_header
 from lcmdistill.export.lora_writers import write_diffusers_lora, write_kohya, write_peft
@@ -55,7 +55,7 @@ def export(
         write_card: Writes the model card of a folder.
 
     Returns:
-        A sentence with the largest difference.
+        A sentence with the largest difference, and a line per program on how the output is used.
 
     Raises:
         UsageError: The run cannot be written in this format, or not there.
@@ -77,9 +77,12 @@ def export(
         write_card=write_card,
     )
     try:
-        return exporter.write(student, request)
+        sentence = exporter.write(student, request)
     except OSError as error:
         raise RunError(f"{output} cannot be written: {error}") from error
+    place, file = (output.parent, output.name) if exporter.writes == "file" else (output, "")
+    lines = usage_lines(exporter, exporter.usage(student.config, student.facts, str(place), file))
+    return "\n".join([sentence, *lines])
 
 
 def _check_format(exporter: Exporter, student: TrainedStudent, guidance_scale: float | None) -> None:

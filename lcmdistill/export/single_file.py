@@ -269,7 +269,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
         request: What to write, and where.
 
     Returns:
-        A sentence with the largest difference from the student, and how to use the file.
+        A sentence with the largest difference from the student.
     """
     path, pipeline = request.output, student.pipeline()
     require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
@@ -297,13 +297,9 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
             metadata=file_header(student.config, path.stem),
             usage=usage,
         )
-        use = "; ".join(f"{each.program}: {' '.join(each.lines)}" for each in single_file_programs(usage))
-        omegas = omega_range(student.config)
+        omegas, unseen = omega_range(student.config), ""
         if bakes and omegas and not omegas.low <= request.guidance_scale - 1 <= omegas.high:
-            use += (
-                f" The student was trained with guidance scales of {omegas.scale} and never saw "
-                f"{request.guidance_scale:g}."
-            )
+            unseen = f"the student was trained with guidance scales of {omegas.scale} and never saw {request.guidance_scale:g}"
         sentence = unverified(path)
         if request.verify:
             del pipeline
@@ -316,7 +312,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
             sentence = f"{sentence}, {sampled}"
         if configuration is not None:
             write_text(companion, configuration)
-    return f"{sentence}; {note}; {use}" if note else f"{sentence}; {use}"
+    return "; ".join(part for part in (sentence, note, unseen) if part)
 
 
 def python_code(usage: Usage) -> str:

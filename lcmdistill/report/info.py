@@ -11,7 +11,16 @@ from lcmdistill.teachers.lora.kinds import adapter_settings, kinds_of, other_kin
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, model_hint, resolve_alias
 from lcmdistill.teachers.registry import family_of_class, single_file_layouts
 from lcmdistill.teachers.schedulers import is_flow, static_shift
-from lcmdistill.teachers.single_file.inspect import LORA_DOWNS, VAE, Header, inspect_checkpoint, is_lora, read_header
+from lcmdistill.teachers.single_file.inspect import (
+    LORA_DOWNS,
+    VAE,
+    Header,
+    holds_network,
+    inspect_checkpoint,
+    is_lora,
+    read_header,
+)
+from lcmdistill.teachers.single_file.other_files import OtherFile, not_safetensors, other_file
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
@@ -75,13 +84,25 @@ def _on_the_hub(model: str) -> list[Row]:
 
 def _file(path: Path) -> list[Row]:
     if path.suffix != ".safetensors":
-        raise UsageError(
-            f"{path} is not a .safetensors file; pickles are not read because opening one can run any code"
-        )
+        other = not_safetensors(path)
+        if other is None:
+            raise UsageError(
+                f"{path} is not a .safetensors file; pickles are not read because opening one can run any code"
+            )
+        return [("file", str(path)), *_other(other)]
     header = read_header(path)
-    rows = _lora(path, header) if is_lora(header) else _checkpoint(path, header)
+    if is_lora(header):
+        rows = _lora(path, header)
+    elif not holds_network(header) and (other := other_file(header.tensors)) is not None:
+        rows = [*_other(other), ("weights", _size(header.tensors))]
+    else:
+        rows = _checkpoint(path, header)
     metadata = [(f"header {key}", _shortened(value)) for key, value in sorted(header.metadata.items())]
     return [("file", str(path)), *rows, *metadata]
+
+
+def _other(file: OtherFile) -> list[Row]:
+    return [("type", file.title), ("use", file.use)]
 
 
 def _shortened(value: str) -> str:
@@ -128,8 +149,11 @@ def _lora(path: Path, header: Header) -> list[Row]:
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
     fits = {layout.width: layout.title for _, layout in single_file_layouts()}
     guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
+    unknown = other_kinds_of(names) or ["ComfyUI's model keys"] * any("diffusion_model." in name for name in names)
+    use = f"cannot be used here ({', '.join(unknown)}); merge it into its base in ComfyUI or with its own program"
     return [
         ("type", f"LoRA, {''.join(f'{each}, ' for each in kinds)}{kind} keys, on {counted(layers, 'layer')}"),
+        ("use", use if unknown else "pass it as --lora to sample, or as --teacher-lora to distill and distill-lora"),
         ("rank", ", ".join(map(str, ranks)) or "none"),
         ("alpha", in_file if alpha is None else str(alpha)),
         ("base", str(base or "not specified")),

@@ -7,6 +7,7 @@ from typing import Any
 from lcmdistill.config.guidance import omega_range
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.export import EXPORTERS
+from lcmdistill.export.base import Exporter, library_line
 from lcmdistill.export.sampling_facts import facts_from_run
 from lcmdistill.teachers.naming import public_path
 
@@ -47,8 +48,15 @@ def uses(run: Path, config: RunConfig, steps: int | None) -> list[dict[str, Any]
             entries.append({"name": use.program, "lines": [*use.lines], "code": None})
             continue
         baked = " with the guidance baked in" if facts.guidance == "input" else ""
-        first = use.lines[0] if is_lora else f"Write a single file{baked}. {use.lines[0]}"
-        entries.append({"name": use.program, "lines": [first, *use.lines[1:]], "code": export})
+        first = () if is_lora else (f"Write a single file{baked}, with the command below.",)
+        entries.append({"name": use.program, "lines": [*first, *use.lines], "code": export})
     command = f'lcmdistill sample {quote(place)} --steps {usage.steps} --prompt "a prompt"'
     lines = ["PNGs with embedded settings, and a grid."]
     return [*entries, {"name": "Command line", "lines": lines, "code": command}]
+
+
+def run_library_line(run: Path, config: RunConfig) -> str:
+    """Return how the student that a run wrote is used in Python, in one line."""
+    facts = facts_from_run(run, config)
+    exporter: Exporter = EXPORTERS[facts.family.run_lora_format if config.student.kind == "lora" else "pipeline"]
+    return library_line(exporter, exporter.usage(config, facts, public_path(run)))

@@ -46,6 +46,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path
     return found
 
 
+PLACES = {
+    "kohya": (("ComfyUI", "loras"), ("A1111", "Lora")),
+    "single-file": (("ComfyUI", "checkpoints"), ("A1111", "Stable-diffusion")),
+}
+"format -> where its file goes in each program"
+
+
 @each_family
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_every_export_gives_the_trained_output(
@@ -57,6 +64,15 @@ def test_every_export_gives_the_trained_output(
     assert (code, error) == (0, "")
     assert "reloaded, largest difference" in printed
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == [output.name]
+    first, *uses = [line for line in printed.splitlines() if line.startswith((str(output), "  "))]
+    assert first.startswith(f"{output}: ")
+    assert len(uses) == len(PLACES.get(name, ())) + 1
+    places = PLACES.get(name, ()) if family == "sd1" else ()  # the others have betas that programs do not know
+    for line, (program, place) in zip(uses, places, strict=False):
+        assert line.startswith(f"  {program}: Copy out.safetensors to models/{place}. ")
+        assert " 4 steps, CFG 1" in line
+    scale = 4 if kind == "full" and name != "single-file" else 1
+    assert uses[-1] == f"  {EXPORTERS[name].library}: scheduler LCMScheduler, 4 steps, guidance scale {scale}."
 
 
 @pytest.mark.parametrize("family", ["inpainting", "pixart", "pixel"])

@@ -110,6 +110,87 @@ def test_every_kind_of_lora_is_named_with_its_layers(keys: list[str], text: str,
     assert dict(describe(str(tmp_path / "a.safetensors")))["type"] == text.replace("1 layers", "1 layer")
 
 
+OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str, str]] = {
+    "ControlNet": ({"control_model.zero_convs.0.0.weight": (4, 4)}, "ControlNet", "cannot be used here"),
+    "ControlNet of diffusers": (
+        {
+            "controlnet_cond_embedding.conv_in.weight": (4, 3, 3, 3),
+            "down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3),
+        },
+        "ControlNet",
+        "cannot be used here",
+    ),
+    "IP-Adapter with a LoRA": (
+        {"image_proj.proj.weight": (4, 4), "ip_adapter.0.to_q_lora.down.weight": (4, 4)},
+        "IP-Adapter",
+        "cannot be used here",
+    ),
+    "VAE": (
+        {"encoder.conv_in.weight": (4, 3, 3, 3), "decoder.conv_in.weight": (4, 4, 3, 3)},
+        "VAE",
+        "pass it as --vae",
+    ),
+    "VAE of a checkpoint": ({"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3)}, "VAE", "pass it as --vae"),
+    "embedding": ({"emb_params": (8, 768)}, "textual inversion", "cannot be used here"),
+    "embedding of XL": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "textual inversion", "cannot be used here"),
+    "upscaler": (
+        {"model.0.weight": (64, 3, 3, 3), "model.1.sub.0.RDB1.conv1.0.weight": (32, 64, 3, 3)},
+        "upscaler",
+        "cannot",
+    ),
+    "CLIP": (
+        {"text_model.embeddings.token_embedding.weight": (9, 8)},
+        "CLIP text encoder",
+        "pass it as --text-encoder",
+    ),
+    "OpenCLIP": ({"transformer.resblocks.0.ln_1.weight": (8,)}, "CLIP text encoder", "pass it as --text-encoder"),
+    "T5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)}, "T5 text encoder", "cannot be used as a file"),
+    "FLUX": ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "FLUX transformer", "cannot be used as a file"),
+    "part of a folder": (
+        {"transformer_blocks.0.attn.to_q.weight": (8, 8)},
+        "transformer with",
+        "pass its diffusers folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_are_no_model_are_named_with_their_use(name: str, tmp_path: Path) -> None:
+    shapes, title, use = OTHERS[name]
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "a.safetensors")
+    rows = dict(describe(str(tmp_path / "a.safetensors")))
+    assert rows["type"].startswith(title)
+    assert rows["use"].startswith(use)
+
+
+def test_pickles_and_gguf_are_named_without_opening_them(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "new.ckpt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "it.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    for file, title in (("new.ckpt", "pickle of PyTorch"), ("old.pt", "pickle of PyTorch"), ("it.gguf", "GGUF")):
+        rows = dict(describe(str(tmp_path / file)))
+        assert rows["type"].startswith(title)
+        assert rows["use"].startswith("cannot be used here; use ")
+
+
+@pytest.mark.parametrize(
+    ("keys", "use"),
+    [
+        (["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight"], "pass it as --lora to sample"),
+        (["lora_unet_a.oft_blocks"], "cannot be used here (OFT)"),
+        (["lora_unet_a.a1.weight"], "cannot be used here (GLoRA)"),
+        (
+            ["lora_unet_a.lora_down.weight", "bundle_emb.x.string_to_param.*"],
+            "cannot be used here (textual inversions)",
+        ),
+        (["diffusion_model.a.lora_down.weight"], "cannot be used here (ComfyUI's model keys)"),
+    ],
+)
+def test_info_states_whether_a_lora_can_be_used(keys: list[str], use: str, tmp_path: Path) -> None:
+    save_file({key: torch.zeros(4, 4) for key in keys}, tmp_path / "a.safetensors")
+    assert dict(describe(str(tmp_path / "a.safetensors")))["use"].startswith(use)
+
+
 def test_a_peft_folder_of_another_kind_is_described(tmp_path: Path) -> None:
     save_file({"base_model.model.a.hada_w1_a": torch.zeros(4, 4)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 4, "alpha": 3}')

@@ -81,6 +81,11 @@ def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor
     unknown += [key for key, layer in alphas.items() if layer not in halves]
     is_comfy = any("diffusion_model." in key for key in unknown)
     kind = " with ComfyUI's model keys" if is_comfy else "".join(f" of {kind}" for kind in other_kinds_of(unknown)[:1])
+    if peft := next((key for key in unknown if key.startswith("base_model.model.")), None):
+        raise UsageError(
+            f"{label} has peft's keys, such as {peft}, and no adapter_config.json next to it, which has the scale of its "
+            "layers; pass the adapter's whole folder"
+        )
     if not halves:
         found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
         raise UsageError(

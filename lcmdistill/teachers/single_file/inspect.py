@@ -12,6 +12,7 @@ from typing import Any
 
 from lcmdistill.teachers.family import SingleFileLayout, TeacherFamily
 from lcmdistill.teachers.registry import single_file_layouts
+from lcmdistill.teachers.single_file.other_files import image_adapter, other_file
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
 
@@ -132,9 +133,16 @@ def _check_entries(tree: Mapping[str, Any]) -> None:
             raise ValueError(f"its entry {name} does not describe a tensor")
 
 
+def holds_network(header: Header) -> bool:
+    """Return whether a file holds a network of a known layout."""
+    return _unet_keys(header.tensors) is not None or _transformer(header.tensors) is not None
+
+
 def is_lora(header: Header) -> bool:
     """Return whether a file holds updates of layers instead of a model."""
-    return any(name.endswith((*LORA_ENDS, *LYCORIS_ENDS)) for name in header.tensors)
+    return image_adapter(header.tensors) is None and any(
+        name.endswith((*LORA_ENDS, *LYCORIS_ENDS)) for name in header.tensors
+    )
 
 
 def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
@@ -149,6 +157,8 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     unet = _unet_keys(names)
     if unet is None and (found := _transformer(names)) is not None:
         return found
+    if unet is None and (other := other_file(names)) is not None:
+        raise UsageError(f"{path} {other.text}")
     if unet is None:
         raise UsageError(
             f"{path} holds no Stable Diffusion U-Net ({UNET}input_blocks...); use a whole checkpoint of Stable Diffusion 1, 2, "

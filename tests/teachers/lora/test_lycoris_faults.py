@@ -152,3 +152,10 @@ def test_a_layer_under_two_names_is_refused_in_other_layouts() -> None:
 def test_settings_without_an_alpha_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"FILE has adapter settings without a usable alpha for to_q"):
         _peft_alpha(config, "to_q", 4, "FILE")
+
+
+def test_peft_s_keys_without_its_settings_are_refused() -> None:
+    pipeline: Any = SimpleNamespace()
+    key = "base_model.model.mid.to_q.lora_A.weight"
+    with pytest.raises(UsageError, match=rf"peft's keys, such as {key}, and no adapter_config.json .* whole folder"):
+        check_fit(pipeline, FAMILIES["sd"], {key: torch.ones(2, 2)}, "FILE")

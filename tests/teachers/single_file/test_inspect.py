@@ -139,7 +139,10 @@ U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transf
 
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
     ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; specify the checkpoint"),
-    ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
+    ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "is a FLUX transformer; cannot be used as a file"),
+    ({"control_model.input_blocks.0.0.weight": (4, 8)}, "is a ControlNet; cannot be used here"),
+    ({"decoder.conv_in.weight": (4, 8)}, "is a VAE; pass it as --vae to distill"),
+    ({"something.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
     ({U: (8, 4, 3, 3)}, "holds no text_encoder and no vae; pass --text-encoder and --vae"),
     ({U: (8, 4, 3, 3), "conditioner.embedders.0.model.x": (1,)}, "is SDXL's refiner"),
     ({U: (8, 4, 3, 3), C: (1,)}, "holds no vae; pass --vae, or --base MODEL"),
