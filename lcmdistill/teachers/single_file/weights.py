@@ -103,6 +103,7 @@ class CheckpointFile:
                 f"{self.path} lacks {missing[0]}, in total {len(missing)} of the {len(sources)} weights of its {what}; use a "
                 "complete file"
             )
+        self._require_scales([source for source in stored.values() if source is not None], what)
         state = {}
         with safe_open(self.path, "pt") as file:
             for name, value in module.state_dict().items():
@@ -110,6 +111,22 @@ class CheckpointFile:
                 state[name] = value if source is None else self._read(file, source, tuple(value.shape), what)
         module.load_state_dict(state, assign=True)
         return module
+
+    def _require_scales(self, stored: Sequence[Source], what: str) -> None:
+        """Raise UsageError if the file scales the fp8 matrices of a part, and the scale of one is missing."""
+        stems = {key.removesuffix(".weight") for key, *_ in stored if self._is_fp8_matrix(key)}
+        lost = sorted(stem for stem in stems if not any(f"{stem}{end}" in self.tensors for end in SCALES))
+        marks = [key.removesuffix("scaled_fp8") for key in self.tensors if key.endswith("scaled_fp8")]
+        is_marked = any(stem.startswith(mark) for mark in marks for stem in lost)
+        if lost and (len(lost) < len(stems) or is_marked):
+            raise UsageError(
+                f"{self.path} lacks {lost[0]}{SCALES[0]}, in total {len(lost)} of the {len(stems)} scales of fp8 weights in "
+                f"its {what}; use a complete file"
+            )
+
+    def _is_fp8_matrix(self, key: str) -> bool:
+        dtype, shape = self.tensors[key]
+        return dtype.startswith("F8") and len(shape) == 2 and key.endswith(".weight")
 
     def refuse_unread(self, prefix: str, sources: Sources, what: str) -> None:
         """Raise UsageError if the file has more layers below a prefix than were read: without them it is another model.

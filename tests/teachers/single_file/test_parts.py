@@ -85,6 +85,19 @@ def test_scaled_fp8_weights_are_scaled(scale: str, marker: dict[str, Tensor], fi
     assert same_weights(load_single_file(path).unet, expected.unet)
 
 
+def test_a_scale_that_is_missing_is_refused(files: dict[str, Path]) -> None:
+    marker = {f"{UNET}scaled_fp8": torch.empty(2, dtype=FP8)}
+    stored, _ = scaled_fp8(load(files["sd1"].read_bytes()), ".scale_weight", marker)
+    scales = [key for key in stored if key.endswith(".scale_weight")]
+    path = files["sd1"].with_name("stored.safetensors")
+    for lost in (scales[:1], scales):
+        save_file({key: value for key, value in stored.items() if key not in lost}, path)
+        with pytest.raises(
+            UsageError, match=rf"lacks {UNET}.*\.scale_weight, in total {len(lost)} of the {len(scales)} scales"
+        ):
+            load_single_file(path)
+
+
 def test_weights_of_other_quantizations_are_refused(files: dict[str, Path]) -> None:
     tensors = load_file(files["sd1"])
     key = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
