@@ -194,7 +194,8 @@ def library_line(exporter: Exporter, usage: Usage) -> str:
     """Return how an export is used in Python: what opens it, with which scheduler, steps and guidance scale."""
     guidance = "" if usage.facts.family.in_pixels else f", guidance scale {usage.guidance_scale:g}"
     steps = f"{usage.steps} step{'s' * (usage.steps != 1)}"
-    return f"{exporter.library}: scheduler {usage.method.scheduler}, {steps}{guidance}."
+    options = "".join(f", {name} {value:g}" for name, value in usage.method.sampling_options.items())
+    return f"{exporter.library}: scheduler {usage.method.scheduler}, {steps}{guidance}{options}."
 
 
 def usage_lines(exporter: Exporter, usage: Usage) -> list[str]:

@@ -149,7 +149,7 @@ OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str, str]] = {
     "part of a folder": (
         {"transformer_blocks.0.attn.to_q.weight": (8, 8)},
         "transformer with",
-        "pass its diffusers folder",
+        "cannot be used as a file; pass its diffusers folder",
     ),
 }
 

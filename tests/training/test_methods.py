@@ -146,6 +146,7 @@ def test_a_tcd_lora_is_exported_with_its_scheduler(tcd_lora: Path, tmp_path: Pat
     assert ", eta=0.3)" in (tmp_path / "fused" / "README.md").read_text()
     output = export(tcd_lora, "single-file", tmp_path / "a.safetensors", **options)
     assert "sampler TCD with eta 0.3, or LCM if there is no TCD, 4 steps, CFG 1" in output
+    assert output.endswith("  diffusers: scheduler TCDScheduler, 4 steps, guidance scale 1, eta 0.3.")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = file.metadata()
     assert header["modelspec.usage_hint"].startswith("TCD sampler")
@@ -180,14 +181,14 @@ def test_usage_instructions_name_the_method_s_sampler(objective: str, kind: str)
     config = resolve({}, {**flags, "objective.name": objective})
     cards = {use["name"]: use for use in uses(Path("runs/x"), config, 4)}
     if objective == "tcd":
-        assert "sampler TCD with eta 0.3" in cards["A1111"]["lines"][1]
-        assert "ComfyUI-TCD" in cards["ComfyUI"]["lines"][1]
+        assert "sampler TCD with eta 0.3" in cards["A1111"]["lines"][-1]
+        assert "ComfyUI-TCD" in cards["ComfyUI"]["lines"][-1]
     elif objective in ("pcm", "tdm"):
-        assert "sampler Euler, schedule type SGM Uniform, 4 steps, CFG 1" in cards["A1111"]["lines"][1]
-        assert "sampler euler, scheduler sgm_uniform, 4 steps, CFG 1" in cards["ComfyUI"]["lines"][1]
+        assert "sampler Euler, schedule type SGM Uniform, 4 steps, CFG 1" in cards["A1111"]["lines"][-1]
+        assert "sampler euler, scheduler sgm_uniform, 4 steps, CFG 1" in cards["ComfyUI"]["lines"][-1]
         assert "LCM" not in str(cards)
     else:
-        assert "sampler LCM" in cards["A1111"]["lines"][1]
+        assert "sampler LCM" in cards["A1111"]["lines"][-1]
         assert "TCD" not in str(cards)
     if kind == "lora":
         assert OBJECTIVES[objective].info.scheduler in cards["diffusers"]["code"]
