@@ -63,6 +63,11 @@ _METADATA = "lcmdistill"
 "the one key of the safetensors metadata: with several, safetensors writes them in any order, and bytes would differ"
 
 
+def generated_at_once(height: int, width: int) -> int:
+    """Return how many images the teacher generates at once."""
+    return min(GENERATED_AT_ONCE, max(1, PIXELS_PER_BATCH // (height * width)))
+
+
 def size_of(sample: Sample) -> str:
     """Return HEIGHTxWIDTH of the cropped image, in pixels."""
     return "{}x{}".format(*sample.frame[4:])
@@ -246,9 +251,8 @@ def _encode(
     most. part_file: holds the first batches after an interruption.
     """
     height, width = samples[0][1].frame[4:]
-    batch_size = max(1, PIXELS_PER_BATCH // (height * width))
-    if samples[0][1].pixels is None:
-        batch_size = min(batch_size, GENERATED_AT_ONCE)
+    is_generated = samples[0][1].pixels is None
+    batch_size = generated_at_once(height, width) if is_generated else max(1, PIXELS_PER_BATCH // (height * width))
     parts = _read_parts(part_file)
     with kept_if_interrupted(part_file, lambda: joined(parts)):
         for i in range(sum(len(part["mean"]) for part in parts), len(samples), batch_size):

@@ -4,6 +4,7 @@ The parts are measured, a few passes in all. What follows from them are numbers 
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 
 from lcmdistill.config.schema import DataConfig, RunConfig
 from lcmdistill.data.buckets import buckets_for, largest
+from lcmdistill.data.chunks import generated_at_once
 from lcmdistill.data.latent_cache import cache_folder, chunk_paths
 from lcmdistill.data.sources.base import Source
+from lcmdistill.data.sources.registry import is_generated
 from lcmdistill.data.survey import SourceReport, members_of
 from lcmdistill.data.trajectories import TrajectoryPlan
 from lcmdistill.data.transforms import check_sample
@@ -34,6 +37,10 @@ SLOW = 5.0
 "seconds of one pass after which it is not repeated"
 
 
+FEW = 2.0
+"seconds of passes up to which there are five of them, not three"
+
+
 @dataclass(frozen=True)
 class Rates:
     """Seconds on one device.
@@ -45,6 +52,7 @@ class Rates:
         encode: The VAE's encoder, per image.
         decode: The VAE's decoder, per image.
         caption: The text encoders, per caption.
+        generate: One forward pass on one sample of a batch that the teacher generates; None as `forward`.
     """
 
     forward: float
@@ -53,6 +61,7 @@ class Rates:
     encode: float
     decode: float
     caption: float
+    generate: float | None = None
 
 
 STARTING, ENCODING_PROMPTS = "starting", "encoding prompts"
@@ -166,18 +175,18 @@ def measure_rates(
     batch, size = config.optim.batch_size, largest(config.data, teacher.multiple)
     module = AutocastNetwork(teacher.network, teacher.call, dtype)
     z, t, c = teacher.example(batch, size, device)
-
-    def forward() -> None:
-        with torch.no_grad():
-            float(module(z, t, c.values, None).sum())
-
+    forward = _forward(module, (z, t, c.values, None))
     height, width = (size, size) if isinstance(size, int) else size
     pixels, latent = torch.zeros(1, 3, height, width, device=device), torch.zeros_like(z[:1])
     passed = _seconds(forward)
     both = _forward_backward(config, module, (z, t, c.values, None), passed)
     backward = max(both - passed, 0.5 * passed) + (passed if config.run.gradient_checkpointing else 0.0)
     adapter = ADAPTER if config.student.kind == "lora" else 1.0
-    is_latent = not teacher.in_pixels
+    is_latent, generate = not teacher.in_pixels, None
+    if any(map(is_generated, config.data.sources)) and not config.objective.info.prompts_only:
+        at_once = generated_at_once(height, width) * (2 if teacher.applies_cfg else 1)
+        some, t, c = teacher.example(at_once, size, device)
+        generate = _seconds(_forward(module, (some, t, c.values, None))) / at_once
     return Rates(
         forward=passed / batch,
         backward=adapter * backward / batch,
@@ -185,7 +194,18 @@ def measure_rates(
         encode=_seconds(lambda: float(teacher.encode_images(pixels)[0].sum())) if is_latent else 0.0,
         decode=_seconds(lambda: float(teacher.decode(latent).sum())) if is_latent else 0.0,
         caption=_seconds(lambda: teacher.encode_prompts([""] * 8)) / 8 if is_latent else 0.0,
+        generate=generate,
     )
+
+
+def _forward(module: AutocastNetwork, inputs: tuple) -> Callable[[], None]:
+    """Return a function that makes a forward pass."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            float(module(*inputs).sum())
+
+    return forward
 
 
 ADAPTER = 1.35
@@ -196,15 +216,15 @@ UPDATE_BYTES = 4 * 13
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Return the seconds of a call: the median of three after a first one, or of the first one alone if it is slow."""
+    """Return the seconds of a call: the median of up to five after a first one, or of the first one alone if it is slow."""
     times = []
-    for _ in range(4):
+    while len(times) < 4 or (len(times) < 6 and sum(times) < FEW):
         began = runtime.clock()
         run()
         times.append(runtime.clock() - began)
         if times[-1] > SLOW:
             return times[-1]
-    return sorted(times[1:])[1]
+    return statistics.median(times[1:])
 
 
 def _forward_backward(config: RunConfig, module: AutocastNetwork, inputs: tuple, forward: float) -> float:
@@ -264,7 +284,9 @@ def phases(
     encoded = sum(each.missing for each in samples if not each.generated) / world
     reading = sum(each.missing * each.read for each in samples) / world
     plan, applies_cfg = TrajectoryPlan.of(config), teacher.applies_cfg and data.guidance_scale > 1
-    per_image = rates.forward * (plan.forwards(teacher) if plan else (2 if applies_cfg else 1) * data.teacher_steps)
+    per_image = (rates.generate or rates.forward) * (
+        plan.forwards(teacher) if plan else (2 if applies_cfg else 1) * data.teacher_steps
+    )
     found = []
     if config.objective.info.prompts_only:
         found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, f"{math.ceil(generated):,} prompts"))

@@ -259,9 +259,12 @@ def caching_progress(
         after: The estimated seconds of what follows.
     """
     outputs = samples * config.data.teacher_cache_samples
+    stopped = "stopped before training started; re-run the same command"
+    if outputs:
+        stopped = f"stopped while {TEACHER_OUTPUTS}; progress is saved, re-run the same command to continue"
     with (
         progress(TEACHER_OUTPUTS, outputs, enabled=loud and outputs > 0, after=after) as bar,
-        stop.at_once(f"stopped while {TEACHER_OUTPUTS}; progress is saved, re-run the same command to continue"),
+        stop.at_once(stopped),
     ):
         yield progress_callback(TEACHER_OUTPUTS, bar, stop, loud=loud)
 
