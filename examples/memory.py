@@ -3,11 +3,13 @@
     python examples/memory.py               # the table
     python examples/memory.py sd15-lora     # one of its rows
     python examples/memory.py --measure     # on a GPU: estimated and measured, with random weights
+    python examples/memory.py --measure-cpu sdxl-lora    # one step at 256 px in main memory (Linux): minutes
 
 Memory does not depend on the values of the weights. All rows are in bf16 with a global batch of 12, by default 4 x 3.
 """
 
 import argparse
+import gc
 import json
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.training.distributed import make_accelerator
-from lcmdistill.training.memory.estimate import usable
+from lcmdistill.training.memory.estimate import step_memory, usable
 from lcmdistill.training.memory.plan import Plan, choose_plan, estimator, plan_memory
 from lcmdistill.training.run_settings import resolve_run_defaults
 from lcmdistill.training.trainer import make_trainer
@@ -185,11 +187,46 @@ def measure(config: RunConfig, teacher: Teacher, steps: int = 3) -> tuple[Plan |
     return plan, peak_memory(accelerator.device)
 
 
+def status(name: str) -> int:
+    """Bytes of main memory of this process: VmRSS, what it has now, or VmHWM, the most since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def measure_cpu(rows: list[str]) -> None:
+    """Print what one step of batch 1 at 256 px takes in main memory beyond what the process had before, beside the estimate."""
+    print("| run, 256 px, 1 x 1, bf16 | estimated GiB | measured GiB | |\n|---|---|---|---|")
+    more = {"data.resolution": 256, "optim.batch_size": 1, "optim.gradient_accumulation_steps": 1, "run.device": "cpu"}
+    for row in rows:
+        accelerator, before = (
+            make_accelerator(resolve({}, {"run.device": "cpu"}, objectives=OBJECTIVES)),
+            status("VmRSS"),
+        )
+        teacher = full_size(row.partition("-")[0], "cpu", torch.bfloat16)
+        config = configured(row, teacher, **{**more, "run.memory": "off"})
+        estimated = step_memory(config, teacher, torch.bfloat16)
+        data: Any = Latents(teacher, config.data.resolution)
+        trainer = make_trainer(config, Path(tempfile.mkdtemp()), accelerator, teacher, data)
+        vae = sum(p.numel() * p.element_size() for p in teacher.vae.parameters())
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        next(trainer.steps())
+        took = status("VmHWM") - before - vae
+        print(
+            f"| {row} | {estimated.total / GIB:.1f} | {took / GIB:.1f} | {estimated.total / took - 1:+.0%} |",
+            flush=True,
+        )
+        print(f"\n{estimated}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=f"of the table: {', '.join(ROWS)}")
     parser.add_argument("--measure", action="store_true", help="run some steps on the GPU that is here")
+    parser.add_argument("--measure-cpu", action="store_true", help="run a step of the rows in main memory")
     arguments = parser.parse_args()
+    if arguments.measure_cpu:
+        return measure_cpu(arguments.rows or ["sdxl-lora"])
     if not arguments.measure:
         return table(arguments.rows or list(ROWS))
     if not torch.cuda.is_available():
