@@ -21,6 +21,7 @@ from lcmdistill.teachers.single_file.inspect import (
     read_header,
 )
 from lcmdistill.teachers.single_file.other_files import OtherFile, not_safetensors, other_file
+from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.json_text import parse_json
 from lcmdistill.utils.redact import redact_word
@@ -182,7 +183,7 @@ def _pipeline(folder: Path) -> list[Row]:
     family = family_of_class(kind)
     config = _json(folder / (family.network if family else "unet") / "config.json")
     title = family.describe(kind, config) if family else "not supported"
-    rows = [("folder", str(folder)), ("type", f"{kind}: {title}")]
+    rows = [("folder", str(folder)), ("type", f"{kind}: {title}"), *_damage(folder)]
     rows += _denoiser(_json(folder / "scheduler" / "scheduler_config.json"))
     side, vae = config.get("sample_size"), _json(folder / "vae" / "config.json")
     if isinstance(side, int | list) and side:
@@ -248,7 +249,18 @@ def _json(path: Path) -> dict[str, Any]:
         tree = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
-    return tree if isinstance(tree, dict) else {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} is not a table of settings; restore the file")
+    return tree
+
+
+def _damage(folder: Path) -> list[Row]:
+    """Return a row if a file that a run wrote is missing, or is small and changed."""
+    try:
+        verify_checksums(folder, largest=2**20)
+    except UsageError as error:
+        return [("damage", str(error))]
+    return []
 
 
 def _run(folder: Path) -> list[Row]:
@@ -292,5 +304,9 @@ def _run(folder: Path) -> list[Row]:
     if not has_trained_student(folder):
         return [*rows, ("result", "none yet; run its distill command again to finish it")]
     if is_lora_run:
-        return [*rows, *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path))]
+        return [
+            *rows,
+            *_damage(folder / "lora"),
+            *(row for path in sorted((folder / "lora").glob("*.safetensors")) for row in _file(path)),
+        ]
     return [*rows, *_pipeline(folder / "pipeline")]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lcmdistill.utils.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -320,7 +322,12 @@ class TeacherFamily:
 
     def vae_factor(self, config: Mapping[str, Any]) -> int:
         """Return the downscale factor of a VAE's config: pixels per latent pixel."""
-        return 2 ** (len(config.get(self.vae_levels, [0])) - 1)
+        levels = config.get(self.vae_levels, [0])
+        if not isinstance(levels, list | tuple):
+            raise UsageError(
+                f"the VAE's config.json states {levels!r} for {self.vae_levels}, and not a list; restore the file"
+            )
+        return 2 ** (len(levels) - 1)
 
     def token_pixels(self, config: Mapping[str, Any], vae_factor: int) -> int:
         """Return the side in pixels of what the network takes as one token, or as one latent pixel.

@@ -1,5 +1,6 @@
 """Inspect a diffusers folder before a library opens it: its parts, its weight files, and no code of its own."""
 
+import codecs
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -45,6 +46,8 @@ def check_folder(
         raise UsageError(f"{folder} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
     for part in sorted(parts):
         _check_configs(folder / part)
+        if part.startswith("tokenizer"):
+            _check_tokenizer(folder / part)
         names = [path.name for path in (folder / part).iterdir()]
         is_safe = any(name.endswith(".safetensors") for name in names)
         if not is_safe and part != "safety_checker" and not allow_pickle and any(n.endswith(_PICKLES) for n in names):
@@ -59,14 +62,62 @@ def check_folder(
 
 
 def _check_configs(folder: Path) -> None:
-    """Raise UsageError for a configuration of a part that is no table, of which libraries report something else."""
-    for path in (folder / "config.json", folder / "scheduler_config.json"):
-        try:
-            config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read as JSON: {error}; restore the file") from error
-        if not isinstance(config, dict):
-            raise UsageError(f"{path} is not a table of settings; restore the file")
+    """Raise UsageError for a JSON file of a part that is damaged, of which libraries report something else or nothing."""
+    for path in sorted(folder.glob("*.json")):
+        values = _read_table(path)
+        if path.name in ("config.json", "scheduler_config.json") and not isinstance(values.get("_class_name", ""), str):
+            raise UsageError(f"{path} states {values['_class_name']!r} for its class, and not a name; restore the file")
+    if any(folder.glob("*.safetensors")) and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is incomplete: it has weights and no config.json; download it again")
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a downloaded pipeline.
+
+    Raises:
+        UsageError: The file is not a JSON object, or not as diffusers and transformers read one.
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise UsageError(
+                f"{path} starts with a byte-order mark, with which diffusers does not read it; save the file as UTF-8 "
+                "without one"
+            )
+        table = parse_json(content.decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}; restore the file") from error
+    if not isinstance(table, dict):
+        raise UsageError(f"{path} is not a table of settings; restore the file")
+    return table
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise UsageError for a tokenizer without its vocabulary: transformers makes one that reads every word as unknown."""
+    names = {path.name for path in folder.iterdir()}
+    own = "tokenizer.json" in names or any(name.endswith(".model") for name in names)
+    missing = [] if own else [name for name in ("vocab.json", "merges.txt") if name not in names]
+    if missing := missing + [name for name in ("tokenizer_config.json",) if name not in names]:
+        raise UsageError(f"{folder} is incomplete: it has no {' and no '.join(missing)}; download it again")
+    if not own:
+        _check_merges(folder)
+
+
+def _check_merges(folder: Path) -> None:
+    """Raise UsageError if merges.txt does not lead to the words of vocab.json: half of it would split words otherwise."""
+    words = _read_table(folder / "vocab.json").keys()
+    path = folder / "merges.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read: {error}; restore the file") from error
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    made = {"".join(pair) for pair in pairs}
+    unknown = next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in words), None)
+    lost = [word for word in words if len(word.removesuffix("</w>")) > 1 and word not in made and word[:1] != "<"]
+    if unknown is not None or len(lost) > len(words) // 100:
+        problem = f"{' '.join(unknown)!r} makes no word" if unknown else f"{len(lost)} words have no merge"
+        raise UsageError(f"{path} does not belong to vocab.json ({problem}); download both again")
 
 
 def pickles_allowed() -> bool:
@@ -83,11 +134,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise UsageError(f"{folder} is missing model_index.json, which a diffusers pipeline has at its top")
-    try:
-        index = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(index, dict) or "_class_name" not in index:
+    index = _read_table(path)
+    if "_class_name" not in index:
         raise UsageError(f"{path} does not describe a diffusers pipeline: it has no _class_name")
     return index
 

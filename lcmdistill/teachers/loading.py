@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
@@ -21,7 +19,7 @@ from lcmdistill.teachers.single_file.inspect import inspect_checkpoint, read_hea
 from lcmdistill.teachers.single_file.load import load_single_file
 from lcmdistill.teachers.text_encoders import missing_text_weights, replace_text_encoders
 from lcmdistill.utils.checksums import verify_checksums
-from lcmdistill.utils.errors import RunError, UsageError
+from lcmdistill.utils.errors import Interrupted, RunError, UsageError
 
 MOST_TIMESTEPS, MOST_PIXELS = 100_000, 100_000
 "above these, a number in a configuration file is taken for damage"
@@ -182,10 +180,9 @@ def _open_pipeline(
             kind = getattr(diffusers, index[part][1])
             options[part] = kind.from_pretrained(folder / part, use_safetensors=False, **dtype_option(torch.float32))
         pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
-    except (
-        *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError),
-        SafetensorError,
-    ) as error:
+    except (UsageError, RunError, Interrupted, MemoryError):
+        raise
+    except Exception as error:  # libraries raise whatever a damaged file leads them to
         raise _explain_loading(model, local.is_dir(), error) from error
     _check_weights(model, pipeline)
     if prediction_type is not None:

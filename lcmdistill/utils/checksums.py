@@ -65,8 +65,12 @@ def write_checksums(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
-def verify_checksums(folder: Path) -> None:
+def verify_checksums(folder: Path, *, largest: int | None = None) -> None:
     """Check the files of a folder against their recorded checksums; without a record nothing is checked.
+
+    Args:
+        folder: The folder.
+        largest: Of larger files only the existence is checked, because reading them takes seconds.
 
     Raises:
         UsageError: A file is missing or changed; the message names it.
@@ -80,7 +84,8 @@ def verify_checksums(folder: Path) -> None:
         raise UsageError(f"{path} is damaged ({error}); remove it to use the folder without a check") from error
     for name, expected in sums.items():
         file = folder / name
-        if not file.is_file() or checksum(file) != expected:
+        is_read = file.is_file() and (largest is None or file.stat().st_size <= largest)
+        if not file.is_file() or (is_read and checksum(file) != expected):
             state = "was changed or damaged after the run wrote it" if file.is_file() else "is missing"
             raise UsageError(
                 f"{file} {state}; restore it or, for a run, remove {folder} and run its command again (to accept a change, "

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lcmdistill.export import registry as export
 from lcmdistill.export.single_file import write_single_file
-from lcmdistill.report.info import describe
+from lcmdistill.report.info import _damage, describe
+from lcmdistill.utils.checksums import write_checksums
 from lcmdistill.utils.errors import RunError, UsageError
 from tests.support.finished_runs import finished_run
 from tests.support.models import FAMILY_BUILDERS, opened
@@ -57,6 +58,20 @@ def test_runs_and_their_exports_are_described(tmp_path: Path, small_teacher: Pat
     code, out, error = command("info", "a.safetensors")
     assert (code, error) == (0, "")
     assert "header ss_network_dim" in out
+
+
+@pytest.mark.parametrize("size", [1000, 2**20 + 1])
+def test_damage_to_what_a_run_wrote_is_a_row(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(size))
+    write_checksums(tmp_path)
+    assert _damage(tmp_path) == []
+    path.write_bytes(bytes(size - 1) + b"1")
+    assert len(_damage(tmp_path)) == (size == 1000)  # a large file is not read
+    path.unlink()
+    (row,) = _damage(tmp_path)
+    assert row[0] == "damage"
+    assert str(row[1]).startswith(f"{path} is missing; restore it")
 
 
 def test_a_single_file_is_described(tmp_path: Path, small_teacher: Path) -> None:
@@ -210,7 +225,7 @@ def test_a_usage_hint_is_shown_whole(tmp_path: Path) -> None:
 def test_the_bundled_teacher_is_described_without_torch() -> None:
     from lcmdistill.teachers.naming import ALIASES
 
-    code = "import sys; from lcmdistill.report.info import describe; "
+    code = "import sys; from lcmdistill.report.info import _damage, describe; "
     code += f"print(describe({ALIASES['tiny']!r}), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "LICENSES.md" in out or "apache" in out.lower()

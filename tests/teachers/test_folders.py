@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcmdistill.report.info import describe
-from lcmdistill.teachers.folders import check_classes
+from lcmdistill.teachers.folders import _check_tokenizer, check_classes
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command, edited
@@ -168,3 +169,80 @@ def test_a_damaged_configuration_is_named(
     (folder / part / name).write_text(text)
     with pytest.raises(UsageError, match=f"{part}/{name} {message}.*; restore the file"):
         load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)
+def test_a_byte_order_mark_is_named(name: str, small_teacher: Path, tmp_path: Path) -> None:
+    """diffusers and transformers do not read such a file, and do not say which it is."""
+    folder = shutil.copytree(small_teacher, tmp_path / "teacher")
+    path = folder / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(
+        UsageError, match=f"{re.escape(str(path))} starts with a byte-order mark.*save the file as UTF-8"
+    ):
+        load_pipeline(str(folder))
+    path.write_bytes(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode().encode("utf-16"))
+    with pytest.raises(UsageError, match=f"{re.escape(str(path))} cannot be read as JSON"):
+        load_pipeline(str(folder))
+
+
+def test_settings_that_a_library_refuses_end_in_a_sentence(small_teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_teacher, tmp_path / "teacher")
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": "many"}))
+    with pytest.raises(UsageError, match=r"cannot be loaded as a diffusers pipeline: .*vocab_size"):
+        load_pipeline(str(folder))
+    path.unlink()
+    with pytest.raises(UsageError, match=r"text_encoder is incomplete: it has weights and no config\.json"):
+        load_pipeline(str(folder))
+
+
+WORDS, MERGES = (
+    {"a": 0, "b</w>": 1, "c": 2, "ab</w>": 3, "cab</w>": 4, "<|end|>": 5},
+    "#version: 0.2\na b</w>\nc ab</w>\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "it has no vocab.json and no merges.txt and no tokenizer_config.json"),
+        ({"tokenizer_config.json": "{}"}, "it has no vocab.json and no merges.txt"),
+        ({"vocab.json": json.dumps(WORDS), "tokenizer_config.json": "{}"}, "it has no merges.txt"),
+        ({"tokenizer.json": "{}"}, "it has no tokenizer_config.json"),
+        (
+            {"merges.txt": MERGES.partition("c ab")[0]},
+            r"merges.txt does not belong to vocab.json \(1 words have no merge\)",
+        ),
+        (
+            {"merges.txt": MERGES.replace("c", "a")},
+            r"merges.txt does not belong to vocab.json \('a ab</w>' makes no word\)",
+        ),
+        ({"merges.txt": MERGES}, None),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, None),
+        ({"spiece.model": "", "tokenizer_config.json": "{}"}, None),
+    ],
+)
+def test_a_tokenizer_without_its_whole_vocabulary_is_refused(
+    files: dict[str, str], message: str | None, tmp_path: Path
+) -> None:
+    """transformers makes a tokenizer of nothing, which reads every word as the same one."""
+    if "merges.txt" in files:
+        files = {"vocab.json": json.dumps(WORDS), "tokenizer_config.json": "{}", **files}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if message is None:
+        _check_tokenizer(tmp_path)
+    else:
+        with pytest.raises(UsageError, match=message):
+            _check_tokenizer(tmp_path)
