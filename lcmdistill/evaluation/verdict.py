@@ -9,7 +9,7 @@ from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.evaluation.metrics.features import MIN_KID_IMAGES
 from lcmdistill.evaluation.results import Results
 
-Grade = Literal["enough", "close", "not quite", "unusable"]
+Grade = Literal["enough", "close", "worse", "unusable"]
 
 DECISIVE_METRICS = ("kid_teacher", "fid", "kid", "lpips", "ssim")
 "the metrics that decide, if they were computed"
@@ -91,7 +91,7 @@ def verdict(results: Results) -> Verdict:
     }
     failures = {n: outside_limits(results, n) for n in results.steps}
     grades: dict[int, Grade] = {
-        n: "unusable" if failures[n] else "enough" if gap <= ENOUGH else "close" if gap <= CLOSE else "not quite"
+        n: "unusable" if failures[n] else "enough" if gap <= ENOUGH else "close" if gap <= CLOSE else "worse"
         for n, gap in gaps.items()
     }
     passed = [n for n in results.steps if not failures[n]]
@@ -185,7 +185,7 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool, flaws:
     if enough is None:
         return f"Only {_steps(max(grades))} {_is(max(grades))} evaluated; more may be better."
     close = [n for n, grade in grades.items() if grade == "close"]
-    short = [n for n, grade in grades.items() if grade == "not quite"]
+    short = [n for n, grade in grades.items() if grade == "worse"]
     failed = [n for n, grade in grades.items() if grade == "unusable"]
     text = f"{_steps(enough)} {'is' if enough == 1 else 'are'} enough"
     if enough == max(grades):  # the numbers had not leveled off
@@ -196,7 +196,7 @@ def _headline(grades: dict[int, Grade], enough: int | None, usable: bool, flaws:
     if close:
         more.append(f"{_several(close)} {'comes' if close == [1] else 'come'} close")
     if short:
-        more.append(f"{_several(short)} {'is' if short == [1] else 'are'} not quite there")
+        more.append(f"{_several(short)} {'is' if short == [1] else 'are'} clearly worse")
     if failed:
         more.append(f"{_several(failed)} {'is' if failed == [1] else 'are'} not usable")
     return f"{text}; {', '.join(more)}." if more else f"{text}."

@@ -46,7 +46,7 @@ def test_four_steps_of_the_demo_are_enough_and_one_is_not():
     student = {n: {"kid": kid[n], "ssim": ssim[n]} for n in kid}
     teacher = {n: {"kid": k, "ssim": s} for n, (k, s) in its.items()}
     judged = verdict(sweep_of(student, teacher, own=0.05, its=0.1))
-    assert judged.headline == "4 steps are enough; 2 come close, 1 is not quite there."
+    assert judged.headline == "4 steps are enough; 2 come close, 1 is clearly worse."
     assert (judged.enough, judged.usable) == (4, True)
     assert judged.reasons[0].startswith(
         "At 4 steps the student's images are as close to real images as the teacher's at 50 steps (KID 0.11 and 0.125;"
@@ -58,7 +58,7 @@ def test_four_steps_of_the_demo_are_enough_and_one_is_not():
 
 def test_headlines_of_other_sweeps():
     rising = verdict(sweep_of(kids({1: 0.315, 2: 0.094}), kids(TEACHER)))
-    assert rising.headline == "2 steps is the best of those tested, and more may be better; 1 is not quite there."
+    assert rising.headline == "2 steps is the best of those tested, and more may be better; 1 is clearly worse."
     single = verdict(sweep_of(kids({1: 0.315}), kids(TEACHER)))
     assert single.headline == "Only 1 step was evaluated; more may be better."
     assert single.enough is None
@@ -73,7 +73,7 @@ def test_without_features_the_similarity_to_the_teacher_decides():
     student = {n: {"ssim": s, "sharpness": d} for n, s, d in ((1, 0.59, 0.6), (2, 0.75, 0.9), (4, 0.756, 1.0))}
     teacher = {n: {"ssim": s, "sharpness": 1.0} for n, s in ((1, 0.09), (2, 0.36), (4, 0.73), (50, 1.0))}
     judged = verdict(sweep_of(student, teacher))
-    assert judged.headline == "2 steps are enough; 1 is not quite there."
+    assert judged.headline == "2 steps are enough; 1 is clearly worse."
     assert any(
         reason.startswith("At 1 step, images are blurry (sharpness 0.6 of the teacher's) and further")
         for reason in judged.reasons
@@ -87,12 +87,12 @@ def test_a_teacher_closer_to_itself_at_8_steps_does_not_make_a_student_unusable(
     student, teacher = ({n: {"kid": k, "ssim": s} for n, (k, s) in rows.items()} for rows in (both, its))
     judged = verdict(sweep_of(student, teacher))
     assert judged.usable
-    assert judged.headline == "4 steps are enough; 1 and 2 are not quite there."
+    assert judged.headline == "4 steps are enough; 1 and 2 are clearly worse."
     # A decrease with more steps does not count against them.
     student = {
         n: {"kid": k, "ssim": s} for n, k, s in ((1, 0.3, 0.6), (2, 0.15, 0.75), (4, 0.12, 0.7), (8, 0.119, 0.6))
     }
-    assert verdict(sweep_of(student, teacher)).headline == "2 steps are enough; 1 is not quite there."
+    assert verdict(sweep_of(student, teacher)).headline == "2 steps are enough; 1 is clearly worse."
     broken = {n: {"ssim": 0.12} for n in both}
     assert not verdict(sweep_of(broken, {n: {"ssim": s} for n, (_, s) in its.items()})).usable
 
@@ -161,7 +161,7 @@ def test_the_headline_names_what_is_odd_about_enough_steps():
     teacher = {n: {"ssim": s, "sharpness": 1.0} for n, s in ((1, 0.09), (2, 0.36), (4, 0.73), (50, 1.0))}
     student = {n: {"ssim": s, "sharpness": d} for n, s, d in ((1, 0.59, 0.6), (2, 0.75, 0.75), (4, 0.756, 1.3))}
     judged = verdict(sweep_of(student, teacher))
-    assert judged.headline == "2 steps are enough, but images are blurry; 1 is not quite there."
+    assert judged.headline == "2 steps are enough, but images are blurry; 1 is clearly worse."
     assert any(
         reason == "At 2 steps, images are blurry (sharpness 0.75 of the teacher's)." for reason in judged.reasons
     )
