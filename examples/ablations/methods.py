@@ -159,7 +159,10 @@ def measured() -> dict[str, dict[str, Any]]:
         for name, folder in FOLDERS.items():
             results = read_results(RUNS / f"seed-{seed}" / folder)
             if results is not None:
-                points = {point: cell["numbers"] for point, cell in results.points.items()}
+                points = {
+                    point: cell["numbers"] | {f"{metric}_error": e for metric, e in cell["standard_errors"].items()}
+                    for point, cell in results.points.items()
+                }
                 found.setdefault(str(seed), {})[name] = points
     return found
 

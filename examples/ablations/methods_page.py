@@ -22,6 +22,7 @@ from methods import (
 )
 from PIL import Image, ImageDraw
 
+from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.utils.atomic import write_text
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
@@ -91,6 +92,18 @@ def spread(found: Sequence[float]) -> str:
     return number(mean(found)) + ends
 
 
+def within_error(numbers: Numbers, a: tuple[str, str, int], b: tuple[str, str, int]) -> bool:
+    """Return whether two numbers (run, metric, steps) differ by less than the standard error of their difference.
+
+    More seeds do not make it smaller, because all are evaluated on the same prompts and noise.
+    """
+    errors = [values(numbers, run, f"{metric}_error", steps) for run, metric, steps in (a, b)]
+    if not all(errors):
+        return False
+    means = [mean(values(numbers, *each)) for each in (a, b)]
+    return abs(means[0] - means[1]) < sum(mean(each) ** 2 for each in errors) ** 0.5
+
+
 def claims(numbers: Numbers) -> list[Claim]:
     """Return what the methods are meant to do, checked by the means over the seeds. Claims without numbers are left out."""
     found: list[Claim] = []
@@ -101,6 +114,10 @@ def claims(numbers: Numbers) -> list[Claim]:
             labels = [
                 f"{run} at {_steps(steps)}: {spread(of)}" for (run, _, steps), of in zip(points, each, strict=True)
             ]
+            close = [
+                f"{run} at {_steps(n)}" for run, _, n in points[1:] if within_error(numbers, points[0], (run, _, n))
+            ]
+            labels += [f"the difference from {' and from '.join(close)} is within its standard error"] if close else []
             found.append(Claim(text, holds(*map(mean, each)), "; ".join(labels)))
 
     def kid(run: str, steps: int) -> tuple[str, str, int]:
@@ -308,7 +325,7 @@ def write_page(numbers: Numbers, folder: Path) -> None:
         "",
         f"{IMAGES} images on {held_out} captions that no student saw, from the same noise, at guidance scale {SCALE}. The "
         "reference is the teacher at 50 steps on the same captions. RMSE is over latents. KID takes MobileNetV2 features; "
-        "at or below zero there is no measurable difference. Sharpness, saturation and diversity are relative to the "
+        f"{_of_kid(numbers)}. Sharpness, saturation and diversity are relative to the "
         "teacher; 1 is best. Each number is the mean of the seeds, with the smallest and the largest in brackets. TCD is "
         "sampled with its default fresh noise, eta .3. A PCM or TDM student is meant for as many steps as it has phases "
         "or segments. The results do not transfer to larger models.",
@@ -330,6 +347,19 @@ def write_page(numbers: Numbers, folder: Path) -> None:
     for metric, title in TITLES.items():
         parts += [f"## {title[0].upper()}{title[1:]}", "", table(numbers, metric), ""]
     write_text(folder / "methods.md", "\n".join(parts))
+
+
+def _of_kid(numbers: Numbers) -> str:
+    """Return how small a KID can be told from none, in words."""
+    same = values(numbers, "LCM", "kid_teacher", TEACHER_STEPS, "teacher")
+    errors = [e for run in FOLDERS for n in STEPS for e in values(numbers, run, "kid_teacher_error", n)]
+    text = "at or below zero there is no measurable difference"
+    if same and errors:
+        text += (
+            f", the teacher's set compared with itself has {number(same[0])}, and the standard error of a number is "
+            f"{number(min(errors))} to {number(max(errors))}"
+        )
+    return text
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -121,6 +121,20 @@ def test_a_verdict_follows_the_numbers(modules: Any, start: str, changed: dict[s
         assert [c.shows for c in page.claims(numbers(methods, **each)) if c.text.startswith(start)] == [shows]
 
 
+def test_a_difference_within_the_standard_error_is_called_so(modules: Any) -> None:
+    methods, page = modules
+    found = numbers(methods)
+    for runs in found.values():
+        for points in runs.values():
+            points["student-02-g4"]["kid_teacher_error"] = 0.01
+    a, b = ("PCM, 2 phases", "kid_teacher", 2), ("LCM", "kid_teacher", 2)  # .0125 apart, and the error is .0141
+    assert page.within_error(found, a, b)
+    assert "; the difference from LCM at 2 steps is within its standard error" in page.claims(found)[0].evidence
+    found["0"]["LCM"]["student-02-g4"]["kid_teacher"] += 0.02
+    assert not page.within_error(found, a, b)
+    assert not page.within_error(numbers(methods), a, b)
+
+
 def test_without_runs_there_is_no_page(
     modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
