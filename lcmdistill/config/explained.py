@@ -80,7 +80,9 @@ TRAINING = _by_word(
             "min_snr_gamma snr_gamma debiased_estimation_loss v_pred_like_loss "
             "scale_v_pred_loss_like_noise_pred loss_weight_fn"
         ),
-        "the method chooses its time steps; remove this option": "min_timestep max_timestep timestep_sampling",
+        "the method chooses its time steps; remove this option": (
+            "min_timestep max_timestep timestep_sampling timestep_distribution"
+        ),
         "captions are encoded once, as they are, and cached; remove this option, or edit the captions": (
             "shuffle_caption caption_tag_dropout_rate keep_tokens caption_prefix caption_suffix weighted_captions "
             "max_token_length"
@@ -113,7 +115,13 @@ TRAINING = _by_word(
             "num_validation_images sample_at_first"
         ),
         "set --learning-rate to the value that is to be used; remove this option": "scale_lr",
-        "the target network is set with --set student.target=ema or live": "use_ema offload_ema",
+        "the target is set with --set student.target=ema or live, and its decay with --set objective.ema_decay=D": (
+            "ema use_ema offload_ema"
+        ),
+        "masks of the data are not read; remove this option": "masked_training",
+        "cached latents of other settings are never used; to delete them, use lcmdistill cache clear": (
+            "clear_cache_before_training clear_cache"
+        ),
         "the version is read from the teacher's files; remove this option": "v2",
         "torchrun sets up the processes; remove this option": "local_rank ddp_timeout dynamo_backend",
         "training asks no questions; remove this option": "yes y",

@@ -87,7 +87,6 @@ SETTINGS: dict[str, str] = {
     "method": "objective.name",
     "loss_type": "objective.distance",
     "k": "objective.skip",
-    "ema": "objective.ema_decay",
     "t": "teacher.model",
     "m": "teacher.model",
     "teacher_path": "teacher.model",
