@@ -128,7 +128,7 @@ def group_commands(group: str, seed: int) -> list[list[str]]:
 
 
 def _training(settings: Mapping[str, Any]) -> list[str]:
-    others = {key: value for key, value in (SETTINGS | settings).items() if key != "objective.name"}
+    others = {key: value for key, value in {**SETTINGS, **settings}.items() if key != "objective.name"}
     return [
         *("--teacher", "tiny", "--data", "teacher", "--prompts", str(PROMPTS)),
         *("--objective", settings["objective.name"]),
