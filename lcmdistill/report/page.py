@@ -5,7 +5,7 @@ the run was evaluated.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -148,7 +148,7 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
         "training": {"about": _training_about(run, config, lines), "charts": cards[len(quality) :]}
         if training
         else None,
-        "validation": validation_grids(run / "samples"),
+        "validation": validation_grids(run / "samples", _validated(lines)),
         "use": uses(run, config, judged.enough if judged and judged.enough else None),
         "configuration": configuration_rows(config),
         "settings": settings_to_toml(redact_paths(flatten(config))).strip(),
@@ -157,6 +157,10 @@ def context(run: Path, config: RunConfig) -> dict[str, Any]:
     }
     values["sections"] = [(name, title) for name, title in SECTIONS.items() if values[name]]
     return values
+
+
+def _validated(lines: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [int(line["step"]) for line in lines if any(key.startswith("val/") for key in line)]
 
 
 def _warnings(run: Path, config: RunConfig, results: Results | None) -> list[str]:

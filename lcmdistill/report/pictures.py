@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,16 @@ def embedded(path: Path, alt: str) -> Picture | None:
     return Picture(f"data:image/{kind};base64,{data}", alt, width, height)
 
 
-def validation_grids(folder: Path) -> list[Picture]:
-    """Embed the validation grids of a run, oldest first and reduced; at most MAX_GRIDS, spread over the run."""
+def validation_grids(folder: Path, steps: Iterable[int] = ()) -> list[Picture]:
+    """Embed the validation grids of a run, oldest first and reduced; at most MAX_GRIDS, spread over the run.
+
+    Args:
+        folder: RUN/samples.
+        steps: The steps that were validated; a grid that is missing is logged.
+    """
+    missing = [name for step in steps if not (folder / (name := f"step-{step:06d}.png")).is_file()]
+    if missing:
+        logger.warning(f"{folder} lacks {len(missing)} validation grids, such as {missing[0]}")
     paths = sorted(path for path in folder.glob("step-*.png") if path.stem.removeprefix("step-").isdecimal())
     if len(paths) > MAX_GRIDS:
         paths = [paths[i * (len(paths) - 1) // (MAX_GRIDS - 1)] for i in range(MAX_GRIDS)]

@@ -9,6 +9,7 @@ from PIL import Image
 from lcmdistill.evaluation.previews import damaged_previews, write_previews
 from lcmdistill.evaluation.results import read_results
 from lcmdistill.report.page import preview
+from lcmdistill.report.pictures import validation_grids
 from tests.support.evaluated import results_of
 
 POINTS = ("student-01-g4", "student-02-g4")
@@ -70,3 +71,11 @@ def test_a_part_that_is_missing_is_reported(run: Path, name: str, caplog: pytest
         assert len(results.points) == (1 if "points" in name else 2)
     assert caplog.text.count("left out") == 1
     assert f"evaluate again: lcmdistill evaluate {run}" in caplog.text
+
+
+def test_a_validation_grid_that_is_gone_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "step-000002.png")
+    (picture,) = validation_grids(tmp_path, [2])
+    assert (picture.name, caplog.text) == ("2", "")
+    assert len(validation_grids(tmp_path, [2, 4, 6])) == 1
+    assert f"{tmp_path} lacks 2 validation grids, such as step-000004.png" in caplog.text

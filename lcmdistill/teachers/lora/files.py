@@ -250,16 +250,15 @@ def kohya_form(
         prefix = next((prefix for prefix in dotted if key.startswith(prefix)), None)
         suffix, end = next(((s, end) for s, end in _KOHYA_ENDS if key.endswith(s)), ("", ""))
         if prefix is None or not suffix:
-            new, path, stem = key, "", ""
-        else:
-            path = key.removeprefix(prefix).removesuffix(suffix)
-            stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
-            new = f"{stem}.{end}"
-        if new in tensors:
-            raise twice_error(label, key)
-        tensors[new] = value.flatten() if stem and end == "dora_scale" else value
-        if not stem:
+            if key in tensors:
+                raise twice_error(label, key)
+            tensors[key] = value
             continue
+        path = key.removeprefix(prefix).removesuffix(suffix)
+        stem = f"{kohya[dotted[prefix]]}{flat_path(path)}"
+        if f"{stem}.{end}" in tensors:
+            raise twice_error(label, key)
+        tensors[f"{stem}.{end}"] = value.flatten() if end == "dora_scale" else value
         if end == "lora_down.weight" and "lora_alpha" in own_settings[prefix]:
             tensors[f"{stem}.alpha"] = torch.tensor(_peft_alpha(own_settings[prefix], path, len(value), label))
     return tensors
