@@ -18,6 +18,9 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
 "files that hold the caption of the image of the same name; the first that exists is used"
 
+LARGEST_FILE = 1 << 29
+"bytes of an image or caption; a sparse or compressed file may have any size, and would be read into memory"
+
 PART = 128
 "members of a part, where a source has no parts of its own"
 

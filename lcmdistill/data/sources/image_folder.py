@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
-from lcmdistill.data.sources.base import CAPTION_SUFFIXES, PART, Member, Source, SourceOptions, caption_of, file_stamp
+from lcmdistill.data.sources.base import (
+    CAPTION_SUFFIXES,
+    LARGEST_FILE,
+    PART,
+    Member,
+    Source,
+    SourceOptions,
+    caption_of,
+    file_stamp,
+)
 from lcmdistill.data.sources.metadata_files import metadata_rows
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.diffusion.random import derive_seed
 from lcmdistill.utils.errors import UsageError
+
+TOO_LARGE = "file of more than 512 MiB: not read"
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 "the first that a folder holds describes all images in it and below it"
@@ -218,12 +229,16 @@ def _member(entry: _Entry) -> Member:
             caption = caption_of(row, "text", "caption")
         elif entry.caption_file is not None and not entry.caption_file.is_file():
             problem = "caption is not a file"  # a pipe or a device, whose reading might not end
+        elif entry.caption_file is not None and entry.caption_file.stat().st_size > LARGEST_FILE:
+            problem = TOO_LARGE
         elif entry.caption_file is not None:
             caption = decode_text(entry.caption_file.read_bytes())
         if problem:
             pass
         elif not entry.name or not entry.image.is_file():
             problem = "image file missing"
+        elif entry.image.stat().st_size > LARGEST_FILE:
+            problem = TOO_LARGE
         elif entry.image.suffix.lower() in IMAGE_SUFFIXES:
             problem = unsupported_reason(entry.image.suffix.lower())
     except TextEncodingError as error:

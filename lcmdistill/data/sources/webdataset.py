@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
 from lcmdistill.data.sources.base import (
     CAPTION_SUFFIXES,
+    LARGEST_FILE,
     TAR_SUFFIXES,
     Member,
     Source,
@@ -198,9 +199,6 @@ ENDS_EARLY = "shard ends early (no end-of-archive mark): the rest is missing"
 NOT_ADJACENT = "files of a sample are not side by side in a compressed or remote shard; sort it with tar --sort=name"
 
 NOT_A_FILE = "link or device in a shard: not read (pack files with tar --hard-dereference --dereference)"
-
-LARGEST_FILE = 1 << 29
-"bytes of an image or caption; a sparse or compressed file may claim any size, and would be read into memory"
 
 TOO_LARGE = "file of more than 512 MiB in a shard: not read"
 

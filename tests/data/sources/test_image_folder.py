@@ -191,6 +191,15 @@ def test_the_spelling_of_a_folder_is_not_in_the_fingerprint(tmp_path: Path, monk
     assert make_source("y").fingerprint() == make_source("./y").fingerprint()
 
 
+def test_files_of_any_size_are_not_read_into_memory(tmp_path: Path) -> None:
+    fill(tmp_path, 3, "a")
+    first, second = sorted(path for path in tmp_path.iterdir() if path.suffix != ".txt")[:2]
+    for path in (first, second.with_suffix(".txt")):
+        with path.open("r+b") as file:
+            file.truncate(1 << 40)  # sparse: it takes no room on the disk
+    assert reasons(tmp_path) == {"kept": 1, "file of more than 512 MiB: not read": 2}
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders")
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     fill(tmp_path, 2, "a")
