@@ -186,6 +186,9 @@ def test_pickles_and_gguf_are_named_without_opening_them(tmp_path: Path) -> None
         rows = dict(describe(str(tmp_path / file)))
         assert rows["type"].startswith(title)
         assert rows["use"].startswith("cannot be used here; use ")
+        (tmp_path / file).rename(tmp_path / "renamed.safetensors")
+        with pytest.raises(UsageError, match=rf"renamed.safetensors is a {title}.*; cannot be used here; use "):
+            describe(str(tmp_path / "renamed.safetensors"))
 
 
 @pytest.mark.parametrize(

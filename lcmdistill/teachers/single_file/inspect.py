@@ -12,7 +12,7 @@ from typing import Any
 
 from lcmdistill.teachers.family import SingleFileLayout, TeacherFamily
 from lcmdistill.teachers.registry import single_file_layouts
-from lcmdistill.teachers.single_file.other_files import image_adapter, other_file
+from lcmdistill.teachers.single_file.other_files import image_adapter, not_safetensors, other_file
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
 
@@ -121,6 +121,8 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"{missing:,} bytes are missing at its end; download or copy it again")
         return Header(strings, {name: (each["dtype"], tuple(each["shape"])) for name, each in tree.items()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if (other := not_safetensors(path)) is not None:
+            raise UsageError(f"{path} {other.text}") from error
         raise UsageError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
 
 

@@ -125,10 +125,10 @@ def not_safetensors(path: Path) -> OtherFile | None:
         return None
     if start == b"GGUF":
         return OtherFile(
-            "GGUF (quantized weights)",
+            "GGUF file of quantized weights",
             "cannot be used here; use a .safetensors file in fp32, fp16, bf16 or fp8 of the same model",
         )
-    if start.startswith(PICKLE_STARTS) and path.suffix != ".zip":
+    if start.startswith(PICKLE_STARTS):
         return OtherFile(
             "pickle of PyTorch, which was not opened because that can run any code",
             "cannot be used here; use the model's .safetensors file, or convert it in ComfyUI or A1111",
