@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -97,6 +98,11 @@ def select_metrics(
             metrics = {**of_teacher, **metrics}  # what the teacher would make of the same prompts comes first
             if real:
                 _add_kid(metrics, key, notes, network, real, run, count, is_requested=options.real is not None)
+        elif options.real is not None and options.inception is None and options.published is None:
+            raise UsageError(
+                f"--real is for KID, which needs {least} images, and {count} are generated per combination; use --num-images "
+                f"{least} or more, or remove --real"
+            )
         else:
             notes.append(
                 f"KID, precision and recall need {least} images, and {count} were generated (--num-images {least})."
@@ -207,8 +213,13 @@ def real_sources(runs: Sequence[EvaluatedRun], options: EvaluationOptions, choic
     """Return the sources of real images for all runs: --real, or the runs' data where the prompts belong to them.
 
     Prompts belong to the user's own images if they are their captions, and to bundled images if they come with them.
+
+    Raises:
+        UsageError: What --real names does not exist.
     """
     if options.real is not None:
+        with _named_real():
+            make_source(options.real)
         return (options.real,)
     words = [word for run in runs for word in run.config.data.sources if _holds_images(word)]
     bundled = tuple(dict.fromkeys(word for word in words if word == BundledShards.kind))
@@ -240,6 +251,16 @@ def _holds_images(word: str) -> bool:
         return False
 
 
+@contextmanager
+def _named_real() -> Iterator[None]:
+    """Let the errors of a source of real images name --real, which is not for training data."""
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        message = str(error).replace("--data", "--real")
+        raise type(error)(message.replace("tiny, or teacher to train without a data set", "or tiny")) from error
+
+
 def real_images(sources: Sequence[str], resolution: int, count: int) -> Tensor:
     """Return real images in [0, 1], (at most count, 3, H, W), spread evenly over sources or over their beginning.
 
@@ -249,11 +270,8 @@ def real_images(sources: Sequence[str], resolution: int, count: int) -> Tensor:
     """
     data, each, pixels = DataConfig(resolution=resolution), -(-count // len(sources)), []
     for source in sources:
-        try:
+        with _named_real():
             members = list(make_source(source).members(32 * each))
-        except (UsageError, RunError) as error:
-            message = str(error).replace("--data", "--real")
-            raise type(error)(message.replace("tiny, or teacher to train without a data set", "or tiny")) from error
         stride = max(1, len(members) // each)
         samples = (
             check_sample(replace(member, caption="real"), data, 0, i) for i, member in enumerate(members[::stride])

@@ -34,7 +34,11 @@ def test_runs_are_compared_with_the_same_real_images(small_run: Path, tmp_path: 
         return real_sources(some, EvaluationOptions(real=real, prompts=prompts), BUNDLED)
 
     assert sources("teacher", str(image_folder), "tiny") == ("tiny",)
-    assert sources("teacher", "tiny", real="elsewhere") == ("elsewhere",)
+    assert sources("teacher", "tiny", real=str(image_folder)) == (str(image_folder),)
+    with pytest.raises(
+        UsageError, match=r"^--real elsewhere does not exist; pass a folder of images, .tar shards, or tiny$"
+    ):
+        sources("teacher", "tiny", real="elsewhere")
     # The prompts are not the captions of a user's own images.
     assert sources(str(image_folder)) == ()
     assert sources("tiny", prompts="own.txt") == ()
@@ -70,6 +74,8 @@ def test_too_few_images_give_no_kid(small_run: Path, image_folder: Path, small_f
     run, cpu = evaluated_run(small_run), torch.device("cpu")
     few = select_metrics(run, EvaluationOptions(), (str(image_folder),), 16, cpu)
     assert not {"kid", "kid_teacher", "precision", "recall"} & set(few.metrics)
+    with pytest.raises(UsageError, match=r"^--real is for KID, which needs 50 images, and 16 are generated"):
+        select_metrics(run, EvaluationOptions(real=str(image_folder)), (str(image_folder),), 16, cpu)
     assert few.notes == ("KID, precision and recall need 50 images, and 16 were generated (--num-images 50).",)
     with pytest.raises(UsageError, match="needs at least 50 images, and --num-images is 16"):
         select_metrics(run, EvaluationOptions(features=small_features), (), 16, cpu)
