@@ -208,7 +208,8 @@ def draw(numbers: Numbers, path: Path) -> None:
                 axes.set_ylabel(title, fontsize=9)
             if row == 0:
                 axes.set_title(head, fontsize=10)
-                axes.legend(fontsize=7)
+                if axes.lines:
+                    axes.legend(fontsize=7)
             if row == len(TITLES) - 1:
                 axes.set_xlabel("sampling steps")
     figure.savefig(path, dpi=90)
@@ -318,8 +319,8 @@ def write_page(numbers: Numbers, folder: Path) -> None:
         "",
         f"Full students of the bundled teacher. LCM, TCD and PCM see the same samples: {TRAIN_STEPS} steps of {BATCH}, on "
         f"latents that the teacher generates in 16 steps for {NUM_PROMPTS - held_out} captions. All have omega {OMEGA:g}, "
-        "an EMA of .95 and a learning rate of 1e-4, because the published rates (5e-6 and 2e-6) do not move these "
-        f"students in so few steps. TDM uses the captions only, without latents, and has the time of LCM's run: {lengths} "
+        "an EMA of .95 and a learning rate of 1e-4; the published rates of PCM and TDM (5e-6 and 2e-6) are for larger models "
+        f"and longer runs. TDM uses the captions only, without latents, and has the time of LCM's run: {lengths} "
         f"segments. This follows from the operations of a step, {ratios} times LCM's, and so does not depend on what else the "
         "machine computes. The time that LCM, TCD and PCM need for the teacher's latents is not counted.",
         "",
