@@ -9,6 +9,7 @@ Shapes: B batch, C latent channels, h w latent size, L tokens, D embedding width
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lcmdistill.teachers.family import (
@@ -61,7 +62,7 @@ def call_mmdit(network: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: T
 
     dtype, embeds = dtype_of(network), c["prompt_embeds"]
     if embeds.shape[1] == CLIP_TOKENS:  # no T5: its zeros are not kept
-        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, T5_TOKENS))
+        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, _absent_t5_tokens()))
     return network(
         z.to(dtype),
         encoder_hidden_states=embeds.to(dtype),
@@ -69,6 +70,22 @@ def call_mmdit(network: Any, z: Tensor, t: Tensor, c: Mapping[str, Tensor], w: T
         timestep=t,
         return_dict=False,
     )[0]
+
+
+@cache
+def _absent_t5_tokens() -> int:
+    """Return how many zeros the installed diffusers appends for an absent T5: 77 in early versions, later T5_TOKENS."""
+    from types import SimpleNamespace as Fake
+
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    encoder, transformer = Fake(dtype=torch.float32), Fake(config=Fake(joint_attention_dim=1))
+    pipeline: Any = Fake(
+        text_encoder=encoder, text_encoder_3=None, tokenizer_max_length=CLIP_TOKENS, transformer=transformer
+    )
+    options = {"max_sequence_length": T5_TOKENS, "device": torch.device("cpu"), "dtype": torch.float32}
+    return StableDiffusion3Pipeline._get_t5_prompt_embeds(pipeline, "", 1, **options).shape[1]
 
 
 def _example_inputs(network: Any, generator: Generator, batch: int) -> dict[str, Tensor]:

@@ -202,7 +202,7 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     weight = {name: module.weight.clone() for name, module in pipeline.transformer.named_modules() if name in layers}
     with torch.no_grad():
         before = call_flux(pipeline.transformer, z, t, cond, None)
-        pipeline.load_lora_weights(str(file))
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         after = call_flux(pipeline.transformer, z, t, cond, None)
         pipeline.unload_lora_weights()
         for name, module in pipeline.transformer.named_modules():

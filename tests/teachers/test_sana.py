@@ -130,7 +130,7 @@ def test_a_pcm_run_is_read_by_diffusers(
     inputs = torch.randn(1, 8, 8, 8), torch.randn(1, 5, 16), torch.tensor([500.0])
     with torch.no_grad():
         before = pipeline.transformer(*inputs, return_dict=False)[0]
-        pipeline.load_lora_weights(str(file))
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         after = pipeline.transformer(*inputs, return_dict=False)[0]
     assert (after - before).abs().max() > 0
 

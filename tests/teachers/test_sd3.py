@@ -118,7 +118,7 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     weight = {name: module.weight.clone() for name, module in pipeline.transformer.named_modules() if name in layers}
     with torch.no_grad():
         before = pipeline.transformer(*inputs, return_dict=False)[0]
-        pipeline.load_lora_weights(str(file))
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         after = pipeline.transformer(*inputs, return_dict=False)[0]
         pipeline.unload_lora_weights()
         for name, module in pipeline.transformer.named_modules():

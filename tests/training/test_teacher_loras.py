@@ -118,8 +118,8 @@ def test_it_runs_on_the_plain_base_in_diffusers(
     exporting.export(runs["teacher"], form, tmp_path / f"relative-{name}", **options)
     whole, fused = opened(small_teacher), load_pipeline(str(small_teacher), loras=loras)
     for pipeline, file in ((whole, tmp_path / name), (fused, tmp_path / f"relative-{name}")):
-        weights = {"weight_name": file.name} if form == "kohya" else {}
-        pipeline.load_lora_weights(str(file.parent if form == "kohya" else file), **weights)
+        weights = file.name if form == "kohya" else "pytorch_lora_weights.safetensors"
+        pipeline.load_lora_weights(str(file.parent if form == "kohya" else file), weight_name=weights)
     expected = outputs(fused)
     for part, values in outputs(whole).items():
         assert difference(values, expected[part]) < 1e-4, part
