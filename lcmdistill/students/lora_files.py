@@ -11,6 +11,7 @@ from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.files import Lora, lora_weights_file
 from lcmdistill.teachers.registry import FAMILIES, family_of_lora_header
+from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
 
@@ -59,12 +60,21 @@ def family_of_lora(folder: Path) -> TeacherFamily:
     Args:
         folder: RUN/lora. A peft folder belongs to the family that has no other format; a folder without a file counts as
             Stable Diffusion.
+
+    Raises:
+        UsageError: The file is damaged.
     """
     file = next(iter(sorted(folder.glob("[!.]*.safetensors"))), None)
     header: dict[str, str] = {}
     if file is not None:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = opened.metadata() or {}
+        except SafetensorError as error:
+            verify_checksums(folder)  # which states how a run repairs it
+            raise UsageError(
+                f"{file} is not a safetensors file: {error}; restore it, or export the run again"
+            ) from error
     if (key := header.get(FAMILY_KEY, "")) in FAMILIES:
         return FAMILIES[key]
     if (folder / "adapter_config.json").is_file():  # of a run before the key was written
