@@ -47,6 +47,7 @@ def stalled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(hub_session.limited_waiting.__wrapped__, "__defaults__", (0.3,))  # type: ignore[attr-defined]
+    huggingface_hub.HfFileSystem.clear_instance_cache()  # those of earlier tests have the endpoint of their time
     if hasattr(huggingface_hub, "configure_http_backend"):  # before 1.0: sessions remember that they were offline
         importlib.import_module("huggingface_hub.utils._http").reset_sessions()
     yield endpoint
