@@ -4,7 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,11 +49,11 @@ def test_a_cached_teacher_output_equals_the_teacher_s(name: str, guidance: str, 
         data__caption_drop=0.3,
         **own,
     )
-    step: Any = run.train_step
+    step, feed = cast("Any", run.train_step), cast("Any", run.feed)
     assert step.teacher_outputs is not None
     draws = [(5, 1), (0, 0), (5, 0)]
     rng = Rng(run.config.run.seed, 9, range(3), fixed_draws=draws)
-    batch = batch_of(run.feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.3)
+    batch = batch_of(feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.3)
 
     def loss(state: Any) -> torch.Tensor:
         return step.objective.loss(step.student_network, step.target_network, step.schedule, batch, state)

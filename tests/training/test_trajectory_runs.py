@@ -1,7 +1,7 @@
 """Runs that start on the teacher's own trajectories: resumed bit for bit, planned, and distinguished from other runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ def test_a_run_resumes_bit_for_bit(kind: str, method_run: MethodRunner, tmp_path
 def test_cached_teacher_outputs_are_those_on_the_trajectories(speed_settings: Settings) -> None:
     settings = {key: value for key, value in speed_settings.items() if "w_m" not in key}
     run = built(settings, **OWN, objective__name="pcm", data__teacher_cache_samples=2)
-    step: Any = run.train_step
+    step, feed = cast("Any", run.train_step), cast("Any", run.feed)
     draws = [(5, 1), (0, 0), (5, 0)]
     rng = Rng(run.config.run.seed, 9, range(3), fixed_draws=draws)
-    batch = batch_of(run.feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.0)
+    batch = batch_of(feed.dataset.read([index for index, _ in draws]), rng, step.null, 0.0)
     assert batch.trajectory is not None
     cached, live = step.prepare(batch, rng), step.objective.teacher_step(step.teacher, step.schedule, batch, rng)
     assert torch.equal(cached.z_t, batch.trajectory.at(step.schedule, batch.latents, cached.t))
