@@ -109,6 +109,8 @@ class SampleStream:
         self._is_divided = len(self._parts) >= world
         self._kept: Counter[int] = Counter()
         self._dropped: list[Counter[str]] = [Counter() for _ in sources]
+        self._kept_in = 0
+        "the epoch of the last sample that was kept"
         self.start = Position(0, rank if self._is_divided else 0)
         "where `samples` begins"
 
@@ -128,7 +130,7 @@ class SampleStream:
 
         Raises:
             UsageError: If none can be used.
-            RunError: If a part cannot be read.
+            RunError: If a part cannot be read, or no sample can be used any more.
         """
         waiting: deque[tuple[int, int, Position, Future[Sample | Rejected]]] = deque()
         # One OpenMP thread each, as for `read_ahead`.
@@ -141,9 +143,10 @@ class SampleStream:
                     outcome = decided.result()
                     if isinstance(outcome, Sample):
                         self._kept[number] += 1
+                        self._kept_in = after.epoch
                         yield (place, outcome), after
                     else:
-                        self._drop(number, outcome.reason)
+                        self._drop(number, outcome.reason, after.epoch)
 
     def batches(self, size: int) -> Iterator[tuple[list[Placed], Position]]:
         """Yield lists of `size` samples, each with the position after it."""
@@ -177,8 +180,13 @@ class SampleStream:
                 raise self._none_usable(0)
             epoch, begin = epoch + 1, first
 
-    def _drop(self, number: int, reason: str) -> None:
+    def _drop(self, number: int, reason: str, epoch: int) -> None:
         self._dropped[number][reason] += 1
+        if self._kept and epoch > self._kept_in + 1:
+            raise RunError(
+                f"--data {self.sources[number].label} has lost its samples: a whole pass had no usable one (last reason: "
+                f"{reason}); restore the files, and run the same command again"
+            )
         if not self._kept and self._dropped[number].total() >= GIVE_UP_AFTER:
             raise self._none_usable(number)
 

@@ -12,8 +12,10 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that o
 )
 
 
-_NOT_IN_TEXT = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f]")
-"control characters that no text holds: Cyrillic UTF-16 without a mark is valid UTF-8 with one per letter"
+_NOT_IN_TEXT = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f]|\x1b[$(]")
+"""Control characters that no text holds.
+
+Cyrillic UTF-16 without a mark is valid UTF-8 with one per letter. ISO 2022 is ASCII whose escapes choose the characters."""
 
 NOT_TEXT = "text is not UTF-8, nor UTF-16 with a byte order mark"
 

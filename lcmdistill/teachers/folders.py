@@ -19,6 +19,9 @@ _PICKLES = (".bin", ".pt", ".ckpt")
 # The libraries whose classes a pipeline may name. diffusers imports any other one, or a module next to the weights.
 _LIBRARIES = ("diffusers", "transformers")
 
+_IMPLEMENTATION = re.compile("(?:attn|attention|experts)_implementation")
+"the settings of transformers that may name a kernel"
+
 WEIGHT_FILE = re.compile(r"[^.]+(?:\.(?P<variant>\w+?))?(?:-\d+-of-\d+)?\.safetensors")
 "the name of a weight file, with its variant"
 
@@ -67,8 +70,29 @@ def _check_configs(folder: Path) -> None:
         values = _read_table(path)
         if path.name in ("config.json", "scheduler_config.json") and not isinstance(values.get("_class_name", ""), str):
             raise UsageError(f"{path} states {values['_class_name']!r} for its class, and not a name; restore the file")
+        check_kernels(path, values)
     if any(folder.glob("*.safetensors")) and not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is incomplete: it has weights and no config.json; download it again")
+
+
+def check_kernels(path: Path | str, values: Any) -> None:
+    """Refuse a configuration that names a compiled kernel of the hub: transformers downloads it and runs its code.
+
+    Args:
+        path: What the configuration was read from, for messages.
+        values: The configuration, or a part of it.
+
+    Raises:
+        UsageError: An implementation of attention or experts is a name such as owner/kernel.
+    """
+    for key, value in values.items() if isinstance(values, dict) else ():
+        names = value.values() if isinstance(value, dict) else [value]
+        if _IMPLEMENTATION.search(key) and any(isinstance(name, str) and "/" in name for name in names):
+            raise UsageError(
+                f"{path} states {value!r} for {key}, which is code of the hub, and code of a model is not run; remove the "
+                "setting"
+            )
+        check_kernels(path, value)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

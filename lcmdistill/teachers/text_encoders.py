@@ -1,6 +1,6 @@
 """Text encoders: complete ones, and replacements for a teacher's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.folders import check_kernels
 from lcmdistill.teachers.hub_session import is_caused_by, limited_waiting
 from lcmdistill.teachers.naming import is_local
 from lcmdistill.teachers.registry import family_of_class
@@ -82,12 +83,12 @@ def _load(word: str, name: str, current: Any, allow_pickle: bool, *, local_only:
     try:
         with limited_waiting():
             try:
-                encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
+                encoder, report = _open(kind, source, options)
             except OSError as error:
                 if path.is_dir() or is_caused_by(error, "HubStalled"):
                     raise
                 options["subfolder"] = name  # of a whole pipeline on the hub
-                encoder, report = kind.from_pretrained(source, output_loading_info=True, **options)
+                encoder, report = _open(kind, source, options)
     except Exception as error:  # a loader raises whatever it meets in folders of another kind
         reason = str(error).strip().split("\n")[0]
         if is_caused_by(error, "HubStalled") and not local_only:
@@ -101,6 +102,13 @@ def _load(word: str, name: str, current: Any, allow_pickle: bool, *, local_only:
             f"--text-encoder {word} lacks {len(missing)} weights, such as {missing[0]}; use a complete one"
         )
     return encoder
+
+
+def _open(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
+    """Return a text encoder and the report on its weights, once its configuration names no code."""
+    where = {key: options[key] for key in ("subfolder", "local_files_only") if key in options}
+    check_kernels("config.json", kind.config_class.get_config_dict(source, **where)[0])
+    return kind.from_pretrained(source, output_loading_info=True, **options)
 
 
 def _from_file(path: Path, current: Any) -> Any:

@@ -27,6 +27,10 @@ _URL_IN_TEXT = re.compile(rf"({_SCHEME})((?:(?!(?:::)?{_SCHEME})[^\s'\"<>])*)")
 _COMMAND_IN_TEXT = re.compile(rf"(?<!Broken )\b{COMMAND}(?!\.\.\.|COMMAND\b).*", re.DOTALL)
 
 
+# A transport may quote the header that it refuses.
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=\bBearer )[^\s'\"]+")
+
+
 def redact_word(word: str) -> str:
     """Return what a setting names, in a form for messages: without credentials, queries and commands."""
     return HIDDEN_COMMAND if word.startswith(COMMAND) else _URL.sub(_redact_url, word)
@@ -40,11 +44,12 @@ def redact_value(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Return a message without credentials, queries and commands.
+    """Return a message without credentials, tokens, queries and commands.
 
     Where a command ends in a message cannot be known, so everything after it is removed; use `redact_word` before.
     """
-    return _URL_IN_TEXT.sub(_redact_url, _COMMAND_IN_TEXT.sub(HIDDEN_COMMAND, text))
+    text = _URL_IN_TEXT.sub(_redact_url, _COMMAND_IN_TEXT.sub(HIDDEN_COMMAND, text))
+    return _TOKEN.sub("...", text)
 
 
 def printable(text: str, *, lines: bool = True) -> str:

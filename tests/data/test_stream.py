@@ -1,5 +1,6 @@
 """Samples without a cache: which process reads what, in which order, from which position, and what becomes of a bad part."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -156,6 +157,15 @@ def test_a_source_without_usable_samples_is_refused(tmp_path: Path) -> None:
         read(stream(make_source(str(tmp_path / "bad"))), 1)
     with pytest.raises(UsageError, match="none of"):
         read(stream(make_source(str(tmp_path / "empty"))), 1)
+
+
+def test_samples_that_are_lost_on_the_way_end_the_run(image_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(image_folder, tmp_path / "pictures")
+    samples = stream(make_source(str(folder))).samples()
+    next(samples)
+    shutil.rmtree(folder)
+    with pytest.raises(RunError, match="pictures has lost its samples: a whole pass had no usable one"):
+        list(samples)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_metadata_of_any_encoding_are_decoded(tmp_path: Path, encoding: str) -> 
         "кот".encode("cp1251"),
         "кот".encode("utf-16-le"),
         "猫狗".encode("gbk"),
+        "猫".encode("iso2022_jp"),
         b"a\0b",
         b"\xff\xfea",
     ],

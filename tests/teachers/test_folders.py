@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from lcmdistill.report.info import describe
-from lcmdistill.teachers.folders import _check_tokenizer, check_classes
+from lcmdistill.teachers.folders import _check_tokenizer, check_classes, check_kernels
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
+from lcmdistill.teachers.text_encoders import _open
 from lcmdistill.utils.errors import UsageError
 from tests.support.teachers import Command, edited
 
@@ -60,6 +62,27 @@ def test_code_in_a_folder_is_never_run(
         load_pipeline(str(folder))
     assert not list(folder.rglob("ran"))
     assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"_attn_implementation": "owner/kernel"},
+        {"attn_implementation": {"": "owner/kernel@main:forward"}},
+        {"text_config": {"_attn_implementation_internal": "owner/kernel"}},
+        {"_experts_implementation": "owner/kernel"},
+    ],
+)
+def test_kernels_of_the_hub_are_never_run(setting: dict[str, Any], small_teacher: Path, tmp_path: Path) -> None:
+    """transformers downloads such a kernel and imports it, where the package `kernels` is installed."""
+    folder = edited(
+        small_teacher, tmp_path / "teacher", "text_encoder/config.json", lambda config: {**config, **setting}
+    )
+    with pytest.raises(UsageError, match=r"text_encoder/config\.json states .*which is code of the hub"):
+        load_pipeline(str(folder))
+    with pytest.raises(UsageError, match="which is code of the hub"):
+        _open(CLIPTextModel, folder / "text_encoder", {})
+    check_kernels("config.json", {"_attn_implementation": "sdpa", "attn_implementation": None, "a": {"path": "x/y"}})
 
 
 def test_code_of_a_hub_model_is_refused_before_anything_is_loaded(

@@ -99,3 +99,9 @@ def test_messages_and_errors_are_redacted_at_last(capsys: pytest.CaptureFixture[
     assert shown.out == "read http://h/a\n\\x1b[2J\n"
     assert shown.err.splitlines()[-1] == "Error: \\x1b]0;title\\x07 in\\ntwo lines"
     assert "secret" not in shown.err
+
+
+def test_tokens_in_messages_of_a_transport_are_hidden() -> None:
+    assert redact_text("Illegal header value b'Bearer secret\\n'") == "Illegal header value b'Bearer ...'"
+    assert redact_text("the token hf_abcdefghijklmnopqrst is not valid") == "the token ... is not valid"
+    assert redact_text("hf_transfer is a package") == "hf_transfer is a package"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lcmdistill.data.sources.base import SourceOptions, file_stamp
-from lcmdistill.data.sources.webdataset import Shards, shards_in
+from lcmdistill.data.sources.shard_folders import shards_in
+from lcmdistill.data.sources.webdataset import Shards
 
 COUNT = 3625
 "the emoji in the shards"

@@ -18,13 +18,13 @@ from lcmdistill.data.images import IMAGE_SUFFIXES, unsupported_reason
 from lcmdistill.data.sources.base import (
     CAPTION_SUFFIXES,
     LARGEST_FILE,
-    TAR_SUFFIXES,
     Member,
     Source,
     SourceOptions,
     caption_of,
     file_stamp,
 )
+from lcmdistill.data.sources.shard_folders import is_shard, note_others, shards_in
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
@@ -63,8 +63,12 @@ class Shards(Source):
         folder = Path(word).expanduser()
         if folder.is_dir():
             urls = shards_in(folder)
+            for url in urls:
+                check_file(word, url)
+            if urls:
+                note_others(folder)
             return cls(word, urls) if urls else None
-        if not word.endswith(TAR_SUFFIXES) or ("*" in word and not folder.exists()):
+        if not is_shard(word) or ("*" in word and not folder.exists()):
             return None
         urls = expand(word)
         for url in urls:
@@ -96,11 +100,6 @@ def _note_scattered(path: Path) -> None:
         f"{path}: the files of a sample are not side by side; they were joined by their names (other programs need such a "
         "shard sorted: tar --sort=name)"
     )
-
-
-def shards_in(folder: Path) -> tuple[str, ...]:
-    """Return the shards of a folder in the order of their names."""
-    return tuple(sorted(str(path) for path in folder.iterdir() if path.name.endswith(TAR_SUFFIXES)))
 
 
 def expand(word: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lcmdistill.evaluation.metrics.resize import clip_pixels, lanczos_square
 from lcmdistill.evaluation.scorers.base import ScoreFunction, Scorer, local_folder
+from lcmdistill.teachers.folders import check_kernels
 from lcmdistill.utils.errors import UsageError
 
 DMD2_PREFIX = "A photo depicts "
@@ -81,6 +82,7 @@ def load_clip(word: str, device: torch.device, scorer: str, weights: str) -> Cli
         raise UsageError(f"--scorer {scorer}={word} is a file without a model description; pass {weights}")
     folder = local_folder(word, scorer, weights)
     try:
+        check_kernels(folder / "config.json", loader.config_class.get_config_dict(folder, local_files_only=True)[0])
         model, report = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"--scorer {scorer}={word} holds no CLIP model; pass {weights}") from error

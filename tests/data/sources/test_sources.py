@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 from pathlib import Path
 
@@ -45,6 +46,25 @@ def test_braces_and_folders_name_many_shards_in_order(tmp_path: Path) -> None:
     assert captions(tmp_path) == every
     assert captions(tmp_path / "{00..02}.tar") == every
     assert captions(tmp_path / "{02,00}.tar") == every[4:] + every[:2]
+
+
+def test_what_lies_beside_the_shards_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "0.tar", good([0]))
+    write_tar(tmp_path / "1.TAR", good([1]))
+    for name in (".cache/a.png", "logs/a.txt", "0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert captions(tmp_path) == ["picture 0", "picture 1"]
+    assert captions(tmp_path / "1.TAR") == ["picture 1"]
+    assert not caplog.text
+    mixed = tmp_path.rename(tmp_path.with_name("mixed"))
+    write_tar(mixed / "more" / "2.tar", good([2]))
+    (mixed / "a.png").touch()
+    assert captions(mixed) == ["picture 0", "picture 1"]
+    assert "only its shards are read, not a.png and 1 more images, archives or folders" in caplog.text
+    os.mkfifo(mixed / "9.tar")
+    with pytest.raises(UsageError, match=r"there is no shard .*9\.tar"):
+        make_source(str(mixed))
 
 
 def test_a_pipe_is_read(tmp_path: Path) -> None:
