@@ -66,7 +66,7 @@ def translate(arguments: list[str], parameters: Collection[Any], command: str) -
     options = {name: each for each in parameters for name in (*each.opts, *each.secondary_opts)}
     known = {normalized(name): name for name in options if name.startswith("--")}
     takes_words = any(each.param_type_name == "argument" for each in parameters)
-    words, rest = [], iter(arguments)
+    words, positional, rest = [], list[str](), iter(arguments)
     for argument in rest:
         if argument == "--":
             return [*words, argument, *rest]
@@ -75,6 +75,8 @@ def translate(arguments: list[str], parameters: Collection[Any], command: str) -
             if not takes_words and not name.startswith("-"):
                 raise UsageError(f"{command} takes no argument {argument!r}; {_option_for(argument, known)}")
             words.append(argument)
+            _check_no_prompt([*positional, argument], known, command)
+            positional.append(argument)
             continue
         if name not in options:
             name, sign, value = _translated(name, sign, value, known, rest, command)
@@ -82,11 +84,13 @@ def translate(arguments: list[str], parameters: Collection[Any], command: str) -
         takes_value = parameter is not None and not getattr(parameter, "is_flag", False)
         if takes_value and not sign:
             value = next(rest, None)
-            if value is not None and value.startswith("--") and _is_option(value, known):
+            if value is None:
+                raise UsageError(f"option {name} requires a value; see {command} --help")
+            if value.startswith("--") and _is_option(value, known):
                 raise UsageError(
                     f"option {name} requires a value, got the option {value}; if that is the value, use {name}={value}"
                 )
-            words += [name] if value is None else [name, _value(name, value, known, command)]
+            words += [name, _value(name, value, known, command)]
         else:
             words.append(f"{name}{sign}{_value(name, value, known, command)}")
     return words
@@ -173,6 +177,21 @@ def _value(name: str, value: str, known: Mapping[str, str], command: str) -> str
         use = f"--width {width} --height {height}" if "width" in known else f"--buckets {height}x{width}"
         raise UsageError(f"{name} {value} is not a square; use {use}, or one number")
     return synonyms.VALUES.get(option, value)
+
+
+def _check_no_prompt(arguments: list[str], known: Collection[str], command: str) -> None:
+    """Raise UsageError if words without an option are a prompt: several, or one with spaces that names no file or run."""
+    from lcmdistill.utils.run_names import run_path
+
+    if "prompt" not in known:
+        return
+    text = " ".join(arguments)
+    if len(arguments) > 1:
+        raise UsageError(
+            f"{command} takes one MODEL, got {' and '.join(map(repr, arguments))}; a prompt is --prompt TEXT, in quotes"
+        )
+    if " " in text and not run_path(text).exists():
+        raise UsageError(f"there is no model {text!r}; if it is a prompt, use --prompt {text!r}")
 
 
 def _option_for(word: str, known: Mapping[str, str]) -> str:

@@ -1,9 +1,11 @@
 """`lcmdistill sweep`: train a grid of runs, evaluate them together, and compare them on one page."""
 
+import dataclasses
 import itertools
 import logging
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,8 +93,11 @@ def sweep(
     if num_processes() > 1:
         raise UsageError("a sweep runs in one process; start it without accelerate launch or torchrun")
     configs = [_configuration(command, run, own) for run, own in cells]
+    _check_with_teacher(configs)
     logger.info(f"{counted(len(cells), 'run')} in {folder}: {', '.join(run.name for run, _ in cells)}")
     if dry_run:
+        words = shlex.join([command, *cells[0][1], f"--output={cells[0][0]}", "--dry-run"])
+        logger.info(f"dry run: nothing was written; time, disk and memory of the first run: lcmdistill {words}")
         return folder
 
     import lcmdistill
@@ -229,6 +234,27 @@ def _configuration(command: str, run: Path, words: Sequence[str]) -> Any:
     except UsageError as error:
         raise UsageError(f"{run.name}: {error}") from error
     return config
+
+
+def _check_with_teacher(configs: Sequence[Any]) -> None:
+    """Check the runs against their teachers, before the first one is trained.
+
+    Raises:
+        UsageError: A setting is impossible with the run's teacher; the message names the run.
+    """
+    from lcmdistill.teachers.loading import load_teacher
+    from lcmdistill.training.preflight import validate_for_teacher
+    from lcmdistill.training.run_settings import resolve_run_defaults
+
+    teacher, loaded = None, None
+    for config in configs:
+        try:
+            if teacher is None or config.teacher != loaded:
+                teacher, loaded = None, config.teacher  # one at a time in memory
+                teacher = load_teacher(**dataclasses.asdict(config.teacher))
+            validate_for_teacher(resolve_run_defaults(config, 1, teacher), teacher)
+        except UsageError as error:
+            raise UsageError(f"{Path(config.run.output).name}: {error}") from error
 
 
 def _check_rank(rank_by: str | None) -> None:

@@ -28,7 +28,7 @@ def config_file(word: str) -> Path:
     if shipped.is_file():
         return shipped
     near = near_words(path.name.removesuffix(".toml"), names, 3)
-    hint = f"did you mean {or_list(near)}?" if near else "pass an existing TOML file, or see --config list"
+    hint = f"did you mean {or_list(near)}?" if near else f"pass an existing TOML file, or one of {', '.join(names)}"
     raise UsageError(f"--config {word} cannot be read (No such file or directory); {hint}")
 
 

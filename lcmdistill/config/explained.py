@@ -14,7 +14,7 @@ def _by_word(groups: Mapping[str, str]) -> dict[str, str]:
 TRAINING = _by_word(
     {
         "--max-train-steps sets the length of the training; a student generates in any of 1 to 8 steps (sample --steps)": (
-            "steps"
+            "steps num_inference_steps inference_steps sampling_steps"
         ),
         "a run counts steps: --max-train-steps; --dry-run states how many passes over the data that makes": (
             "num_train_epochs max_train_epochs num_epochs epochs epoch validation_epochs "

@@ -27,9 +27,12 @@ def require_run_config(folder: Path) -> RunConfig:
     """
     config = load_run_config(folder)
     if config is None:
-        runs = [str(path) for path in all_runs(folder.parent) or all_runs()][:3]
+        there = all_runs(folder.parent)
+        runs = ", ".join(map(str, (there or all_runs())[:3]))
         hint = did_you_mean(str(folder)) or (
-            f"; runs there: {', '.join(runs)}" if runs else "; pass a run folder such as runs/tiny-lcm"
+            f"; {'runs there' if there else 'existing runs'}: {runs}"
+            if runs
+            else "; pass a run folder such as runs/tiny-lcm"
         )
         raise UsageError(f"{folder} is not a run folder (no config.toml of a run){hint}")
     return config

@@ -289,16 +289,16 @@ def phases(
     )
     found = []
     if config.objective.info.prompts_only:
-        found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, f"{math.ceil(generated):,} prompts"))
+        found.append(Phase(ENCODING_PROMPTS, generated * rates.caption, counted(math.ceil(generated), "prompt")))
         generated = 0
     if generated:
-        note = f"{math.ceil(generated):,} images of {data.teacher_steps} steps by the teacher"
+        note = f"{counted(math.ceil(generated), 'image')} of {counted(data.teacher_steps, 'step')} by the teacher"
         if plan is not None:
             note = f"{math.ceil(generated):,} trajectories of {plan.points} states by the teacher"
         found.append(Phase(GENERATING, generated * (per_image + rates.caption), note))
     if encoded:
         seconds = encoded * (rates.encode + rates.caption) + reading
-        found.append(Phase(ENCODING, seconds, f"{math.ceil(encoded):,} images"))
+        found.append(Phase(ENCODING, seconds, counted(math.ceil(encoded), "image")))
     prompts = len(validation_prompts(config, teacher))
     if run.validate_every and config.objective.info.start != "student":
         scale = run.validation_guidance_scale or 1.0

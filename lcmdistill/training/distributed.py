@@ -13,6 +13,7 @@ from lcmdistill.config.schema import RunConfig
 from lcmdistill.training.signals import Stop
 from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.launch import check_launched
 
 __all__ = ["Accelerator", "StopSignal", "gather", "make_accelerator", "min_free_memory"]
 
@@ -24,6 +25,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         UsageError: The launcher requests a way of sharding that is not supported.
     """
     device = pick_device(config.run.device)
+    check_launched()
     if config.run.device != "auto" and "LOCAL_RANK" not in os.environ:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     dtype = compute_dtype(config.run.precision, device)

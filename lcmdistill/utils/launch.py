@@ -23,3 +23,13 @@ def num_processes() -> int:
             f"WORLD_SIZE is {text!r}; torchrun sets it to a whole number from 1 on: unset it, or use torchrun"
         )
     return int(text)
+
+
+def check_launched() -> None:
+    """Raise UsageError if several processes are requested and no launcher has started them."""
+    count = num_processes()
+    if count > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise UsageError(
+            f"WORLD_SIZE is {count}, and no launcher has set RANK and MASTER_ADDR; start the command with torchrun "
+            f"--nproc-per-node {count} -m lcmdistill, or unset WORLD_SIZE"
+        )

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 
 from lcmdistill.cli import app
 from lcmdistill.cli._aliases import translate
+from lcmdistill.cli.sample import SchedulerName
 from lcmdistill.config import explained, synonyms
 from lcmdistill.config.reference import setting_keys
 from lcmdistill.export import EXPORTERS
@@ -127,6 +128,27 @@ def test_a_word_is_explained_by_commands_that_do_not_train(word: str) -> None:
 def test_each_explained_value_ends_in_its_explanation(option: str, value: str) -> None:
     with pytest.raises(UsageError, match=re.escape(explained.VALUES[option, value])):
         read(f"{'export' if option == 'format' else 'distill'} --{option}={value}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fast", "a", "cat"], "takes one MODEL, got 'fast' and 'a'; a prompt is --prompt TEXT"),
+        (["a cat"], "there is no model 'a cat'; if it is a prompt, use --prompt 'a cat'"),
+    ],
+)
+def test_a_prompt_without_its_option_is_recognized(words: list[str], message: str) -> None:
+    parameters = COMMANDS.commands["sample"].params
+    with pytest.raises(UsageError, match=message):
+        translate(words, parameters, "lcmdistill sample")
+    assert translate(["fast", "--prompt", "a cat"], parameters, "") == ["fast", "--prompt", "a cat"]
+
+
+def test_samplers_are_read_as_other_programs_spell_them() -> None:
+    typed = {word for option, word in synonyms.VALUES if option == "scheduler"}
+    assert {"euler a", "dpmpp_2m", "lcm"} <= typed
+    assert read("sample --sampler LCM") == ["--scheduler", "lcm"]
+    assert {synonyms.VALUES["scheduler", word] for word in typed} <= {*get_args(SchedulerName)}
 
 
 def test_formats_that_explanations_name_exist() -> None:

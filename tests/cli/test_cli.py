@@ -139,7 +139,7 @@ def test_a_resumed_run_of_another_configuration_is_refused(command: Command, opt
         (["no-such-command"], "lcmdistill has no command 'no-such-command'; choose from distill, distill-lora, sample"),
         (["export"], "missing argument '(run|RUN)'"),
         (["export", "run", "--output", "x"], "missing option '--format'; choose from: pipeline, fused, kohya"),
-        (["distill", "--seed"], "option '--seed' requires an argument"),
+        (["distill", "--seed"], "option --seed requires a value"),
     ],
 )
 def test_what_the_parser_refuses_it_says_in_one_sentence(command: Command, arguments: list[str], message: str) -> None:

@@ -57,7 +57,10 @@ def test_a_run_is_removed_by_its_name(command: Command, runs: Path) -> None:
     assert [path.name for path in sorted(runs.iterdir())] == ["fast", "notes"]
 
 
-@pytest.mark.parametrize(("name", "near"), [("notes", "runs there: "), ("fats", "(did you mean runs/fast?)")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("notes", "runs there: "), ("../x", "existing runs: runs/fast"), ("fats", "(did you mean runs/fast?)")],
+)
 def test_what_is_not_a_run_is_not_removed(command: Command, runs: Path, name: str, near: str) -> None:
     code, _, error = command("runs", "remove", name, "--yes")
     assert code == 2

@@ -57,6 +57,7 @@ def test_runs_are_named_after_their_settings():
         (["--objective", "lcm,nope"], "nope: invalid value for '--objective'"),
         (["--objective", "lcm,ct"], "ct_skip-5: objective.skip is not a setting of ct"),
         (["--set", "optim.learning_rat=1,2"], "learning_rat-1: unknown setting 'optim.learning_rat'"),
+        (["--skip", "20,7"], "skip-7: objective.skip (k) is 7, which does not divide T = 1000"),
         (["--objective", "lcm,tcd", "--rank-by", "ssim@x"], "--rank-by is 'ssim@x'"),
         (["--objective", "lcm,tcd", "--eval-guidance-scale", "0"], "--eval-guidance-scale is '0'; each number must be"),
     ],
@@ -76,6 +77,8 @@ def test_a_dry_run_lists_the_runs(command: Command, monkeypatch: pytest.MonkeyPa
     code, out, _ = command("sweep", "distill", "--teacher", "tiny", "--objective", "lcm,tcd", "--dry-run")
     assert code == 0
     assert "2 runs in runs/sweep-objective: lcm, tcd" in out
+    first = "distill --teacher=tiny --objective=lcm --output=runs/sweep-objective/lcm --dry-run"
+    assert f"time, disk and memory of the first run: lcmdistill {first}\n" in out
 
 
 def test_a_run_that_fails_does_not_stop_the_others(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

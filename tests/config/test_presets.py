@@ -213,6 +213,7 @@ def test_the_shipped_configurations_are_listed_and_found_by_name(command: Comman
     code, _, error = command("distill", "--config", "sd15-ful")
     assert (code, error.count("\n")) == (2, 1)
     assert "did you mean sd15-full?" in error
+    assert "one of my-checkpoint, sd15-8gpu, " in command("distill", "--config", "nope")[2]
     (tmp_path / "sd15-full").write_text("")
     assert config_file("sd15-full") == Path("sd15-full")  # a file of one's own comes first
 

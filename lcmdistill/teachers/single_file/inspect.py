@@ -155,7 +155,10 @@ def inspect_checkpoint(path: Path, header: Header) -> CheckpointInfo:
     """
     names = header.tensors
     if is_lora(header):
-        raise UsageError(f"{path} is a LoRA; specify the checkpoint that it belongs to")
+        raise UsageError(
+            f"{path} is a LoRA; specify the checkpoint that it belongs to, and the LoRA as --lora (sample) or "
+            "--teacher-lora (distill)"
+        )
     unet = _unet_keys(names)
     if unet is None and (found := _transformer(names)) is not None:
         return found
