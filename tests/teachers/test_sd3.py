@@ -62,7 +62,7 @@ def test_latents_are_shifted_and_scaled_like_in_the_pipeline(folders: dict[bool,
     mean, _ = teacher.encode_images(pixels)
     with torch.no_grad():
         raw = teacher.vae.encode(pixels).latent_dist.mean
-    torch.testing.assert_close(mean, (raw - 0.06) * 1.5)
+    torch.testing.assert_close(mean, (raw - 0.0609) * 1.5305)
     torch.testing.assert_close(teacher.decode(mean), (teacher.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1).detach())
 
 
