@@ -16,6 +16,11 @@ TRAINING = _by_word(
         "--max-train-steps sets the length of the training; a student generates in any of 1 to 8 steps (sample --steps)": (
             "steps num_inference_steps inference_steps sampling_steps"
         ),
+        "it is for lcmdistill sample, after the run; what a run shows meanwhile is --set run.validation_prompts": (
+            "prompt negative_prompt sampler"
+        ),
+        "use --resolution N for squares, or --buckets HEIGHTxWIDTH": "width height",
+        "images are visited in turn until --max-train-steps; remove this option": "num_repeats repeats dataset_repeats",
         "a run counts steps: --max-train-steps; --dry-run states how many passes over the data that makes": (
             "num_train_epochs max_train_epochs num_epochs epochs epoch validation_epochs "
             "sample_every_n_epochs save_last_n_epochs"
@@ -48,7 +53,7 @@ TRAINING = _by_word(
             "network_module network_train_unet_only network_args"
         ),
         "the text encoders are not trained, so that the student reads prompts as its teacher; remove this option": (
-            "text_encoder_lr train_text_encoder network_train_text_encoder_only"
+            "text_encoder_lr text_encoder_learning_rate learning_rate_te train_text_encoder network_train_text_encoder_only"
         ),
         "weights are trained in fp32, and the networks compute in --precision; use that": "full_fp16 full_bf16",
         "the VAE computes in fp32 by default; remove this option": "no_half_vae",

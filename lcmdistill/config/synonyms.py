@@ -158,6 +158,7 @@ SETTINGS: dict[str, str] = {
     "loss": "objective.distance",
     "algorithm": "objective.name",
     "ema_rate": "objective.ema_decay",
+    "seed_everything": "run.seed",
 }
 "word -> the setting that it means"
 
@@ -248,6 +249,8 @@ FLAGS: dict[str, tuple[str, str]] = {
     "cuda": ("device", "cuda"),
     "tensorboard": ("report_to", "tensorboard"),
     "wandb": ("report_to", "wandb"),
+    "use_wandb": ("report_to", "wandb"),
+    "enable_wandb": ("report_to", "wandb"),
     "torch_compile": ("compile", "on"),
     "enable_bucket": ("buckets", "auto"),
     "aspect_ratio_bucketing": ("buckets", "auto"),
