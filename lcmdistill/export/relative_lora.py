@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from lcmdistill.config.schema import RunConfig, TeacherConfig
+from lcmdistill.teachers.lora.adapters import padded
 from lcmdistill.teachers.lora.files import Lora
-from lcmdistill.teachers.lora.fuse import concatenated, low_rank_updates, padded
+from lcmdistill.teachers.lora.fuse import concatenated, low_rank_updates
 from lcmdistill.teachers.registry import family_of
 
 

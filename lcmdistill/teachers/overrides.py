@@ -112,7 +112,7 @@ def _load_vae(vae: str, current: Any, allow_pickle: bool, *, local_only: bool = 
         if not path.exists() and (local_only or is_caused_by(error, "LocalEntryNotFoundError")):
             raise RunError(f"--vae {vae} is not in the local cache and the hub cannot be reached") from error
         if "meta tensor" in reason:  # a weight that no file holds
-            reason = "weights are missing, or their names are unknown"
+            reason = "weights are missing, or their names are unknown; use a complete VAE, or its diffusers folder"
         raise UsageError(f"--vae {vae} cannot be read as a VAE: {reason}") from error
 
 

@@ -114,3 +114,19 @@ def adapter_parameters(network: Any, name: str) -> dict[str, nn.Parameter]:
         parameters[f"{path}.lora_A"] = layer.lora_A[name].weight
         parameters[f"{path}.lora_B"] = layer.lora_B[name].weight
     return parameters
+
+
+def padded(layers: Mapping[str, LoraLayer], rank: int) -> dict[str, LoraLayer]:
+    """Return updates with alpha = r at one rank, the missing rows and columns zero."""
+
+    def zeros(like: Tensor, axis: int) -> Tensor:
+        shape = list(like.shape)
+        shape[axis] = rank - shape[axis]
+        return like.new_zeros(shape)
+
+    return {
+        path: LoraLayer(
+            torch.cat([layer.down, zeros(layer.down, 0)]), torch.cat([layer.up, zeros(layer.up, 1)], 1), float(rank)
+        )
+        for path, layer in layers.items()
+    }

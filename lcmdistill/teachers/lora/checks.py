@@ -9,6 +9,7 @@ from torch import Tensor
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.kinds import ENDS, flat_path, other_kinds_of
 from lcmdistill.teachers.registry import FAMILIES
+from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 
 _DOWN_UP = (("down", 1), ("up", 0))
@@ -49,11 +50,10 @@ def twice_error(label: str, key: str) -> UsageError:
 
 def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor], label: str) -> None:
     """Raise UsageError unless the model has every layer of a LoRA, with the same input and output widths."""
-    # The other families' prefixes are known too: a LoRA that has them belongs to another base.
-    prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
-    prefixes |= family.lora_prefixes
+    prefixes = known_prefixes(family)
     widths = {part: _widths(getattr(pipeline, part, None)) for part in set(prefixes.values())}
-    absent, mismatched, unknown, halves = [], [], [], dict[tuple[str, str], dict[int, tuple[int, str]]]()
+    absent, mismatched = dict[tuple[str, str], str](), dict[tuple[str, str], str]()
+    unknown, halves = list[str](), dict[tuple[str, str], dict[int, tuple[int, str]]]()
     alphas: dict[str, tuple[str, str]] = {}
     for key, value in weights.items():
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
@@ -71,13 +71,10 @@ def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor
         if value.ndim < 2:
             raise UsageError(f"{label} is damaged: {key} has {value.ndim} dimensions, and a matrix has 2 or more")
         matrices[axis] = value.shape[1 - axis], key
-        # diffusers' loader converts names of the original layout.
-        if path.startswith(("input_blocks", "middle_block", "output_blocks")):
-            continue
         if path not in widths[part]:
-            absent.append(key)
+            absent.setdefault((part, path), key)
         elif value.shape[axis] != widths[part][path][axis]:
-            mismatched.append(key)
+            mismatched.setdefault((part, path), key)
     unknown += [key for key, layer in alphas.items() if layer not in halves]
     is_comfy = any("diffusion_model." in key for key in unknown)
     kind = " with ComfyUI's model keys" if is_comfy else "".join(f" of {kind}" for kind in other_kinds_of(unknown)[:1])
@@ -108,15 +105,43 @@ def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor
                 "download or export it again"
             )
     if absent or mismatched:
-        first = (absent or mismatched)[0]
+        first = next(iter((absent or mismatched).values()))
         raise UsageError(
             f"{label} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
             f"width, such as {first}; it was made for another base"
         )
 
 
-def _widths(part: Any) -> dict[str, Sequence[int]]:
-    """Return {a layer's path with _: its weight's shape} of a network or text encoder, adapted or not; {} for None."""
-    named = [] if part is None else part.named_modules()
-    weights = [(path, getattr(module, "weight", None)) for path, module in named]  # a norm may have none
-    return {flat_path(path.removesuffix(".base_layer")): w.shape for path, w in weights if w is not None}
+def known_prefixes(family: TeacherFamily) -> dict[str, str]:
+    """Return {prefix of a key: the component it belongs to} of a family, and of the others where they differ from it.
+
+    Programs read SDXL's prefix of the first text encoder in files of SD 1, too. Layers of a component that the model lacks
+    are reported as such.
+    """
+    prefixes = {prefix: part for each in FAMILIES.values() for prefix, part in each.lora_prefixes.items()}
+    return prefixes | dict(family.lora_prefixes)
+
+
+def named_layers(model: Any) -> dict[str, tuple[str, Any]]:
+    """Return {name: (path, module)} of the layers of a network or text encoder, adapted or not; {} for None.
+
+    Names are paths with _, also those of the original layout of a U-Net.
+    """
+    modules = [] if model is None else model.named_modules()
+    named = {path.removesuffix(".base_layer"): module for path, module in modules if _has_weight(module)}
+    layers = {flat_path(path): (path, module) for path, module in named.items()}
+    if "down_block_types" in getattr(model, "config", {}):
+        places = unet_places(model.config)
+        for path, module in named.items():
+            if original := original_key(f"{path}.weight", places):
+                layers[original.removesuffix(".weight").replace(".", "_")] = path, module
+    return layers
+
+
+def _has_weight(module: Any) -> bool:
+    return isinstance(getattr(module, "weight", None), torch.nn.Parameter)  # a norm may have none
+
+
+def _widths(model: Any) -> dict[str, Sequence[int]]:
+    """Return {name: its weight's shape} of the layers of a network or text encoder."""
+    return {name: module.weight.shape for name, (_, module) in named_layers(model).items()}

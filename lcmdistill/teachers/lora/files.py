@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
-from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
-from lcmdistill.teachers.lora.checks import SUFFIXES, check_fit, check_type, twice_error
+from lcmdistill.teachers.lora.adapters import LoraLayer, padded, put_lora
+from lcmdistill.teachers.lora.checks import SUFFIXES, check_fit, check_type, known_prefixes, twice_error
 from lcmdistill.teachers.lora.kinds import (
     MAGNITUDE,
     adapter_settings,
@@ -23,7 +23,7 @@ from lcmdistill.teachers.lora.kinds import (
     is_magnitude,
     kinds_of,
 )
-from lcmdistill.teachers.lora.lycoris import merge_lycoris
+from lcmdistill.teachers.lora.lycoris import Target, low_rank, merge_lycoris, split_layers
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
@@ -52,7 +52,7 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
     file, weights, peft_lora = _read(pipeline, lora, label)
     if kinds_of(weights):
         weights = kohya_form(family, weights, _header(file), label)
-        merge_lycoris(pipeline, family.lora_prefixes, weights, label, scale)
+        merge_lycoris(pipeline, known_prefixes(family), weights, label, scale)
         return False
     check_fit(pipeline, family, weights, label)
     if peft_lora is not None and "kohya" not in family.lora_formats:  # diffusers reads no kohya keys there
@@ -60,15 +60,18 @@ def load_lora(pipeline: Any, lora: str, name: str, scale: float = 1.0, *, option
         return True
     is_kohya = any(key.endswith(".lora_down.weight") for key in weights)
     if "kohya" in family.lora_formats and any(key.endswith(".alpha") for key in weights) and not is_kohya:
-        weights, is_kohya = kohya_form(family, weights, _header(file), label), True  # diffusers reads no alphas there
+        is_kohya = True  # diffusers reads no alphas there
     if is_kohya and "kohya" not in family.lora_formats:
         raise UsageError(
             f"{label} has kohya's keys, which a {type(network_of(pipeline)).__name__} does not take; use a file with "
             "diffusers' keys or a peft folder"
         )
-    source: Any = _with_diffusers_ends(family, _even(weights)) if is_kohya else str(file.parent)
-    options = {} if is_kohya else {"weight_name": file.name}
+    source: Any = str(file.parent)
+    options = {"weight_name": file.name}
     try:
+        if is_kohya:  # placed here: diffusers' converter loses layers without a word that it knows by another name
+            weights = kohya_form(family, weights, _header(file), label)
+            source, options = _diffusers_form(split_layers(pipeline, known_prefixes(family), weights, label)), {}
         with warnings.catch_warnings(), _without_load_reports():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are intended
             pipeline.load_lora_weights(source, adapter_name=name, **options)
@@ -148,33 +151,17 @@ def lora_weights_file(lora: str, label: str) -> Path:
     return files[0]
 
 
-def _even(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return kohya's tensors with each layer's alpha merged into its weights, zero-padded to one rank.
+def _diffusers_form(layers: Sequence[tuple[str, Target, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Return plain LoRA layers under diffusers' keys, with each alpha merged into the weights, zero-padded to one rank.
 
-    diffusers supports neither alphas nor ranks per layer in this layout, and rejects them next to peft's keys.
+    diffusers supports neither alphas nor ranks per layer next to these keys.
     """
-    stems = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
-    most = max(len(weights[f"{stem}.lora_down.weight"]) for stem in stems)
-    tensors = {key: value for key, value in weights.items() if key.removesuffix(".alpha") not in stems}
-    for stem in stems:
-        down, up = (weights[f"{stem}.lora_{part}.weight"].float() for part in ("down", "up"))
-        rank = len(down)
-        up = up * (float(weights.get(f"{stem}.alpha", rank)) / rank)
-        tensors[f"{stem}.lora_down.weight"] = torch.cat([down, down.new_zeros(most - rank, *down.shape[1:])])
-        tensors[f"{stem}.lora_up.weight"] = torch.cat([up, up.new_zeros(len(up), most - rank, *up.shape[2:])], 1)
+    updates = {f"{target.part}.{target.path}": low_rank(target.module, layer) for _, target, layer in layers}
+    most = max(len(update.down) for update in updates.values())
+    tensors = {}
+    for path, update in padded(updates, most).items():
+        tensors |= {f"{path}.lora_A.weight": update.down, f"{path}.lora_B.weight": update.up}
     return tensors
-
-
-def _with_diffusers_ends(family: TeacherFamily, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with diffusers' ends where the start is diffusers', too: OneTrainer has kohya's ends there."""
-    dotted = tuple(prefix for prefix in family.lora_prefixes if prefix.endswith("."))
-    ends = (("lora_down.weight", "lora_A.weight"), ("lora_up.weight", "lora_B.weight"))
-    return {
-        next(
-            (key.removesuffix(old) + new for old, new in ends if key.startswith(dotted) and key.endswith(old)), key
-        ): value
-        for key, value in weights.items()
-    }
 
 
 def from_peft(weights: Mapping[str, Tensor], config: Mapping[str, Any], label: str) -> dict[str, LoraLayer]:

@@ -4,17 +4,17 @@ Shapes: r rank, I inputs and O outputs of a layer.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lcmdistill.config.lora_words import split_lora
 from lcmdistill.teachers.lora.adapters import LoraLayer
+from lcmdistill.teachers.lora.checks import known_prefixes
 from lcmdistill.teachers.lora.files import lora_weights_file, read_kohya_form
 from lcmdistill.teachers.lora.kinds import kinds_of
-from lcmdistill.teachers.lora.lycoris import merge_lycoris, split_layers
+from lcmdistill.teachers.lora.lycoris import low_rank, merge_lycoris, split_layers
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 
@@ -66,7 +66,7 @@ def fuse_loras(pipeline: Any, loras: Sequence[str], checksums: Sequence[str] | N
     for path, scale in map(split_lora, loras):
         label = f"{OPTION} {path}"
         weights = read_kohya_form(pipeline, path, label)
-        merge_lycoris(pipeline, family_of(pipeline).lora_prefixes, weights, label, scale)
+        merge_lycoris(pipeline, known_prefixes(family_of(pipeline)), weights, label, scale)
 
 
 def check_unchanged(loras: Sequence[str], checksums: Sequence[str]) -> None:
@@ -114,16 +114,8 @@ def low_rank_updates(pipeline: Any, loras: Sequence[str]) -> dict[str, dict[str,
     for path, scale in map(split_lora, loras):
         label = f"{OPTION} {path}"
         weights = read_kohya_form(pipeline, path, label)
-        for _, target, layer in split_layers(pipeline, family_of(pipeline).lora_prefixes, weights, label):
-            module = target.module
-            is_linear = hasattr(module, "in_features")  # a quantized weight has another shape than its layer
-            shape = (module.out_features, module.in_features) if is_linear else module.weight.shape
-            down, up = layer["lora_down.weight"], layer["lora_up.weight"]
-            rank = len(down)
-            factor = scale * float(layer.get("alpha", torch.tensor(float(rank)))) / rank
-            update = LoraLayer(
-                down.reshape(rank, *shape[1:]), factor * up.reshape(shape[0], rank, *[1] * (len(shape) - 2)), rank
-            )
+        for _, target, layer in split_layers(pipeline, known_prefixes(family_of(pipeline)), weights, label):
+            update = low_rank(target.module, layer, scale)
             of_part = updates.setdefault(target.part, {})
             of_part[target.path] = concatenated([of_part[target.path], update] if target.path in of_part else [update])
     return updates
@@ -134,19 +126,3 @@ def concatenated(layers: Sequence[LoraLayer]) -> LoraLayer:
     down = torch.cat([layer.down for layer in layers])
     up = torch.cat([layer.up * (layer.alpha / len(layer.down)) for layer in layers], 1)
     return LoraLayer(down, up, float(len(down)))
-
-
-def padded(layers: Mapping[str, LoraLayer], rank: int) -> dict[str, LoraLayer]:
-    """Return updates with alpha = r at one rank, the missing rows and columns zero."""
-
-    def zeros(like: Tensor, axis: int) -> Tensor:
-        shape = list(like.shape)
-        shape[axis] = rank - shape[axis]
-        return like.new_zeros(shape)
-
-    return {
-        path: LoraLayer(
-            torch.cat([layer.down, zeros(layer.down, 0)]), torch.cat([layer.up, zeros(layer.up, 1)], 1), float(rank)
-        )
-        for path, layer in layers.items()
-    }

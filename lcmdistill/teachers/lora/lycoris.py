@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lcmdistill.teachers.lora.adapters import LoraLayer
+from lcmdistill.teachers.lora.checks import named_layers, twice_error
 from lcmdistill.teachers.lora.kinds import KINDS, flat_path, split_key
-from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 
 PREFIXES = {"lycoris_": "unet"}
@@ -88,7 +89,27 @@ def split_layers(
             f"{label} does not fit this model: {len(absent)} of its layers are absent, such as {absent[0]}; it was made "
             "for another base"
         )
-    return [(stem, target, layers[stem]) for stem, target in targets.items() if target is not None]
+    found = [(stem, target, layers[stem]) for stem, target in targets.items() if target is not None]
+    places = [target[:2] for _, target, _ in found]
+    if twice := next((stem for stem, target, _ in found if places.count(target[:2]) > 1), None):
+        raise twice_error(label, twice)
+    return found
+
+
+def low_rank(module: Any, layer: Mapping[str, Tensor], scale: float = 1.0) -> LoraLayer:
+    """Return a plain LoRA layer of a file in the shape of a module, with alpha = r.
+
+    Args:
+        module: The layer that it changes.
+        layer: Its tensors, by the end of their key.
+        scale: How strongly it acts; 1 as trained.
+    """
+    is_linear = hasattr(module, "in_features")  # a quantized weight has another shape than its layer
+    shape = (module.out_features, module.in_features) if is_linear else module.weight.shape
+    down, up = layer["lora_down.weight"], layer["lora_up.weight"]
+    rank = len(down)
+    factor = scale * float(layer.get("alpha", torch.tensor(float(rank)))) / rank
+    return LoraLayer(down.reshape(rank, *shape[1:]), factor * up.reshape(shape[0], rank, *[1] * (len(shape) - 2)), rank)
 
 
 _CHANGES = {"norms": "w_norm", "full differences": "diff", "LoHa": "hada", "LoKr": "lokr", "LoRA": "lora"}
@@ -109,22 +130,9 @@ def _check_layer(stem: str, layer: Layer, label: str) -> None:
 
 
 def _targets(pipeline: Any, part: str) -> dict[str, Target]:
-    """Return {a layer's path with _, also of the original layout: the layer} of a component; {} if it is absent."""
-    model = getattr(pipeline, part, None)
-    if model is None:
-        return {}
-    named = {path.removesuffix(".base_layer"): module for path, module in model.named_modules() if _has_weight(module)}
-    flat = {flat_path(path): Target(part, path, module) for path, module in named.items()}
-    if "down_block_types" in model.config:
-        places = unet_places(model.config)
-        for path, module in named.items():
-            if original := original_key(f"{path}.weight", places):
-                flat[original.removesuffix(".weight").replace(".", "_")] = Target(part, path, module)
-    return flat
-
-
-def _has_weight(module: Any) -> bool:
-    return isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+    """Return {a layer's name: the layer} of a component; {} if it is absent."""
+    layers = named_layers(getattr(pipeline, part, None))
+    return {name: Target(part, path, module) for name, (path, module) in layers.items()}
 
 
 def _target_of(stem: str, known: Mapping[str, Mapping[str, Target]]) -> Target | None:

@@ -52,6 +52,11 @@ MARKS = (
         IN_OTHER_PROGRAMS,
     ),
     (("ip_adapter.", "image_proj."), "IP-Adapter", IN_OTHER_PROGRAMS),
+    (
+        ("model_ema.diffusion_model",),
+        "checkpoint with the EMA copy of its network only",
+        "cannot be used here; use the file with the weights themselves, or save it with the EMA weights in their place",
+    ),
     (("adapter.body.", "body.0.block1."), "T2I-Adapter", IN_OTHER_PROGRAMS),
     (
         ("model.1.sub.0.RDB1.", "body.0.rdb1.", "conv_first.", "layers.0.residual_group.", "model.0.weight"),

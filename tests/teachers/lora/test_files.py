@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
+from lcmdistill.teachers.lora.adapters import lora_layers
+from lcmdistill.teachers.lora.checks import check_fit, known_prefixes
 from lcmdistill.teachers.lora.files import load_lora, read_kohya_form
 from lcmdistill.teachers.lora.kinds import flat_path
+from lcmdistill.teachers.lora.lycoris import split_layers
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.utils.errors import UsageError
 from tests.support.lora_files import ENCODERS, WRITERS, Key, kohya, outputs, peft_folder, styled
@@ -46,12 +49,67 @@ def test_text_layers_of_another_base_are_refused_with_counts(tmp_path: Path) -> 
     xl, sd1 = (opened(BUILDERS[family](tmp_path / family)) for family in ("sdxl", "sd1"))
     file = styled(xl, ["text_encoder_2"], kohya)
     save_file(file, tmp_path / "style.safetensors")
-    with pytest.raises(UsageError, match=f"{2 * len(file) // 3} of its layers are absent"):
+    with pytest.raises(UsageError, match=f"{len(file) // 3} of its layers are absent"):
         load_lora(sd1, str(tmp_path / "style.safetensors"), "style")
     wide = {key: torch.cat([value] * 2, -1) if "down" in key else value for key, value in file.items()}
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(UsageError, match=f"0 of its layers are absent and {len(file) // 3} have another width"):
         load_lora(xl, str(tmp_path / "wide.safetensors"), "style")
+
+
+SDXL_LAYERS = {
+    "add_embedding_linear_1": "label_emb_0_0",
+    "time_embedding_linear_2": "time_embed_2",
+    "down_blocks_1_resnets_0_conv1": "input_blocks_4_0_in_layers_2",
+    "down_blocks_2_attentions_1_transformer_blocks_1_ff_net_2": "input_blocks_8_1_transformer_blocks_1_ff_net_2",
+    "up_blocks_0_attentions_2_proj_in": "output_blocks_2_1_proj_in",
+}
+"layers of a U-Net of SDXL under kohya's names: diffusers' paths, and those of the original layout"
+
+
+@pytest.mark.parametrize("is_original", [False, True], ids=["paths", "original"])
+def test_every_layer_of_a_kohya_file_becomes_an_adapter(
+    is_original: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """diffusers' own converter loses some of them without a word."""
+    pipeline, tensors = opened(bases["sdxl"]), {}
+    modules = {flat_path(path): (path, module) for path, module in pipeline.unet.named_modules()}
+    for name, original in SDXL_LAYERS.items():
+        weight, stem = modules[name][1].weight, f"lora_unet_{original if is_original else name}"
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, *weight.shape[1:])
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(len(weight), 2, *[1] * (weight.ndim - 2))
+        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "style.safetensors")
+    assert load_lora(pipeline, str(tmp_path / "style.safetensors"), "style")
+    adapted = {
+        path: float(layer.get_delta_weight("style").mean()) for path, layer in lora_layers(pipeline.unet).items()
+    }
+    assert adapted == {modules[name][0]: 1.0 for name in SDXL_LAYERS}
+
+
+def test_original_names_of_absent_layers_are_refused_and_prefixes_of_sdxl_are_known(bases: dict[str, Path]) -> None:
+    sd1, xl = opened(bases["sd1"]), opened(bases["sdxl"])
+    matrices = {".lora_down.weight": torch.ones(2, 16), ".lora_up.weight": torch.ones(16, 2)}
+
+    def check(pipeline: Any, family: str, stem: str) -> None:
+        check_fit(
+            pipeline, FAMILIES[family], {f"{stem}{end}": value for end, value in matrices.items()}, "a.safetensors"
+        )
+
+    # SSD-1B and Vega lack such blocks of SDXL, whose files have these names.
+    for pipeline, family in ((xl, "sdxl"), (sd1, "sd")):
+        with pytest.raises(
+            UsageError, match="1 of its layers are absent and 0 have another width, such as lora_unet_inp"
+        ):
+            check(pipeline, family, "lora_unet_input_blocks_4_1_transformer_blocks_9_attn1_to_q")
+    stem = "text_model_encoder_layers_0_self_attn_q_proj"
+    check(sd1, "sd", f"lora_te1_{stem}")
+    weights = {f"lora_te1_{stem}{end}": value for end, value in matrices.items()}
+    (_, target, _), *rest = split_layers(sd1, known_prefixes(FAMILIES["sd"]), weights, "a.safetensors")
+    assert (target.part, rest) == ("text_encoder", [])
+    twice = weights | {f"lora_te_{stem}{end}": value for end, value in matrices.items()}
+    with pytest.raises(UsageError, match="holds a layer twice, under two names"):
+        split_layers(sd1, known_prefixes(FAMILIES["sd"]), twice, "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,10 @@ U, C = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transf
 REFUSED: list[tuple[dict[str, tuple[int, ...]], str]] = [
     ({"lora_unet_x.lora_down.weight": (4, 8)}, "is a LoRA; specify the checkpoint"),
     ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "is a FLUX transformer; cannot be used as a file"),
+    (
+        {"model_ema.diffusion_modelout2weight": (4,), C: (1,)},
+        "is a checkpoint with the EMA copy of its network only; cannot",
+    ),
     ({"control_model.input_blocks.0.0.weight": (4, 8)}, "is a ControlNet; cannot be used here"),
     ({"decoder.conv_in.weight": (4, 8)}, "is a VAE; pass it as --vae to distill"),
     ({"something.weight": (4, 8)}, "holds no Stable Diffusion U-Net"),
