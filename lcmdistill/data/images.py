@@ -57,6 +57,11 @@ _SIGNATURES = (
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"tags of TIFF"
+
+_WHITE_IS_ZERO = 0
+
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -112,7 +117,7 @@ def open_image(source: bytes | Path, background: str = "white") -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of broken EXIF blocks, which do not matter here
             image = Image.open(io.BytesIO(raw), formats=supported_formats())
             image.load()
-            return _to_rgb(_upright(image), background)
+            return _upright(_to_rgb(image, background), image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -134,8 +139,8 @@ def _unsupported_format(raw: bytes) -> str | None:
     return None if name in supported_formats() else name
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation.
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Return an image's pixels turned by its EXIF orientation.
 
     Only this tag is read. `ImageOps.exif_transpose` would also write the EXIF block again, which fails for blocks that
     Pillow reads but cannot write.
@@ -143,9 +148,9 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # an EXIF block that cannot be parsed has no orientation
-        return image
+        return pixels
     method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    return pixels if method is None else pixels.transpose(method)
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -156,6 +161,11 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         raise ImageError("image format not supported (32-bit integer pixels)")
     if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
         deep, clear = np.asarray(image), image.info.get("transparency")
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves with 12 bits, and inverted, as it is
+        if tags.get(_BITS_PER_SAMPLE) == (12,):
+            deep = deep.astype(np.uint32) * 65535 // 4095
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            deep = 65535 - deep
         image = Image.fromarray((deep // 257).clip(0, 255).astype(np.uint8))
         if isinstance(clear, int):
             image.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))

@@ -249,6 +249,11 @@ def vp_schedule(config: Mapping[str, Any]) -> VPSchedule:
             f"the teacher's beta_schedule is {kind!r}; supported are linear, scaled_linear, squaredcos_cap_v2, trained_betas"
         )
     abar = torch.cumprod(1.0 - betas, dim=0)
+    if not (bool(((betas >= 0) & (betas <= 1)).all()) and bool(abar[-1] < 1)):
+        raise ValueError(
+            f"the teacher's betas go from {betas.min():g} to {betas.max():g}, and must be between 0 and 1 and not all 0; its "
+            "scheduler config is wrong"
+        )
     if config.get("rescale_betas_zero_snr"):
         abar = _zero_terminal_snr(abar)
     return VPSchedule(abar)

@@ -1,5 +1,6 @@
 """Load a teacher by alias, folder, file or hub id, and refuse what is incomplete, unsafe or unknown."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -242,6 +243,13 @@ def load_teacher(model: str, **options: Any) -> Teacher:
         raise UsageError(
             f"{model} is a {name}, which cannot be distilled yet; supported are {', '.join(supported_classes())}"
         )
+    vae = pipeline.components.get("vae")
+    normalized = [key for key in ("latents_mean", "latents_std") if vae is not None and vae.config.get(key) is not None]
+    if normalized:
+        raise UsageError(
+            f"{model} has a VAE with {normalized[0]}, a scale per channel, which is not applied here; use a teacher with one "
+            "scaling factor"
+        )
     return make_teacher(family, pipeline)
 
 
@@ -287,7 +295,8 @@ def _check_settings(model: str, pipeline: Any) -> None:
         has_steps = steps is None or (isinstance(steps, int) and 1 <= steps <= MOST_TIMESTEPS)
         broken += ["num_train_timesteps"] * (not has_steps)
         factor = config.get("scaling_factor", 1.0)
-        broken += ["scaling_factor"] * (name == "vae" and not isinstance(factor, int | float))
+        broken += ["scaling_factor"] * (name == "vae" and not _is_number(factor, above=0.0))
+        broken += ["shift_factor"] * (name == "vae" and not _is_number(config.get("shift_factor") or 0.0))
         sides = config.get("sample_size") or 1
         sides = sides if isinstance(sides, list | tuple) else [sides]
         broken += ["sample_size"] * any(not isinstance(side, int) or not 1 <= side <= MOST_PIXELS for side in sides)
@@ -297,6 +306,10 @@ def _check_settings(model: str, pipeline: Any) -> None:
                 f"{model}: {broken[0]} of its {name} is {value!r} in its configuration, which no model can have; restore the "
                 "file"
             )
+
+
+def _is_number(value: Any, above: float = -math.inf) -> bool:
+    return isinstance(value, int | float) and above < value < math.inf
 
 
 def nonfinite_part(pipeline: Any) -> str | None:

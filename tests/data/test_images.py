@@ -131,6 +131,30 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white(raw: bytes, color: tu
     assert open_image(raw).getpixel((0, 0)) == color
 
 
+@pytest.mark.parametrize("orientation", [1, 3])
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "grays"),
+    [
+        (16, 1, b"\0\0\xff\xff", [0, 255]),
+        (16, 0, b"\0\0\xff\xff", [255, 0]),
+        (12, 1, b"\x00\x0f\xff", [0, 255]),
+        (8, 0, b"\0\xff", [255, 0]),
+        (32, 1, b"\0\0\0\0\xff\xff\xff\xff", None),
+    ],
+)
+def test_gray_tiffs_of_many_bits_have_their_brightness(
+    bits: int, photometric: int, data: bytes, grays: list[int] | None, orientation: int
+) -> None:
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 122, 274: orientation, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    raw = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+    if grays is None:
+        with pytest.raises(ImageError, match="32-bit integer pixels"):
+            open_image(raw)
+        return
+    assert np.asarray(open_image(raw))[0, :, 0].tolist() == grays[:: -1 if orientation == 3 else 1]
+
+
 def test_the_background_shows_through() -> None:
     assert open_image(png(8, 6, b"\0\0\0\0"), background="black").getpixel((0, 0)) == BLACK
 

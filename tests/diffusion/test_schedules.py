@@ -161,3 +161,6 @@ def test_unknown_betas_are_refused() -> None:
         vp_schedule({"beta_schedule": "sigmoid"})
     with pytest.raises(ValueError, match="2 trained_betas"):
         vp_schedule({"trained_betas": [0.1, 0.2]})
+    for start, end in ((0.0, 0.0), (-0.1, 0.02), (0.1, 1.5)):
+        with pytest.raises(ValueError, match="must be between 0 and 1 and not all 0"):
+            vp_schedule({"beta_start": start, "beta_end": end})

@@ -155,6 +155,9 @@ def test_pickled_weights_in_parts_are_loaded_on_request(small_teacher: Path, tmp
     [
         ("vae", {"scaling_factor": math.nan}, "scaling_factor of its vae is nan"),
         ("vae", {"scaling_factor": None}, "scaling_factor of its vae is None"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor of its vae is 0"),
+        ("vae", {"shift_factor": "x"}, "shift_factor of its vae is 'x'"),
+        ("vae", {"latents_mean": [0.5] * 4}, "a VAE with latents_mean, a scale per channel"),
         ("unet", {"sample_size": "x"}, "sample_size of its unet is 'x'"),
         ("unet", {"sample_size": 10**9}, "sample_size of its unet is 1000000000"),
         ("scheduler", {"beta_start": math.nan}, "beta_start of its scheduler is nan"),
