@@ -300,7 +300,9 @@ def phases(
         seconds = encoded * (rates.encode + rates.caption) + reading
         found.append(Phase(ENCODING, seconds, counted(math.ceil(encoded), "image")))
     prompts = len(validation_prompts(config, teacher))
-    if run.validate_every and config.objective.info.start != "student":
+    left = steps_left(config)
+    # A run that has taken steps has generated them already.
+    if run.validate_every and left == optim.max_train_steps and config.objective.info.start != "student":
         scale = run.validation_guidance_scale or 1.0
         applies_cfg = teacher.applies_cfg and (scale > 1 or config.objective.omega != "none")
         forwards = TEACHER_STEPS * (2 if applies_cfg else 1)
@@ -319,7 +321,6 @@ def phases(
     if data.cache == "off":
         sample += rates.caption + (0.0 if config.objective.info.prompts_only else rates.encode)
     step = optim.gradient_accumulation_steps * optim.batch_size * sample + rates.update
-    left = steps_left(config)
     found.append(Phase(TRAINING, left * step, f"{counted(left, 'step')} of {step:.3g} s"))
     if count := validations_left(config, optim.max_train_steps - left):
         baked = guidance_of(teacher, config.student, config.objective.omega) != "free"

@@ -89,7 +89,7 @@ def test_the_disk_lines_cover_what_a_run_writes(kind: str, train_settings: dict[
     assert again["checkpoints"].needed < 0.6 * items["checkpoints"].needed
 
 
-def test_the_time_lines_cover_every_phase(speed_settings: dict[str, Any]) -> None:
+def test_the_time_lines_cover_every_phase(speed_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def names(**own: Any) -> dict[str, float]:
         settings = {**speed_settings, **{key.replace("__", "."): value for key, value in own.items()}}
         config, teacher, _ = prepared(resolve({}, settings))
@@ -113,6 +113,10 @@ def test_the_time_lines_cover_every_phase(speed_settings: dict[str, Any]) -> Non
     cached = names(run__validate_every=0, data__teacher_cache_samples=2)
     assert cached["caching teacher outputs"] == 100 * 2 * 2
     assert cached["training"] < names(run__validate_every=0)["training"]
+    monkeypatch.setattr(cost_time, "checkpoints", lambda folder: [folder / "step-00000002"])
+    resumed = names(**own)
+    assert "reference images" not in resumed
+    assert resumed["training"] == 2 * (6 * (2 + 1 + 3) + 0.5)
 
 
 def test_what_follows_a_phase_or_a_source_is_estimated() -> None:
