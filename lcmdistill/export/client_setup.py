@@ -11,8 +11,10 @@ COMFYUI_SHIFT = 3.0
 "the shift that ComfyUI gives to transformers of Stable Diffusion 3"
 
 
-def comfyui_refusal(facts: SamplingFacts) -> str:
-    """Return why ComfyUI cannot sample a student, or ""."""
+def comfyui_refusal(facts: SamplingFacts, *, of_checkpoint: bool = False) -> str:
+    """Return why ComfyUI cannot sample a student, or ""; of_checkpoint: as for `comfyui_node`."""
+    if of_checkpoint and not facts.has_single_file:
+        return f"a single file cannot hold a model of its kind that predicts {facts.prediction_type}; use diffusers"
     if facts.betas:
         return f"its betas ({facts.betas}) are not Stable Diffusion's, and no node sets them; use diffusers"
     return ""
@@ -92,7 +94,10 @@ def header_needs(facts: SamplingFacts, checkpoint: str, *, of_checkpoint: bool =
         checkpoint: The checkpoint's name without its ending.
         of_checkpoint: As for `comfyui_node`.
     """
-    refusals = {"ComfyUI": comfyui_refusal(facts), "A1111": "" if facts.is_flow else a1111_refusal(facts)}
+    refusals = {
+        "ComfyUI": comfyui_refusal(facts, of_checkpoint=of_checkpoint),
+        "A1111": "" if facts.is_flow else a1111_refusal(facts),
+    }
     needs = {
         "ComfyUI": comfyui_node(facts, of_checkpoint=of_checkpoint),
         "A1111": a1111_needs(facts, checkpoint, of_checkpoint=of_checkpoint),
@@ -120,7 +125,7 @@ def program_uses(
     """
     facts, file = usage.facts, usage.file
     in_comfy, in_a1111 = _sampler_lines(usage, checkpoint, of_checkpoint=of_checkpoint)
-    places = [("ComfyUI", comfyui_refusal(facts), comfy, in_comfy)]
+    places = [("ComfyUI", comfyui_refusal(facts, of_checkpoint=of_checkpoint), comfy, in_comfy)]
     if a1111:
         places.append(("A1111", a1111_refusal(facts), a1111, in_a1111))
     return tuple(

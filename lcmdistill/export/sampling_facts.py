@@ -119,6 +119,13 @@ class SamplingFacts:
         return self.prediction_type == FLOW
 
     @property
+    def has_single_file(self) -> bool:
+        """Whether a checkpoint of the layout can hold a model with the prediction type."""
+        return any(
+            self.prediction_type in each.architectures for each in self.family.layouts if each.key == self.layout
+        )
+
+    @property
     def has_prediction_keys(self) -> bool:
         """Whether checkpoints of the layout state the prediction type by keys."""
         return any(each.has_prediction_keys for each in self.family.layouts if each.key == self.layout)

@@ -168,7 +168,10 @@ def header_of(pipeline: Any, guidance_scale: float | None, usage: Usage | None =
     layout = layout_of(pipeline)
     architecture = layout.architectures.get(prediction)
     if architecture is None:
-        raise UsageError(f"single files support epsilon and v-prediction; this model predicts {prediction!r}")
+        raise UsageError(
+            f"a single file of {layout.title} holds a model that predicts {' or '.join(layout.architectures)}, and this one "
+            f"predicts {prediction}; use --format pipeline, or --format fused for a LoRA"
+        )
     baked = (
         "" if guidance_scale is None else f"; guidance {guidance_scale:g} (omega {guidance_scale - 1:g}) is baked in"
     )

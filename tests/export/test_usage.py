@@ -111,6 +111,14 @@ def test_a_flow_student_with_another_shift_than_comfyui_s(shift: float, node: st
         assert ("ModelSamplingSD3" in comfy.lines[1]) == bool(node)
 
 
+@pytest.mark.parametrize("prediction_type", [FLOW, "sample"])
+def test_no_one_is_sent_to_write_a_single_file_that_cannot_be_written(prediction_type: str) -> None:
+    usage = usage_of("single-file", layout="sd1", prediction_type=prediction_type)
+    uses = EXPORTERS["single-file"].programs(usage)
+    assert not any(use.is_supported for use in uses)
+    assert f"a single file cannot hold a model of its kind that predicts {prediction_type}; use" in uses[0].lines[0]
+
+
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.kinds import ENDS, flat_path, other_kinds_of
 from lcmdistill.teachers.registry import FAMILIES
+from lcmdistill.teachers.single_file.inspect import Header, holds_network, is_lora
+from lcmdistill.teachers.single_file.other_files import other_file
 from lcmdistill.teachers.single_file.sd_keys import original_key, unet_places
 from lcmdistill.utils.errors import UsageError
 
@@ -84,6 +86,11 @@ def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor
             "layers; pass the adapter's whole folder"
         )
     if not halves:
+        header = Header({}, {key: ("", tuple(value.shape)) for key, value in weights.items()})
+        if holds_network(header):
+            raise UsageError(f"{label} is a checkpoint and no LoRA; pass it as the model instead")
+        if not is_lora(header) and (other := other_file(header.tensors)) is not None:
+            raise UsageError(f"{label} {other.text}")
         found = f"; it has tensors{kind} such as {unknown[0]}" if unknown else ""
         raise UsageError(
             f"{label} holds no LoRA in a known layout (kohya, diffusers or peft keys){found}; merge it into its base, or "
@@ -130,8 +137,9 @@ def named_layers(model: Any) -> dict[str, tuple[str, Any]]:
     modules = [] if model is None else model.named_modules()
     named = {path.removesuffix(".base_layer"): module for path, module in modules if _has_weight(module)}
     layers = {flat_path(path): (path, module) for path, module in named.items()}
-    if "down_block_types" in getattr(model, "config", {}):
-        places = unet_places(model.config)
+    config: Any = getattr(model, "config", {})
+    if "down_block_types" in config:
+        places = unet_places(config)
         for path, module in named.items():
             if original := original_key(f"{path}.weight", places):
                 layers[original.removesuffix(".weight").replace(".", "_")] = path, module

@@ -82,7 +82,8 @@ def test_every_layer_of_a_kohya_file_becomes_an_adapter(
     save_file(tensors, tmp_path / "style.safetensors")
     assert load_lora(pipeline, str(tmp_path / "style.safetensors"), "style")
     adapted = {
-        path: float(layer.get_delta_weight("style").mean()) for path, layer in lora_layers(pipeline.unet).items()
+        path: float(layer.get_delta_weight("style").detach().mean())
+        for path, layer in lora_layers(pipeline.unet).items()
     }
     assert adapted == {modules[name][0]: 1.0 for name in SDXL_LAYERS}
 

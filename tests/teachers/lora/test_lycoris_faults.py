@@ -58,6 +58,20 @@ def test_other_adapters_are_named_with_a_key(key: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", "is a checkpoint and no LoRA; pass it as the model instead"),
+        ("first_stage_model.decoder.conv_in.weight", "is a VAE; pass it as --vae"),
+        ("controlnet_mid_block.weight", "is a ControlNet; cannot be used here"),
+    ],
+)
+def test_a_file_that_is_no_lora_is_named_as_what_it_is(key: str, what: str) -> None:
+    pipeline: Any = SimpleNamespace()
+    with pytest.raises(UsageError, match=f"^FILE {what}"):
+        check_fit(pipeline, FAMILIES["sd"], {key: torch.ones(2, 2)}, "FILE")
+
+
+@pytest.mark.parametrize(
     ("ends", "sentence"),
     [
         (
