@@ -229,11 +229,11 @@ def encode(samples: Sequence[Placed], teacher: Teacher, config: DataConfig, seed
         how: Any = {"teacher": teacher, "config": config, "seed": seed, "dtype": torch.float32}
         batches = (samples[i : i + few] for i in range(0, len(samples), few))
         tensors = joined([encode_latents(batch, lambda: None, **how) for batch in batches])
-    if not tensors["mean"].isfinite().all():
-        raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
     own = {name.removeprefix(SAMPLE): value for name, value in tensors.items() if name.startswith(SAMPLE)}
     cond = Conditioning({**_rounded(prompts.values), **own})
     latents = _rounded({name: tensors[name] for name in ("mean", "std")})
+    if not latents["mean"].isfinite().all():
+        raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
     return Read(latents["mean"], latents["std"], cond)
 
 

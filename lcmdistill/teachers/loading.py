@@ -90,6 +90,11 @@ def load_pipeline(
     _check_settings(model, pipeline)
     if loras:
         fuse_loras(pipeline, loras, lora_checksums)  # before CLIP's layers are skipped: a LoRA would bring them back
+        if (broken := nonfinite_part(pipeline)) is not None:
+            raise UsageError(
+                f"{model}: the weights of its {broken} overflow with --teacher-lora {', '.join(loras)}; use another file, or a "
+                "smaller scale"
+            )
     configure_vae(pipeline, vae_dtype, tiling=vae_tiling)
     if clip_skip is not None:
         skip_last_layers(pipeline, clip_skip)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lcmdistill.export.verify import difference, network_inputs, network_output
+from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.lora.adapters import lora_layers
 from lcmdistill.teachers.lora.checks import check_fit, known_prefixes
 from lcmdistill.teachers.lora.files import load_lora, read_kohya_form
@@ -206,6 +207,13 @@ def test_a_file_that_is_not_finite_is_refused(small_teacher: Path, tmp_path: Pat
     save_file(file, tmp_path / "nan.safetensors")
     with pytest.raises(UsageError, match=rf"not finite, such as {broken}, and would give black images"):
         load_lora(opened(small_teacher), str(tmp_path / "nan.safetensors"), "it")
+
+
+def test_weights_that_overflow_with_a_lora_are_refused(small_teacher: Path, tmp_path: Path) -> None:
+    file = styled(opened(small_teacher), ["unet"], kohya)
+    save_file({key: value * 0 + 3e38 for key, value in file.items()}, tmp_path / "huge.safetensors")
+    with pytest.raises(UsageError, match=r"the weights of its unet overflow with --teacher-lora .*huge"):
+        load_pipeline(str(small_teacher), loras=[str(tmp_path / "huge.safetensors")])
 
 
 def test_eight_bit_weights_are_read(small_teacher: Path, tmp_path: Path) -> None:
