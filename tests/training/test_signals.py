@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lcmdistill.training.signals import catch_signals
+from lcmdistill.training.signals import catch_signals, exit_on_sigterm
 from lcmdistill.utils.errors import Interrupted
 
 
@@ -40,3 +40,13 @@ def test_while_the_student_trains_a_signal_waits_for_the_step(capfd: pytest.Capt
             pytest.fail("it went on")
         with pytest.raises(KeyboardInterrupt):
             interrupt()
+
+
+def test_a_signal_does_not_take_the_last_sentence_away() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="why"), exit_on_sigterm():
+            raise RuntimeError("why")
+        os.kill(os.getpid(), signal.SIGTERM)  # by a launcher, while the sentence is written
+    finally:
+        signal.signal(signal.SIGTERM, before)
