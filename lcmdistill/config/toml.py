@@ -11,6 +11,10 @@ from lcmdistill.config.reference import setting_doc
 from lcmdistill.config.schema import SECTIONS, RunConfig, known_sections
 from lcmdistill.utils.checksums import checksum_of_text
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.limited import read_limited
+
+_LARGEST = 2**24
+"bytes of a config file; what has more is a device or another file"
 
 CHECKSUM_LINE = "# checksum: "
 "the start of the last line of a run's config.toml"
@@ -26,7 +30,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: The file is absent, is not TOML, or nests its sections.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write the mark
+        tree = tomllib.loads(read_limited(path, _LARGEST).decode("utf-8-sig"))  # Windows editors write the mark
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror}); specify an existing TOML file") from error
     except (ValueError, RecursionError) as error:

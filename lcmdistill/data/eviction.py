@@ -67,7 +67,7 @@ def evict_lru(root: Path, limit: float, needed: Iterable[Path]) -> int:
     _report_unmarked(root)
     protected = {path.resolve() for path in needed}
     for path in protected:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             os.utime(path)
     times = {path: time for path in _entries(root) if (time := _last_used(path)) is not None}
     sizes = {path: _size(path) for path in times}
@@ -156,6 +156,9 @@ def _remove(path: Path) -> bool:
             name = path.name if path.name.startswith(".") else _DOOMED.format(path.name)
             doomed = path.rename(path.with_name(name))
     except FileNotFoundError:  # another run has just removed it
+        return False
+    except OSError as error:  # such as an entry of another user in a shared cache
+        logger.warning(f"{path} cannot be removed ({error.strerror}); it still counts for data.cache_limit")
         return False
     if foreign:
         logger.warning(f"{path} contains files that this program did not write, such as {min(foreign)}; they are kept")

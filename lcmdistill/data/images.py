@@ -57,10 +57,13 @@ _SIGNATURES = (
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 "tags of TIFF"
 
-_WHITE_IS_ZERO = 0
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+
+_PNG_DEPTH = 24
+"where a PNG has its bits per channel"
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -117,6 +120,8 @@ def open_image(source: bytes | Path, background: str = "white") -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of broken EXIF blocks, which do not matter here
             image = Image.open(io.BytesIO(raw), formats=supported_formats())
             image.load()
+            if image.format == "PNG":
+                _scale_clear_color(image, raw[_PNG_DEPTH])
             return _upright(_to_rgb(image, background), image)
     except ImageError:
         raise
@@ -153,15 +158,27 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     return pixels if method is None else pixels.transpose(method)
 
 
+def _scale_clear_color(image: Image.Image, depth: int) -> None:
+    """Bring the color that a PNG declares transparent to the 8 bits of the pixels: Pillow leaves it in the file's depth."""
+    clear = image.info.get("transparency")
+    if image.mode == "L" and isinstance(clear, int) and depth < 8:
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    if image.mode == "RGB" and isinstance(clear, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """Scale 16 bits to 8, and compose transparency on a background."""
     if image.mode == "F":
         raise ImageError("image format not supported (floating-point pixels)")
     if image.mode == "I" and image.format == "TIFF":
         raise ImageError("image format not supported (32-bit integer pixels)")
+    tags = getattr(image, "tag_v2", {})
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):  # Pillow takes -1 for 255
+        raise ImageError("image format not supported (signed integer pixels)")
     if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
         deep, clear = np.asarray(image), image.info.get("transparency")
-        tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves with 12 bits, and inverted, as it is
+        # Pillow leaves a TIFF of 12 bits, and an inverted one, as it is.
         if tags.get(_BITS_PER_SAMPLE) == (12,):
             deep = deep.astype(np.uint32) * 65535 // 4095
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:

@@ -109,8 +109,10 @@ class SampleStream:
         self._is_divided = len(self._parts) >= world
         self._kept: Counter[int] = Counter()
         self._dropped: list[Counter[str]] = [Counter() for _ in sources]
-        self._kept_in = 0
-        "the epoch of the last sample that was kept"
+        self._kept_in = [0 for _ in sources]
+        "per source: the epoch of the last sample that was kept"
+        self._lost: set[int] = set()
+        "the sources whose loss was reported"
         self.start = Position(0, rank if self._is_divided else 0)
         "where `samples` begins"
 
@@ -143,7 +145,7 @@ class SampleStream:
                     outcome = decided.result()
                     if isinstance(outcome, Sample):
                         self._kept[number] += 1
-                        self._kept_in = after.epoch
+                        self._kept_in[number] = after.epoch
                         yield (place, outcome), after
                     else:
                         self._drop(number, outcome.reason, after.epoch)
@@ -182,10 +184,16 @@ class SampleStream:
 
     def _drop(self, number: int, reason: str, epoch: int) -> None:
         self._dropped[number][reason] += 1
-        if self._kept and epoch > self._kept_in + 1:
+        if self._kept and epoch > max(self._kept_in) + 1:
             raise RunError(
                 f"--data {self.sources[number].label} has lost its samples: a whole pass had no usable one (last reason: "
                 f"{reason}); restore the files, and run the same command again"
+            )
+        if self._kept[number] and epoch > self._kept_in[number] + 1 and number not in self._lost:
+            self._lost.add(number)
+            logger.warning(
+                f"--data {self.sources[number].label} has lost its samples: a whole pass had no usable one (last reason: "
+                f"{reason}); training continues with the other sources"
             )
         if not self._kept and self._dropped[number].total() >= GIVE_UP_AFTER:
             raise self._none_usable(number)

@@ -144,3 +144,17 @@ def test_a_run_evicts_others_and_keeps_what_it_needs(speed_settings: Settings, t
     assert {path.parent.name.split("-")[0] for path in files} >= {"evaluation", "beginning"}
     distill(resolve({}, {**settings, "run.output": str(tmp_path / "again")}))
     assert {path: path.stat().st_ino for path in cache.rglob("*.safetensors")} == files
+
+
+def test_an_entry_of_another_user_is_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = entry(tmp_path, "latents", 0)
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert evict_lru(tmp_path, 0, []) == 0
+    assert folder.exists()
+    assert "cannot be removed (Permission denied)" in caplog.text

@@ -34,7 +34,12 @@ def assert_close(image: Image.Image, expected: Image.Image) -> None:
 def png(depth: int, color: int, pixel: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of 4 x 2 equal pixels."""
     header = struct.pack(">IIBBBBB", 4, 2, depth, color, 0, 0, 0)
-    every = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + pixel * 4) * 2)), (b"IEND", b"")]
+    every = [
+        (b"IHDR", header),
+        *chunks,
+        (b"IDAT", zlib.compress((b"\0" + (pixel * 4)[: 2 if depth == 4 else None]) * 2)),
+        (b"IEND", b""),
+    ]
     parts = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in every)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -119,6 +124,10 @@ DEEP = struct.pack(">H", 20000)
         (png(16, 0, DEEP, (b"tRNS", DEEP)), (255, 255, 255)),
         (png(8, 0, b"\x20", (b"tRNS", b"\0\x20")), (255, 255, 255)),
         (png(8, 0, b"\x20", (b"tRNS", b"\0\x21")), (32, 32, 32)),
+        (png(16, 2, DEEP * 3, (b"tRNS", DEEP * 3)), (255, 255, 255)),
+        (png(16, 2, DEEP * 3, (b"tRNS", b"\0\x4e" * 3)), (78, 78, 78)),
+        (png(4, 0, b"\x55", (b"tRNS", b"\0\x05")), (255, 255, 255)),
+        (png(4, 0, b"\x55", (b"tRNS", b"\0\x55")), (85, 85, 85)),
         (png(8, 6, b"\0\0\0\0"), (255, 255, 255)),
         (png(8, 6, b"\0\0\0\x80"), (127, 127, 127)),
         (b"P5 2 2 65535\n" + DEEP * 4, (77, 77, 77)),
@@ -153,6 +162,12 @@ def test_gray_tiffs_of_many_bits_have_their_brightness(
             open_image(raw)
         return
     assert np.asarray(open_image(raw))[0, :, 0].tolist() == grays[:: -1 if orientation == 3 else 1]
+
+
+def test_signed_pixels_are_refused() -> None:
+    raw = encoded(Image.new("L", (2, 2)), "TIFF", tiffinfo={339: 2})
+    with pytest.raises(ImageError, match="signed integer pixels"):
+        open_image(raw)
 
 
 def test_the_background_shows_through() -> None:

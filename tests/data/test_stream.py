@@ -34,8 +34,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return make_source(str(folder))
 
 
-def stream(source: Source, rank: int = 0, world: int = 1, seed: int = 0) -> SampleStream:
-    return SampleStream([source], CONFIG, seed, lambda caption: None, rank=rank, world=world)
+def stream(*sources: Source, rank: int = 0, world: int = 1, seed: int = 0) -> SampleStream:
+    return SampleStream(sources, CONFIG, seed, lambda caption: None, rank=rank, world=world)
 
 
 def read(of: SampleStream, count: int) -> list[tuple[str, Position]]:
@@ -46,14 +46,14 @@ def read(of: SampleStream, count: int) -> list[tuple[str, Position]]:
 def test_an_epoch_visits_each_sample_once_over_all_processes(world: int, shards: Source) -> None:
     found: Counter[str] = Counter()
     for rank in range(world):
-        each = read(stream(shards, rank, world), 21)
+        each = read(stream(shards, rank=rank, world=world), 21)
         found += Counter(caption for caption, after in each if after.epoch == 0)
     assert found == Counter(f"picture {i}" for i in range(21))
 
 
 @pytest.mark.parametrize("world", [8, 30])
 def test_fewer_parts_than_processes_are_divided_by_members(world: int, shards: Source) -> None:
-    each = [read(stream(shards, rank, world), 2) for rank in range(world) if rank < 3]
+    each = [read(stream(shards, rank=rank, world=world), 2) for rank in range(world) if rank < 3]
     assert not {caption for caption, after in each[0] if after.epoch == 0} & {
         c for c, after in each[1] if not after.epoch
     }
@@ -69,9 +69,9 @@ def test_epochs_have_orders_of_their_own(shards: Source) -> None:
 
 @pytest.mark.parametrize(("world", "count"), [(1, 5), (2, 9), (8, 3)])
 def test_a_stream_is_read_on_from_a_position(world: int, count: int, shards: Source) -> None:
-    whole = [read(stream(shards, rank, world), count + 30) for rank in range(min(2, world))]
+    whole = [read(stream(shards, rank=rank, world=world), count + 30) for rank in range(min(2, world))]
     for rank, each in enumerate(whole):
-        again = stream(shards, rank, world)
+        again = stream(shards, rank=rank, world=world)
         again.resume([each[count - 1][1]] * world)
         assert read(again, 30) == each[count:]
 
@@ -81,7 +81,7 @@ def test_other_numbers_of_processes_begin_behind_what_was_being_read(shards: Sou
     epoch_0 = [caption for caption, after in read(stream(shards), 21) if after.place > 3]
     found = []
     for rank in range(3):
-        each = stream(shards, rank, 3)
+        each = stream(shards, rank=rank, world=3)
         each.resume(positions)
         found += [caption for caption, after in read(each, 6) if after.epoch == 0]
     assert sorted(found) == sorted(epoch_0)
@@ -166,6 +166,20 @@ def test_samples_that_are_lost_on_the_way_end_the_run(image_folder: Path, tmp_pa
     shutil.rmtree(folder)
     with pytest.raises(RunError, match="pictures has lost its samples: a whole pass had no usable one"):
         list(samples)
+
+
+def test_one_of_several_sources_that_is_lost_is_reported_at_once(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = shutil.copytree(image_folder, tmp_path / "pictures")
+    reader = stream(make_source(str(lost)), make_source(str(image_folder)))
+    samples, count = reader.samples(), sum(1 for _ in make_source(str(image_folder)).members())
+    for _ in range(2 * count):
+        next(samples)
+    shutil.rmtree(lost)
+    for _ in range(6 * count):
+        next(samples)
+    assert caplog.text.count("pictures has lost its samples") == 1
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,11 @@ from lcmdistill.utils.errors import UsageError
 
 TOO_LARGE = "file of more than 512 MiB: not read"
 
+_RUN = ".data.json"
+"a file in the folder of every run"
+
 _METADATA = ("metadata.jsonl", "metadata.csv")
-"the first that a folder holds describes all images in it and below it"
+"the first that a folder holds, in small letters or capitals, describes all images in it and below it"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class ImageFolder(Source):
         return {
             "metadata": [(str(path.relative_to(self.root)), *file_stamp(path)) for path in metadata],
             "images": [(each.name, *file_stamp(each.image)) for each in self.entries],
-            "captions": [file_stamp(each.caption_file) for each in self.entries if each.caption_file],
+            # A place for each image: a caption file that gets the name of another image is another caption.
+            "captions": [
+                each.caption_file and file_stamp(each.caption_file) for each in self.entries if each.row is None
+            ],
             "order": self.seed,
         }
 
@@ -184,7 +190,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str] | None]]:
     """Yield a folder and all below it, in the order of their names. Each is visited once, so that links cannot loop.
 
     Linked folders come last: a folder that is also reachable without a link keeps its own name. The names of the files are
-    None for a folder that cannot be read.
+    None for a folder that cannot be read. Folders of runs are left out: their own pictures would change the data.
     """
     visited: set[Path] = set()
     waiting = [root]
@@ -198,7 +204,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str] | None]]:
                     folders.clear()
                     continue
                 visited.add(here.resolve())
-                folders.sort()
+                folders[:] = sorted(each for each in folders if not (here / each / _RUN).is_file())
                 links += [here / each for each in folders if (here / each).is_symlink()]
                 yield here, sorted(files)
             yield from ((Path(error.filename), None) for error in closed)
@@ -210,7 +216,7 @@ def _is_image(name: str) -> bool:
 
 
 def _metadata_of(names: list[str]) -> str | None:
-    return next((name for name in _METADATA if name in names), None)
+    return next((name for wanted in _METADATA for name in names if name.lower() == wanted), None)
 
 
 def _row_entry(row: dict[str, Any], problem: str | None, metadata: Path, root: Path) -> _Entry:

@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from lcmdistill.data.sources.base import PART, Member, Source, SourceOptions
+from lcmdistill.data.sources.base import LARGEST_FILE, PART, Member, Source, SourceOptions
 from lcmdistill.data.text import TextEncodingError, decode_text, split_lines
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.limited import read_limited
 
 if TYPE_CHECKING:
     from lcmdistill.data.trajectories import TrajectoryPlan
@@ -69,11 +70,11 @@ def read_prompts(path: str | None) -> list[str]:
     """Return the prompts of a file, one per line without blank lines; None reads the bundled list.
 
     Raises:
-        UsageError: If the file is missing, empty or not text.
+        UsageError: If the file is missing, empty, too large or not text.
     """
     source = Path(path).expanduser() if path else Path(str(files("lcmdistill") / "assets" / "prompts.txt"))
     try:
-        lines = [line.strip() for line in split_lines(decode_text(source.read_bytes()))]
+        lines = [line.strip() for line in split_lines(decode_text(read_limited(source, LARGEST_FILE)))]
     except (OSError, TextEncodingError) as error:
         where = f", line {error.line}" if isinstance(error, TextEncodingError) else ""
         raise UsageError(

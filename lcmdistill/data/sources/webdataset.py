@@ -25,6 +25,7 @@ from lcmdistill.data.sources.base import (
     file_stamp,
 )
 from lcmdistill.data.sources.shard_folders import is_shard, note_others, shards_in
+from lcmdistill.data.sources.tar_headers import ENDS_EARLY, Header, ShardEndError, headers_of
 from lcmdistill.data.text import TextEncodingError, decode_text
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.json_text import parse_json
@@ -176,25 +177,6 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header, which notes on its archive that the mark of the end was met.
-
-    tarfile itself takes a damaged header and the end of the file for the end of the archive.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tarfile: Any) -> Self:
-        try:
-            return super().fromtarfile(tarfile)
-        except _EndOfArchive:
-            tarfile.has_ended = True
-            raise
-
-
-_EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue]
-
-ENDS_EARLY = "shard ends early (no end-of-archive mark): the rest is missing"
-
 NOT_ADJACENT = "files of a sample are not side by side in a compressed or remote shard; sort it with tar --sort=name"
 
 NOT_A_FILE = "link or device in a shard: not read (pack files with tar --hard-dereference --dereference)"
@@ -234,9 +216,9 @@ def _indexed(stream: Any, problems: list[str], path: Path) -> Iterator[tuple[str
     """Yield the samples of an uncompressed shard, their files joined wherever they stand in it."""
     samples: dict[str, Files] = {}
     last, is_scattered = None, False
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive:
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=Header) as archive:
         try:
-            for key, rest, header in _samples_files(iter(archive.next, None), problems):
+            for key, rest, header in _samples_files(headers_of(archive), problems):
                 is_scattered = is_scattered or (key in samples and key != last)
                 files, last = samples.setdefault(key, {}), key
                 if rest in files:
@@ -259,11 +241,11 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
 
     strict: raise tarfile.ReadError for an archive that ends early, rather than note it as a problem.
     """
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=Header) as archive:
         done: set[str] = set()
         current, files = "", {}
         try:
-            for key, rest, header in _samples_files(iter(archive.next, None), problems):
+            for key, rest, header in _samples_files(headers_of(archive, is_stream=True), problems):
                 if key != current:
                     if files:
                         yield current, files
@@ -284,10 +266,6 @@ def _streamed(stream: Any, problems: list[str], *, strict: bool = False) -> Iter
             problems.append(_unreadable(error))
         if files:
             yield current, files
-
-
-class ShardEndError(tarfile.ReadError):
-    """An archive that does not end as one does. The message is a short reason."""
 
 
 def _check_end(archive: tarfile.TarFile, rest: Any, problems: list[str]) -> None:

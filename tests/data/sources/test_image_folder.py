@@ -167,6 +167,31 @@ def test_folders_that_cannot_be_read_are_counted(tmp_path: Path, monkeypatch: py
     assert reasons(tmp_path) == {"kept": 1, "unreadable folder": 1}
 
 
+def test_metadata_in_capitals_are_read(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    jsonl(tmp_path, row("0.png"), row("1.png"))
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "Metadata.JSONL")
+    assert reasons(tmp_path) == {"kept": 2}
+
+
+def test_a_caption_that_gets_another_image_is_in_the_fingerprint(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    for caption in tmp_path.glob("*.txt"):
+        caption.unlink()
+    (tmp_path / "0.txt").write_text("a cat")
+    before = make_source(str(tmp_path)).fingerprint()
+    (tmp_path / "0.txt").rename(tmp_path / "1.txt")
+    assert make_source(str(tmp_path)).fingerprint() != before
+
+
+def test_a_run_in_the_folder_is_no_data(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    before = make_source(str(tmp_path)).fingerprint()
+    fill(tmp_path / "out" / "samples", 1)
+    (tmp_path / "out" / ".data.json").touch()
+    assert make_source(str(tmp_path)).fingerprint() == before
+
+
 def test_images_outside_the_folder_are_in_the_fingerprint(tmp_path: Path) -> None:
     outside = fill(tmp_path / "images", 2)
     (tmp_path / "data").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lcmdistill.config.schema import DataConfig
+from lcmdistill.data.sources import teacher
 from lcmdistill.data.sources.registry import SOURCES, is_generated, make_source
 from lcmdistill.data.sources.teacher import read_prompts
 from lcmdistill.data.transforms import Sample, check_sample
@@ -194,3 +195,9 @@ def test_a_prompts_file_that_is_none_is_refused(tmp_path: Path, content: bytes |
         path.write_bytes(content)
     with pytest.raises(UsageError, match=r"--prompts .*prompts\.txt"):
         read_prompts(str(path))
+
+
+def test_a_device_that_never_ends_is_no_prompts_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "LARGEST_FILE", 2**20)
+    with pytest.raises(UsageError, match=r"/dev/zero cannot be read .*larger than 1 MiB"):
+        read_prompts("/dev/zero")

@@ -125,6 +125,20 @@ def test_links_and_giants_are_counted(tmp_path: Path) -> None:
         assert reasons(path) == {"kept": 1, NOT_A_FILE: 2, TOO_LARGE: 1}
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize(("size", "reason"), [(-512, "unreadable part of a shard (ReadError)"), (1 << 60, TOO_LARGE)])
+def test_a_size_that_leads_nowhere_ends_the_shard(
+    tmp_path: Path, whole: tuple[bytes, list[int]], size: int, reason: str, compress: Callable[[bytes], bytes]
+) -> None:
+    raw, at = bytearray(whole[0]), whole[1][20]
+    raw[at + 124 : at + 136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # pyright: ignore[reportAttributeAccessIssue]
+    raw[at + 148 : at + 156] = b" " * 8
+    raw[at + 148 : at + 156] = b"%06o\0 " % sum(raw[at : at + 512])
+    (tmp_path / "a.tar").write_bytes(compress(bytes(raw)))
+    found = reasons(tmp_path / "a.tar")
+    assert (found["kept"], found[reason]) == (10, 1)
+
+
 DAMAGES: dict[str, tuple[Callable[[bytes, list[int]], bytes], str]] = {
     "between two members": (lambda raw, at: raw[: at[20]], ENDS_EARLY),
     "within a member": (lambda raw, at: raw[: at[20] + 700], ENDS_EARLY),
