@@ -19,7 +19,7 @@ from lcmdistill.evaluation.results import write_sweep
 from lcmdistill.evaluation.select import fingerprint, real_sources, select_metrics
 from lcmdistill.evaluation.self_consistency import write_curve
 from lcmdistill.evaluation.sweep import SamplerPair, Sweep, sweep_run
-from lcmdistill.sampling.generate import check_steps, load_student, sampling_dtype
+from lcmdistill.sampling.generate import check_steps, guidance_warning, load_student, sampling_dtype
 from lcmdistill.sampling.variations import check_eta
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
@@ -73,6 +73,8 @@ def _guidance_scales(run: EvaluatedRun, runs: Sequence[EvaluatedRun], options: E
     if run.is_baked:
         return (run.guidance_scale,)
     if options.guidance_scales:
+        for warning in filter(None, (guidance_warning(run.model, scale) for scale in options.guidance_scales)):
+            logger.warning(f"{run.run}: {warning}")
         return options.guidance_scales
     if len(runs) > 1:
         return (next((each.guidance_scale for each in runs if each.is_baked), runs[0].guidance_scale),)
