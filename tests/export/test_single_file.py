@@ -150,7 +150,7 @@ def test_what_cannot_be_written_is_said(small_teacher: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="no guidance input"):
         write(guidance_scale=GUIDANCE)
     pipeline.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(UsageError, match="'sample'"):
+    with pytest.raises(UsageError, match="this one predicts sample; use --format pipeline"):
         write()
     pipeline.scheduler.register_to_config(prediction_type="epsilon")
     plain, pipeline.unet = pipeline.unet, with_omega(pipeline.unet)
