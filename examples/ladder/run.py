@@ -232,6 +232,8 @@ def draw(evaluated: dict[str, Results]) -> None:
             top = 18 + row * (side + 2)
             pen.text((2, top + 26), name, fill="black")
             for i, path in enumerate(results.previews("student", n, SCALE)):
+                if path is None:  # a preview that is missing
+                    continue
                 with Image.open(path) as image:
                     sheet.paste(image.convert("RGB"), (left + i * side, top))
     sheet.save(HERE / "ladder.png", optimize=True)
