@@ -351,7 +351,7 @@ def write_page(numbers: Numbers, folder: Path) -> None:
 
 
 def _of_kid(numbers: Numbers) -> str:
-    """Return how small a KID can be told from none, in words."""
+    """Return the sentence part that states which KID differences are measurable."""
     same = values(numbers, "LCM", "kid_teacher", TEACHER_STEPS, "teacher")
     errors = [e for run in FOLDERS for n in STEPS for e in values(numbers, run, "kid_teacher_error", n)]
     text = "at or below zero there is no measurable difference"

@@ -265,9 +265,14 @@ def _encode(
     tensors["row"] = torch.tensor([captions.index(sample.caption) for _, sample in samples])
     if TRAJECTORY in tensors and not (tensors[TRAJECTORY].isfinite().all() and tensors["mean"].isfinite().all()):
         raise RunError("the teacher's trajectories have values that are not finite; use --precision fp32 or bf16")
-    if not tensors["mean"].isfinite().all():
-        raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
+    check_finite(tensors["mean"])
     return tensors
+
+
+def check_finite(mean: Tensor) -> None:
+    """Raise RunError for latents that are not finite in fp16, in which they are stored."""
+    if not mean.isfinite().all():
+        raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
 
 
 def conditions_of_prompts(samples: Sequence[tuple[int, Sample]], teacher: Teacher) -> Part:

@@ -15,6 +15,7 @@ from lcmdistill.config.schema import DataConfig
 from lcmdistill.data.chunks import (
     PIXELS_PER_BATCH,
     SAMPLE,
+    check_finite,
     conditions_of_prompts,
     encode_latents,
     joined,
@@ -184,17 +185,13 @@ class SampleStream:
 
     def _drop(self, number: int, reason: str, epoch: int) -> None:
         self._dropped[number][reason] += 1
+        label = self.sources[number].label
+        lost = f"--data {label} has lost its samples: a whole pass had no usable one (last reason: {reason})"
         if self._kept and epoch > max(self._kept_in) + 1:
-            raise RunError(
-                f"--data {self.sources[number].label} has lost its samples: a whole pass had no usable one (last reason: "
-                f"{reason}); restore the files, and run the same command again"
-            )
+            raise RunError(f"{lost}; restore the files, and run the same command again")
         if self._kept[number] and epoch > self._kept_in[number] + 1 and number not in self._lost:
             self._lost.add(number)
-            logger.warning(
-                f"--data {self.sources[number].label} has lost its samples: a whole pass had no usable one (last reason: "
-                f"{reason}); training continues with the other sources"
-            )
+            logger.warning(f"{lost}; training continues with the other sources")
         if not self._kept and self._dropped[number].total() >= GIVE_UP_AFTER:
             raise self._none_usable(number)
 
@@ -240,8 +237,7 @@ def encode(samples: Sequence[Placed], teacher: Teacher, config: DataConfig, seed
     own = {name.removeprefix(SAMPLE): value for name, value in tensors.items() if name.startswith(SAMPLE)}
     cond = Conditioning({**_rounded(prompts.values), **own})
     latents = _rounded({name: tensors[name] for name in ("mean", "std")})
-    if not latents["mean"].isfinite().all():
-        raise RunError("the teacher's VAE gave latents that are not finite; its weights may be broken or need fp32")
+    check_finite(latents["mean"])
     return Read(latents["mean"], latents["std"], cond)
 
 

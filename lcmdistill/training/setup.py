@@ -177,7 +177,19 @@ def open_data(
     stop: Stop,
     after: Callable[[int], float] = lambda index: 0.0,
 ) -> tuple[LatentDataset | SampleStream, RunCaptions]:
-    """Return a run's samples, and the user's own captions that it is validated with. Arguments as for `prepare_data`."""
+    """Return a run's samples, prepared by all processes, and the user's own captions that it is validated with.
+
+    Args:
+        config: The resolved configuration.
+        sources: The run's sources.
+        teacher: The teacher.
+        accelerator: The processes.
+        stop: The request to stop.
+        after: Returns the seconds of what follows the source of an index.
+
+    Raises:
+        UsageError: No sample is usable.
+    """
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if config.data.cache == "off":
         stream = SampleStream(sources, config.data, config.run.seed, teacher.rejects, rank=rank, world=world)
@@ -186,7 +198,7 @@ def open_data(
                 "data.cache is off: samples are encoded while the run trains, and none are held out for validation"
             )
         return stream, RunCaptions()
-    folders = prepare_data(config, sources, teacher, accelerator, stop, after)
+    folders = _prepare_all(config, sources, teacher, accelerator, stop, after)
     dataset = LatentDataset(folders, [config.data.max_samples] * len(folders))
     if is_main:
         for source, report in zip(sources, dataset.reports, strict=True):
@@ -202,24 +214,15 @@ def open_data(
     return dataset, own_captions
 
 
-def prepare_data(
+def _prepare_all(
     config: RunConfig,
     sources: Sequence[Source],
     teacher: Teacher,
     accelerator: Accelerator,
     stop: Stop,
-    after: Callable[[int], float] = lambda index: 0.0,
+    after: Callable[[int], float],
 ) -> list[Path]:
-    """Return the folder of each source's prepared samples, once all processes have done their share.
-
-    Args:
-        config: The resolved configuration.
-        sources: The run's sources.
-        teacher: The teacher.
-        accelerator: The processes.
-        stop: The request to stop.
-        after: Returns the seconds of what follows the source of an index.
-    """
+    """Return the folder of each source's prepared samples, once all processes have done their share."""
     world, rank, folders = accelerator.num_processes, accelerator.process_index, []
     dtype = compute_dtype(config.run.precision, accelerator.device)
     for index, source in enumerate(sources):

@@ -68,7 +68,10 @@ def catch_signals() -> Iterator[Stop]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, with all cleanup: by a SystemExit of 143."""
+    """Let SIGTERM end the program as Ctrl-C does, with all cleanup: by a SystemExit of 143.
+
+    After an exception SIGTERM is ignored, until the program has reported it and ends.
+    """
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
