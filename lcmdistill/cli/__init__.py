@@ -20,7 +20,7 @@ from lcmdistill.cli.info import info
 from lcmdistill.cli.report import report
 from lcmdistill.cli.sample import sample
 from lcmdistill.cli.sweep import CONTEXT, sweep
-from lcmdistill.training.signals import exit_on_sigterm
+from lcmdistill.training.signals import exit_on_sigterm, ignore_sigterm
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.logging import configure_console
 from lcmdistill.utils.runtime import configure_process, exit_without_collecting
@@ -77,19 +77,20 @@ def main() -> None:
     """Run the console script: any failure is one sentence and an exit code, and a traceback with --debug."""
     configure_process()
     configure_console()
-    try:
-        os.getcwd()  # without a current folder, libraries of torch end the process on their own terms
-        with exit_on_sigterm():
+    with exit_on_sigterm():
+        try:
+            os.getcwd()  # without a current folder, libraries of torch end the process on their own terms
             result = app(standalone_mode=False)  # an exit code, or what the command returned to `call`
             if sys.stdout is not None:
                 sys.stdout.flush()  # a reader that is gone is reported here, and not by Python's exit
-        code = result if isinstance(result, int) else 0
-        if code == 130:  # which is how Typer passes Ctrl-C on
-            raise KeyboardInterrupt
-    except BaseException as error:
-        if "--debug" in sys.argv[1:]:
-            raise
-        code = report_error(error)
+            code = result if isinstance(result, int) else 0
+            if code == 130:  # which is how Typer passes Ctrl-C on
+                raise KeyboardInterrupt
+        except BaseException as error:
+            ignore_sigterm()
+            if "--debug" in sys.argv[1:]:
+                raise
+            code = report_error(error)
     exit_without_collecting()
     sys.exit(code or 0)
 

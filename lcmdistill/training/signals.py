@@ -68,10 +68,7 @@ def catch_signals() -> Iterator[Stop]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, with all cleanup: by a SystemExit of 143.
-
-    After an exception SIGTERM is ignored, until the program has reported it and ends.
-    """
+    """Let SIGTERM end the program as Ctrl-C does, with all cleanup: by a SystemExit of 143."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -79,8 +76,10 @@ def exit_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except BaseException:
-        # A launcher that ends all processes when one has ended must not take the sentence away that says why.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
-    signal.signal(signal.SIGTERM, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_sigterm() -> None:
+    """Ignore SIGTERM to the end of `exit_on_sigterm`: a launcher that ends all processes must not cut off a last sentence."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
