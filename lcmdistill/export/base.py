@@ -82,10 +82,19 @@ class Usage:
         return "".join(f", {option}" for option in options)
 
     @property
+    def absent_options(self) -> str:
+        """Arguments that open a pipeline without the text encoders that its student was trained without, or ""."""
+        return "".join(f", {part}=None" for part in self.facts.absent_parts)
+
+    @property
     def base_code(self) -> str:
         """Python code that opens the teacher as `pipeline`, with the student's scheduler."""
         code = loading_code(
-            self.model, self.facts.family.pipeline_classes[0], self.method.scheduler, self.scheduler_options
+            self.model,
+            self.facts.family.pipeline_classes[0],
+            self.method.scheduler,
+            self.scheduler_options,
+            self.absent_options,
         )
         for lora in map(split_lora, self.loras):
             code += f'pipeline.load_lora_weights("{lora.name}")\npipeline.fuse_lora(lora_scale={lora.scale:g})\n'

@@ -62,7 +62,7 @@ def is_local(model: str) -> bool:
     return is_path or Path(model).expanduser().exists()
 
 
-def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> str:
+def loading_code(model: str, kind: str, scheduler: str, options: str = "", absent: str = "") -> str:
     """Return Python code that opens a model with a student's scheduler; local paths appear by their last part only.
 
     Args:
@@ -70,11 +70,12 @@ def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> st
         kind: The pipeline class that opens a single file.
         scheduler: The scheduler class.
         options: Further arguments of the scheduler, after the teacher's config.
+        absent: Further arguments that open the model, without the parts that are left out.
     """
     name, before = public_name(model), ""
-    call = f'DiffusionPipeline.from_pretrained("{name}")'
+    call = f'DiffusionPipeline.from_pretrained("{name}"{absent})'
     if name.endswith(".safetensors"):
-        call = f'{kind}.from_single_file("{name}")'
+        call = f'{kind}.from_single_file("{name}"{absent})'
     elif name == "tiny":
         before = "from importlib.resources import files\n\n"
         call = 'DiffusionPipeline.from_pretrained(str(files("lcmdistill") / "assets" / "tiny"))'
