@@ -24,7 +24,15 @@ from lcmdistill.export.sampling_facts import Betas, SamplingFacts, facts_from_ru
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.naming import is_local, license_name, license_of, public_name, public_path, redact_paths
+from lcmdistill.teachers.naming import (
+    PREDICTED,
+    is_local,
+    license_name,
+    license_of,
+    public_name,
+    public_path,
+    redact_paths,
+)
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.json_text import parse_json
 
@@ -171,13 +179,15 @@ def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
     guidance = "trained without guidance"
     if omegas:
         guidance = f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
+    if omegas and facts.family.embeds_guidance:
+        guidance = f"guidance scale {omegas.scale}, an input of the network"
     if _is_as_started(config, facts):
         guidance = "guidance as in the starting model"
     weights = "EMA" if config.student.target == "ema" else "live student"
     lines = [
         guidance,
         f"{config.optim.max_train_steps} optimizer steps, {objective.info.describe(objective)}, {config.data.resolution} px",
-        f"weights of the {weights}; the teacher predicts {facts.prediction_type}",
+        f"weights of the {weights}; the teacher predicts {PREDICTED.get(facts.prediction_type, facts.prediction_type)}",
     ]
     skip, family = config.teacher.clip_skip, facts.family
     if skip:

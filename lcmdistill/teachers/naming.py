@@ -22,6 +22,9 @@ LICENSES = {
 }
 "alias -> the license on its hub card, which a downloaded pipeline's files lack"
 
+PREDICTED = {"v_prediction": "v", "flow_prediction": "velocity"}
+"prediction type -> what such a network predicts, where the word is another one"
+
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
