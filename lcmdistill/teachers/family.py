@@ -169,11 +169,6 @@ def published_guidance(scale: float) -> dict[str, Any]:
     }
 
 
-def with_tokenizer(part: str) -> tuple[str, ...]:
-    """Return the parts that are left out together: a text encoder and its tokenizer."""
-    return (part, part.replace("text_encoder", "tokenizer")) if part.startswith("text_encoder") else (part,)
-
-
 def unchanged(latents: Tensor) -> Tensor:
     """Return latents (B, C, h, w) as they are: most pipelines take them so."""
     return latents
@@ -342,11 +337,6 @@ class TeacherFamily:
             vae_factor: Pixels per latent pixel.
         """
         return vae_factor * config.get("patch_size", 1) * self.token_side
-
-    @property
-    def optional_encoders(self) -> tuple[str, ...]:
-        """The text encoders that its pipelines work without."""
-        return tuple(part for layout in self.layouts for part in layout.optional_encoders)
 
     @property
     def run_lora_format(self) -> str:

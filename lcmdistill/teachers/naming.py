@@ -22,9 +22,6 @@ LICENSES = {
 }
 "alias -> the license on its hub card, which a downloaded pipeline's files lack"
 
-PREDICTED = {"v_prediction": "v", "flow_prediction": "velocity"}
-"prediction type -> what such a network predicts, where the word is another one"
-
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
@@ -65,7 +62,7 @@ def is_local(model: str) -> bool:
     return is_path or Path(model).expanduser().exists()
 
 
-def loading_code(model: str, kind: str, scheduler: str, options: str = "", absent: str = "") -> str:
+def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> str:
     """Return Python code that opens a model with a student's scheduler; local paths appear by their last part only.
 
     Args:
@@ -73,12 +70,11 @@ def loading_code(model: str, kind: str, scheduler: str, options: str = "", absen
         kind: The pipeline class that opens a single file.
         scheduler: The scheduler class.
         options: Further arguments of the scheduler, after the teacher's config.
-        absent: Further arguments that open the model, without the parts that are left out.
     """
     name, before = public_name(model), ""
-    call = f'DiffusionPipeline.from_pretrained("{name}"{absent})'
+    call = f'DiffusionPipeline.from_pretrained("{name}")'
     if name.endswith(".safetensors"):
-        call = f'{kind}.from_single_file("{name}"{absent})'
+        call = f'{kind}.from_single_file("{name}")'
     elif name == "tiny":
         before = "from importlib.resources import files\n\n"
         call = 'DiffusionPipeline.from_pretrained(str(files("lcmdistill") / "assets" / "tiny"))'
