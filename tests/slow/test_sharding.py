@@ -57,6 +57,27 @@ def test_shards_train_as_one_process_does(method: str, small_teacher: Path, imag
         assert losses(folder) == pytest.approx(losses(one), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lcm", "lcm-lora"])
+def test_four_processes_train_as_one_and_two_do(
+    method: str, small_teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """Copies and shards; a run of four continues on two, and a run of two on four."""
+    settings = settings_of(method, small_teacher, image_folder, tmp_path / "one")
+    settings |= {"optim.gradient_accumulation_steps": 4, "optim.max_train_steps": 10, "run.checkpoint_every": 5}
+    one = distill(resolve({}, settings))
+    expected, folders = losses(one), {}
+    for count, shard in ((2, "off"), (4, "off"), (4, "full")):
+        folders[count, shard] = folder = tmp_path / f"{count}-{shard}"
+        options = ("--gradient-accumulation-steps", str(4 // count), "--shard", shard)
+        launch(count, one / "config.toml", folder, *options)
+        assert losses(folder) == pytest.approx(expected, rel=1e-4), (count, shard)
+    distill(resolve({}, {**settings, "optim.max_train_steps": 12}))
+    for written, (count, shard) in (((4, "full"), (2, "off")), ((2, "off"), (4, "full"))):
+        options = ("--gradient-accumulation-steps", str(4 // count), "--shard", shard, "--max-train-steps", "12")
+        launch(count, one / "config.toml", folders[written], *options)
+        assert losses(folders[written]) == pytest.approx(losses(one), rel=1e-4), (written, count, shard)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_validations_sample_in_bf16(kind: str, small_teacher: Path, image_folder: Path, tmp_path: Path) -> None:
     """The gathered weights are in bf16, and a pipeline around them in fp32."""
