@@ -48,7 +48,7 @@ def sample(
         float | None,
         typer.Option(
             help="Guidance in diffusers' convention (omega + 1).  "
-            "[default: the run's value, otherwise the published one or 8.5; 1 with a LoRA]",
+            "[default: the run's value, otherwise the published one or 8.5; 1 with a LoRA, except FLUX.1]",
             callback=finite,
         ),
     ] = None,
@@ -141,7 +141,6 @@ def sample(
     from lcmdistill.sampling.variations import start_image, use_scheduler
     from lcmdistill.teachers.naming import public_name
     from lcmdistill.teachers.prompts import count_truncated, token_limit
-    from lcmdistill.teachers.registry import family_of
     from lcmdistill.utils.device import pick_device
     from lcmdistill.utils.logging import progress
 
@@ -179,9 +178,9 @@ def sample(
     start = None
     if picture is not None and painted is None:
         wanted_size = None if resolution is None and width is None and height is None else size
-        start = start_image(pipeline, picture, 0.6 if strength is None else strength, steps, wanted_size)
-    published = family_of(pipeline).published.get("data.guidance_scale", 8.5)
-    default_guidance = found.guidance_scale or (1.0 if loras else published)
+        share = 0.6 if strength is None else strength
+        start = start_image(pipeline, picture, share, steps, wanted_size, found.resolution)
+    default_guidance = found.guidance_scale or sampling.default_guidance_scale(pipeline, has_loras=bool(loras))
     guidance = guidance_scale if guidance_scale is not None else default_guidance
     texts = texts or list(default_prompts(found.teacher, pipeline))
     if warning := sampling.guidance_warning(found, guidance):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from lcmdistill.data.images import ImageError, open_image
 from lcmdistill.objectives import method_sampled_by
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.sampling.png import GeneratedImage
-from lcmdistill.sampling.student_pipeline import Size, pipeline_kwargs
+from lcmdistill.sampling.student_pipeline import Size, check_size, pipeline_kwargs
 from lcmdistill.sampling.variations import StartImage, check_eta
 from lcmdistill.students.lora_files import run_takes_guidance, scheduler_of, scheduler_options_of
 from lcmdistill.teachers.base import has_omega_input
@@ -292,7 +291,7 @@ def generate(
     if image_and_mask and not family_of(pipeline).takes_mask:
         raise UsageError("this is not an inpainting model; remove --image and --mask")
     if size is not None:
-        _check_size(pipeline, size)
+        check_size(pipeline, size)
     images: list[GeneratedImage] = []
     for i in range(0, len(prompts), batch_size):
         batch_prompts, batch_seeds = list(prompts[i : i + batch_size]), list(seeds[i : i + batch_size])
@@ -333,15 +332,14 @@ def _called(pipeline: Any, kwargs: Mapping[str, Any], steps: int, generators: li
         ) from error
 
 
-def _check_size(pipeline: Any, size: Size) -> None:
-    if family_of(pipeline).in_pixels:
-        return  # `pipeline_kwargs` accepts the native size only
-    multiple = math.lcm(family_of(pipeline).token_pixels(network_of(pipeline).config, pipeline.vae_scale_factor), 8)
-    sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
-    for option, side in sides.items():
-        if side % multiple:
-            nearest = max(multiple, round(side / multiple) * multiple)
-            raise UsageError(f"{option} is {side}; it must be a multiple of {multiple}: try {nearest}")
+def default_guidance_scale(pipeline: Any, *, has_loras: bool) -> float:
+    """Return the guidance scale for a model without a recommendation of its own.
+
+    It is 1 with a LoRA, whose guidance is usually in its weights, unless the network takes guidance as an input.
+    """
+    family = family_of(pipeline)
+    takes_guidance = family.embeds_guidance or has_omega_input(network_of(pipeline))
+    return 1.0 if has_loras and not takes_guidance else family.published.get("data.guidance_scale", 8.5)
 
 
 def check_steps(pipeline: Any, steps: int) -> None:

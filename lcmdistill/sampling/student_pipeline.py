@@ -7,7 +7,7 @@ from typing import Any, cast
 from lcmdistill.objectives.base import Objective
 from lcmdistill.objectives.lcm import LatentConsistency
 from lcmdistill.teachers.base import Teacher, has_omega_input
-from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size
+from lcmdistill.teachers.pipelines import extra_call_kwargs, native_size, network_of, size_multiple
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
 
@@ -49,6 +49,22 @@ def pipeline_kwargs(
         given = f"--resolution is {height}" if height == width else f"the size is {width}x{height}"
         raise UsageError(f"{given}; this model generates only {native}x{native} px")
     return kwargs
+
+
+def check_size(pipeline: Any, size: Size) -> None:
+    """Raise UsageError for a size that a pipeline cannot generate."""
+    family = family_of(pipeline)
+    if family.in_pixels:
+        return  # `pipeline_kwargs` accepts the native size only
+    multiple = size_multiple(pipeline)
+    most = family.largest_side(network_of(pipeline).config)
+    sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
+    for option, side in sides.items():
+        if side % multiple:
+            nearest = max(multiple, round(side / multiple) * multiple)
+            raise UsageError(f"{option} is {side}; it must be a multiple of {multiple}: try {nearest}")
+        if most is not None and side > most * pipeline.vae_scale_factor:
+            raise UsageError(f"{option} is {side}; this model generates at most {most * pipeline.vae_scale_factor} px")
 
 
 def height_and_width(size: Size) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from lcmdistill.objectives import OBJECTIVES, method_sampled_by
 from lcmdistill.sampling.student_pipeline import Size, height_and_width
-from lcmdistill.teachers.pipelines import native_size
+from lcmdistill.teachers.pipelines import native_size, size_multiple
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import COPIED, FLOW_SAMPLER, is_flow, student_scheduler
 from lcmdistill.utils.errors import UsageError
@@ -92,7 +92,9 @@ class StartImage:
         return self.pipeline, {**own, "image": [self.image] * count, "strength": self.strength}
 
 
-def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, size: Size | None) -> StartImage:
+def start_image(
+    pipeline: Any, image: Image.Image, strength: float, steps: int, size: Size | None, usual: Size | None = None
+) -> StartImage:
     """Return an image to start from, in the size that is generated.
 
     Args:
@@ -100,7 +102,8 @@ def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, 
         image: The image to start from.
         strength: How much noise is added: near 0 keeps the image, 1 only its colors.
         steps: The number of sampling steps, of which the share `strength` is taken.
-        size: The size of the result; None keeps the image's shape at the model's native area.
+        size: The size of the result; None keeps the image's shape at the area of `usual`.
+        usual: The size that the model was trained for; None is its native size.
 
     Raises:
         UsageError: The family has no such pipeline, or no step is left to take.
@@ -123,19 +126,17 @@ def start_image(pipeline: Any, image: Image.Image, strength: float, steps: int, 
         start = AutoPipelineForImage2Image.from_pipe(pipeline)
     except ValueError as error:
         raise UsageError(
-            f"--image is for Stable Diffusion and SDXL, and this is a {type(pipeline).__name__}; remove --image"
+            f"--image is for Stable Diffusion 1, 2, 3 and XL and for FLUX.1, and this is a {type(pipeline).__name__}; remove "
+            "--image"
         ) from error
     start.set_progress_bar_config(disable=True)
     if size is None:
-        height, width = native_size(pipeline)
-        scale = (height * width / (image.height * image.width)) ** 0.5
-        size = _multiple_of_8(scale * image.height), _multiple_of_8(scale * image.width)
+        height, width = native_size(pipeline) if usual is None else height_and_width(usual)
+        scale, multiple = (height * width / (image.height * image.width)) ** 0.5, size_multiple(pipeline)
+        rounded = (max(multiple, multiple * round(scale * side / multiple)) for side in (image.height, image.width))
+        size = next(rounded), next(rounded)
     height, width = height_and_width(size)
     return StartImage(start, ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), strength)
-
-
-def _multiple_of_8(side: float) -> int:
-    return max(8, 8 * round(side / 8))
 
 
 def check_eta(pipeline: Any, eta: float | None) -> None:

@@ -5,7 +5,6 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D emb
 
 import functools
 import hashlib
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +109,13 @@ class Teacher:
     @property
     def multiple(self) -> int:
         """What the sides of an image must be multiples of, in pixels: for the VAE, the network's patches, and diffusers."""
-        return math.lcm(self.family.token_pixels(self.network.config, self.vae_factor), 8)
+        return self.family.size_multiple(self.network.config, self.vae_factor)
+
+    @property
+    def largest_side(self) -> int | None:
+        """The longest side of an image that the network can generate, in pixels; None if there is no such limit."""
+        side = self.family.largest_side(self.network.config)
+        return None if side is None else side * self.vae_factor
 
     @property
     def applies_cfg(self) -> bool:

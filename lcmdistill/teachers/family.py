@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D emb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,6 +204,9 @@ class TeacherFamily:
         input_channels: The channels of the network's input in published models with 4 latent channels.
         sample_size_is_default: Whether the network's `sample_size` is only the pipeline's default size.
         student_kinds: The kinds of students that can be trained: "full", "lora".
+        pipeline_multiple: What the sides of an image must be multiples of for the pipeline, in pixels.
+        largest_side: (network config) -> the longest side that its table of positions covers, in latent pixels; None if there
+            is no such limit.
         token_side: The side of the square of latents that the pipeline packs into one token, besides the network's own patches.
         pack: (B, C, h, w) -> latents as the pipeline takes them.
         unpack: (latents of the pipeline, h, w) -> (B, C, h, w).
@@ -268,6 +272,8 @@ class TeacherFamily:
     input_channels: int = 4
     sample_size_is_default: bool = True
     student_kinds: tuple[str, ...] = ("full", "lora")
+    pipeline_multiple: int = 8
+    largest_side: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     token_side: int = 1
     pack: Callable[[Tensor], Tensor] = unchanged
     unpack: Callable[[Tensor, int, int], Tensor] = unchanged_of_size
@@ -337,6 +343,10 @@ class TeacherFamily:
             vae_factor: Pixels per latent pixel.
         """
         return vae_factor * config.get("patch_size", 1) * self.token_side
+
+    def size_multiple(self, config: Mapping[str, Any], vae_factor: int) -> int:
+        """Return what the sides of an image must be multiples of, in pixels; the arguments are those of `token_pixels`."""
+        return math.lcm(self.token_pixels(config, vae_factor), self.pipeline_multiple)
 
     @property
     def run_lora_format(self) -> str:

@@ -29,6 +29,11 @@ def native_size(pipeline: Any) -> tuple[int, int]:
     return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
+def size_multiple(pipeline: Any) -> int:
+    """Return what the sides of an image must be multiples of, in pixels."""
+    return family_of(pipeline).size_multiple(network_of(pipeline).config, pipeline.vae_scale_factor)
+
+
 def extra_call_kwargs(
     pipeline: Any, count: int, height: int, width: int, image_and_mask: tuple[Any, Any] | None = None
 ) -> dict[str, Any]:

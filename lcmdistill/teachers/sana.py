@@ -122,6 +122,7 @@ SANA = TeacherFamily(
     task="text-to-image",
     tags=("text-to-image", "sana"),
     input_channels=32,
+    pipeline_multiple=32,
     sample_size_is_default=False,  # the pipeline knows the sizes 16, 32, 64 and 128 only
     call=call_sana,
     example_inputs=_example_inputs,

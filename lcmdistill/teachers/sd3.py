@@ -145,6 +145,7 @@ STABLE_DIFFUSION_3 = TeacherFamily(
     tags=("text-to-image", "stable-diffusion"),
     input_channels=16,
     sample_size_is_default=False,  # the position embeddings depend on it
+    largest_side=lambda config: config["pos_embed_max_size"] * config["patch_size"],
     call=call_mmdit,
     example_inputs=_example_inputs,
     network_kwargs=transformer_kwargs,

@@ -96,13 +96,29 @@ def validate_for_teacher(config: RunConfig, teacher: Teacher) -> None:
             f"omega is sampled from {omegas.low:g} to {omegas.high:g}, but a {type(teacher.network).__name__} has no omega "
             "input; set objective.w_min and objective.w_max to the same value"
         )
+    _check_sizes(config, teacher)
+
+
+def _check_sizes(config: RunConfig, teacher: Teacher) -> None:
+    """Raise UsageError for a resolution or a bucket that the teacher cannot generate."""
     resolution, patch, multiple = config.data.resolution, teacher.network.config.get("patch_size", 1), teacher.multiple
     if not teacher.in_pixels and resolution % multiple:
         near = max(multiple, round(resolution / multiple) * multiple)
         raise UsageError(
             f"data.resolution is {resolution}; it must be a multiple of {multiple} (the VAE's factor is {teacher.vae_factor}"
-            f"{f', a patch has {patch}' if patch > 1 else ''}, and diffusers generates multiples of 8); try {near}"
+            f"{f', a patch has {patch}' if patch > 1 else ''}, and diffusers generates multiples of "
+            f"{teacher.family.pipeline_multiple}); try {near}"
         )
+    most, sizes = teacher.largest_side, {"data.resolution": (resolution, resolution)}
+    sizes |= {
+        f"data.buckets {height}x{width}": (height, width) for height, width in bucket_sizes(config.data, multiple)
+    }
+    for name, sides in sizes.items():
+        if most is not None and max(sides) > most:
+            raise UsageError(
+                f"{name} has a side of {max(sides)} px, and the teacher's table of positions covers {most} px; use a smaller "
+                "size"
+            )
 
 
 def _check_embedded_guidance(config: RunConfig, teacher: Teacher) -> None:

@@ -15,6 +15,7 @@ from lcmdistill.diffusion.flow import FlowSchedule
 from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.diffusion.types import Conditioning, TeacherNetwork
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.sampling.generate import default_guidance_scale
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.lora_files import family_of_lora
 from lcmdistill.teachers.base import Teacher, make_teacher
@@ -163,6 +164,10 @@ def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], messag
     teacher = load_teacher(str(folder))
     with pytest.raises(UsageError, match=message):
         validate_for_teacher(configured(teacher, **settings), teacher)
+
+
+def test_a_lora_on_its_base_is_sampled_at_the_guidance_that_is_its_input(folder: Path) -> None:
+    assert default_guidance_scale(load_teacher(str(folder)).pipeline, has_loras=True) == 3.5
 
 
 def test_the_empty_prompt_is_not_evaluated() -> None:

@@ -75,6 +75,10 @@ def test_latents_are_scaled_like_in_the_pipeline(folder: Path) -> None:
     torch.testing.assert_close(teacher.decode(mean), (decoded / 2 + 0.5).clamp(0, 1))
 
 
+def test_its_pipeline_takes_multiples_of_32_px(folder: Path) -> None:
+    assert load_teacher(str(folder)).multiple == 32  # of its VAE and patches alone: 4
+
+
 def test_options_of_the_vae(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="AutoencoderDC, and only an AutoencoderKL can be replaced; remove --vae"):
         load_teacher(str(folder), vae=str(tmp_path))

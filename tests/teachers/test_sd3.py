@@ -6,14 +6,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from lcmdistill.sampling.student_pipeline import check_size
+from lcmdistill.sampling.variations import start_image
 from lcmdistill.students.lora_files import family_of_lora
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.teachers.prompts import count_truncated, token_limit
+from lcmdistill.training.preflight import validate_for_teacher
 from lcmdistill.utils.errors import UsageError
 from lcmdistill.utils.run_dir import lora_file
 from tests.support.models import build_sd3
+from tests.support.runs import resolve
 from tests.support.teachers import SMALL, Command
 
 PROMPTS = ["a cat", "a dog in the rain"]
@@ -71,6 +76,34 @@ def test_a_prompt_is_as_long_as_the_longest_reader_reads(has_t5: bool, limit: in
     pipeline = load_teacher(str(folders[has_t5])).pipeline
     assert token_limit(pipeline) == limit
     assert count_truncated(pipeline, ["a cat", "a" * 100, "a" * 300]) == (1 if has_t5 else 2)
+
+
+def test_sizes_beyond_the_table_of_positions_are_refused(folders: dict[bool, Path]) -> None:
+    teacher = load_teacher(str(folders[False]))
+    with pytest.raises(UsageError, match="--width is 104; this model generates at most 96 px"):
+        check_size(teacher.pipeline, (32, 104))
+    check_size(teacher.pipeline, (32, 96))
+    settings: dict[str, Any] = {
+        "teacher.model": "m",
+        "objective.w_min": 3.5,
+        "objective.w_max": 3.5,
+        "data.resolution": 32,
+    }
+    settings |= {"data.sources": ("images",)}
+    for name, more in {
+        "data.resolution": {"data.resolution": 104},
+        "data.buckets 32x104": {"data.buckets": ("32x104",)},
+    }.items():
+        config = resolve({}, {**settings, **more})
+        with pytest.raises(UsageError, match=f"{name} has a side of 104 px, and .* covers 96 px"):
+            validate_for_teacher(config, teacher)
+
+
+def test_an_image_to_start_from_has_the_size_of_the_run_and_whole_patches(folders: dict[bool, Path]) -> None:
+    pipeline = load_teacher(str(folders[False])).pipeline
+    pipeline.transformer.register_to_config(patch_size=4)
+    start = start_image(pipeline, Image.new("RGB", (64, 32)), 0.5, 2, None, 32)
+    assert start.image.size == (48, 16)  # near 45 x 23, in multiples of 16 px
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -143,6 +143,8 @@ def lora_weights_file(lora: str, label: str) -> Path:
         raise UsageError(f"{label} does not exist; specify a .safetensors file, or a diffusers or peft folder")
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors":
+        if not files and any((path / "lora").glob("[!.]*.safetensors")):
+            raise UsageError(f"{label} is a run; pass the LoRA in it: {path / 'lora'}")
         raise UsageError(
             f"{label} has {len(files)} .safetensors files and must have one; pickles are not read"
             if path.is_dir()

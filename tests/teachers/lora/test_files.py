@@ -12,7 +12,7 @@ from lcmdistill.export.verify import difference, network_inputs, network_output
 from lcmdistill.teachers.loading import load_pipeline
 from lcmdistill.teachers.lora.adapters import lora_layers
 from lcmdistill.teachers.lora.checks import check_fit, known_prefixes
-from lcmdistill.teachers.lora.files import load_lora, read_kohya_form
+from lcmdistill.teachers.lora.files import load_lora, lora_weights_file, read_kohya_form
 from lcmdistill.teachers.lora.kinds import flat_path
 from lcmdistill.teachers.lora.lycoris import split_layers
 from lcmdistill.teachers.registry import FAMILIES
@@ -180,6 +180,13 @@ def test_alphas_next_to_diffusers_keys_are_applied(small_teacher: Path, tmp_path
     save_file(renamed, tmp_path / "style.safetensors")
     load_lora(loaded, str(tmp_path / "style.safetensors"), "style")
     assert difference(outputs(loaded)["unet"], outputs(expected)["unet"]) < 1e-4
+
+
+def test_the_lora_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lora").mkdir(parents=True)
+    (tmp_path / "run" / "lora" / "run.safetensors").touch()
+    with pytest.raises(UsageError, match=r"run is a run; pass the LoRA in it: .*run/lora$"):
+        lora_weights_file(str(tmp_path / "run"), "--lora run")
 
 
 def test_an_empty_layer_is_refused(small_teacher: Path, tmp_path: Path) -> None:
