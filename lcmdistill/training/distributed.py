@@ -12,10 +12,10 @@ from torch import Tensor
 from lcmdistill.config.schema import RunConfig
 from lcmdistill.training.signals import Stop
 from lcmdistill.utils.device import compute_dtype, free_memory, pick_device
-from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.errors import RunError, UsageError
 from lcmdistill.utils.launch import check_launched
 
-__all__ = ["Accelerator", "StopSignal", "gather", "make_accelerator", "min_free_memory"]
+__all__ = ["Accelerator", "StopSignal", "check_same_step", "gather", "make_accelerator", "min_free_memory"]
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -46,6 +46,16 @@ def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the tensors of all processes, (processes, ...)."""
     gathered: Any = accelerator.gather(value[None])
     return gathered
+
+
+def check_same_step(step: int, accelerator: Accelerator) -> None:
+    """Raise RunError, on all processes, unless they begin at the same step."""
+    steps = gather(torch.tensor(step, device=accelerator.device), accelerator).tolist()
+    if len(set(steps)) > 1:
+        raise RunError(
+            f"the processes found different checkpoints (steps {', '.join(map(str, steps))}), and all must resume from the "
+            "same one; use an output folder that all machines share and can read"
+        )
 
 
 def min_free_memory(accelerator: Accelerator) -> float:

@@ -29,7 +29,7 @@ from lcmdistill.training.best import collapse_warning, compared_with_untrained, 
 from lcmdistill.training.checkpoint import CheckpointWriter
 from lcmdistill.training.cost_disk import check_space
 from lcmdistill.training.cost_time import REFERENCES, TEACHER_OUTPUTS, TimeLeft
-from lcmdistill.training.distributed import Accelerator, StopSignal, make_accelerator, min_free_memory
+from lcmdistill.training.distributed import Accelerator, StopSignal, check_same_step, make_accelerator, min_free_memory
 from lcmdistill.training.documents import RunDocuments
 from lcmdistill.training.feed import CachedFeed, Feed, StreamFeed
 from lcmdistill.training.finish import finish
@@ -148,6 +148,7 @@ def _distill(
         trainer.restore(checkpoint)
         if is_main:
             logger.info(f"resuming from {checkpoint.path.name}")
+    check_same_step(trainer.step, accelerator)
     if is_main and trainer.is_compiled:
         logger.info("the networks are compiled at the first step, which takes minutes; use --compile off to skip it")
 

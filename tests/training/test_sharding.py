@@ -4,6 +4,7 @@ import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lcmdistill.training import distributed
 from lcmdistill.training.memory.plan import choose_plan
 from lcmdistill.training.sharding import check_sharding
 from lcmdistill.utils.checkpoint import load_checkpoint
-from lcmdistill.utils.errors import UsageError, explain
+from lcmdistill.utils.errors import RunError, UsageError, explain
 from lcmdistill.utils.run_dir import checkpoints
 from lcmdistill.utils.sharded_checkpoint import read_whole
 from tests.support.processes import bytes_of, held_bytes, launch
@@ -90,6 +91,14 @@ def test_accelerate_s_own_sharding_is_refused_with_ours(monkeypatch: pytest.Monk
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
     with pytest.raises(UsageError, match=rf"requests {kind.value}, .*pass --shard full"):
         distributed.make_accelerator(resolve({}, {"run.device": "cpu"}))
+
+
+def test_processes_that_find_different_checkpoints_do_not_train() -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda value: torch.cat([value, value]))
+    distributed.check_same_step(4, accelerator)
+    accelerator.gather = lambda value: torch.cat([value, torch.zeros_like(value)])  # no checkpoint on its machine
+    with pytest.raises(RunError, match=r"\(steps 4, 0\), .* output folder that all machines share"):
+        distributed.check_same_step(4, accelerator)
 
 
 def test_a_lost_process_is_one_sentence() -> None:
