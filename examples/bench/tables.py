@@ -15,6 +15,8 @@ SIDES = {"naive": "plain loop", "product": "lcmdistill", "cached": "lcmdistill, 
 
 def table(result: dict[str, Any]) -> str:
     """Return a result as Markdown."""
+    if "methods" in result:
+        return methods_table(result)
     if "rows" in result:
         lines = [
             f"Peak memory, GiB ({result['device']}):\n",
@@ -42,6 +44,25 @@ def table(result: dict[str, Any]) -> str:
     for part in PARTS:
         cells = [f"{values['milliseconds'][part]:.0f}" for values in result["sides"].values()]
         lines.append(f"| {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def methods_table(result: dict[str, Any]) -> str:
+    """Return the rows of gpu.py as Markdown. The plain loop's forward pass includes its backward pass."""
+    phases = ("encoding", "teacher", "target", "forward", "backward", "optimizer", "other")
+    lines = [
+        f"Each method, {result['device']}, bf16, torch {result['torch']} (`python examples/bench/gpu.py`):\n",
+        f"| | samples/s | MFU | peak memory, GiB | ms per step: {' | '.join(phases)} |",
+        "|---|---|---|---|" + "---|" * len(phases),
+    ]
+    for row in result["methods"]:
+        label = f"{row['model']} {row['kind']}, {row['method']}{', compiled' if row['compiled'] else ''}"
+        if "error" in row:
+            lines.append(f"| {label} | {row['error']} | " + "| " * (len(phases) + 2))
+            continue
+        cells = [f"{1000 * row.get(f'seconds_{phase}', 0.0) / row['steps']:.0f}" for phase in phases]
+        memory = f"{row.get('peak_memory_gib', 0.0):.1f}"
+        lines.append(f"| {label} | {row['samples_per_s']:.1f} | {row['mfu']:.0%} | {memory} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
