@@ -16,7 +16,9 @@ from lcmdistill.objectives.common import most_steps
 from lcmdistill.teachers.lora.adapters import merge_lora
 from lcmdistill.teachers.naming import loading_code
 from lcmdistill.teachers.pipelines import network_of
+from lcmdistill.teachers.registry import family_of
 from lcmdistill.utils.errors import UsageError
+from lcmdistill.utils.spelling import or_list
 
 WriteCard = Callable[[TrainedStudent, str, Path, Path], None]
 "(student, format, output, folder): writes the card of an export into the folder that becomes the output"
@@ -216,18 +218,19 @@ def merge_adapter(student: TrainedStudent, pipeline: Any) -> None:
         merge_lora(network_of(pipeline))
 
 
-def require_support(pipeline: Any, name: str, is_supported: bool) -> None:
+def require_support(pipeline: Any, name: str, kind: str, is_supported: bool) -> None:
     """Raise UsageError for a student whose family has no such format.
 
     Args:
         pipeline: The student's pipeline.
         name: The format's key.
+        kind: The kind of the student: "full" or "lora".
         is_supported: Whether the family has the format.
     """
     if not is_supported:
-        raise UsageError(
-            f"--format {name} is for U-Nets with text conditioning, not for {type(pipeline).__name__}; use pipeline"
-        )
+        family = family_of(pipeline)
+        others = ("pipeline",) if kind == "full" else (*family.lora_formats, "fused")
+        raise UsageError(f"--format {name} is not available for {family.title}; use {or_list(others)}")
 
 
 def unverified(output: Path) -> str:

@@ -33,13 +33,13 @@ from lcmdistill.export.verify import BOUNDS, Outputs, check_close, difference, n
 from lcmdistill.objectives.base import MethodInfo
 from lcmdistill.students.lora_files import (
     DIFFUSERS_LORA,
-    FAMILY_KEY,
     SCHEDULER_KEY,
     SCHEDULER_OPTIONS_KEY,
     alpha_of,
     rank_of,
 )
 from lcmdistill.teachers.lora.files import Lora
+from lcmdistill.teachers.lora.kinds import FAMILY_KEY
 from lcmdistill.teachers.naming import public_name
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.teachers.registry import family_of
@@ -209,8 +209,8 @@ def _parts_header_and_outputs(
     family = family_of(trained)
     if format_key not in family.lora_formats:
         raise UsageError(
-            f"a {type(trained).__name__} loads no such file; use --format {family.run_lora_format}, or fused for a full "
-            "pipeline"
+            f"--format {format_key} is not available for {family.title}; use --format {family.run_lora_format}, or fused for a "
+            "full pipeline"
         )
     parts = written_lora(lora, student.config, trained)
     metadata = header(parts[family.network], student.config, student.run.name, trained)

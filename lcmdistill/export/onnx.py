@@ -340,7 +340,7 @@ def export_onnx(student: TrainedStudent, request: ExportRequest) -> str:
     """
     need_onnx()
     pipeline = student.pipeline()
-    require_support(pipeline, "onnx", bool(family_of(pipeline).onnx_classes))
+    require_support(pipeline, "onnx", student.config.student.kind, bool(family_of(pipeline).onnx_classes))
     cases = cases_of(pipeline, request.guidance_scale) if request.verify else []
     merge_adapter(student, pipeline)
     with atomic_dir(request.output) as folder:

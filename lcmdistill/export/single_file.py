@@ -275,7 +275,7 @@ def export_single_file(student: TrainedStudent, request: ExportRequest) -> str:
         A sentence with the largest difference from the student.
     """
     path, pipeline = request.output, student.pipeline()
-    require_support(pipeline, "single-file", bool(family_of(pipeline).layouts))
+    require_support(pipeline, "single-file", student.config.student.kind, bool(family_of(pipeline).layouts))
     expected = pipeline_outputs(pipeline, request.guidance_scale) if request.verify else {}
     # ComfyUI samples flow matching in the same terms, and other betas not at all.
     is_checked = request.verify and not student.facts.is_flow and not student.facts.betas

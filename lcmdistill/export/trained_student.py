@@ -23,6 +23,7 @@ from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.loading import load_pipeline, load_teacher
 from lcmdistill.teachers.lora.adapters import LoraLayer, put_lora
 from lcmdistill.teachers.lora.files import Lora
+from lcmdistill.teachers.lora.kinds import FAMILY_KEY
 from lcmdistill.teachers.pipelines import network_of
 from lcmdistill.utils.checkpoint import load_best, load_checkpoint
 from lcmdistill.utils.errors import UsageError
@@ -71,7 +72,7 @@ class TrainedStudent:
         """Return the header strings of the run's LoRA that name its scheduler and the options."""
         with safe_open(lora_file(self.run), framework="pt") as file:
             header = file.metadata() or {}
-        return {key: header[key] for key in (SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY) if key in header}
+        return {key: header[key] for key in (SCHEDULER_KEY, SCHEDULER_OPTIONS_KEY, FAMILY_KEY) if key in header}
 
     @property
     def guidance_scale(self) -> float:

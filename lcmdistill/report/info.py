@@ -7,9 +7,9 @@ from typing import Any
 
 from lcmdistill.config.lora_words import with_loras
 from lcmdistill.teachers.folders import WEIGHT_FILE
-from lcmdistill.teachers.lora.kinds import adapter_settings, kinds_of, other_kinds_of
+from lcmdistill.teachers.lora.kinds import FAMILY_KEY, adapter_settings, kinds_of, other_kinds_of
 from lcmdistill.teachers.naming import ALIASES, is_local, license_name, license_of, model_hint, resolve_alias
-from lcmdistill.teachers.registry import family_of_class, single_file_layouts
+from lcmdistill.teachers.registry import FAMILIES, family_of_class, single_file_layouts
 from lcmdistill.teachers.schedulers import is_flow, static_shift
 from lcmdistill.teachers.single_file.inspect import (
     LORA_DOWNS,
@@ -140,7 +140,8 @@ def _lora(path: Path, header: Header) -> list[Row]:
         alpha, base = config.get("lora_alpha", config.get("alpha")), config.get("base_model_name_or_path")
     elif "lora_adapter_metadata" in metadata:
         kind, config = "diffusers", adapter_settings(metadata, f"{path}")
-        alpha, base = config.get("unet.lora_alpha"), metadata.get("ss_sd_model_name")
+        alphas = [config[f"{part}.lora_alpha"] for part in ("unet", "transformer") if f"{part}.lora_alpha" in config]
+        alpha, base = next(iter(alphas), None), metadata.get("ss_sd_model_name")
     else:
         kind = "kohya" if any(name.startswith("lora_") for name in names) else "diffusers"
         alpha, base = metadata.get("ss_network_alpha"), metadata.get("ss_sd_model_name")
@@ -150,6 +151,8 @@ def _lora(path: Path, header: Header) -> list[Row]:
     widths = {shape[1] for key, shape in downs.items() if re.search(r"attn2[._]to_k", key)}
     fits = {layout.width: layout.title for _, layout in single_file_layouts()}
     guess = next((fits[width] for width in widths if width in fits), "not recognizable from its layers")
+    family = FAMILIES.get(metadata.get(FAMILY_KEY, ""))
+    guess = family.title if family else guess
     unknown = other_kinds_of(names) or ["ComfyUI's model keys"] * any("diffusion_model." in name for name in names)
     use = f"cannot be used here ({', '.join(unknown)}); merge it into its base in ComfyUI or with its own program"
     return [

@@ -10,6 +10,7 @@ from lcmdistill.config.recorded import run_takes_omega
 from lcmdistill.objectives import OBJECTIVES
 from lcmdistill.teachers.family import TeacherFamily
 from lcmdistill.teachers.lora.files import Lora, lora_weights_file
+from lcmdistill.teachers.lora.kinds import FAMILY_KEY
 from lcmdistill.teachers.registry import FAMILIES, family_of_lora_header
 from lcmdistill.utils.checksums import verify_checksums
 from lcmdistill.utils.errors import UsageError
@@ -20,9 +21,6 @@ SCHEDULER_KEY = "lcmdistill.scheduler"
 
 SCHEDULER_OPTIONS_KEY = "lcmdistill.scheduler_options"
 "the header entry with that class's options besides the base model's betas, as JSON"
-
-FAMILY_KEY = "lcmdistill.family"
-"the header key with the family of a LoRA's base, where `ss_base_model_version` has no word for it"
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 "the file that diffusers looks for in a folder; older versions need its name when offline"

@@ -198,7 +198,7 @@ def _check_start(config: RunConfig, teacher: Teacher) -> None:
             why = (
                 f"is a {method.title}, which learned another map"
                 if method is not None
-                else f"is none: it has neither an omega input nor an {info.scheduler}"
+                else f"is none: it has neither an omega input nor the scheduler {info.scheduler}"
             )
             raise UsageError(
                 f"--objective {info.key} fine-tunes an LCM, and {model} {why}; name a run of lcmdistill, or an LCM's pipeline"

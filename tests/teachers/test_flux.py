@@ -8,19 +8,21 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lcmdistill.config.resolve import resolve
 from lcmdistill.diffusion.flow import FlowSchedule
 from lcmdistill.diffusion.parameterization import FLOW
 from lcmdistill.diffusion.types import Conditioning, TeacherNetwork
 from lcmdistill.objectives import OBJECTIVES
+from lcmdistill.report.info import describe
 from lcmdistill.sampling.generate import default_guidance_scale
 from lcmdistill.students.lora import check_layers
 from lcmdistill.students.lora_files import family_of_lora
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.flux import FLUX_1, call_flux, pack, unpack
 from lcmdistill.teachers.loading import load_teacher
+from lcmdistill.teachers.lora.files import load_lora
 from lcmdistill.teachers.prompts import count_truncated, token_limit
 from lcmdistill.training.memory.estimate import step_memory
 from lcmdistill.training.preflight import validate_for_teacher
@@ -226,6 +228,23 @@ def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(
     assert (code, "whose guidance is an input of the network; remove this option" in error) == (2, True)
     code, out, _ = command("info", "run")
     assert "guidance_scale 3.5" in out
+    rows = dict(describe(str(file)))
+    assert (rows["fits"], rows["alpha"]) == ("FLUX.1", "2.0")  # which is the rank: alpha 5 is in the weights
+    for form, others in (
+        ("single-file", "diffusers-lora, peft or fused"),
+        ("kohya", "--format diffusers-lora, or fused"),
+    ):
+        code, _, error = command("export", "run", "--format", form, "--output", "e.safetensors")
+        assert (code, f"{form} is not available for FLUX.1; use {others}" in error) == (2, True), error
+
+
+def test_a_lora_under_the_original_names_of_layers_is_named_as_such(folder: Path, tmp_path: Path) -> None:
+    """As kohya writes them for FLUX.1."""
+    layer, file = "lora_unet_double_blocks_0_img_attn_qkv", tmp_path / "style.safetensors"
+    save_file({f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(96, 2)}, file)
+    with pytest.raises(UsageError, match=f"original layer names, such as {layer}.*; use a file with diffusers' keys"):
+        load_lora(load_teacher(str(folder)).pipeline, str(file), "style")
+    assert "cannot be used here (a transformer's original layer names)" in dict(describe(str(file)))["use"]
 
 
 def test_memory_is_estimated_with_a_quantized_base(folder: Path) -> None:

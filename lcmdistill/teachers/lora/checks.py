@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcmdistill.teachers.family import TeacherFamily
-from lcmdistill.teachers.lora.kinds import ENDS, flat_path, other_kinds_of
+from lcmdistill.teachers.lora.kinds import ENDS, ORIGINAL_NAMES, flat_path, other_kinds_of
 from lcmdistill.teachers.registry import FAMILIES
 from lcmdistill.teachers.single_file.inspect import Header, holds_network, is_lora
 from lcmdistill.teachers.single_file.other_files import other_file
@@ -113,6 +113,11 @@ def check_fit(pipeline: Any, family: TeacherFamily, weights: Mapping[str, Tensor
             )
     if absent or mismatched:
         first = next(iter((absent or mismatched).values()))
+        if family.network == "transformer" and ORIGINAL_NAMES in other_kinds_of(absent.values()):
+            raise UsageError(
+                f"{label} has {ORIGINAL_NAMES}, such as {first}, and only those of diffusers are read; use a file with "
+                "diffusers' keys, or merge it into its base"
+            )
         raise UsageError(
             f"{label} does not fit this model: {len(absent)} of its layers are absent and {len(mismatched)} have another "
             f"width, such as {first}; it was made for another base"

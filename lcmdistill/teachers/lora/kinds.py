@@ -18,13 +18,22 @@ KINDS = {
 }
 "what the tensors of a layer are called, by kind; several kinds may act on one layer"
 
+ORIGINAL_NAMES = "a transformer's original layer names"
+"what kohya's files for FLUX.1 and Stable Diffusion 3 have, whose layers are not those of diffusers"
+
 OTHER_KINDS = {
     "bundle_emb": "textual inversions",
     "oft_": "OFT",
     ".on_input": "(IA)^3",
     ".a1.weight": "GLoRA",
+    "lora_unet_double_blocks_": ORIGINAL_NAMES,
+    "lora_unet_single_blocks_": ORIGINAL_NAMES,
+    "lora_unet_joint_blocks_": ORIGINAL_NAMES,
 }
 "{part of a key: the kind of adapter}, of kinds that cannot be loaded"
+
+FAMILY_KEY = "lcmdistill.family"
+"the header key with the family of a LoRA's base, where `ss_base_model_version` has no word for it"
 
 MAGNITUDE = ".lora_magnitude_vector"
 "the end of the keys of DoRA's magnitudes in diffusers' and peft's files"
@@ -54,7 +63,7 @@ def is_magnitude(name: str) -> bool:
 def other_kinds_of(names: Iterable[str]) -> list[str]:
     """Return the kinds of adapters in a file that cannot be loaded, by its keys."""
     names = list(names)
-    return [kind for part, kind in OTHER_KINDS.items() if any(part in name for name in names)]
+    return list(dict.fromkeys(kind for part, kind in OTHER_KINDS.items() if any(part in name for name in names)))
 
 
 def split_key(key: str) -> tuple[str, str]:
