@@ -20,7 +20,7 @@ from lcmdistill.utils.atomic import PARTIAL, REPLACED, atomic_dir, hidden_siblin
 from lcmdistill.utils.checksums import checksum
 from lcmdistill.utils.errors import RunError
 from lcmdistill.utils.run_dir import checkpoint_step, checkpoints, step_name
-from lcmdistill.utils.sharded_checkpoint import is_sharded, read_whole
+from lcmdistill.utils.sharded_checkpoint import is_sharded, read_whole, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def save_checkpoint(
             file = partial / f"{group}.safetensors"
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, file)
             checksums[file.name] = checksum(file)
-        torch.save({"step": step, **state, "checksums": checksums}, partial / "state.pt")
+        save_state(partial, {"step": step, **state, "checksums": checksums})
     return path
 
 

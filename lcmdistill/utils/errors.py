@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UsageError(Exception):
@@ -45,6 +47,17 @@ def disk_error(error: BaseException) -> str | None:
         return DISK_ERRORS[error.errno]
     text = str(error)
     return next((reason for number, reason in DISK_ERRORS.items() if os.strerror(number) in text), None)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise the operating system's error, such as that of a full disk, where torch.save raises one of its own after it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcmdistill.utils.atomic import PARTIAL, atomic_dir, hidden_sibling
 from lcmdistill.utils.checksums import checksum
-from lcmdistill.utils.errors import RunError
+from lcmdistill.utils.errors import RunError, system_errors
 
 METADATA = ".metadata"
 "the file that lists the tensors and where their shards are"
@@ -52,7 +52,13 @@ def save_shards(path: Path, groups: Groups, state: Mapping[str, Any], process_gr
         distributed.barrier(process_group)
         checksums = _write(partial, groups, process_group)
         checksums[METADATA] = checksum(partial / METADATA)
-        torch.save({**state, "checksums": checksums}, partial / "state.pt")
+        save_state(partial, {**state, "checksums": checksums})
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint's plain values, `state.pt`."""
+    with (folder / "state.pt").open("wb") as file, system_errors():
+        torch.save(dict(state), file)
 
 
 def _write(folder: Path, groups: Groups, process_group: Any) -> dict[str, str]:
@@ -63,8 +69,14 @@ def _write(folder: Path, groups: Groups, process_group: Any) -> dict[str, str]:
 
     tensors = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
     rank = distributed.get_rank(process_group)
+
+    class Writer(checkpoint.FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            with system_errors():  # before the error is sent to the other processes, without its cause
+                return super().write_data(*args)
+
     try:
-        writer = checkpoint.FileSystemWriter(folder, single_file_per_rank=True)
+        writer = Writer(folder, single_file_per_rank=True)
         checkpoint.save(tensors, storage_writer=writer, process_group=process_group)
     except CheckpointException as error:  # not an Exception
         raise _cause(error) from error

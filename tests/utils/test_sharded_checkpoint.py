@@ -2,10 +2,14 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 
-from lcmdistill.utils.sharded_checkpoint import METADATA, read_whole
+from lcmdistill.utils.errors import explain
+from lcmdistill.utils.sharded_checkpoint import METADATA, read_whole, save_shards, save_state
 
 
 def text(value: str) -> bytes:
@@ -41,3 +45,26 @@ def test_a_damaged_description_is_damage(content: bytes, tmp_path: Path) -> None
     (tmp_path / METADATA).write_bytes(content)
     with pytest.raises(pickle.UnpicklingError, match="cannot be read"):
         read_whole(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's own error would be about a position in an archive."""
+    (tmp_path / "state.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_state(tmp_path, {"values": torch.zeros(10_000)})
+    checkpoint = tmp_path / "step-1"
+
+    def open_full(path: Path, *args: str) -> Any:
+        return open_file(Path("/dev/full") if path.suffix == ".distcp" else path, *args)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", open_full)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_shards(checkpoint, {"student": {"a": torch.zeros(10_000)}}, {}, distributed.group.WORLD)
+    finally:
+        distributed.destroy_process_group()
+    assert explain(caught.value)[0].startswith("no space left on device")
+    assert not checkpoint.exists()
