@@ -1,6 +1,6 @@
 """Write methods.md, its figure and its picture grid from the numbers of the runs of methods.py. The code checks the claims."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ def draw(numbers: Numbers, path: Path) -> None:
                         range(len(STEPS)), list(map(mean, few)), color="gray", linestyle=":", label="teacher, trailing"
                     )
             axes.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
-            _limit(axes, numbers, metric)
+            _limit(axes, numbers, metric, lines.values())
             axes.grid(alpha=0.3)
             if column == 0:
                 axes.set_ylabel(title, fontsize=9)
@@ -229,9 +229,10 @@ def _line(axes: Any, numbers: Numbers, metric: str, name: str, runs: Sequence[st
     axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _limit(axes: Any, numbers: Numbers, metric: str) -> None:
-    """Give the panels of a metric one scale that the students fill; the few-step teacher may leave it."""
-    found = [each for run in FOLDERS for n in STEPS for each in values(numbers, run, metric, n)]
+def _limit(axes: Any, numbers: Numbers, metric: str, lines: Iterable[Sequence[str]]) -> None:
+    """Give a panel a scale that its students fill; the few-step teacher may leave it."""
+    points = [(run, n) for runs in lines for run, n in zip(runs, STEPS, strict=False)]
+    found = [each for run, n in points for each in values(numbers, run, metric, n)]
     if found:
         low, high = min(found), max(found)
         margin = 0.05 * (high - low or 1)

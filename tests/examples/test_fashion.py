@@ -108,9 +108,10 @@ def test_a_run_is_evaluated_next_to_its_teacher(
     monkeypatch.setattr(evaluate, "TEACHER_STEPS", 3)
     monkeypatch.setattr(evaluate, "BLOCK", 10)
     arguments = ["evaluate.py", "--teacher", teacher, "--work", work, "--output", work / "results", "--count", 20]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--runs", str(work / "cd"), str(work / "ct")])
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--curve", "--runs", str(work / "cd"), str(work / "ct")])
     evaluate.main()
-    found = json.loads((work / "results" / "results.json").read_text())["samplers"]
+    results = json.loads((work / "results" / "results.json").read_text())
+    found = results["samplers"]
     evaluations = {name: each["evaluations"] for name, each in found.items()}
     assert evaluations == {
         "teacher, 3 Heun steps": 5,
@@ -120,8 +121,11 @@ def test_a_run_is_evaluated_next_to_its_teacher(
         "ct, 2 steps": 2,
         "training images": 0,
     }
-    assert found["training images"]["kid"] < found["cd, 1 step"]["kid"]  # random weights draw noise
-    assert (work / "results" / "picture.png").is_file()
+    assert found["training images"]["kid"] < found["cd, 1 step"]["kid"]  # random weights generate noise
+    for run in ("cd", "ct"):  # the checkpoint of the last step has the weights of the run's pipeline
+        kids = [found[f"{run}, {steps}"]["kid"] for steps in ("1 step", "2 steps")]
+        assert results["curves"][run] == {"1": [[1, kids[0]]], "2": [[1, kids[1]]]}
+    assert all((work / "results" / name).is_file() for name in ("picture.png", "curve.png"))
     assert len((work / "results" / "results.md").read_text().splitlines()) == 2 + len(found)
 
 
