@@ -65,11 +65,17 @@ COLORS = {"LCM": "C0", "TCD": "C1", "PCM": "C2", "TDM": "C3", "free": "C4"}
 
 
 class Claim(NamedTuple):
-    """What is claimed, whether these numbers show it, and the numbers."""
+    """What is claimed, whether these numbers show it, the numbers, and whether all their differences are within the error."""
 
     text: str
     shows: bool
     evidence: str
+    close: bool
+
+    @property
+    def verdict(self) -> str:
+        """What the page says of it."""
+        return "no measurable difference" if self.close else "shows" if self.shows else "**does not show**"
 
 
 def values(numbers: Numbers, run: str, metric: str, steps: int, sampler: str = "student") -> list[float]:
@@ -81,7 +87,8 @@ def values(numbers: Numbers, run: str, metric: str, steps: int, sampler: str = "
 
 def number(value: float) -> str:
     """Return a number with three digits after the point, or two from 1 on."""
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
+    rounded = round(value, 3) + 0.0  # without the sign of a negative zero
+    return f"{value:.2f}" if abs(value) >= 1 else f"{rounded:.3f}".replace("0.", ".", 1)
 
 
 def spread(found: Sequence[float]) -> str:
@@ -118,7 +125,8 @@ def claims(numbers: Numbers) -> list[Claim]:
                 f"{run} at {_steps(n)}" for run, _, n in points[1:] if within_error(numbers, points[0], (run, _, n))
             ]
             labels += [f"the difference from {' and from '.join(close)} is within its standard error"] if close else []
-            found.append(Claim(text, holds(*map(mean, each)), "; ".join(labels)))
+            all_close = len(points) > 1 and len(close) == len(points) - 1
+            found.append(Claim(text, holds(*map(mean, each)), "; ".join(labels), all_close))
 
     def kid(run: str, steps: int) -> tuple[str, str, int]:
         return run, "kid_teacher", steps
@@ -338,7 +346,7 @@ def write_page(numbers: Numbers, folder: Path) -> None:
         "",
         "| claim | here | numbers |",
         "|---|---|---|",
-        *(f"| {c.text} | {'shows' if c.shows else '**does not show**'} | {c.evidence} |" for c in claims(numbers)),
+        *(f"| {c.text} | {c.verdict} | {c.evidence} |" for c in claims(numbers)),
         "",
         "![The methods by sampling steps](methods.png)",
         "",

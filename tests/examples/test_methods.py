@@ -131,7 +131,12 @@ def test_a_difference_within_the_standard_error_is_called_so(modules: Any) -> No
             points["student-02-g4"]["kid_teacher_error"] = 0.01
     a, b = ("PCM, 2 phases", "kid_teacher", 2), ("LCM", "kid_teacher", 2)  # .0125 apart, and the error is .0141
     assert page.within_error(found, a, b)
-    assert "; the difference from LCM at 2 steps is within its standard error" in page.claims(found)[0].evidence
+    first, *others = page.claims(found)
+    assert "; the difference from LCM at 2 steps is within its standard error" in first.evidence
+    assert first.verdict == "shows"  # the difference from LCM at 1 step is not
+    assert [c.verdict for c in others if c.text.startswith("TDM trained for 2 steps: KID")] == [
+        "no measurable difference"
+    ]
     found["0"]["LCM"]["student-02-g4"]["kid_teacher"] += 0.02
     assert not page.within_error(found, a, b)
     assert not page.within_error(numbers(methods), a, b)
