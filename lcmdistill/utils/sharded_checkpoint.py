@@ -71,9 +71,9 @@ def _write(folder: Path, groups: Groups, process_group: Any) -> dict[str, str]:
     rank = distributed.get_rank(process_group)
 
     class Writer(checkpoint.FileSystemWriter):
-        def write_data(self, *args: Any) -> Any:
+        def write_data(self, *args: Any, **kwargs: Any) -> Any:
             with system_errors():  # before the error is sent to the other processes, without its cause
-                return super().write_data(*args)
+                return super().write_data(*args, **kwargs)
 
     try:
         writer = Writer(folder, single_file_per_rank=True)
