@@ -1,6 +1,6 @@
 """The contract of an export format, and the facts that its instructions are written from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -79,15 +79,27 @@ class Usage:
 
     @property
     def scheduler_options(self) -> str:
-        """Arguments of `from_config` that follow the teacher's scheduler config, or ""."""
-        options = (f"{name}={value!r}".replace("'", '"') for name, value in self.facts.scheduler_options.items())
-        return "".join(f", {option}" for option in options)
+        """Arguments of `from_config` that follow the teacher's scheduler config, or "".
+
+        A teacher's solver such as DPM-Solver has another name for the shift, which flow-matching schedulers do not read.
+        """
+        shift = {} if self.facts.shift is None else {"shift": self.facts.shift}
+        return _arguments({**shift, **self.facts.scheduler_options})
+
+    @property
+    def absent_options(self) -> str:
+        """Arguments that open a pipeline without the text encoders that its student was trained without, or ""."""
+        return "".join(f", {part}=None" for part in self.facts.absent_parts)
 
     @property
     def base_code(self) -> str:
         """Python code that opens the teacher as `pipeline`, with the student's scheduler."""
         code = loading_code(
-            self.model, self.facts.family.pipeline_classes[0], self.method.scheduler, self.scheduler_options
+            self.model,
+            self.facts.family.pipeline_classes[0],
+            self.method.scheduler,
+            self.scheduler_options,
+            self.absent_options,
         )
         for lora in map(split_lora, self.loras):
             code += f'pipeline.load_lora_weights("{lora.name}")\npipeline.fuse_lora(lora_scale={lora.scale:g})\n'
@@ -100,6 +112,11 @@ class Usage:
         if self.facts.family.embeds_guidance:
             return f"{self.steps} steps, CFG 1; node FluxGuidance set to {self.guidance_scale:g}"
         return f"{self.steps} steps, CFG {self.guidance_scale:g}"
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    """Return keyword arguments in Python, each after a comma."""
+    return "".join(f", {name}={value!r}".replace("'", '"') for name, value in values.items())
 
 
 class ProgramUse(NamedTuple):
@@ -175,6 +192,10 @@ class Exporter:
             call = f"pipeline(num_inference_steps={count}{', class_labels=0' if facts.classes else ''})"
         elif config.teacher.clip_skip and facts.family.clip_skip == "recorded":  # its weights cannot skip layers
             call = f"{call.removesuffix(')')}, clip_skip={config.teacher.clip_skip})"
+        elif not facts.family.sample_size_is_default:  # saved students keep the teacher's size
+            side = config.data.resolution
+            size = {"height": side, "width": side, **facts.family.extra_call_kwargs(1, side, side, None)}
+            call = f"{call.removesuffix(')')}{_arguments(size)})"
         # diffusers' U-Net pipelines read what flow-matching schedulers lack.
         is_flow_unet = facts.is_flow and facts.family.network == "unet"
         before = "pipeline.scheduler.init_noise_sigma = 1.0\n" if is_flow_unet else ""

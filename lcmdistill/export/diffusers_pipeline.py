@@ -12,6 +12,7 @@ from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.export.verify import BOUNDS, check_close, pipeline_outputs
 from lcmdistill.teachers.compat import dtype_option
 from lcmdistill.teachers.naming import is_local
+from lcmdistill.teachers.pipelines import absent_parts
 from lcmdistill.utils.atomic import atomic_dir
 from lcmdistill.utils.checksums import write_checksums
 from lcmdistill.utils.json_text import parse_json
@@ -37,8 +38,9 @@ def export_pipeline(student: TrainedStudent, request: ExportRequest) -> str:
             return unverified(request.output)
         from diffusers import DiffusionPipeline
 
+        absent = dict.fromkeys(absent_parts(pipeline))
         del pipeline  # one copy in memory at a time
-        reloaded = DiffusionPipeline.from_pretrained(folder, **dtype_option(request.dtype))
+        reloaded = DiffusionPipeline.from_pretrained(folder, **dtype_option(request.dtype), **absent)
         outputs = pipeline_outputs(reloaded, request.guidance_scale)
         return check_close(outputs, expected, BOUNDS[request.dtype], request.output)
 
@@ -47,7 +49,7 @@ def python_code(usage: Usage) -> str:
     """Return the Python code that opens the folder and generates an image."""
     return f"""from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{usage.place}")
+pipeline = DiffusionPipeline.from_pretrained("{usage.place}"{usage.absent_options})
 {usage.call}"""
 
 

@@ -1,6 +1,6 @@
 """How a run's student is sampled, from the teacher at hand or from the files of a finished run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options, run_takes_guidance
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.family import TeacherFamily
+from lcmdistill.teachers.family import TeacherFamily, with_tokenizer
+from lcmdistill.teachers.pipelines import absent_parts
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_folder
 from lcmdistill.teachers.schedulers import flow_denoiser, is_flow
 from lcmdistill.utils.json_text import parse_json
@@ -95,6 +96,7 @@ class SamplingFacts:
         has_omega_input: Whether the trained network takes guidance as an input.
         guidance: Where guidance ends up: "input", "baked" or "free".
         classes: The names of the classes of a class-conditional network.
+        absent_parts: The text encoders that the teacher works without, and their tokenizers, as in `pipelines.absent_parts`.
     """
 
     family_key: str = "sd"
@@ -107,6 +109,7 @@ class SamplingFacts:
     has_omega_input: bool = False
     guidance: str = "baked"
     classes: tuple[str, ...] = ()
+    absent_parts: tuple[str, ...] = ()
 
     @property
     def family(self) -> TeacherFamily:
@@ -149,6 +152,7 @@ def facts_from_teacher(config: RunConfig, teacher: Teacher) -> SamplingFacts:
         has_omega_input=config.student.kind == "full" and guidance == "input",
         guidance=guidance,
         classes=tuple(teacher.own_prompts) if family.in_pixels else (),
+        absent_parts=absent_parts(teacher.pipeline),
     )
 
 
@@ -173,7 +177,7 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
     """Return the facts that the files of a run record; the defaults where a file is missing."""
     guidance = "free" if omega_range(config) is None else "input" if run_takes_guidance(run) else "baked"
     if config.student.kind == "lora":
-        return _from_lora(run, guidance)
+        return _from_lora(run, guidance, config.teacher.drop or ())
     folder = run / "pipeline"
     family = family_of_folder(folder) or FAMILIES["sd"]
     network = _json(folder / family.network / "config.json")
@@ -190,10 +194,17 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
         has_omega_input=run_takes_omega(run),
         guidance=guidance,
         classes=tuple(names) if family.in_pixels else (),
+        absent_parts=_without(
+            part for part in family.optional_encoders if network and not (folder / part / "config.json").is_file()
+        ),
     )
 
 
-def _from_lora(run: Path, guidance: str) -> SamplingFacts:
+def _without(encoders: Iterable[str]) -> tuple[str, ...]:
+    return tuple(each for part in encoders for each in with_tokenizer(part))
+
+
+def _from_lora(run: Path, guidance: str, dropped: Sequence[str]) -> SamplingFacts:
     family, header = family_of_lora(run / "lora"), dict[str, str]()
     if any((run / "lora").glob("*.safetensors")):
         with safe_open(lora_file(run), framework="pt") as file:
@@ -210,6 +221,7 @@ def _from_lora(run: Path, guidance: str) -> SamplingFacts:
         shift=float(header[SHIFT_KEY]) if SHIFT_KEY in header else None,
         scheduler_options=read_scheduler_options(header),
         guidance=guidance,
+        absent_parts=_without(part for part in family.optional_encoders if part in dropped),
     )
 
 

@@ -324,7 +324,7 @@ def python_code(usage: Usage) -> str:
     return f"""from diffusers import {scheduler}, {kind}
 from huggingface_hub import hf_hub_download
 
-pipeline = {kind}.from_single_file(hf_hub_download("{usage.place}", "{usage.file}"))
+pipeline = {kind}.from_single_file(hf_hub_download("{usage.place}", "{usage.file}"){usage.absent_options})
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{usage.scheduler_options})
 {usage.call}"""
 

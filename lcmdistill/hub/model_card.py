@@ -20,11 +20,19 @@ from lcmdistill.evaluation.results import read_results
 from lcmdistill.evaluation.verdict import verdict
 from lcmdistill.export import EXPORTERS
 from lcmdistill.export.base import Exporter, ProgramUse, needs_loras
-from lcmdistill.export.sampling_facts import SamplingFacts, facts_from_run, facts_from_teacher
+from lcmdistill.export.sampling_facts import Betas, SamplingFacts, facts_from_run, facts_from_teacher
 from lcmdistill.export.trained_student import TrainedStudent
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.naming import is_local, license_name, license_of, public_name, public_path, redact_paths
+from lcmdistill.teachers.naming import (
+    PREDICTED,
+    is_local,
+    license_name,
+    license_of,
+    public_name,
+    public_path,
+    redact_paths,
+)
 from lcmdistill.utils.atomic import write_text
 from lcmdistill.utils.json_text import parse_json
 
@@ -171,13 +179,15 @@ def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
     guidance = "trained without guidance"
     if omegas:
         guidance = f"{omegas.omega}, which is diffusers' `guidance_scale` {omegas.scale} (omega + 1)"
+    if omegas and facts.family.embeds_guidance:
+        guidance = f"guidance scale {omegas.scale}, an input of the network"
     if _is_as_started(config, facts):
         guidance = "guidance as in the starting model"
     weights = "EMA" if config.student.target == "ema" else "live student"
     lines = [
         guidance,
         f"{config.optim.max_train_steps} optimizer steps, {objective.info.describe(objective)}, {config.data.resolution} px",
-        f"weights of the {weights}; the teacher predicts {facts.prediction_type}",
+        f"weights of the {weights}; the teacher predicts {PREDICTED.get(facts.prediction_type, facts.prediction_type)}",
     ]
     skip, family = config.teacher.clip_skip, facts.family
     if skip:
@@ -199,6 +209,8 @@ def _facts(config: RunConfig, facts: SamplingFacts) -> list[str]:
         )
     if "safety_checker" in (config.teacher.drop or ()):
         lines.append("without the teacher's safety checker")
+    if encoders := [f"`{part}`" for part in facts.absent_parts if part.startswith("text_encoder")]:
+        lines.append(f"trained without {' and '.join(encoders)}; sample without it as well")
     return lines
 
 
@@ -274,7 +286,7 @@ def update_run_card(run: Path) -> bool:
     config = require_run_config(run)
     if _measured(run, config) is None:
         return False
-    return _write_card(config, run, _recorded_facts(run, config))
+    return _write_card(config, run, recorded_facts(run, config))
 
 
 def _write_card(config: RunConfig, run: Path, facts: SamplingFacts) -> bool:
@@ -306,14 +318,16 @@ def _record(run: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _recorded_facts(run: Path, config: RunConfig) -> SamplingFacts:
+def recorded_facts(run: Path, config: RunConfig) -> SamplingFacts:
     """Return the facts that a run's card was rendered from, or those of its files if it was written without a record."""
     recorded = _record(run).get("facts")
     if not isinstance(recorded, dict):
         return facts_from_run(run, config)
     names = {each.name for each in fields(SamplingFacts)}
     known: dict[str, Any] = {key: value for key, value in recorded.items() if key in names}
-    return SamplingFacts(**{**known, "classes": tuple(known.get("classes", ()))})
+    lists: dict[str, Any] = {key: tuple(known.get(key, ())) for key in ("classes", "absent_parts")}
+    betas = Betas(*known["betas"]) if known.get("betas") else None
+    return SamplingFacts(**{**known, **lists, "betas": betas})
 
 
 def export_card(run: Path, name: str, place: str, file: str = "") -> Card:
@@ -326,7 +340,7 @@ def export_card(run: Path, name: str, place: str, file: str = "") -> Card:
         file: Its file name, if the format is a file.
     """
     config = require_run_config(run)
-    return render_card(config, run, _recorded_facts(run, config), export=(name, place, file))
+    return render_card(config, run, recorded_facts(run, config), export=(name, place, file))
 
 
 def put_export_card(student: TrainedStudent, name: str, output: Path, folder: Path) -> None:

@@ -170,6 +170,11 @@ def published_guidance(scale: float) -> dict[str, Any]:
     }
 
 
+def with_tokenizer(part: str) -> tuple[str, ...]:
+    """Return the parts that are left out together: a text encoder and its tokenizer."""
+    return (part, part.replace("text_encoder", "tokenizer")) if part.startswith("text_encoder") else (part,)
+
+
 def unchanged(latents: Tensor) -> Tensor:
     """Return latents (B, C, h, w) as they are: most pipelines take them so."""
     return latents
@@ -347,6 +352,11 @@ class TeacherFamily:
     def size_multiple(self, config: Mapping[str, Any], vae_factor: int) -> int:
         """Return what the sides of an image must be multiples of, in pixels; the arguments are those of `token_pixels`."""
         return math.lcm(self.token_pixels(config, vae_factor), self.pipeline_multiple)
+
+    @property
+    def optional_encoders(self) -> tuple[str, ...]:
+        """The text encoders that its pipelines work without."""
+        return tuple(part for layout in self.layouts for part in layout.optional_encoders)
 
     @property
     def run_lora_format(self) -> str:

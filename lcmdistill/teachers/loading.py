@@ -9,6 +9,7 @@ from typing import Any
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
+from lcmdistill.teachers.family import TeacherFamily, with_tokenizer
 from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
 from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
 from lcmdistill.teachers.lora.fuse import fuse_loras
@@ -77,7 +78,7 @@ def load_pipeline(
     if base is not None and not _is_file(model):
         raise UsageError(f"--base is for single files that lack parts, and {model} is not a file; remove the option")
     if _is_file(model):
-        pipeline = _open_file(model, revision, prediction_type, base, allow_pickle, vae, text_encoder)
+        pipeline = _open_file(model, revision, prediction_type, base, allow_pickle, vae, text_encoder, drop or ())
     else:
         pipeline = _open_pipeline(model, revision, variant, allow_pickle, prediction_type, drop or ())
     pipeline.scheduler = prepare_flow(pipeline.scheduler)
@@ -115,15 +116,18 @@ def _open_file(
     allow_pickle: bool,
     vae: str | None,
     text_encoder: Sequence[str] | None,
+    drop: Sequence[str],
 ) -> Any:
     path = Path(resolve_alias(model)).expanduser()
     if revision is not None:
         raise _no_revisions(model, revision)
-    encoders = inspect_checkpoint(path, read_header(path)).layout.text_encoders if text_encoder else ()
+    info = inspect_checkpoint(path, read_header(path))
+    _check_drop(model, info.family, drop)  # without a base, nothing that can be dropped is read
+    encoders = info.layout.text_encoders if text_encoder else ()
     return load_single_file(
         path,
         prediction_type,
-        base=None if base is None else lambda: load_pipeline(base, allow_pickle=allow_pickle),
+        base=None if base is None else lambda: load_pipeline(base, allow_pickle=allow_pickle, drop=drop),
         replaced=[*encoders, *(["vae"] if vae else [])],
     )
 
@@ -170,14 +174,14 @@ def _open_pipeline(
             f"there is no model {model!r}{model_hint(model)}; specify an existing diffusers folder or .safetensors "
             f"file, a hub id like owner/name, or one of {', '.join(ALIASES)}"
         )
-    dropped: dict[str, Any] = dict.fromkeys(each for part in drop for each in _with_tokenizer(part))
+    dropped: dict[str, Any] = dict.fromkeys(each for part in drop for each in with_tokenizer(part))
     if "safety_checker" in drop:
         dropped["requires_safety_checker"] = False
     options = {"variant": variant, "use_safetensors": None if allow_pickle else True, **dropped}
     try:
         folder = local if local.is_dir() else _download(name, revision, options)
         index = check_folder(folder, model, variant=variant, allow_pickle=allow_pickle, dropped=dropped)
-        _check_drop(model, index, drop)
+        _check_drop(model, family_of_class(str(index["_class_name"])), drop)
         options |= dtype_option(torch.float32)
         # diffusers asks for parts by name that a saved pipeline lacks, such as a T5.
         options |= {part: None for part, value in index.items() if value == [None, None]}
@@ -203,15 +207,9 @@ def _open_pipeline(
     return pipeline
 
 
-def _with_tokenizer(part: str) -> tuple[str, ...]:
-    """Return the parts that are dropped together: a text encoder and its tokenizer."""
-    return (part, part.replace("text_encoder", "tokenizer")) if part.startswith("text_encoder") else (part,)
-
-
-def _check_drop(model: str, index: Mapping[str, Any], drop: Sequence[str]) -> None:
+def _check_drop(model: str, family: TeacherFamily | None, drop: Sequence[str]) -> None:
     """Raise UsageError for a text encoder that a pipeline does not work without, or does not have."""
-    family = family_of_class(str(index["_class_name"]))
-    optional = {part for layout in (family.layouts if family else ()) for part in layout.optional_encoders}
+    optional = family.optional_encoders if family else ()
     if unknown := [part for part in drop if part != "safety_checker" and part not in optional]:
         raise UsageError(f"{model} has no {unknown[0]} that can be dropped; remove --drop {unknown[0]}")
 

@@ -22,6 +22,9 @@ LICENSES = {
 }
 "alias -> the license on its hub card, which a downloaded pipeline's files lack"
 
+PREDICTED = {"v_prediction": "v", "flow_prediction": "velocity"}
+"prediction type -> what such a network predicts, where the word is another one"
+
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
@@ -62,7 +65,7 @@ def is_local(model: str) -> bool:
     return is_path or Path(model).expanduser().exists()
 
 
-def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> str:
+def loading_code(model: str, kind: str, scheduler: str, options: str = "", absent: str = "") -> str:
     """Return Python code that opens a model with a student's scheduler; local paths appear by their last part only.
 
     Args:
@@ -70,11 +73,12 @@ def loading_code(model: str, kind: str, scheduler: str, options: str = "") -> st
         kind: The pipeline class that opens a single file.
         scheduler: The scheduler class.
         options: Further arguments of the scheduler, after the teacher's config.
+        absent: Further arguments that open the model, without the parts that are left out.
     """
     name, before = public_name(model), ""
-    call = f'DiffusionPipeline.from_pretrained("{name}")'
+    call = f'DiffusionPipeline.from_pretrained("{name}"{absent})'
     if name.endswith(".safetensors"):
-        call = f'{kind}.from_single_file("{name}")'
+        call = f'{kind}.from_single_file("{name}"{absent})'
     elif name == "tiny":
         before = "from importlib.resources import files\n\n"
         call = 'DiffusionPipeline.from_pretrained(str(files("lcmdistill") / "assets" / "tiny"))'

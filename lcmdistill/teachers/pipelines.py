@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcmdistill.diffusion.flow import sampled_sigmas
 from lcmdistill.objectives import method_sampled_by
+from lcmdistill.teachers.family import with_tokenizer
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import is_flow
 
@@ -20,6 +21,16 @@ from lcmdistill.teachers.schedulers import is_flow
 def network_of(pipeline: Any) -> Any:
     """Return a pipeline's denoising network: its U-Net or its transformer."""
     return getattr(pipeline, family_of(pipeline).network)
+
+
+def absent_parts(pipeline: Any) -> tuple[str, ...]:
+    """Return the optional text encoders that a pipeline lacks, such as a T5, each with its tokenizer.
+
+    diffusers opens a folder or a file without them only if each is passed as None.
+    """
+    encoders = family_of(pipeline).optional_encoders
+    absent = (part for part in encoders if pipeline.components.get(part) is None)
+    return tuple(each for part in absent for each in with_tokenizer(part))
 
 
 def native_size(pipeline: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from lcmdistill.data.sources.base import Source
 from lcmdistill.data.survey import SourceReport
 from lcmdistill.objectives.recorded import resumable_config
 from lcmdistill.teachers.base import Teacher
+from lcmdistill.teachers.naming import PREDICTED
 from lcmdistill.training.compile import should_compile
 from lcmdistill.training.cost_disk import DiskItem, checkpoint_bytes, disk_items, result_bytes
 from lcmdistill.training.cost_time import (
@@ -168,8 +169,9 @@ def log_summary(config: RunConfig, teacher: Teacher, cost: Cost, plan: Plan | No
     needed, optim, info = cost.needed, config.optim, config.objective.info
     is_lora = config.student.kind == "lora"
     student = f"a LoRA of rank {config.student.rank}" if is_lora else "a full network"
+    predicted = PREDICTED.get(teacher.prediction_type, teacher.prediction_type)
     logger.info(
-        f"teacher: {with_loras(config.teacher.model, config.teacher.loras)}, {teacher.prediction_type}-predicting "
+        f"teacher: {with_loras(config.teacher.model, config.teacher.loras)}, {predicted}-predicting "
         f"{teacher.family.network_label} of {needed.base:,} parameters; the student, {student}, trains {needed.trainable:,}"
     )
     if skip := config.teacher.clip_skip:

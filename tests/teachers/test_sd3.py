@@ -104,6 +104,8 @@ def test_an_image_to_start_from_has_the_size_of_the_run_and_whole_patches(folder
     pipeline.transformer.register_to_config(patch_size=4)
     start = start_image(pipeline, Image.new("RGB", (64, 32)), 0.5, 2, None, 32)
     assert start.image.size == (48, 16)  # near 45 x 23, in multiples of 16 px
+    _, kwargs = start.replace({"height": 32, "width": 32}, 1)
+    assert (kwargs["height"], kwargs["width"]) == (16, 48)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
