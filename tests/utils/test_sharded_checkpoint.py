@@ -55,7 +55,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         save_state(tmp_path, {"values": torch.zeros(10_000)})
     checkpoint = tmp_path / "step-1"
 
-    def open_full(path: Path, *args: str) -> Any:
+    def open_full(path: Path, *args: Any) -> Any:
         return open_file(Path("/dev/full") if path.suffix == ".distcp" else path, *args)
 
     open_file = Path.open
