@@ -14,12 +14,14 @@ from tests.support.teachers import Command
 @pytest.fixture
 def runs(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder runs/ in the current one, with a finished run `mine` and a stopped one `fast`."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "project" / "runs"  # with nothing beside it: the runs of other tests are beside tmp_path
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
     for name in ("mine", "fast"):
-        shutil.copytree(small_run, tmp_path / "runs" / name)
-    (tmp_path / "runs" / "fast" / ".finished").unlink()
-    (tmp_path / "runs" / "notes").mkdir()
-    return tmp_path / "runs"
+        shutil.copytree(small_run, folder / name)
+    (folder / "fast" / ".finished").unlink()
+    (folder / "notes").mkdir()
+    return folder
 
 
 def test_runs_are_listed(command: Command, runs: Path) -> None:

@@ -1,11 +1,14 @@
 """The card of a run: rendered again from what the run records, and never over a user's own text."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from lcmdistill.hub.model_card import RECORD, export_card, update_run_card, write_run_card
+from lcmdistill.export.sampling_facts import Betas, SamplingFacts
+from lcmdistill.hub.model_card import RECORD, export_card, recorded_facts, update_run_card, write_run_card
 from lcmdistill.objectives.recorded import require_run_config
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.logging import configure_console
@@ -41,6 +44,13 @@ def test_a_card_without_a_record_is_the_users_own(evaluated_run: Path, tmp_path:
     (run / RECORD).unlink()
     assert not update_run_card(run)
     assert export_card(run, "single-file", "me/mine", "a.safetensors").text == before
+
+
+def test_betas_and_absent_parts_of_a_record_are_read_back(small_run: Path, tmp_path: Path) -> None:
+    betas = Betas("linear", 0.001, 0.02, 1000)
+    facts = SamplingFacts(betas=betas, absent_parts=("text_encoder_3", "tokenizer_3"))
+    (tmp_path / RECORD).write_text(json.dumps({"facts": dataclasses.asdict(facts)}))
+    assert recorded_facts(tmp_path, require_run_config(small_run)) == facts
 
 
 def test_a_card_whose_record_a_kill_prevented_gets_it(small_teacher: Path, tmp_path: Path) -> None:

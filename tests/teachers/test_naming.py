@@ -108,7 +108,10 @@ def test_settings_are_shown_without_folders_and_secrets() -> None:
         ("runwayml/stable-diffusion-v1-5", "sd15"),  # where that model was before it moved
     ],
 )
-def test_a_mistyped_model_is_answered_with_the_near_aliases(word: str, hint: str) -> None:
+def test_a_mistyped_model_is_answered_with_the_near_aliases(
+    word: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # runs in the current folder are near names too
     assert model_hint(word) == f" (did you mean {hint}?)"
 
 

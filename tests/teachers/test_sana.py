@@ -114,8 +114,8 @@ def test_a_pcm_run_is_read_by_diffusers(
     sets = [f"--set={key}={value}" for key, value in own.items()]
     base = ["distill-lora" if kind == "lora" else "distill", "--teacher", folder, "--data", image_folder]
     base += ["--objective", "pcm", "--output", "run", *(["--set=student.rank=2"] if kind == "lora" else [])]
-    code, _, error = command(*base, *sets)
-    assert code == 0, error
+    code, output, error = command(*base, *sets)
+    assert (code, "velocity-predicting transformer" in output) == (0, True), error
     code, _, error = command("sample", "run", "--steps", 2, "--prompt", "a cat", "--output", "s")
     assert code == 0, error
     if kind == "full":
@@ -130,6 +130,12 @@ def test_a_pcm_run_is_read_by_diffusers(
     file = lora_file(tmp_path / "run")
     assert family_of_lora(file.parent).key == "sana"
     assert all(key.startswith("transformer.transformer_blocks.") for key in load_file(file))
+    code = (tmp_path / "run" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    values: dict[str, Any] = {}
+    exec(code.replace('"model"', repr(str(folder))), values)  # the card of a local teacher hides where it is
+    assert values["pipeline"].scheduler.config.shift == 3.0  # flow_shift of the teacher's solver
+    assert values["image"].size == (32, 32)  # and not brought to it from one of the pipeline's own sizes
+    assert "use_resolution_binning=False" in code
     pipeline = library.SanaPipeline.from_pretrained(folder)
     inputs = torch.randn(1, 8, 8, 8), torch.randn(1, 5, 16), torch.tensor([500.0])
     with torch.no_grad():

@@ -122,12 +122,18 @@ def test_a_pcm_run_without_a_t5(
     code, _, error = command("sample", "run", "--steps", 2, "--prompt", "a cat", "--output", "s")
     assert code == 0, error
     if kind == "full":
-        library: Any = diffusers
-        pipeline = library.StableDiffusion3Pipeline.from_pretrained(
-            "run/pipeline", text_encoder_3=None, tokenizer_3=None
-        )
+        code, _, error = command("export", "run", "--format", "pipeline", "--output", "p")
+        assert code == 0, error
+        values: dict[str, Any] = {}
+        exec(Path("run/README.md").read_text().partition("```python\n")[2].partition("```")[0], values)
+        pipeline = values["pipeline"]
         assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
         assert (pipeline.scheduler.config.shift, pipeline.text_encoder_3) == (3.0, None)
+    else:
+        code, _, error = command("export", "run", "--format", "fused", "--output", "f")
+        assert code == 0, error
+        assert 'from_pretrained("model", text_encoder_3=None, tokenizer_3=None)' in Path("run/README.md").read_text()
+        assert 'from_pretrained("f", text_encoder_3=None, tokenizer_3=None)' in Path("f/README.md").read_text()
 
 
 def test_a_lora_file_is_read_by_diffusers_and_has_the_keys_of_comfyui(

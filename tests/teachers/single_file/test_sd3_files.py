@@ -85,6 +85,13 @@ def test_with_a_base_the_t5_of_a_file_is_read(folder: Path, file: Path) -> None:
         assert equal(part, getattr(expected, name)), name
 
 
+def test_the_t5_of_a_base_can_be_dropped(folder: Path, file: Path) -> None:
+    pipeline = load_pipeline(str(file), base=str(folder), drop=("text_encoder_3",))
+    assert (pipeline.text_encoder_3, pipeline.tokenizer_3) == (None, None)
+    with pytest.raises(UsageError, match="has no text_encoder_2 that can be dropped; remove --drop text_encoder_2"):
+        load_pipeline(str(file), base=str(folder), drop=("text_encoder_2",))
+
+
 @pytest.mark.parametrize("name", ["joint_blocks.1.x_block.attn.qkv.weight", "pos_embed"])
 def test_an_incomplete_file_is_refused(name: str, file: Path, folder: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
