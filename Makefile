@@ -37,7 +37,7 @@ quality: setup ## evaluate the demo's run against its teacher and write its repo
 	@echo "look at $(RUN)/report.html"
 
 # One process per core, each with one thread: the models are too small to share cores. A file's tests share their fixtures.
-test: setup ## run the tests (about 8 minutes on 2 cores)
+test: setup ## run the tests (about 11 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
 # Builds .venv-oldest with the lowest version that pyproject.toml allows of every dependency, and runs the quick tests in it.
