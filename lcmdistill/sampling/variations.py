@@ -89,11 +89,9 @@ class StartImage:
     def replace(self, kwargs: Mapping[str, Any], count: int) -> tuple[Any, dict[str, Any]]:
         """Return the pipeline to call, and its arguments from those of the text-to-image pipeline."""
         own = {key: value for key, value in kwargs.items() if key not in ("height", "width")}
-        size = {
-            "height": self.image.height,
-            "width": self.image.width,
-        }  # pipelines of transformers have a size of their own
         taken = signature(self.pipeline.__call__).parameters
+        # Pipelines of transformers have a size of their own, and would not take the image's.
+        size = {"height": self.image.height, "width": self.image.width}
         own |= {key: value for key, value in size.items() if key in taken}
         return self.pipeline, {**own, "image": [self.image] * count, "strength": self.strength}
 
