@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from lcmdistill.evaluation.latents import TEACHER_STEPS
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.units import counted
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 "{seed: {run: {point: {metric: number}}}}"
@@ -179,7 +180,7 @@ def claims(numbers: Numbers) -> list[Claim]:
 
 
 def _steps(steps: int) -> str:
-    return f"{steps} step{'s' * (steps > 1)}"
+    return counted(steps, "step")
 
 
 def _short(metric: str) -> str:

@@ -17,14 +17,13 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from run import HERE, naive, product, settings
+from run import HERE, naive, product, settings, teacher_of
 from tables import RESULTS, table, write_tables
 
 from lcmdistill.config.schema import RunConfig
-from lcmdistill.objectives.base import step_cost
-from lcmdistill.training.profiling import RunProfiler, forward_flops, peak_rate
+from lcmdistill.training.profiling import make_profiler
 from lcmdistill.utils.atomic import write_text
-from lcmdistill.utils.device import compute_dtype, pick_device
+from lcmdistill.utils.device import pick_device
 
 
 class Row(NamedTuple):
@@ -73,7 +72,8 @@ def measured(row: Row, *, tiny: bool) -> dict[str, Any]:
     name, config, changes = configured(row, tiny=tiny)
     device = torch.device(config.run.device)
     if row.method == "plain loop":
-        profiler = plain_profiler(name, config, device)
+        # It counts the FLOPs of a run's step, whatever else the plain loop computes.
+        profiler = make_profiler(config, teacher_of(name, torch.device("meta")), HERE, device)
 
         def clock(part: str) -> AbstractContextManager[None]:
             return profiler.phase(PHASES[part])
@@ -92,23 +92,6 @@ def measured(row: Row, *, tiny: bool) -> dict[str, Any]:
         next(steps)
     numbers = profiler.metrics(samples)  # waits for the device
     return {"samples_per_s": samples / (time.perf_counter() - began), "steps": count, **numbers}
-
-
-def plain_profiler(name: str, config: RunConfig, device: torch.device) -> RunProfiler:
-    """Return a profiler that counts the FLOPs of a run's step, whatever else the plain loop computes."""
-    if name == "tiny":
-        from lcmdistill.teachers.loading import load_teacher
-
-        teacher = load_teacher("tiny")
-    else:
-        from memory import full_size
-
-        teacher = full_size(name)
-    flops = forward_flops(teacher, config.data.resolution)
-    flops *= step_cost(config.objective, adapter=config.student.kind == "lora")
-    return RunProfiler(
-        device, flops_per_sample=flops, peak=peak_rate(device, compute_dtype(config.run.precision, device))
-    )
 
 
 def run_rows(seconds: float, *, tiny: bool) -> Iterator[dict[str, Any]]:

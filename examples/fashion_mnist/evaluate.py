@@ -30,6 +30,7 @@ from lcmdistill.sampling.png import grid
 from lcmdistill.teachers.base import Teacher
 from lcmdistill.teachers.loading import load_teacher
 from lcmdistill.utils.atomic import write_text
+from lcmdistill.utils.units import counted
 
 SEED, SIDE, BATCH, BLOCK = 2026, 32, 100, 500
 TEACHER_STEPS = 18
@@ -96,13 +97,8 @@ def curves(teacher: Teacher, runs: Sequence[Path], network: MobileNetV2Features,
                     round(measured(features_of(network, images), real)[0], 4),
                 )
                 found.setdefault(run.name, {}).setdefault(n, []).append(point)
-                print(f"{run.name}, training step {point[0]}, {steps_text(n)}: KID {point[1]:.4f}", flush=True)
+                print(f"{run.name}, training step {point[0]}, {counted(n, 'step')}: KID {point[1]:.4f}", flush=True)
     return found
-
-
-def steps_text(n: int) -> str:
-    """Return "1 step", "2 steps"."""
-    return f"{n} step{'s' * (n > 1)}"
 
 
 def plot(found: Curves, teacher_kid: float, path: Path) -> None:
@@ -116,7 +112,9 @@ def plot(found: Curves, teacher_kid: float, path: Path) -> None:
         for run, of_run in found.items():
             axes.plot(*zip(*of_run[n], strict=True), marker=".", label=run)
         axes.axhline(teacher_kid, color="gray", linestyle=":", label=f"teacher, {TEACHER_STEPS} Heun steps")
-        axes.set(title=steps_text(n), xlabel="training steps", ylabel="KID" if n == STEPS[0] else None, ylim=(0, None))
+        axes.set(
+            title=counted(n, "step"), xlabel="training steps", ylabel="KID" if n == STEPS[0] else None, ylim=(0, None)
+        )
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -139,7 +137,7 @@ def main() -> None:
     samplers[f"teacher, {TEACHER_STEPS} Heun steps"] = (2 * TEACHER_STEPS - 1, lambda: teacher_images(teacher, a.count))
     for run in a.runs:
         for n in STEPS:
-            name = f"{run.name}, {steps_text(n)}"
+            name = f"{run.name}, {counted(n, 'step')}"
             samplers[name] = (n, lambda run=run, n=n: student_images(teacher, run, n, a.count))
     samplers["training images"] = (0, lambda: real_images(a.work, a.count, held_out=False))
     for name, (evaluations, generate) in samplers.items():

@@ -1,6 +1,6 @@
 """How a run's student is sampled, from the teacher at hand or from the files of a finished run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from lcmdistill.diffusion.schedules import vp_schedule
 from lcmdistill.students.lora_files import family_of_lora, read_scheduler_options, run_takes_guidance
 from lcmdistill.students.student import guidance_of
 from lcmdistill.teachers.base import Teacher
-from lcmdistill.teachers.family import TeacherFamily, with_tokenizer
+from lcmdistill.teachers.family import TeacherFamily, with_tokenizers
 from lcmdistill.teachers.pipelines import absent_parts
 from lcmdistill.teachers.registry import FAMILIES, family_of, family_of_folder
 from lcmdistill.teachers.schedulers import flow_denoiser, is_flow
@@ -194,14 +194,10 @@ def facts_from_run(run: Path, config: RunConfig) -> SamplingFacts:
         has_omega_input=run_takes_omega(run),
         guidance=guidance,
         classes=tuple(names) if family.in_pixels else (),
-        absent_parts=_without(
+        absent_parts=with_tokenizers(
             part for part in family.optional_encoders if network and not (folder / part / "config.json").is_file()
         ),
     )
-
-
-def _without(encoders: Iterable[str]) -> tuple[str, ...]:
-    return tuple(each for part in encoders for each in with_tokenizer(part))
 
 
 def _from_lora(run: Path, guidance: str, dropped: Sequence[str]) -> SamplingFacts:
@@ -221,7 +217,7 @@ def _from_lora(run: Path, guidance: str, dropped: Sequence[str]) -> SamplingFact
         shift=float(header[SHIFT_KEY]) if SHIFT_KEY in header else None,
         scheduler_options=read_scheduler_options(header),
         guidance=guidance,
-        absent_parts=_without(part for part in family.optional_encoders if part in dropped),
+        absent_parts=with_tokenizers(part for part in family.optional_encoders if part in dropped),
     )
 
 

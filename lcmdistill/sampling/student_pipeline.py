@@ -57,14 +57,14 @@ def check_size(pipeline: Any, size: Size) -> None:
     if family.in_pixels:
         return  # `pipeline_kwargs` accepts the native size only
     multiple = size_multiple(pipeline)
-    most = family.largest_side(network_of(pipeline).config)
+    most = family.largest_side(network_of(pipeline).config, pipeline.vae_scale_factor)
     sides = {"--resolution": size} if isinstance(size, int) else dict(zip(("--height", "--width"), size, strict=True))
     for option, side in sides.items():
         if side % multiple:
             nearest = max(multiple, round(side / multiple) * multiple)
             raise UsageError(f"{option} is {side}; it must be a multiple of {multiple}: try {nearest}")
-        if most is not None and side > most * pipeline.vae_scale_factor:
-            raise UsageError(f"{option} is {side}; this model generates at most {most * pipeline.vae_scale_factor} px")
+        if most is not None and side > most:
+            raise UsageError(f"{option} is {side}; this model generates at most {most} px")
 
 
 def height_and_width(size: Size) -> tuple[int, int]:

@@ -114,8 +114,7 @@ class Teacher:
     @property
     def largest_side(self) -> int | None:
         """The longest side of an image that the network can generate, in pixels; None if there is no such limit."""
-        side = self.family.largest_side(self.network.config)
-        return None if side is None else side * self.vae_factor
+        return self.family.largest_side(self.network.config, self.vae_factor)
 
     @property
     def applies_cfg(self) -> bool:

@@ -9,7 +9,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, L tokens, D emb
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,9 +170,12 @@ def published_guidance(scale: float) -> dict[str, Any]:
     }
 
 
-def with_tokenizer(part: str) -> tuple[str, ...]:
-    """Return the parts that are left out together: a text encoder and its tokenizer."""
-    return (part, part.replace("text_encoder", "tokenizer")) if part.startswith("text_encoder") else (part,)
+def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
+    """Return parts of a pipeline, and after each text encoder its tokenizer, which is left out with it."""
+    found: list[str] = []
+    for part in parts:
+        found += [part, part.replace("text_encoder", "tokenizer")] if part.startswith("text_encoder") else [part]
+    return tuple(found)
 
 
 def unchanged(latents: Tensor) -> Tensor:
@@ -210,8 +213,8 @@ class TeacherFamily:
         sample_size_is_default: Whether the network's `sample_size` is only the pipeline's default size.
         student_kinds: The kinds of students that can be trained: "full", "lora".
         pipeline_multiple: What the sides of an image must be multiples of for the pipeline, in pixels.
-        largest_side: (network config) -> the longest side that its table of positions covers, in latent pixels; None if there
-            is no such limit.
+        largest_side: (network config, VAE factor) -> the longest side of an image that the network's table of positions
+            covers, in pixels; None if there is no such limit.
         token_side: The side of the square of latents that the pipeline packs into one token, besides the network's own patches.
         pack: (B, C, h, w) -> latents as the pipeline takes them.
         unpack: (latents of the pipeline, h, w) -> (B, C, h, w).
@@ -278,7 +281,7 @@ class TeacherFamily:
     sample_size_is_default: bool = True
     student_kinds: tuple[str, ...] = ("full", "lora")
     pipeline_multiple: int = 8
-    largest_side: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    largest_side: Callable[[Mapping[str, Any], int], int | None] = lambda config, vae_factor: None
     token_side: int = 1
     pack: Callable[[Tensor], Tensor] = unchanged
     unpack: Callable[[Tensor, int, int], Tensor] = unchanged_of_size

@@ -9,7 +9,7 @@ from typing import Any
 from lcmdistill.objectives.recorded import load_run_config
 from lcmdistill.teachers.base import Teacher, make_teacher
 from lcmdistill.teachers.compat import dtype_option
-from lcmdistill.teachers.family import TeacherFamily, with_tokenizer
+from lcmdistill.teachers.family import TeacherFamily, with_tokenizers
 from lcmdistill.teachers.folders import PICKLE_VARIABLE, check_folder, pickles_allowed, sharded_pickles
 from lcmdistill.teachers.hub_session import HubStalled, limited_waiting
 from lcmdistill.teachers.lora.fuse import fuse_loras
@@ -174,7 +174,7 @@ def _open_pipeline(
             f"there is no model {model!r}{model_hint(model)}; specify an existing diffusers folder or .safetensors "
             f"file, a hub id like owner/name, or one of {', '.join(ALIASES)}"
         )
-    dropped: dict[str, Any] = dict.fromkeys(each for part in drop for each in with_tokenizer(part))
+    dropped: dict[str, Any] = dict.fromkeys(with_tokenizers(drop))
     if "safety_checker" in drop:
         dropped["requires_safety_checker"] = False
     options = {"variant": variant, "use_safetensors": None if allow_pickle else True, **dropped}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcmdistill.diffusion.flow import sampled_sigmas
 from lcmdistill.objectives import method_sampled_by
-from lcmdistill.teachers.family import with_tokenizer
+from lcmdistill.teachers.family import with_tokenizers
 from lcmdistill.teachers.registry import family_of
 from lcmdistill.teachers.schedulers import is_flow
 
@@ -29,8 +29,7 @@ def absent_parts(pipeline: Any) -> tuple[str, ...]:
     diffusers opens a folder or a file without them only if each is passed as None.
     """
     encoders = family_of(pipeline).optional_encoders
-    absent = (part for part in encoders if pipeline.components.get(part) is None)
-    return tuple(each for part in absent for each in with_tokenizer(part))
+    return with_tokenizers(part for part in encoders if pipeline.components.get(part) is None)
 
 
 def native_size(pipeline: Any) -> tuple[int, int]:

@@ -109,15 +109,16 @@ def _check_sizes(config: RunConfig, teacher: Teacher) -> None:
             f"{f', a patch has {patch}' if patch > 1 else ''}, and diffusers generates multiples of "
             f"{teacher.family.pipeline_multiple}); try {near}"
         )
-    most, sizes = teacher.largest_side, {"data.resolution": (resolution, resolution)}
-    sizes |= {
-        f"data.buckets {height}x{width}": (height, width) for height, width in bucket_sizes(config.data, multiple)
+    if (most := teacher.largest_side) is None:
+        return
+    sides = {"data.resolution": resolution}
+    sides |= {
+        f"data.buckets {height}x{width}": max(height, width) for height, width in bucket_sizes(config.data, multiple)
     }
-    for name, sides in sizes.items():
-        if most is not None and max(sides) > most:
+    for name, side in sides.items():
+        if side > most:
             raise UsageError(
-                f"{name} has a side of {max(sides)} px, and the teacher's table of positions covers {most} px; use a smaller "
-                "size"
+                f"{name} has a side of {side} px, and the teacher's table of positions covers {most} px; use a smaller size"
             )
 
 
